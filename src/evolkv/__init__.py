@@ -1,0 +1,53 @@
+"""EvolKV: evolutionary KV-cache compression for large language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evolkv import evaluate, search
+    from evolkv.cache import CompressedCache, compress
+    from evolkv.errors import EvolKVError, RunError, UsageError
+    from evolkv.models import load_model
+    from evolkv.profile import BudgetProfile
+
+__version__ = "0.1.0"
+
+# Public name -> where it lives. Loaded on first use: importing torch takes seconds, and `evolkv --help` needs none of it.
+_HOMES = {
+    "BudgetProfile": "evolkv.profile",
+    "CompressedCache": "evolkv.cache",
+    "EvolKVError": "evolkv.errors",
+    "RunError": "evolkv.errors",
+    "UsageError": "evolkv.errors",
+    "compress": "evolkv.cache",
+    "load_model": "evolkv.models",
+}
+_PACKAGES = ("evaluate", "search")
+
+__all__ = [
+    "BudgetProfile",
+    "CompressedCache",
+    "EvolKVError",
+    "RunError",
+    "UsageError",
+    "__version__",
+    "compress",
+    "evaluate",
+    "load_model",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _PACKAGES:
+        return importlib.import_module(f"evolkv.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'evolkv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

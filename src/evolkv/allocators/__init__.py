@@ -1,0 +1,20 @@
+"""How many entries each layer (and KV head) keeps, decided without search.
+
+`ALLOCATORS` maps a name to the function that lays out budgets under a mean budget; `complete`, `expand`
+and `project` bring budgets that are already there, or weights, to an exact total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from evolkv.allocators.complete import complete, expand
+from evolkv.allocators.project import project
+from evolkv.allocators.pyramid import pyramid
+from evolkv.allocators.uniform import uniform
+from evolkv.registry import Registry
+
+ALLOCATORS: Registry[Callable[..., Any]] = Registry("allocator", {"uniform": uniform, "pyramid": pyramid})
+
+__all__ = ["ALLOCATORS", "complete", "expand", "project", "pyramid", "uniform"]

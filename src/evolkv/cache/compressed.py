@@ -1,0 +1,222 @@
+"""The compressed cache, and the ``with`` block that gives it to a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from evolkv.cache.hook import attach
+from evolkv.cache.layer import CompressedLayer
+from evolkv.errors import ModelError, UsageError
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import Selector, get_selector
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer in tokens, None where a layer sees everything.
+
+    Raises:
+        ModelError: if some layer keeps something other than keys and values per token.
+    """
+    windows: list[int | None] = []
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if len(layers) != config.num_hidden_layers:
+        raise ModelError(
+            f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed"
+        )
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            windows.append(int(layer.sliding_window))
+        elif type(layer) is DynamicLayer:
+            windows.append(None)
+        else:
+            raise ModelError(
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per token; "
+                "EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
+            )
+    return windows
+
+
+class HookedCache(Cache):
+    """A cache of layers that compute their own attention.
+
+    The model's attention hook is in place while such a cache lives (or until `release`).
+
+    Args:
+        model: the model the cache is for.
+        layers: one cache layer per decoder layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[Any]):
+        super().__init__(layers=layers)
+        self._detach = weakref.finalize(self, attach(model))
+
+    def release(self) -> None:
+        """Gives the model's attention back now rather than when this object goes."""
+        self._detach()
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: the shapes change with every prompt."""
+        return False
+
+
+class CompressedCache(HookedCache):
+    """A key-value cache that keeps, of each prompt, only what a profile allows.
+
+    Pass it to ``generate(past_key_values=...)`` or to a forward call. The first forward call is the prompt: it
+    attends to all of itself and is then cut down layer by layer, so that its full keys and values never exist for
+    more than one layer at a time. Later tokens are appended. `reset` makes it ready for another prompt.
+
+    Args:
+        model: a transformers decoder-only model.
+        profile: budgets and selector; must belong to the model.
+
+    Raises:
+        ProfileError: if the profile is for another model.
+        ModelError: if the model's cache cannot be compressed.
+    """
+
+    layers: list[CompressedLayer]
+
+    def __init__(self, model: PreTrainedModel, profile: BudgetProfile):
+        profile.check_model(model)
+        selector = get_selector(profile.selector)
+        super().__init__(model, _layers(model, profile.budgets, selector))
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences held."""
+        return self.layers[0].batch
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def positions(self) -> list[list[Any]]:
+        """Prompt positions held, by layer and KV head.
+
+        ``positions[layer][head]`` is an ascending LongTensor for a batch of one, otherwise a list of such, one per
+        sequence. Positions count a sequence's real tokens from 0; padding has none.
+        """
+        return [
+            [
+                layer.kept_positions(0, head)
+                if layer.batch == 1
+                else [layer.kept_positions(i, head) for i in range(layer.batch)]
+                for head in range(layer.num_kv_heads)
+            ]
+            for layer in self.layers
+        ]
+
+    def kv_bytes_of(self, sequence: int) -> int:
+        """Bytes held by keys and values of one sequence."""
+        total = 0
+        for layer in self.layers:
+            for group in layer.groups:
+                rows = int((group.rows // layer.num_kv_heads == sequence).sum())
+                total += rows * (group.keys[0].nbytes + group.values[0].nbytes)
+        return total
+
+    @classmethod
+    def from_rankings(
+        cls,
+        model: PreTrainedModel,
+        keys_values: list[tuple[Tensor, Tensor]],
+        rankings: list[Tensor],
+        budgets: np.ndarray,
+        selector: Selector,
+    ) -> CompressedCache:
+        """One prompt under several budgets, a sequence for each, from a prefill that was recorded.
+
+        Args:
+            model: the model.
+            keys_values: by layer, keys and values ``[1, kv_heads, tokens, dim]``.
+            rankings: by layer, ``[sequences, kv_heads, tokens]``.
+            budgets: ``[sequences, layers, kv_heads]``.
+            selector: recorded with the layers; the rankings decide.
+        """
+        cache = cls.__new__(cls)
+        HookedCache.__init__(cache, model, _layers(model, np.moveaxis(budgets, 1, 0), selector))
+        for layer, (key, value), ranking in zip(cache.layers, keys_values, rankings, strict=True):
+            layer.store_ranked(key, value, ranking)
+        return cache
+
+    @classmethod
+    def merge(cls, model: PreTrainedModel, caches: list[CompressedCache]) -> CompressedCache:
+        """The sequences of several caches, each right after its prompt, in one."""
+        cache = cls.__new__(cls)
+        columns = zip(*(other.layers for other in caches), strict=True)
+        HookedCache.__init__(cache, model, [CompressedLayer.merge(list(column)) for column in columns])
+        return cache
+
+
+def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[CompressedLayer]:
+    windows = sliding_windows(model)
+    return [CompressedLayer(row, selector, window) for row, window in zip(budgets, windows, strict=True)]
+
+
+@contextmanager
+def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
+    """Runs every `generate` and forward call inside the ``with`` block under a profile.
+
+    Each prompt gets a fresh `CompressedCache`, which the output holds as ``past_key_values``. Calls that pass a
+    cache which already holds tokens, or ``use_cache=False``, go on as they would. Blocks may be nested; the inner
+    profile counts. On leaving the block the model is as it was, also after an exception.
+
+    Args:
+        model: a transformers decoder-only model.
+        profile: budgets and selector; must belong to the model.
+
+    Raises:
+        ProfileError: if the profile is for another model.
+        ModelError: if the model's cache cannot be compressed.
+        UsageError: inside the block, if a call asks for another kind of cache (static, quantized, offloaded).
+
+    Example:
+        >>> with evolkv.compress(model, profile):
+        ...     model.generate(**inputs)
+    """
+    profile.check_model(model)
+    sliding_windows(model)
+
+    def inject(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        given = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = model.config.get_text_config(decoder=True).use_cache
+        if isinstance(given, HookedCache) or not (use_cache or given is not None):
+            return None
+        if given is not None and given.get_seq_length() > 0:
+            return None
+        if given is not None and (type(given) is not DynamicCache or given.offloading):
+            raise UsageError(
+                f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
+                "call it without cache_implementation and without past_key_values"
+            )
+        kwargs["past_key_values"] = CompressedCache(model, profile)
+        kwargs["use_cache"] = True
+        return args, kwargs
+
+    detach = attach(model)
+    # First in line: of nested blocks the innermost one must be the first to bring its cache.
+    targets: list[nn.Module] = list(dict.fromkeys([model, model.get_decoder()]))
+    handles = [target.register_forward_pre_hook(inject, prepend=True, with_kwargs=True) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        detach()

@@ -1,0 +1,201 @@
+"""The door into attention: an implementation registered with transformers that our cache layers answer.
+
+`attach(model)` switches the model's decoder to the implementation ``evolkv_<own>``, where ``<own>`` is what the
+model was loaded with. It calls the model's own implementation unless the keys come from a `HookedLayer` (one of our
+cache layers), which then computes attention itself. The keys carry that fact as an attribute of the tensor that
+`HookedLayer.update` returned, so there is no global state and any other cache works as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from evolkv.errors import ModelError
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+_PREFIX = "evolkv_"
+_LAYER = "_evolkv_layer"
+_PADDING = "_evolkv_padding"
+
+
+class AttendingLayer(Protocol):
+    """A cache layer that computes attention over what it holds."""
+
+    def attend(
+        self,
+        own: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output ``[batch, tokens, heads, head_dim]`` (and weights or None)."""
+        ...
+
+
+def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
+    """Marks `key` as coming from `layer`, for the attention call that follows."""
+    # A fresh view: the caller's own tensor must stay unmarked.
+    key = key.view_as(key)
+    setattr(key, _LAYER, layer)
+    return key
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    """The 2-D padding mask ``[batch, tokens]`` (True: a real token) that a prompt's attention mask was made from."""
+    if mask is None:
+        return None
+    padding: Tensor | None = getattr(mask, _PADDING, None)
+    if padding is not None:
+        return padding
+    # A mask the caller prepared: a token is real if any query may look at it.
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
+
+
+def _own_attention(module: nn.Module, name: str) -> Attention:
+    if name == "eager":
+        # Eager attention is not registered: each modelling file brings its own.
+        own: Attention | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if own is None:
+            raise ModelError(
+                f"{type(module).__name__} has no eager attention function to wrap; "
+                "load the model with attn_implementation='sdpa'"
+            )
+        return own
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _attention(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    own = _own_attention(module, name)
+    layer: AttendingLayer | None = getattr(key, _LAYER, None)
+    if layer is None:
+        return own(module, query, key, value, mask, **kwargs)
+    return layer.attend(own, module, query, key, value, mask, **kwargs)
+
+
+def _mask(name: str, **kwargs: Any) -> Any:
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
+    padding = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and padding is not None:
+        setattr(mask, _PADDING, padding)
+    return mask
+
+
+def boolean_mask(
+    mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """What any implementation's mask over the newest `keys` entries means, as booleans.
+
+    Returns:
+        ``[batch or 1, 1, queries, keys]``, True where visible; None where everything is visible.
+    """
+    if mask is None:
+        if queries == 1:
+            return None
+        rows = torch.arange(keys - queries, keys, device=device)[:, None]
+        return (torch.arange(keys, device=device) <= rows)[None, None]
+    if mask.ndim == 2:  # flash attention's: padding only
+        return sdpa_mask(
+            batch,
+            queries,
+            keys,
+            keys - queries,
+            attention_mask=mask[:, -keys:],
+            device=device,
+            allow_is_causal_skip=False,
+        )
+    return (mask if mask.dtype == torch.bool else mask >= 0)[..., -keys:]
+
+
+def _decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    found = {id(model.config.get_text_config(decoder=True)): model.config.get_text_config(decoder=True)}
+    for module in model.get_decoder().modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+class _Attachment:
+    """How many users the hook of one model has, and what to restore after the last."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.users = 0
+        self.own = [(config, config._attn_implementation) for config in _decoder_configs(model)]
+
+    def install(self) -> None:
+        for config, name in self.own:
+            wrapped = _PREFIX + name
+            if wrapped not in ALL_ATTENTION_FUNCTIONS:
+                AttentionInterface.register(wrapped, functools.partial(_attention, name))
+                AttentionMaskInterface.register(wrapped, functools.partial(_mask, name))
+            config._attn_implementation_internal = wrapped
+
+    def remove(self) -> None:
+        for config, name in self.own:
+            config._attn_implementation_internal = name
+
+
+_attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel) -> Callable[[], None]:
+    """Installs the hook; the model is restored when every caller has called what is returned.
+
+    Raises:
+        ModelError: if the model's attention implementation cannot be wrapped.
+    """
+    attachment = _attachments.get(model)
+    if attachment is None:
+        attachment = _Attachment(model)
+        for _, name in attachment.own:
+            if name not in ("eager", "sdpa") and not str(name).startswith("flash_attention"):
+                raise ModelError(
+                    f"attention implementation {name!r} cannot be compressed; "
+                    "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+                )
+        _attachments[model] = attachment
+    if attachment.users == 0:
+        attachment.install()
+    attachment.users += 1
+    # The model may be gone before its last cache is; a weak reference lets it.
+    reference = weakref.ref(model)
+
+    def detach() -> None:
+        held = reference()
+        current = _attachments.get(held) if held is not None else None
+        if held is None or current is None:
+            return
+        current.users -= 1
+        if current.users == 0:
+            current.remove()
+            del _attachments[held]
+
+    return detach
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """The hook as a ``with`` block."""
+    detach = attach(model)
+    try:
+        yield
+    finally:
+        detach()

@@ -1,0 +1,456 @@
+"""One layer of the compressed cache: rows that each hold their own entries and nothing else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
+from evolkv.cache.math import attention, check_plain_logits, scaling_of
+from evolkv.errors import RunError
+from evolkv.selectors import PromptAttention, Selector
+
+
+@dataclass
+class RowGroup:
+    """Rows of one layer that hold the same number of entries.
+
+    A row is one (sequence, KV head) pair, numbered ``sequence * kv_heads + head``.
+
+    Args:
+        rows: the row numbers, ``[group]``, ascending.
+        keys: ``[group, entries, head_dim]``, oldest entry first.
+        values: ``[group, entries, value_dim]``.
+        positions: prompt position of each entry that came from the prompt, ``[group, prompt_entries]``, int32.
+            In a sliding-window layer new tokens are recorded too, since any entry may have to go.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Adds entries ``[group, new, dim]`` behind those held."""
+        self.keys = torch.cat([self.keys, keys], dim=1)
+        self.values = torch.cat([self.values, values], dim=1)
+
+    def drop_oldest(self, count: int) -> None:
+        """Forgets the first `count` entries of every row, and frees them."""
+        self.keys = self.keys[:, count:].clone()
+        self.values = self.values[:, count:].clone()
+        self.positions = self.positions[:, count:].clone()
+
+    def select(self, rows: Tensor) -> RowGroup | None:
+        """The group for a new set of rows, of which row ``i`` is a copy of the present row ``rows[i]``."""
+        slots = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
+        kept = (self.rows[slots] == rows).nonzero()[:, 0]
+        if not len(kept):
+            return None
+        slots = slots[kept]
+        return RowGroup(kept, self.keys[slots], self.values[slots], self.positions[slots])
+
+
+def group_rows(counts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Row numbers by the number of entries they keep: ``[(entries, rows), …]``, fewest entries first.
+
+    Args:
+        counts: entries kept by each row, ``[rows]``.
+    """
+    by_count: dict[int, list[int]] = defaultdict(list)
+    for row, count in enumerate(counts.tolist()):
+        by_count[count].append(row)
+    return [(count, np.array(rows)) for count, rows in sorted(by_count.items())]
+
+
+class CompressedLayer(CacheLayerMixin):
+    """A cache layer that keeps, of each prompt, a set number of entries per KV head, and every later token.
+
+    Before the prompt the layer is empty; the first forward call is the prompt, which attends to all of itself and
+    is then cut down. `attend` is called by the attention hook.
+
+    Args:
+        budgets: entries to keep, ``[kv_heads]`` for every sequence alike, or ``[batch, kv_heads]``.
+        selector: decides which entries.
+        sliding_window: how many tokens a query of this layer sees, or None for all. Such a layer keeps
+            ``min(budget, sliding_window)`` of the last `sliding_window` tokens, and never more than the window.
+    """
+
+    # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
+    is_sliding = False
+
+    def __init__(self, budgets: np.ndarray, selector: Selector, sliding_window: int | None = None):
+        super().__init__()
+        self.budgets = np.asarray(budgets, dtype=np.int64)
+        self.selector = selector
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.groups: list[RowGroup] = []
+        #: Real tokens of each sequence's prompt.
+        self.prompt_lengths: list[int] = []
+        self.prompt_width = 0
+        self.appended = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of the layer."""
+        return int(self.budgets.shape[-1])
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return len(self.prompt_lengths)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(group.keys.nbytes + group.values.nbytes for group in self.groups)
+
+    def kept_positions(self, sequence: int, head: int) -> Tensor:
+        """Prompt positions held for one row, ascending, ``[entries]`` int64."""
+        row = sequence * self.num_kv_heads + head
+        for group in self.groups:
+            slot = (group.rows == row).nonzero()
+            if len(slot):
+                positions = group.positions[slot[0, 0]].long()
+                return positions[positions < self.prompt_lengths[sequence]]
+        return torch.empty(0, dtype=torch.long)
+
+    # What transformers asks of a cache layer.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated ahead of the prompt."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return tag(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far (padding included), held or not."""
+        return self.prompt_width + self.appended
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made for the tokens after the prompt only; of the prompt, what is held is visible."""
+        if not self.is_initialized:
+            return query_length, 0
+        return self.appended + query_length, self.prompt_width
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Empties the layer, which is then ready for another prompt."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt."""
+        count = abs(tokens_to_remove)
+        if count == 0:
+            return
+        if count > self.appended or self.is_sliding:
+            raise RunError(
+                f"cannot take back {count} tokens from a compressed cache: only the {self.appended} tokens after the "
+                "prompt of a layer without sliding window can be; use plain greedy search, sampling or beam search"
+            )
+        for group in self.groups:
+            group.keys = group.keys[:, :-count].clone()
+            group.values = group.values[:, :-count].clone()
+        self.appended -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times."""
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        if not self.is_initialized:
+            return
+        sequences = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+        sequences = sequences.to(self.device)
+        heads = torch.arange(self.num_kv_heads, device=self.device)
+        rows = (sequences[:, None] * self.num_kv_heads + heads).flatten()
+        selected = (group.select(rows) for group in self.groups)
+        self.groups = [group for group in selected if group is not None]
+        order = sequences.tolist()
+        self.prompt_lengths = [self.prompt_lengths[sequence] for sequence in order]
+        if self.budgets.ndim == 2:
+            self.budgets = self.budgets[order]
+
+    @classmethod
+    def merge(cls, layers: list[CompressedLayer]) -> CompressedLayer:
+        """The sequences of several layers, right after their prompts, in one."""
+        first = layers[0]
+        budgets = np.concatenate([np.broadcast_to(x.budgets, (x.batch, x.num_kv_heads)) for x in layers])
+        merged = cls(budgets, first.selector, first.sliding_window)
+        merged.dtype, merged.device = first.dtype, first.device
+        by_count: dict[int, list[RowGroup]] = defaultdict(list)
+        offset = 0
+        for layer in layers:
+            for group in layer.groups:
+                shifted = RowGroup(group.rows + offset, group.keys, group.values, group.positions)
+                by_count[group.keys.shape[1]].append(shifted)
+            offset += layer.batch * layer.num_kv_heads
+            merged.prompt_lengths += layer.prompt_lengths
+        for _, groups in sorted(by_count.items()):
+            parts = (
+                [getattr(group, name) for group in groups] for name in ("rows", "keys", "values", "positions")
+            )
+            merged.groups.append(RowGroup(*(torch.cat(part) for part in parts)))
+        merged.prompt_width = max(layer.prompt_width for layer in layers)
+        merged.is_initialized = True
+        return merged
+
+    # Attention.
+
+    def attend(
+        self,
+        own: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the new tokens to what the layer holds and to themselves; then stores them."""
+        if not self.is_initialized:
+            output = own(module, query, key, value, mask, **kwargs)
+            prompt = PromptAttention(
+                query, key, value, scaling_of(query, kwargs), kwargs.get("softcap"), self.sliding_window
+            )
+            self.store_prompt(prompt, padding_of(mask))
+            return output
+        return self._decode(own, module, query, key, value, mask, **kwargs)
+
+    def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
+        """Keeps of a prompt what the budgets allow.
+
+        Args:
+            prompt: the layer's attention inputs for the (padded) prompts.
+            padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
+        """
+        with torch.no_grad():
+            if padding is None or bool(padding.all()):
+                self._store(prompt.key, prompt.value, self._rank(prompt))
+            else:
+                real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+                rankings = [self._rank(_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
+                self._store_padded(prompt.key, prompt.value, rankings, real)
+
+    def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor) -> None:
+        """Keeps one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.
+
+        Args:
+            key: ``[1, kv_heads, tokens, head_dim]``.
+            value: ``[1, kv_heads, tokens, value_dim]``.
+            rankings: token positions from the first to be kept on, ``[batch, kv_heads, tokens]``.
+        """
+        self.lazy_initialization(key, value)
+        batch = len(self.budgets)
+        self._store(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), rankings)
+
+    def _rank(self, prompt: PromptAttention) -> Tensor | None:
+        """The selector's ranking ``[batch, kv_heads, tokens]``, or None where every token is kept anyway."""
+        if int(self.budgets.min()) >= prompt.num_tokens and not self._outgrows_window(prompt.num_tokens):
+            return None
+        return self.selector.rank(prompt)
+
+    def _outgrows_window(self, tokens: int) -> bool:
+        return self.sliding_window is not None and tokens > self.sliding_window
+
+    def _counts(self, lengths: list[int]) -> np.ndarray:
+        """Entries that each row keeps, ``[batch * kv_heads]``."""
+        limit = np.array(lengths)[:, None]
+        if self.sliding_window is not None:
+            limit = np.minimum(limit, self.sliding_window)
+        return np.minimum(np.broadcast_to(self.budgets, (len(lengths), self.num_kv_heads)), limit).reshape(-1)
+
+    def _store(self, key: Tensor, value: Tensor, ranking: Tensor | None) -> None:
+        batch, heads, width, _ = key.shape
+        for count, rows in group_rows(self._counts([width] * batch)):
+            row = torch.from_numpy(rows).to(key.device)
+            sequence, head = row // heads, row % heads
+            if ranking is None:
+                kept = torch.arange(count, device=key.device).expand(len(row), -1)
+            else:
+                kept = ranking[sequence, head, :count].sort(dim=-1).values
+            self._hold(row, key, value, sequence, head, kept, kept)
+        self.prompt_lengths, self.prompt_width, self.is_initialized = [width] * batch, width, True
+
+    def _store_padded(
+        self, key: Tensor, value: Tensor, rankings: list[Tensor | None], real: list[Tensor]
+    ) -> None:
+        heads, width = key.shape[1:3]
+        lengths = [len(tokens) for tokens in real]
+        for count, rows in group_rows(self._counts(lengths)):
+            row = torch.from_numpy(rows).to(key.device)
+            sequence, head = row // heads, row % heads
+            kept, tokens = [], []
+            for i, j in zip(sequence.tolist(), head.tolist(), strict=True):
+                ranking = rankings[i]
+                kept.append(
+                    torch.arange(count, device=key.device)
+                    if ranking is None
+                    else ranking[0, j, :count].sort().values
+                )
+                tokens.append(real[i][kept[-1]])
+            self._hold(row, key, value, sequence, head, torch.stack(kept), torch.stack(tokens))
+        self.prompt_lengths, self.prompt_width, self.is_initialized = lengths, width, True
+
+    def _hold(
+        self,
+        row: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequence: Tensor,
+        head: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+    ) -> None:
+        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
+        where = (sequence[:, None], head[:, None], tokens)
+        self.groups.append(RowGroup(row, key[where], value[where], positions.to(torch.int32)))
+
+    def _decode(
+        self,
+        own: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, new, head_dim = key.shape
+        visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
+        if self._is_dense(batch):
+            self.groups[0].append(key.flatten(0, 1), value.flatten(0, 1))
+        else:
+            key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
+            for group in self.groups:
+                group.append(key_rows[group.rows], value_rows[group.rows])
+        self.appended += new
+        if self.sliding_window is not None:
+            self._record_positions(new)
+
+        if visible is None and self._is_dense(batch) and not self._window_may_hide():
+            output = self._attend_dense(own, module, query, kwargs)
+        else:
+            output = self._attend_groups(module, query, visible, kwargs), None
+        self._drop_out_of_window()
+        return output
+
+    def _is_dense(self, batch: int) -> bool:
+        return len(self.groups) == 1 and len(self.groups[0].rows) == batch * self.num_kv_heads
+
+    def _record_positions(self, new: int) -> None:
+        for group in self.groups:
+            sequences = (group.rows // self.num_kv_heads).tolist()
+            start = torch.tensor(
+                [self.prompt_lengths[i] + self.appended - new for i in sequences], device=self.device
+            )
+            steps = torch.arange(new, device=self.device)
+            positions = (start[:, None] + steps).to(torch.int32)
+            group.positions = torch.cat([group.positions, positions], dim=1)
+
+    def _window_may_hide(self) -> bool:
+        return (
+            self.sliding_window is not None and max(self.prompt_lengths) + self.appended > self.sliding_window
+        )
+
+    def _drop_out_of_window(self) -> None:
+        if self.sliding_window is None:
+            return
+        for group in self.groups:
+            surplus = group.keys.shape[1] - self.sliding_window
+            if surplus > 0:
+                group.drop_oldest(surplus)
+
+    def _attend_dense(
+        self, own: Attention, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """One new token that sees everything held, all rows at once, by the model's own attention."""
+        group, shape = self.groups[0], (query.shape[0], self.num_kv_heads)
+        key, value = group.keys.unflatten(0, shape), group.values.unflatten(0, shape)
+        return own(module, query, key, value, None, **kwargs)
+
+    def _attend_groups(
+        self, module: nn.Module, query: Tensor, visible: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Group by group, without padding any row to another's length."""
+        check_plain_logits(module, kwargs)
+        batch, query_heads, queries, head_dim = query.shape
+        heads = self.num_kv_heads
+        fold = query_heads // heads
+        rows = query.reshape(batch * heads, fold * queries, head_dim)
+        output: Tensor | None = None
+        for group in self.groups:
+            shown = self._visible_to_group(group, queries, visible)
+            if shown is not None and queries > 1:
+                shown = shown.repeat(1, fold, 1)
+            attended = attention(
+                rows[group.rows],
+                group.keys,
+                group.values,
+                shown,
+                scaling_of(query, kwargs),
+                kwargs.get("softcap"),
+            )
+            if output is None:
+                output = attended.new_empty((batch * heads, fold * queries, attended.shape[-1]))
+            output[group.rows] = attended
+        assert output is not None
+        # [batch * kv_heads, fold * queries, dim] -> [batch, queries, heads, dim]
+        return output.view(batch, query_heads, queries, -1).transpose(1, 2).contiguous()
+
+    def _visible_to_group(self, group: RowGroup, queries: int, visible: Tensor | None) -> Tensor | None:
+        """Which entries each query of a group sees, ``[group, queries, entries]``; None for all."""
+        entries = group.keys.shape[1]
+        shown: Tensor | None = None
+        if visible is not None:
+            sequences = (
+                group.rows // self.num_kv_heads if visible.shape[0] > 1 else torch.zeros_like(group.rows)
+            )
+            newest = visible[sequences, 0][..., -entries:]
+            held = entries - newest.shape[-1]
+            shown = torch.cat([newest.new_ones((*newest.shape[:2], held)), newest], dim=-1)
+        if self._window_may_hide():
+            assert self.sliding_window is not None
+            # The newest tokens' positions stand last in every row.
+            asking = group.positions[:, -queries:, None]
+            inside = group.positions[:, None] > asking - self.sliding_window
+            shown = inside if shown is None else shown & inside
+        return shown
+
+
+def _sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAttention:
+    """One sequence of a padded batch, cut down to its real tokens."""
+    at = slice(index, index + 1)
+    return PromptAttention(
+        prompt.query[at, :, tokens],
+        prompt.key[at, :, tokens],
+        prompt.value[at, :, tokens],
+        prompt.scaling,
+        prompt.softcap,
+        prompt.sliding_window,
+    )

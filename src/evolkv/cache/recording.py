@@ -1,0 +1,88 @@
+"""A cache that keeps a whole prompt and every selector's opinion of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from evolkv.cache.compressed import HookedCache, sliding_windows
+from evolkv.cache.hook import Attention, tag
+from evolkv.cache.math import scaling_of
+from evolkv.selectors import PromptAttention, Selector
+
+
+class RecordingLayer(DynamicLayer):
+    """Holds all keys and values in order of position, and the rankings of the prompt seen last.
+
+    Args:
+        selectors: whose rankings to record.
+        sliding_window: how many tokens a query of this layer sees, or None for all. The layer holds the whole prompt
+            all the same, so that it can be cut back to a prefix.
+    """
+
+    def __init__(self, selectors: list[Selector], sliding_window: int | None):
+        super().__init__()
+        self.selectors = selectors
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        #: By selector, ``[1, kv_heads, tokens]``.
+        self.rankings: dict[Selector, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends, and marks the keys for `attend`."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return tag(keys, self), values
+
+    def attend(
+        self,
+        own: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention; the rankings are made on the side."""
+        prompt = PromptAttention(
+            query,
+            key,
+            value,
+            scaling_of(query, kwargs),
+            kwargs.get("softcap"),
+            self.sliding_window,
+            first_query=key.shape[2] - query.shape[2],
+        )
+        self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
+        return own(module, query, key, value, mask, **kwargs)
+
+    def cut(self, tokens: int) -> None:
+        """Forgets everything from position `tokens` on."""
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+
+
+class RecordingCache(HookedCache):
+    """Keeps one prompt whole, with the rankings of several selectors.
+
+    Args:
+        model: a transformers decoder-only model.
+        selectors: whose rankings to record.
+    """
+
+    layers: list[RecordingLayer]
+
+    def __init__(self, model: PreTrainedModel, selectors: list[Selector]):
+        super().__init__(model, [RecordingLayer(selectors, window) for window in sliding_windows(model)])
+
+    def cut(self, tokens: int) -> None:
+        """Forgets everything from position `tokens` on, in every layer."""
+        for layer in self.layers:
+            layer.cut(tokens)

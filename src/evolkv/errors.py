@@ -1,0 +1,36 @@
+"""Every error that EvolKV raises on purpose.
+
+The message of each is one line that says what was wrong, what was expected and what to do next.
+`UsageError` and its children mean that the input was at fault (exit code 2 on the command line);
+`RunError` means that the input was fine but the work could not be completed (exit code 1).
+"""
+
+from __future__ import annotations
+
+
+class EvolKVError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UsageError(EvolKVError, ValueError):
+    """An argument, a file or a combination of settings that cannot be used."""
+
+
+class ModelError(UsageError):
+    """A model that cannot be found, loaded or compressed."""
+
+
+class ProfileError(UsageError):
+    """A profile that is malformed or does not belong to the model at hand."""
+
+
+class TaskError(UsageError):
+    """A task, or its data, that cannot be used."""
+
+
+class BudgetError(UsageError):
+    """Budgets that cannot be met: below a floor, above a ceiling, or a total out of reach."""
+
+
+class RunError(EvolKVError, RuntimeError):
+    """Work that failed although its input was valid (out of memory, a failed conversion, …)."""

@@ -1,0 +1,33 @@
+"""Evaluation: engines that score candidates, and methods compared side by side. ``evolkv.evaluate(...)`` compares."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from evolkv.evaluate.compare import EvaluationProgress, evaluate
+from evolkv.evaluate.engine import Engine
+from evolkv.evaluate.methods import Method, get_method
+from evolkv.evaluate.naive import NaiveEngine
+from evolkv.evaluate.replay import ReplayEngine
+
+__all__ = [
+    "Engine",
+    "EvaluationProgress",
+    "Method",
+    "NaiveEngine",
+    "ReplayEngine",
+    "evaluate",
+    "get_method",
+]
+
+
+class _CallablePackage(ModuleType):
+    """Lets ``evolkv.evaluate`` be both this package and the function it is named after."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

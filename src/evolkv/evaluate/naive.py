@@ -1,0 +1,90 @@
+"""The naive engine: prefill again for every candidate. The reference that replay is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from evolkv.cache.compressed import CompressedCache, compress
+from evolkv.evaluate.decode import end_tokens, target_log_probs
+from evolkv.evaluate.engine import Progress, encode_prompts, encode_target, mean_probability, text_score
+from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import Selector
+from evolkv.tasks import Example
+
+
+class NaiveEngine:
+    """Scores candidates the way a user runs a profile: a compressed cache for each candidate and example.
+
+    It serves any selector, and needs no memory beyond one prompt. It costs a prefill per candidate and example.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        examples: what to score on.
+        selector: decides which tokens a budget keeps.
+        metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
+        on_progress: called with (done, total) once, since nothing is prepared.
+
+    Raises:
+        UsageError: for no examples, or a prompt that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        selector: Selector,
+        metric: str | None = "logprob",
+        on_progress: Progress | None = None,
+    ):
+        self.model, self.tokenizer, self.examples, self.selector = model, tokenizer, list(examples), selector
+        self.metrics = [metric or example.metric for example in self.examples]
+        self.prompts = encode_prompts(tokenizer, model, self.examples, describe_model(model).max_context)
+        self.lengths = [ids.shape[1] for ids in self.prompts]
+        self.end = end_tokens(model, tokenizer)
+        if on_progress is not None:
+            on_progress(len(self.examples), len(self.examples))
+
+    def score(self, budgets: np.ndarray) -> np.ndarray:
+        """Scores every candidate on every example; see `Engine.score`."""
+        scores = np.empty((len(budgets), len(self.examples)))
+        for row, candidate in enumerate(budgets):
+            for column, example in enumerate(self.examples):
+                if self.metrics[column] == "logprob":
+                    scores[row, column] = self._mean_probability(column, candidate)
+                else:
+                    text = self.generate(column, candidate)
+                    scores[row, column] = text_score(self.metrics[column], text, example)
+        return scores
+
+    def _profile(self, budgets: np.ndarray) -> BudgetProfile:
+        return BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
+
+    def _mean_probability(self, column: int, budgets: np.ndarray) -> float:
+        ids = self.prompts[column]
+        cache = CompressedCache(self.model, self._profile(budgets))
+        with torch.inference_mode():
+            output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        target = encode_target(self.tokenizer, self.examples[column])
+        logits = output.logits[0, -1].float()
+        return float(mean_probability(target_log_probs(self.model, cache, logits, ids.shape[1], target))[0])
+
+    def generate(self, column: int, budgets: np.ndarray) -> str:
+        """The greedy text that a candidate gives for example number `column`."""
+        ids = self.prompts[column]
+        with compress(self.model, self._profile(budgets)):
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.examples[column].max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(self.end) or None,
+            )
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,96 @@
+"""Prefill, once per example; what consecutive prompts share is computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evolkv.cache.recording import RecordingCache
+from evolkv.errors import UsageError
+from evolkv.models import describe_model
+from evolkv.selectors import Selector
+
+# Below this many common tokens a second forward pass costs more than it saves.
+_MIN_SHARED = 32
+
+
+@dataclass(frozen=True)
+class RecordedPrompt:
+    """A prompt that has been prefilled, whole, with rankings. Valid until the next prefill.
+
+    Args:
+        cache: keys, values and rankings.
+        tokens: length of the prompt.
+        next_logits: logits of the first new token, ``[vocabulary]`` float32.
+    """
+
+    cache: RecordingCache
+    tokens: int
+    next_logits: Tensor
+
+
+class Prefiller:
+    """Prefills prompts one after another, starting each where it first differs from the one before.
+
+    Keys and values of a common prefix are the same for both prompts, up to the rounding of differently shaped matrix
+    products. Nothing is shared when a selector's score needs the queries of the whole prompt.
+
+    Args:
+        model: the model.
+        selectors: whose rankings to record.
+    """
+
+    def __init__(self, model: PreTrainedModel, selectors: Sequence[Selector]):
+        self.model = model
+        self.selectors = list(dict.fromkeys(selectors))
+        self.max_context = describe_model(model).max_context
+        observed = [selector.observed_queries for selector in self.selectors]
+        self._observed = None if None in observed else max((n for n in observed if n is not None), default=0)
+        self._cache: RecordingCache | None = None
+        self._last: list[int] = []
+        #: Tokens of all prompts so far, and how many of them were computed rather than shared.
+        self.tokens_seen = self.tokens_computed = 0
+
+    def __call__(self, input_ids: Tensor) -> RecordedPrompt:
+        """Prefills one prompt.
+
+        Args:
+            input_ids: ``[1, tokens]``.
+
+        Raises:
+            UsageError: if the prompt is empty or longer than the model's context.
+        """
+        ids = input_ids[0].tolist()
+        if not ids:
+            raise UsageError("the prompt has no tokens; give it at least one")
+        if len(ids) > self.max_context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, more than the model's context of {self.max_context}; shorten it"
+            )
+        shared = self._shared_with_last(ids)
+        if self._cache is None or shared == 0:
+            self._cache = RecordingCache(self.model, self.selectors)
+            shared = 0
+        self._cache.cut(shared)
+        with torch.inference_mode():
+            output = self.model(
+                input_ids[:, shared:].to(self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._last = ids
+        self.tokens_seen += len(ids)
+        self.tokens_computed += len(ids) - shared
+        return RecordedPrompt(self._cache, len(ids), output.logits[0, -1].float())
+
+    def _shared_with_last(self, ids: list[int]) -> int:
+        if self._observed is None:
+            return 0
+        limit = min(len(ids) - max(1, self._observed), len(self._last))
+        shared = next((i for i in range(max(0, limit)) if ids[i] != self._last[i]), max(0, limit))
+        return shared if shared >= _MIN_SHARED else 0

@@ -1,0 +1,191 @@
+"""The replay engine: every prompt is prefilled once, and continued under each candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.cache.replay import RankedPrompt, ReplayCache
+from evolkv.errors import RunError, UsageError
+from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.engine import (
+    Progress,
+    encode_prompts,
+    encode_target,
+    free_memory,
+    mean_probability,
+    text_score,
+)
+from evolkv.evaluate.prefill import Prefiller
+from evolkv.models import describe_model
+from evolkv.selectors import Selector
+from evolkv.tasks import Example
+
+# Every candidate's new tokens stand in every other one's attention mask; beyond this many, splitting is cheaper.
+_MAX_CANDIDATES = 64
+
+
+class ReplayEngine:
+    """Scores candidates by replay: eviction happens after prefill, so the prefill serves every candidate.
+
+    Each example's ranked entries are kept (at most `ceiling` per KV head), and a whole population is decoded as one
+    batch. Scores equal those of `NaiveEngine` up to rounding.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        examples: what to score on.
+        selector: ranks the tokens; must be nested.
+        metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
+        ceiling: the largest budget that will be asked for; None for the longest prompt.
+        memory_limit: bytes that snapshots and one batch of candidates may take together; None for nine tenths of what
+            is free.
+        hold: whether to prefill now and hold the result for any number of `score` calls. False prefills during `score`,
+            one example at a time: right for scoring once.
+        on_progress: called with (done, total) after each example that was prefilled.
+
+    Raises:
+        UsageError: for a selector that is not nested, no examples, or a prompt that does not fit the model.
+        RunError: if the snapshots do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        selector: Selector,
+        metric: str | None = "logprob",
+        ceiling: int | None = None,
+        memory_limit: int | None = None,
+        hold: bool = True,
+        on_progress: Progress | None = None,
+    ):
+        if not selector.nested:
+            raise UsageError(
+                f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'"
+            )
+        self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
+        self.metrics = [metric or example.metric for example in self.examples]
+        prompts = encode_prompts(tokenizer, model, self.examples, describe_model(model).max_context)
+        self.lengths = [ids.shape[1] for ids in prompts]
+        self.targets = [
+            encode_target(tokenizer, example) if name == "logprob" else None
+            for example, name in zip(self.examples, self.metrics, strict=True)
+        ]
+        self.end = end_tokens(model, tokenizer)
+        self._limit = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
+        self._selector, self._ceiling = selector, ceiling or max(self.lengths)
+        self._inputs, self._on_progress = prompts, on_progress
+        self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
+
+    def score(self, budgets: np.ndarray) -> np.ndarray:
+        """Scores every candidate on every example; see `Engine.score`."""
+        budgets = np.asarray(budgets, dtype=np.int64)
+        scores = np.empty((len(budgets), len(self.examples)))
+        prefill = Prefiller(self.model, [self._selector])
+        for column in range(len(self.examples)):
+            prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
+            size = self._candidates_at_once(column, prompt)
+            for start in range(0, len(budgets), size):
+                part = slice(start, start + size)
+                scores[part, column] = self._score_example(column, prompt, budgets[part])
+            if self._held is None and self._on_progress is not None:
+                self._on_progress(column + 1, len(self.examples))
+        return scores
+
+    def generate(self, column: int, budgets: np.ndarray) -> list[str]:
+        """The greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
+        prefill = Prefiller(self.model, [self._selector])
+        prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
+        return self._generate(column, prompt, np.asarray(budgets, dtype=np.int64))
+
+    def _prefill_all(self) -> list[RankedPrompt]:
+        prefill = Prefiller(self.model, [self._selector])
+        ranked: list[RankedPrompt] = []
+        held, total = 0, len(self._inputs)
+        for column in range(total):
+            ranked.append(self._rank(prefill, column))
+            held += ranked[-1].nbytes
+            expected = held * total // len(ranked)
+            if expected > self._limit:
+                raise RunError(
+                    f"the snapshots of {total} examples need about {_mib(expected)}, and {_mib(self._limit)} may be "
+                    "used; use fewer examples, a lower ceiling, or engine 'naive'"
+                )
+            if self._on_progress is not None:
+                self._on_progress(column + 1, total)
+        self._limit -= held
+        return ranked
+
+    def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
+        recorded = prefill(self._inputs[column])
+        return RankedPrompt.from_recording(
+            recorded.cache, recorded.next_logits, self._selector, self._ceiling
+        )
+
+    def _score_example(self, column: int, prompt: RankedPrompt, budgets: np.ndarray) -> np.ndarray:
+        target = self.targets[column]
+        if target is not None:
+            cache = ReplayCache(self.model, prompt, budgets)
+            return mean_probability(
+                target_log_probs(self.model, cache, prompt.next_logits, prompt.tokens, target)
+            )
+        texts = self._generate(column, prompt, budgets)
+        return np.array([text_score(self.metrics[column], text, self.examples[column]) for text in texts])
+
+    def _generate(self, column: int, prompt: RankedPrompt, budgets: np.ndarray) -> list[str]:
+        rows = len(budgets)
+        tokens = greedy(
+            self.model,
+            ReplayCache(self.model, prompt, budgets),
+            prompt.next_logits.expand(rows, -1),
+            [prompt.tokens] * rows,
+            [self.examples[column].max_new_tokens] * rows,
+            self.end,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+    def _candidates_at_once(self, column: int, prompt: RankedPrompt) -> int:
+        """How many candidates fit into memory as one batch, at least one.
+
+        Raises:
+            RunError: if not even one does.
+        """
+        target = self.targets[column]
+        new = len(target) if target is not None else self.examples[column].max_new_tokens
+        queries = new if target is not None else 1
+        need = _candidate_bytes(self.model, prompt, queries, new)
+        shared = 2 * max(
+            key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True)
+        )
+        room = (self._limit - shared) // need
+        if room < 1:
+            raise RunError(
+                f"one candidate on example {self.examples[column].id} needs about {_mib(need + shared)} besides the "
+                f"snapshots, and {_mib(max(self._limit, 0))} is left; use fewer examples, a lower ceiling, or engine 'naive'"
+            )
+        return int(min(room, _MAX_CANDIDATES))
+
+
+def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> int:
+    """Bytes that one candidate takes at the peak of a forward pass, from above."""
+    config = model.config.get_text_config(decoder=True)
+    element = prompt.keys[0].element_size()
+    logits = queries * config.vocab_size * (element + 2 * 4)
+    hidden = queries * (8 * config.hidden_size + 4 * config.intermediate_size) * element
+    own = sum(
+        key.shape[0] * (key.shape[2] + value.shape[2])
+        for key, value in zip(prompt.keys, prompt.values, strict=True)
+    )
+    entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_CANDIDATES
+    # A boolean mask and its float copy inside the attention kernel.
+    mask = config.num_attention_heads * queries * entries * (1 + 4)
+    return int(logits + hidden + 2 * own * new * element + mask)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,17 @@
+"""Models: loading one by name, path or alias, and the facts about it that budgets depend on."""
+
+from __future__ import annotations
+
+from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
+from evolkv.models.info import ModelInfo, describe_model
+from evolkv.models.loading import load_model
+
+__all__ = [
+    "ALIASES",
+    "ModelInfo",
+    "ModelRow",
+    "PackagedModel",
+    "describe_model",
+    "list_models",
+    "load_model",
+]

@@ -1,0 +1,154 @@
+"""What budgets and profiles need to know about a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evolkv.errors import ModelError
+
+UNBOUNDED_CONTEXT = 2**31 - 1
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_SAMPLED_ROWS = 8
+_SAMPLED_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The facts about a decoder-only model that decide which budgets fit it.
+
+    Attributes:
+        name: alias, Hugging Face id, or name of the folder or file the model came from.
+        num_layers: L, the number of layers, each with a KV cache of its own.
+        num_kv_heads: H, the number of KV heads of each layer.
+        num_heads: the number of query heads of each layer.
+        head_dim: channels of one head.
+        max_context: the longest context the model declares, in tokens; 2³¹ − 1 if it declares none.
+        fingerprint: 16 hex digits that identify architecture and weights; see `fingerprint`.
+    """
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    num_heads: int
+    head_dim: int
+    max_context: int
+    fingerprint: str
+
+
+def describe_model(model: nn.Module) -> ModelInfo:
+    """The facts about a transformers model that decide which budgets fit it.
+
+    Args:
+        model: a decoder-only transformers model, on any device and in any dtype.
+
+    Raises:
+        ModelError: the model is not decoder-only, its layers differ in their number of KV heads, or some
+            layer has no KV cache of its own.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"expected a transformers model, got {type(model).__name__}; use load_model() to get one"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; EvolKV needs a decoder-only language model"
+        )
+    text = config.get_text_config(decoder=True)
+    num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    info = {
+        "num_layers": int(text.num_hidden_layers),
+        "num_kv_heads": _num_kv_heads(text, num_heads),
+        "num_heads": num_heads,
+        "head_dim": int(head_dim),
+    }
+    _check_layers(text)
+    context = getattr(text, "max_position_embeddings", None)
+    return ModelInfo(
+        name=_name(config),
+        max_context=int(context) if context and context > 0 else UNBOUNDED_CONTEXT,
+        fingerprint=fingerprint(model, {"type": text.model_type, **info}),
+        **info,
+    )
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
+    """16 hex digits that identify a model's architecture and weights, in a few tens of milliseconds.
+
+    Digested are the architecture, the shape of every parameter, and the signs of a fixed sample of each
+    matrix (64 columns of 8 rows). The sign is what float32, bfloat16 and float16 agree on to the last weight:
+    rounding never changes it, not even where float16 underflows to zero. So the digest does not depend on the
+    dtype, nor on device, attention implementation or path. Two models trained apart differ in about half
+    of the signs; one that was fine-tuned so lightly that no sampled weight crossed zero is not told apart.
+    """
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for parameter in model.parameters():
+        digest.update(str(tuple(parameter.shape)).encode())
+        if parameter.ndim >= 2 and not parameter.is_meta:
+            rows = parameter.reshape(-1, parameter.shape[-1])
+            step = max(1, len(rows) // _SAMPLED_ROWS)
+            signs = torch.signbit(rows[::step][:_SAMPLED_ROWS, :_SAMPLED_COLUMNS])
+            digest.update(signs.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(config: Any) -> str:
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name:
+        return str(config.model_type)
+    path = Path(name)
+    # A path says where the model lies on one machine, not what it is.
+    return path.resolve().name if path.is_absolute() or path.is_dir() else name
+
+
+def _same_for_all_layers(text: Any, field: str, what: str) -> int:
+    value = getattr(text, field, None)
+    numbers = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(numbers) > 1:
+        raise ModelError(
+            f"model type {text.model_type!r} has layers with different numbers of {what} "
+            f"({', '.join(map(str, sorted(numbers, key=str)))}); EvolKV needs the same number in every layer"
+        )
+    number = numbers.pop() if numbers else None
+    if not isinstance(number, int):
+        raise ModelError(f"the config of model type {text.model_type!r} does not say how many {what} it has")
+    return number
+
+
+def _num_kv_heads(text: Any, num_heads: int) -> int:
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    for field in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(text, field, None) is not None:
+            number = _same_for_all_layers(text, field, "KV heads")
+            in_full_layers = getattr(text, "num_global_key_value_heads", None)
+            if in_full_layers not in (None, number):
+                raise ModelError(
+                    f"model type {text.model_type!r} has layers with different numbers of KV heads "
+                    f"({number}, {in_full_layers}); EvolKV needs the same number in every layer"
+                )
+            return number
+    return num_heads
+
+
+def _check_layers(text: Any) -> None:
+    others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if others:
+        raise ModelError(
+            f"model type {text.model_type!r} has layers without a KV cache ({', '.join(sorted(others))}); "
+            f"EvolKV needs attention in every layer"
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"model type {text.model_type!r} has layers that share one KV cache; "
+            f"EvolKV needs a cache of its own for every layer"
+        )

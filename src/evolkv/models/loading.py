@@ -1,0 +1,238 @@
+"""Loading a model by name, path or alias."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evolkv.errors import EvolKVError, ModelError, RunError
+from evolkv.models import gguf
+from evolkv.models.aliases import ALIASES
+from evolkv.registry import unknown_name
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+_HUB_TIMEOUT_SECONDS = 10.0
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a decoder-only language model and its tokenizer.
+
+    Weights are read from safetensors or GGUF files only, never from pickles. A GGUF file (an alias is one,
+    too) is converted at its first use and kept under the user's cache folder, or `$EVOLKV_CACHE`.
+
+    Args:
+        name: an alias (see `list_models`), a local folder, a `.gguf` file, or a Hugging Face id.
+        dtype: the dtype to hold and compute in, by name ("float32", "bfloat16", "float16") or as
+            `torch.dtype`. Default: bfloat16 where the device computes it fast, else float32.
+        device: where to put the model ("cpu", "cuda", "cuda:1", …). Default: "cuda" if there is one,
+            else "cpu".
+        attn_implementation: transformers' name of an attention implementation. Default: the model's own.
+        trust_remote_code: run modelling code that comes with the weights. Default: never.
+
+    Returns:
+        (model, tokenizer): the model in eval mode on `device`; the tokenizer has a padding token.
+
+    Raises:
+        ModelError: there is no such model, its files are damaged, it is not a decoder-only language model, or
+            `dtype`, `device` or `attn_implementation` cannot be had here.
+        RunError: memory or disk space ran out.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    with _quiet():
+        source, label = _find(os.fspath(name))
+        try:
+            return _load(source, label, kind, place, attn_implementation, trust_remote_code)
+        except EvolKVError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RunError(
+                f"out of memory while loading {label!r} in {kind} on {place}; take a smaller model"
+            ) from error
+        except Exception as error:
+            raise ModelError(f"cannot load {label!r}: {_one_line(error)}") from error
+
+
+def _load(
+    source: str,
+    label: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
+    # Transformers' classes cost seconds to import, and a command that loads no model should not pay them.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    _check_architecture(config, label)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{label!r} lacks {len(missing)} of the model's weights ({missing[0]}, …); "
+            f"it is damaged or not a causal language model"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config._name_or_path = label
+    return model.to(device).eval(), tokenizer
+
+
+def _find(name: str) -> tuple[str, str]:
+    """What transformers should load for `name`, and what to call it."""
+    path = Path(name).expanduser()
+    if name in ALIASES:
+        entry = ALIASES[name]
+        return str(gguf.converted(entry.paths(name), name, entry.sha256)), name
+    if name and path.is_file():
+        return str(gguf.converted([path], path.name.removesuffix(".gguf"))), path.name.removesuffix(".gguf")
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(path.glob("*.gguf"))
+            hint = (
+                f"pass the file itself: {found[0]}"
+                if found
+                else "expected a folder with config.json and safetensors"
+            )
+            raise ModelError(f"no config.json in folder {path}; {hint}")
+        return str(path), str(path.resolve())
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".gguf"):
+        raise ModelError(f"no such model file or folder: {name!r}; {_choices()}")
+    near = difflib.get_close_matches(name, ALIASES, n=1)
+    if "/" not in name and near:
+        raise ModelError(f"unknown model {name!r}. Did you mean {near[0]!r}? {_choices()}")
+    _check_hub(name)
+    return name, name
+
+
+def _check_hub(name: str) -> None:
+    """Ask the Hub once, with a time limit: transformers itself would try for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = (
+            "the Hugging Face Hub has no such model, or not for you"
+            if status in (401, 403, 404)
+            else f"the Hugging Face Hub cannot be reached ({type(error).__name__})"
+        )
+        raise ModelError(f"unknown model {name!r}: not a local path, and {reason}; {_choices()}") from error
+
+
+def _choices() -> str:
+    return f"give an alias ({', '.join(sorted(ALIASES))}), a folder, a .gguf file or a Hugging Face id"
+
+
+def _check_architecture(config: Any, label: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    names = getattr(config, "architectures", None) or []
+    causal = (
+        any(re.search(r"CausalLM|LMHead|ConditionalGeneration|Model$", name) for name in names) or not names
+    )
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = remote or type(config) in AutoModelForCausalLM._model_mapping
+    if getattr(config, "is_encoder_decoder", False) or not causal or not known:
+        raise ModelError(
+            f"{label!r} is a {', '.join(names) or config.model_type}; "
+            f"EvolKV needs a decoder-only causal language model"
+        )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:  # which exception depends on the backend that is missing
+        raise ModelError(f"device {str(device)!r} is not available here; use {_devices()}") from error
+    return place
+
+
+def _devices() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return " or ".join(["'cpu'", *(f"'cuda:{index}'" for index in range(count))])
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if _computes_bfloat16_fast(device) else torch.float32
+    named = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
+    if named is None or named not in DTYPES.values():
+        raise ModelError(str(unknown_name("dtype", str(dtype), DTYPES)))
+    return named
+
+
+def _computes_bfloat16_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Without these instructions bfloat16 is emulated, up to a hundred times slower than float32.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False
+
+
+def _one_line(error: Exception) -> str:
+    """The first sentence-like line of an exception that may fill a screen."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and warnings of transformers and of the Hub client, then restore them."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    with contextlib.ExitStack() as restore:
+        for library in (logging, hub_logging):
+            restore.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            restore.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+        if not are_progress_bars_disabled():
+            restore.callback(enable_progress_bars)
+            disable_progress_bars()
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,105 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from evolkv.profile import BudgetProfile
+
+FORMAT = "evolkv.search/1"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One candidate on the training examples.
+
+    Args:
+        budgets: ``L × H`` ints.
+        fitness: what evolution maximises.
+        score: mean metric over the training examples.
+        cache_score: how well the budgets meet the target memory.
+        generation: number of the generation, from 0.
+    """
+
+    budgets: list[list[int]]
+    fitness: float
+    score: float
+    cache_score: float
+    generation: int
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One allocation on examples that the search never saw.
+
+    Args:
+        name: "best" or "mean" of the search, or the heuristic "uniform" or "pyramid".
+        evolved: whether it comes from the search.
+        budgets: ``L × H`` ints, at exactly the target total.
+        score: mean metric over the validation examples.
+        ci95: 95 % interval of the score.
+        n: number of validation examples.
+    """
+
+    name: str
+    evolved: bool
+    budgets: list[list[int]]
+    score: float
+    ci95: tuple[float, float]
+    n: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        profile: the allocation chosen on the validation examples (after an interruption: the fittest so far).
+        history: every evaluated candidate, in order of evaluation.
+        validation: the allocations that stood for choice, best first; empty after an interruption.
+        chosen: name of the one chosen.
+        improved: whether an evolved allocation beat every heuristic on the validation examples.
+        evaluations: number of candidates evaluated.
+        seconds: wall-clock time of the whole search.
+        interrupted: whether the search was stopped before its end.
+        settings: task, strategy, seed, … as the profile records them.
+    """
+
+    profile: BudgetProfile
+    history: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    chosen: str
+    improved: bool
+    evaluations: int
+    seconds: float
+    interrupted: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a ``--json`` file."""
+        best = max(self.history, key=lambda entry: entry["fitness"])
+        return {
+            "format": FORMAT,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+            "chosen": self.chosen,
+            "improved": self.improved,
+            "best": best,
+            "settings": self.settings,
+            "history": self.history,
+            "validation": self.validation,
+        }
+
+
+def as_rows(entries: list[Any]) -> list[dict[str, Any]]:
+    """Dataclasses as plain dictionaries that JSON can hold."""
+    return [{**asdict(entry)} for entry in entries]
+
+
+def as_lists(budgets: np.ndarray) -> list[list[int]]:
+    """A budgets matrix as lists of ints."""
+    return [[int(value) for value in row] for row in budgets]

@@ -1,0 +1,178 @@
+"""What a strategy is: `ask` for candidates, `tell` their fitness."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evolkv.allocators.project import broadcast_bounds
+from evolkv.errors import BudgetError, UsageError
+
+Budgets = NDArray[np.int64]
+
+#: Standard deviation, in cache entries, below which a distribution has converged: samples round to its mean.
+CONVERGED = 0.5
+
+
+class Strategy(Protocol):
+    """Proposes candidates and learns from their fitness.
+
+    Same arguments and same fitness values give the same candidates, whatever else draws random numbers in the
+    process. So a search can be resumed by telling a fresh strategy the recorded fitness again.
+    """
+
+    @property
+    def generation(self) -> int:
+        """Generations told so far, which is also the number of the generation `ask` returns, from 0."""
+
+    @property
+    def group(self) -> slice:
+        """The layers whose mean is k̄ in `cache_score`, for the candidates that `ask` returns."""
+
+    @property
+    def mean(self) -> Budgets | None:
+        """The mean of the search distribution as budgets, or None where that is not a candidate."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to search."""
+
+    @property
+    def best(self) -> tuple[Budgets, float]:
+        """The fittest candidate told so far and its fitness. Of equals the first.
+
+        Raises:
+            UsageError: nothing has been told yet.
+        """
+
+    def ask(self) -> list[Budgets]:
+        """Return the candidates of the current generation, int64 of shape (L,) or (L, H).
+
+        Asking again before `tell` returns the same candidates.
+
+        Raises:
+            UsageError: the search is done.
+        """
+
+    def tell(self, fitness: Sequence[float]) -> None:
+        """Learn the fitness, higher is better, of the candidates last asked for, in their order.
+
+        Raises:
+            UsageError: nothing was asked for, the wrong number of values, or a value that is not finite.
+        """
+
+
+class Generations(ABC):
+    """The bookkeeping that every strategy shares: one population at a time, and the best of all.
+
+    A subclass proposes a population in `_propose` and learns from it in `_learn`.
+    """
+
+    group: slice = slice(None)
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.done = False
+        self._population: list[Budgets] | None = None
+        self._best: tuple[Budgets, float] | None = None
+
+    @property
+    def best(self) -> tuple[Budgets, float]:
+        """The fittest candidate told so far and its fitness. Of equals the first."""
+        if self._best is None:
+            raise UsageError(
+                "there is no best candidate yet: ask() for candidates and tell() their fitness first"
+            )
+        budgets, fitness = self._best
+        return budgets.copy(), fitness
+
+    def ask(self) -> list[Budgets]:
+        """Return the candidates of the current generation; the same ones until they are told."""
+        if self._population is None:
+            if self.done:
+                raise UsageError("the search is done: read .best, or start a new strategy with another seed")
+            self._population = self._propose()
+        return [candidate.copy() for candidate in self._population]
+
+    def tell(self, fitness: Sequence[float]) -> None:
+        """Learn the fitness, higher is better, of the candidates last asked for, in their order."""
+        population = self._population
+        if population is None:
+            raise UsageError("tell() without candidates: ask() for them first")
+        values = [float(value) for value in fitness]
+        if len(values) != len(population):
+            raise UsageError(f"tell() got {len(values)} fitness values for {len(population)} candidates")
+        if not np.isfinite(values).all():
+            raise UsageError(f"fitness must be finite, got {values}")
+        top = int(np.argmax(values))
+        if self._best is None or values[top] > self._best[1]:
+            self._best = population[top], values[top]
+        self._learn(values)
+        self._population = None
+        self.generation += 1
+
+    @abstractmethod
+    def _propose(self) -> list[Budgets]:
+        """Return the next population."""
+
+    @abstractmethod
+    def _learn(self, fitness: list[float]) -> None:
+        """Update the search distribution with the fitness of the population that `_propose` returned last."""
+
+
+def single_allocation(floor: Budgets, ceiling: Budgets, total: int) -> bool:
+    """Whether floor, ceiling and total leave just one allocation, so that there is nothing to search."""
+    return total in (floor.sum(), ceiling.sum()) or int((floor < ceiling).sum()) <= 1
+
+
+def whole_number(name: str, value: int, least: int) -> int:
+    """Return `value` as an int of at least `least`, or raise `UsageError`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def positive_number(name: str, value: float) -> float:
+    """Return `value` as a positive, finite float, or raise `UsageError`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < np.inf:
+        raise UsageError(f"{name} must be a positive number, got {value!r}")
+    return number
+
+
+def layers_or_heads(shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` as (L,) or (L, H), or raise `UsageError`."""
+    sizes = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    if len(sizes) not in (1, 2):
+        raise UsageError(f"shape must be (layers,) or (layers, heads), got {shape!r}")
+    return tuple(whole_number("shape", size, 1) for size in sizes)
+
+
+def bounds(
+    shape: tuple[int, ...], budget: int, floor: ArrayLike, ceiling: ArrayLike
+) -> tuple[Budgets, Budgets]:
+    """Return floor and ceiling as int64 arrays of `shape`.
+
+    Raises:
+        BudgetError: bounds that are not whole numbers, do not broadcast to `shape`, cross, or leave the mean
+            `budget` out of reach.
+    """
+    low, high = broadcast_bounds(shape, floor, ceiling)
+    if not low.mean() <= budget <= high.mean():
+        raise BudgetError(
+            f"a mean budget of {budget} is out of reach: "
+            f"floor and ceiling allow {low.mean():g} to {high.mean():g}"
+        )
+    return low, high

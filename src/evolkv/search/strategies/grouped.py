@@ -1,0 +1,108 @@
+"""Strategy `evolkv`: the paper's search, layer group by layer group (arXiv 2509.08315, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from evolkv.search.strategies.base import (
+    CONVERGED,
+    Budgets,
+    Generations,
+    bounds,
+    positive_number,
+    whole_number,
+)
+from evolkv.search.strategies.cma_es import cma_es
+
+
+class GroupedCMA(Generations):
+    """A fresh CMA-ES for each group of neighbouring layers, bottom to top; the others stay as they are best.
+
+    The variables are the layer budgets of the group in units of c, started at 1. The best scheme G* and its
+    fitness run through all groups and are never reset: a later candidate replaces it only if it is strictly
+    fitter. Groups not yet searched stay uniform at c. Candidates may spend more or less than c on average:
+    the cache score of the fitness, taken over `group`, holds them near it, and `evolkv.allocators.complete`
+    brings the result to the exact total.
+
+    Args:
+        num_layers: L.
+        budget: c, the target mean budget in cache entries.
+        group_size: n_g, layers per group; the last group may be shorter.
+        sigma: σ₀, the initial standard deviation in units of c.
+        generations: generations per group. A group ends early when its CMA-ES has converged
+            (no spread left beyond rounding).
+        population: candidates per generation, at least 4; default 4 + ⌊3 ln n⌋ for a group of n layers.
+        floor: the least a layer may get, an int or (L,) ints.
+        ceiling: the most a layer may get, an int or (L,) ints.
+        seed: seed of the random numbers, not negative.
+
+    Raises:
+        UsageError: an argument out of its range (`BudgetError` for budget, floor and ceiling).
+    """
+
+    mean = None
+
+    def __init__(
+        self,
+        num_layers: int = 32,
+        budget: int = 128,
+        group_size: int = 8,
+        sigma: float = 0.3,
+        generations: int = 10,
+        population: int | None = None,
+        floor: ArrayLike = 33,
+        ceiling: ArrayLike = 1600,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.num_layers = whole_number("num_layers", num_layers, 1)
+        self.budget = whole_number("budget", budget, 1)
+        self.group_size = whole_number("group_size", group_size, 1)
+        self.sigma = positive_number("sigma", sigma)
+        self.generations = whole_number("generations", generations, 1)
+        self.population = None if population is None else whole_number("population", population, 4)
+        self.seed = whole_number("seed", seed, 0)
+        self._floor, self._ceiling = bounds((self.num_layers,), self.budget, floor, ceiling)
+        self._scheme: Budgets = np.clip(np.full(self.num_layers, self.budget), self._floor, self._ceiling)
+        self._start_group(0)
+
+    def _start_group(self, start: int) -> None:
+        self.group = slice(start, min(start + self.group_size, self.num_layers))
+        self._generation_in_group = 0
+        size = self.group.stop - self.group.start
+        low, high = self._floor[self.group] / self.budget, self._ceiling[self.group] / self.budget
+        # CMA-ES needs room between its bounds; less than half an entry is lost in rounding.
+        high = np.where(high > low, high, high + 0.4 / self.budget)
+        self._cma: Any = cma_es(
+            np.clip(np.ones(size), low, high),
+            self.sigma,
+            self.population or 4 + math.floor(3 * math.log(size)),
+            [self.seed, start],
+            bounds=[low, high],
+        )
+
+    def _propose(self) -> list[Budgets]:
+        self._samples = self._cma.ask()
+        population = []
+        for sample in self._samples:
+            budgets = np.rint(sample * self.budget).astype(np.int64)
+            candidate = self._scheme.copy()
+            candidate[self.group] = np.clip(budgets, self._floor[self.group], self._ceiling[self.group])
+            population.append(candidate)
+        return population
+
+    def _learn(self, fitness: list[float]) -> None:
+        self._cma.tell(self._samples, [-value for value in fitness])
+        self._generation_in_group += 1
+        spread = float(np.max(self._cma.stds)) * self.budget
+        if self._generation_in_group < self.generations and spread >= CONVERGED:
+            return
+        self._scheme = self.best[0]
+        if self.group.stop == self.num_layers:
+            self.done = True
+        else:
+            self._start_group(self.group.stop)

@@ -1,0 +1,116 @@
+"""What every selector shares: its inputs, its interface, and attention probabilities for scoring."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptAttention:
+    """One layer's attention inputs over a whole prompt, after RoPE and before any repetition of KV heads.
+
+    Args:
+        query: queries, ``[batch, heads, tokens, head_dim]``.
+        key: keys, ``[batch, kv_heads, tokens, head_dim]``.
+        value: values, ``[batch, kv_heads, tokens, head_dim]``.
+        scaling: factor on the attention logits.
+        softcap: Gemma 2's cap on the attention logits, or None.
+        sliding_window: how many tokens (itself included) a query of this layer sees, or None for all.
+        first_query: position of the first query. Above 0 where the head of the prompt was computed earlier, for
+            another prompt that shares it; the queries are then the last ``tokens - first_query``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    first_query: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.key.shape[2]
+
+    def probabilities(self, start: int, stop: int) -> Tensor:
+        """Attention of the queries at positions ``start`` to ``stop - 1`` to all keys, in float32.
+
+        Returns:
+            ``[batch, kv_heads, queries_per_kv_head, stop - start, stop]``: keys from ``stop`` on are
+            invisible to these queries and left out.
+        """
+        batch, kv_heads, _, head_dim = self.key.shape
+        group = self.query.shape[1] // kv_heads
+        count = stop - start
+        query = self.query[:, :, start - self.first_query : stop - self.first_query].float() * self.scaling
+        query = query.reshape(batch, kv_heads, group * count, head_dim)
+        logits = query @ self.key[:, :, :stop].float().transpose(2, 3)
+        logits = logits.view(batch, kv_heads, group, count, stop)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        rows = torch.arange(start, stop, device=logits.device)[:, None]
+        columns = torch.arange(stop, device=logits.device)
+        # Only the square of keys that are younger than the first query can be in some query's future.
+        logits[..., start:].masked_fill_(columns[start:] > rows, float("-inf"))
+        if self.sliding_window is not None and stop > self.sliding_window:
+            logits.masked_fill_(columns <= rows - self.sliding_window, float("-inf"))
+        return logits.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Selector(ABC):
+    """Decides which tokens each KV head keeps, as one ranking that serves every budget.
+
+    A subclass is a frozen dataclass whose fields are the method's hyper-parameters and which implements
+    `score`. Override `protected` where some tokens are always kept.
+    """
+
+    name: ClassVar[str]
+    #: Whether the tokens kept at a smaller budget are a subset of those kept at a larger one. Rankings that
+    #: are computed once and cut at the budget always are; only such selectors can be replayed.
+    nested: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, prompt: PromptAttention) -> Tensor:
+        """Importance of each token for each KV head, ``[batch, kv_heads, tokens]``, higher is kept first.
+
+        Protected tokens score ``+inf``.
+        """
+
+    @property
+    def min_budget(self) -> int:
+        """The smallest budget this selector can serve: the number of tokens it always keeps, at least 1."""
+        return 1
+
+    @property
+    def observed_queries(self) -> int | None:
+        """How many of the prompt's last queries the score looks at; None for all of them."""
+        return 0
+
+    def rank(self, prompt: PromptAttention) -> Tensor:
+        """Token positions from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
+
+        Ties go to the older token, always in the same way, so that budgets are nested. In a sliding-window layer
+        the tokens that the next query no longer sees come last.
+        """
+        ranking = self.score(prompt).argsort(dim=-1, descending=True, stable=True)
+        window = prompt.sliding_window
+        if window is not None and prompt.num_tokens > window:
+            outside = ranking < prompt.num_tokens - window
+            ranking = ranking.gather(-1, outside.byte().argsort(dim=-1, stable=True))
+        return ranking
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, as a profile records them."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """The hyper-parameters and their defaults."""
+        return {field.name: field.default for field in fields(cls)}

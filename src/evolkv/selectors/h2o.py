@@ -1,0 +1,59 @@
+"""H2O: heavy hitters of the whole prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from evolkv.errors import UsageError
+from evolkv.selectors.base import PromptAttention, Selector
+
+# Bounds the block of attention held at once to this many float32 probabilities (256 MiB).
+_BLOCK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class H2O(Selector):
+    """Keeps the tokens with the most attention summed over all queries of the prompt, and the last ones.
+
+    Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+    Models", arXiv 2306.14048, section 4.2, applied once after prefill. The paper splits a budget evenly
+    between recent tokens and heavy hitters; here, as in PyramidKV's evaluation of H2O, the recent share is a
+    fixed window, so that one ranking serves every budget.
+
+    Attention is summed in blocks of queries; no tokens × tokens matrix is held.
+
+    Args:
+        window: number of last prompt tokens that are always kept.
+    """
+
+    name: ClassVar[str] = "h2o"
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UsageError(f"h2o: window is {self.window}; it must be at least 1 token")
+
+    @property
+    def min_budget(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def observed_queries(self) -> int | None:
+        """All."""
+        return None
+
+    def score(self, prompt: PromptAttention) -> Tensor:
+        """Attention received, summed over queries and averaged over the group of query heads."""
+        batch, kv_heads, tokens, _ = prompt.key.shape
+        total = prompt.key.new_zeros((batch, kv_heads, tokens), dtype=torch.float32)
+        block = max(1, min(256, _BLOCK_ELEMENTS // (batch * prompt.query.shape[1] * tokens)))
+        for start in range(0, tokens, block):
+            stop = min(start + block, tokens)
+            total[..., :stop] += prompt.probabilities(start, stop).sum(dim=3).mean(dim=2)
+        total[..., max(0, tokens - self.window) :] = torch.inf
+        return total

@@ -1,0 +1,65 @@
+"""SnapKV: what the last tokens of the prompt attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evolkv.errors import UsageError
+from evolkv.selectors.base import PromptAttention, Selector
+
+
+@dataclass(frozen=True)
+class SnapKV(Selector):
+    """Keeps the tokens that the observation window at the end of the prompt attends to.
+
+    The attention of the window's queries is averaged over the window, pooled over neighbouring positions so
+    that tokens are kept in clusters, and averaged over the query heads that share a KV head. The window
+    itself is always kept.
+
+    Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469,
+    section 4 and listing 1.
+
+    Args:
+        window: number of last prompt tokens that vote and are always kept.
+        kernel: width of the pooling over positions, odd; 1 turns pooling off.
+        pooling: "max" (the paper's ablation favours it for retrieval) or "mean".
+    """
+
+    name: ClassVar[str] = "snapkv"
+    window: int = 32
+    kernel: int = 7
+    pooling: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UsageError(f"snapkv: window is {self.window}; it must be at least 1 token")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UsageError(f"snapkv: kernel is {self.kernel}; it must be a positive odd number")
+        if self.pooling not in ("max", "mean"):
+            raise UsageError(f"snapkv: pooling is {self.pooling!r}; it must be 'max' or 'mean'")
+
+    @property
+    def min_budget(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def observed_queries(self) -> int:
+        """The window."""
+        return self.window
+
+    def score(self, prompt: PromptAttention) -> Tensor:
+        """Pooled mean attention of the window, ``[batch, kv_heads, tokens]``."""
+        tokens = prompt.num_tokens
+        window = min(self.window, tokens)
+        older = tokens - window
+        votes = prompt.probabilities(older, tokens)[..., :older].mean(dim=3)
+        if older and self.kernel > 1:
+            pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+            votes = pool(votes.flatten(0, 1), self.kernel, stride=1, padding=self.kernel // 2).view_as(votes)
+        return F.pad(votes.mean(dim=2), (0, window), value=torch.inf)

@@ -1,0 +1,16 @@
+"""Tasks: where examples come from."""
+
+from evolkv.tasks.base import SPLITS, Example, Split, Task, encode_prompt, fingerprint
+from evolkv.tasks.spec import TASKS, format_spec, get_task
+
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Example",
+    "Split",
+    "Task",
+    "encode_prompt",
+    "fingerprint",
+    "format_spec",
+    "get_task",
+]

@@ -1,0 +1,155 @@
+"""What a task is: a named source of examples, each a prompt with the answers that count as right."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from evolkv.errors import TaskError, UsageError
+from evolkv.registry import unknown_name
+
+Split = Literal["train", "validation", "report"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what counts as a right answer to it.
+
+    Args:
+        id: name of the example, the same in every run that draws it.
+        prompt: the complete text given to the model, chat template included.
+        references: the acceptable answers, at least one.
+        target: the text whose probability the `logprob` metric measures. Default: the first reference, with
+            a leading space unless the prompt ends with whitespace.
+        max_new_tokens: most tokens to generate for a text metric.
+        metric: name of the metric that judges the answer.
+        extra: keyword arguments of that metric (`all_classes`, …) and facts for reports (`depth`, …);
+            values that JSON can hold.
+    """
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+    target: str = ""
+    max_new_tokens: int = 32
+    metric: str = "contains"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            raise TaskError(f"example {self.id!r} has no reference answer; give at least one")
+        if not self.target:
+            gap = "" if self.prompt[-1:].isspace() else " "
+            object.__setattr__(self, "target", gap + self.references[0])
+
+
+class Task(ABC):
+    """A source of examples. A task is a frozen dataclass; its fields are the keys of its spec.
+
+    The first line of a task's docstring is its description in `evolkv list tasks`.
+    """
+
+    name: ClassVar[str]
+    default_metric: ClassVar[str] = "contains"
+
+    @abstractmethod
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw examples; the same arguments always give the same ones.
+
+        Args:
+            split: "train", "validation" or "report". Examples of different splits never overlap.
+            n: how many, at least 1.
+            tokenizer: the tokenizer of the model that will read the prompts.
+            seed: chooses the examples within the split. Default 0.
+
+        Returns:
+            n examples, or fewer where the task has no more. Neighbours share long prefixes where possible.
+
+        Raises:
+            TaskError: the settings or the data cannot be used.
+        """
+
+    def spec(self) -> dict[str, Any]:
+        """The task's name and settings as plain data, for provenance."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name, **settings}
+
+
+def check_request(split: str, n: int) -> None:
+    """Raise UsageError unless `split` is one of `SPLITS` and `n` is at least 1."""
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    if n < 1:
+        raise UsageError(f"cannot draw {n} examples; ask for at least 1")
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt's text, with exactly one beginning-of-sequence token where the model has one.
+
+    A chat template writes that token as text, so the tokenizer must not add a second.
+    """
+    bos = tokenizer.bos_token
+    has_bos = bool(bos) and text.startswith(bos)
+    return tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
+
+
+def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
+    """Token ids of an example's prompt: LongTensor [1, T]."""
+    return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
+
+
+def user_message(tokenizer: Any, content: str) -> str:
+    """`content` as the only user message in the model's chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """A 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
+    digest = hashlib.sha256()
+    for example in examples:
+        fields = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
+        fields["extra"] = dict(example.extra)
+        digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file (a byte-order mark is dropped, `~` is the home folder).
+
+    Raises:
+        TaskError: the file is missing, a folder, unreadable or not UTF-8.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise TaskError(f"{path} is a folder; give the path of a file")
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise TaskError(f"file {path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TaskError(f"file {path} cannot be read: {reason}; give a readable UTF-8 file") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TaskError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8"
+        ) from None
+
+
+def partition(size: int) -> dict[str, slice]:
+    """Where each split lies in an ordered collection of `size` things: ¼ train, ¼ validation, ½ report."""
+    quarter, half = size // 4, size // 2
+    bounds: Sequence[tuple[int, int]] = [(0, quarter), (quarter, half), (half, size)]
+    return {split: slice(*bound) for split, bound in zip(SPLITS, bounds, strict=True)}

@@ -1,0 +1,46 @@
+"""Metrics: prediction × references → score in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from evolkv.errors import UsageError
+from evolkv.registry import Registry, unknown_name
+from evolkv.tasks.metrics.contains import contains
+from evolkv.tasks.metrics.exact_match import exact_match
+
+__all__ = ["METRICS", "METRIC_NAMES", "Metric", "check_metric", "get_metric"]
+
+
+class Metric(Protocol):
+    """A text metric: `metric(prediction, references, **extra)` is the best score over the references."""
+
+    def __call__(self, prediction: str, references: Sequence[str], **extra: object) -> float:
+        """Score in [0, 1]."""
+
+
+METRICS: Registry[Metric] = Registry("metric", {"contains": contains, "exact_match": exact_match})
+
+METRIC_NAMES: tuple[str, ...] = tuple(sorted([*METRICS, "logprob"]))
+"""Every name that can be asked for: the text metrics, and `logprob`, which the engine computes itself."""
+
+
+def check_metric(name: object) -> None:
+    """Raise UsageError, with the nearest name, unless `name` is among `METRIC_NAMES`."""
+    if name not in METRIC_NAMES:
+        raise unknown_name("metric", name, METRIC_NAMES)
+
+
+def get_metric(name: str) -> Metric:
+    """The text metric of that name.
+
+    Raises:
+        UsageError: an unknown name, or `logprob`, which judges probabilities and has no text to look at.
+    """
+    check_metric(name)
+    if name == "logprob":
+        raise UsageError(
+            "metric 'logprob' scores probabilities, not text; leave it to the engine or take a text metric"
+        )
+    return METRICS[name]

@@ -1,0 +1,345 @@
+"""Needle in a haystack: a number hidden in a long text, asked for at the end.
+
+The test is G. Kamradt's ("Needle In A Haystack", 2023) in the wording of RULER (Hsieh et al.,
+arXiv 2404.06654, task `niah_single`).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Literal, get_args
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import (
+    SPLITS,
+    Example,
+    Split,
+    Task,
+    check_request,
+    encode_text,
+    partition,
+    read_text,
+    user_message,
+)
+from evolkv.tasks.prose import prose
+
+Template = Literal["auto", "chat", "plain"]
+
+EXAMPLES_PER_PASSAGE = 16
+"""Also the number of depths that consecutive examples are spread over: a power of two, in 4 bits."""
+
+SLACK = 8
+"""A prompt is at most this many tokens shorter than `context`, and never longer."""
+
+# Eight tokens where every digit is one; the rest lets the model stop by itself.
+MAX_NEW_TOKENS = 12
+
+# None of these occurs in the generated prose.
+_WORDS = """
+    crystal harbor violet engine maple cobalt lantern saffron granite willow ember quartz orchid
+    falcon meadow copper velvet anchor thunder pebble amber basil canyon cedar comet coral desert
+    dragon eagle emerald fable feather fossil galaxy ginger glacier hazel indigo island ivory
+    jasmine jungle kingdom lagoon lemon lotus marble mercury nebula nectar ocean olive onyx opal
+    panther paprika pearl phoenix planet prism puzzle raven rocket ruby sapphire silver sparrow
+    spiral summit sunset thistle tiger topaz tulip turtle vanilla volcano walnut zebra
+"""
+WORDS = tuple(_WORDS.split())
+
+INSTRUCTION = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about the numbers afterwards."
+)
+NEEDLE = "One of the special magic numbers for {word} is: {number}."
+QUESTION = "What is the special magic number for {word} mentioned in the provided text?"
+ANSWER = "The special magic number for {word} mentioned in the provided text is"
+
+_SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*\s+|[。！？]["'”’」』）]*\s*|\n\s*\n""")
+_SPACE = re.compile(r"\s+")
+_BREAK_REACH = 400
+
+
+@dataclass(frozen=True)
+class NeedleInHaystack(Task):
+    """Find a 7-digit number hidden in a long text.
+
+    Examples share passages: those of one passage have the same text up to their first needle and come
+    deepest needle first, so an engine can reuse the common prefix of neighbouring prompts. An example
+    depends on (seed, split, its index) and the settings alone, not on how many are asked for; only its place
+    in the list does. A number is congruent to its split's position in `SPLITS` modulo 3, so no number
+    occurs in two splits.
+
+    Args:
+        context: length of a prompt in tokens, chat template and question included; prompts are at most
+            `SLACK` = 8 tokens shorter and never longer. Default 1600.
+        needles: how many numbers are hidden; one of them is asked for. Default 1.
+        depth: where the asked needle is, from 0 (start of the text) to 1 (end). Default None: 16
+            consecutive examples are spaced evenly over [0, 1]. Other needles are anywhere. Each
+            needle stands at the sentence boundary nearest to its depth.
+        haystack: path of a UTF-8 text file. Default None: generated English prose. The first quarter of a
+            file serves train, the second validation, the second half report.
+        passages: how many different stretches of text a split draws on. Default None: one per 16 examples.
+        template: "chat" puts the prompt in the tokenizer's chat template, "plain" does not, "auto" (default)
+            does where the tokenizer has one.
+
+    Raises:
+        TaskError: a setting out of its range.
+    """
+
+    name: ClassVar[str] = "niah"
+
+    context: int = 1600
+    needles: int = 1
+    depth: float | None = None
+    haystack: str | None = None
+    passages: int | None = None
+    template: Template = "auto"
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise TaskError(
+                f"niah: context={self.context} is not a length; give the prompt's length in tokens"
+            )
+        if not 1 <= self.needles <= len(WORDS):
+            raise TaskError(f"niah: needles={self.needles} is out of range; expected 1 to {len(WORDS)}")
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise TaskError(f"niah: depth={self.depth} is out of range; expected 0 (start) to 1 (end)")
+        if self.passages is not None and self.passages < 1:
+            raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
+        if self.template not in get_args(Template):
+            raise TaskError(
+                f"niah: template={self.template!r} is unknown; expected {', '.join(get_args(Template))}"
+            )
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n examples, grouped by passage and within a passage by descending depth.
+
+        Raises:
+            TaskError: `context` cannot hold template, needles and question; the haystack file cannot be read
+                or is too short; template="chat" and the tokenizer has no chat template.
+        """
+        check_request(split, n)
+        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context)
+        sample = prompts.largest_needles(self.needles)
+        self._check_room(prompts, sample)
+        plans = [self._plan(split, index, seed) for index in range(n)]
+        plans.sort(key=lambda plan: (plan.passage, -min(plan.depths), plan.index))
+        count = self.passages or -(-n // EXAMPLES_PER_PASSAGE)
+        texts = self._passages(split, count, tokenizer, seed)
+        examples = []
+        for passage, group in groupby(plans, key=lambda plan: plan.passage):
+            text = texts(passage)
+            # One length for all examples of the passage, so that a depth means the same place in each.
+            end = prompts.longest_cut(text, sample, [0] * self.needles, sample[0][0])
+            for plan in group:
+                examples.append(self._example(plan, split, seed, prompts, text, end))
+        return examples
+
+    def _uses_chat(self, tokenizer: Any) -> bool:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if self.template == "chat" and not has_template:
+            raise TaskError(
+                "niah: template=chat, but this tokenizer has no chat template; use template=plain"
+            )
+        return has_template and self.template != "plain"
+
+    def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
+        positions = [0] * len(sample)
+        needed = prompts.length("", 0, sample, positions, sample[0][0]) + SLACK
+        if self.context < needed:
+            raise TaskError(
+                f"niah: context={self.context} is too small for template, {self.needles} needle(s) and "
+                f"question; give at least {needed} tokens"
+            )
+
+    def _plan(self, split: Split, index: int, seed: int) -> _Plan:
+        rng = random.Random(f"niah/{seed}/{split}/{index}")
+        words = rng.sample(WORDS, self.needles)
+        numbers: list[int] = []
+        while len(numbers) < self.needles:
+            number = 3 * rng.randint(333_334, 3_333_332) + SPLITS.index(split)
+            if number not in numbers:
+                numbers.append(number)
+        block, place = divmod(index, EXAMPLES_PER_PASSAGE)
+        if self.depth is None:
+            # Bit reversal spreads any first few of a block; one random shift per block makes them unbiased.
+            shift = random.Random(f"niah-depth/{seed}/{split}/{block}").random()
+            asked_depth = (int(f"{place:04b}"[::-1], 2) / EXAMPLES_PER_PASSAGE + shift) % 1
+        else:
+            asked_depth = self.depth
+        others = [rng.random() for _ in range(self.needles - 1)]
+        if self.passages is None:
+            passage = index // EXAMPLES_PER_PASSAGE
+        else:
+            # A fresh order for every round, or passages and depths would go in step.
+            turn, place = divmod(index, self.passages)
+            order = list(range(self.passages))
+            random.Random(f"niah-passage/{seed}/{split}/{turn}").shuffle(order)
+            passage = order[place]
+        needles = list(zip(words, numbers, strict=True))
+        return _Plan(index, passage, needles, [asked_depth, *others])
+
+    def _passages(self, split: Split, count: int, tokenizer: Any, seed: int) -> Callable[[int], str]:
+        """Passage index → text, long enough for a prompt of `context` tokens."""
+        if self.haystack is None:
+            # No tokenizer packs more than 10 characters of such prose into a token, on average.
+            return lambda passage: prose(f"{seed}/{split}/{passage}", 10 * self.context)
+        text = read_text(self.haystack).replace("\r\n", "\n")
+        share = partition(len(text))[split]
+        start, stop = (_nearest_break(text, edge, len(text)) for edge in (share.start, share.stop))
+        region = text[start:stop]
+        head = region[:100_000]
+        per_token = max(1, len(head)) / max(1, len(encode_text(tokenizer, head)))
+        # Density varies within a text: a tenth more characters than the average asks for.
+        stride = max(1, round(1.1 * per_token * self.context))
+        slots = len(region) // stride
+        if slots < count:
+            needed = 1.1 * count * self.context * (2 if split == "report" else 4)
+            raise TaskError(
+                f"niah: haystack {self.haystack} has about {len(text) / per_token:.0f} tokens; {count} "
+                f"passage(s) of {self.context} in split {split!r} need about {needed:.0f}; "
+                "give a longer text, fewer passages or a smaller context"
+            )
+        order = list(range(slots))
+        random.Random(f"niah-haystack/{seed}/{split}").shuffle(order)
+        starts = [_nearest_break(region, slot * stride, len(region)) for slot in order[:count]]
+        # Where tokens are longer than average a passage runs on into the next, of the same split.
+        return lambda passage: region[starts[passage] : starts[passage] + 4 * stride]
+
+    def _example(
+        self, plan: _Plan, split: Split, seed: int, prompts: _Prompts, text: str, end: int
+    ) -> Example:
+        word, number = plan.needles[0]
+        positions = [_nearest_break(text, round(depth * end), end) for depth in plan.depths]
+        cut = prompts.longest_cut(text, plan.needles, positions, word, guess=end)
+        return Example(
+            id=f"niah-{split}-{seed}-{plan.index}",
+            prompt=prompts.render(text, cut, plan.needles, positions, word),
+            references=(str(number),),
+            target=f" {number}",
+            max_new_tokens=MAX_NEW_TOKENS,
+            metric=self.default_metric,
+            extra={"depth": round(min(1.0, positions[0] / max(1, cut)), 4), "passage": plan.passage},
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An example before it is text. The first needle is the one asked for."""
+
+    index: int
+    passage: int
+    needles: list[tuple[str, int]]
+    depths: list[float]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Renders prompts from a stretch of text and fits their length to `context` tokens.
+
+    In every method `text[:cut]` is the haystack, `needles` are (word, number), `positions` are the needles'
+    places in the text in characters, and `word` is the one asked for.
+    """
+
+    tokenizer: Any
+    chat: bool
+    context: int
+
+    def render(
+        self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
+    ) -> str:
+        parts, done = [], 0
+        for position, (key, number) in sorted(zip(positions, needles, strict=True)):
+            position = min(position, cut)
+            parts.append(text[done:position])
+            if position and not text[position - 1].isspace():
+                parts.append(" ")
+            parts.append(NEEDLE.format(word=key, number=number) + " ")
+            done = position
+        body = ("".join(parts) + text[done:cut]).rstrip()
+        user = f"{INSTRUCTION}\n{body}\n{QUESTION.format(word=word)}"
+        prompt = user_message(self.tokenizer, user) if self.chat else f"{user}\n"
+        return prompt + ANSWER.format(word=word)
+
+    def length(
+        self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
+    ) -> int:
+        """Length of the rendered prompt in tokens."""
+        return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions, word)))
+
+    def largest_needles(self, count: int) -> list[tuple[str, int]]:
+        """The `count` needles that take the most tokens."""
+        sizes = {word: len(encode_text(self.tokenizer, f" {word}")) for word in WORDS}
+        words = sorted(WORDS, key=lambda word: (-sizes[word], word))
+        return [(word, 9_999_999) for word in words[:count]]
+
+    def longest_cut(
+        self,
+        text: str,
+        needles: Sequence[tuple[str, int]],
+        positions: Sequence[int],
+        word: str,
+        guess: int | None = None,
+    ) -> int:
+        """How much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
+
+        The cut is at the end of a word unless a single word is longer than the slack.
+        """
+
+        def missing(cut: int) -> int:
+            return self.context - self.length(text, cut, needles, positions, word)
+
+        sample = text[: 4 * self.context]
+        per_token = max(1.0, len(sample) / max(1, len(encode_text(self.tokenizer, sample))))
+        # Invariant: `low` fits, `high` does not.
+        low, room, high = 0, missing(0), len(text) + 1
+        probe = guess if guess is not None else round(room * per_token)
+        while room > SLACK // 2 and high - low > 1:
+            probe = min(max(probe, low + 1), high - 1)
+            probe = _word_end(text, low, probe)
+            left = missing(probe)
+            if left >= 0:
+                low, room = probe, left
+            else:
+                high = probe
+            step = low + round(room * per_token)
+            probe = step if step < high else (low + high) // 2
+        if room > SLACK:
+            raise TaskError(
+                f"niah: a passage of {len(text)} characters is {room} tokens too short for "
+                f"context={self.context}; give a longer haystack or a smaller context"
+            )
+        end = _word_end(text, 0, low)
+        return end if end != low and missing(end) <= SLACK else low
+
+
+def _word_end(text: str, low: int, high: int) -> int:
+    """The last end of a word in (low, high], or high where there is none."""
+    if high == len(text) or text[high].isspace():
+        return high
+    for position in range(high - 1, max(low, high - _BREAK_REACH), -1):
+        if text[position].isspace():
+            return position
+    return high
+
+
+def _nearest_break(text: str, position: int, end: int) -> int:
+    """The start of the sentence nearest to `position`, at most `end`.
+
+    Where no sentence starts within `_BREAK_REACH` characters (a list, a table) the start of a word will do,
+    and where there is none, `position` itself.
+    """
+    if position - _BREAK_REACH <= 0:
+        starts = [0]
+    else:
+        starts = []
+    window = max(0, position - _BREAK_REACH), min(len(text), position + _BREAK_REACH)
+    for pattern in (_SENTENCE_END, _SPACE):
+        found = [match.end() for match in pattern.finditer(text, *window)]
+        reachable = [start for start in starts + found if start <= end]
+        if reachable:
+            return min(reachable, key=lambda start: (abs(start - position), start))
+    return position

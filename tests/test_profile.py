@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import FrozenInstanceError
+from dataclasses import replace as replace_field
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evolkv.errors import BudgetError, ProfileError, UsageError
+from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
+
+
+def tiny_llama(layers=2, kv_heads=2, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=64,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def profile(model):
+    return BudgetProfile.from_budgets(
+        model, [[40, 216], [64, 192]], search={"task": "niah", "seed": 3}, scores={"validation": 0.75}
+    )
+
+
+@pytest.fixture
+def saved(profile, tmp_path):
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    return path
+
+
+def set_at(data, keys, value):
+    """Set data[k0][k1]… to value, or delete it where value is `...`."""
+    *parents, last = keys
+    for key in parents:
+        data = data[key]
+    if value is ...:
+        del data[last]
+    else:
+        data[last] = value
+
+
+def test_uniform_gives_every_head_the_budget(model):
+    profile = BudgetProfile.uniform(model, 128)
+    assert profile.budgets.tolist() == [[128, 128], [128, 128]]
+    assert (profile.budget, profile.mean_budget, profile.total) == (128, 128.0, 512)
+    assert profile.granularity == "layer"
+    assert (profile.num_layers, profile.num_kv_heads) == (2, 2)
+    info = describe_model(model)
+    assert profile.model == {
+        "name": info.name,
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "fingerprint": info.fingerprint,
+    }
+    assert profile.selector["name"] == "snapkv"
+    assert profile.selector["window"] == 32
+
+
+def test_layer_budgets_are_repeated_for_the_heads(model):
+    profile = BudgetProfile.from_budgets(model, [40, 216])
+    assert profile.granularity == "layer"
+    assert profile.budgets.tolist() == [[40, 40], [216, 216]]
+    assert profile.budget == 128
+    assert BudgetProfile.from_budgets(model, np.array([[40, 40], [216, 216]])) == profile
+
+
+def test_head_budgets_are_kept_as_they_are(profile):
+    assert profile.granularity == "head"
+    assert profile.budgets.tolist() == [[40, 216], [64, 192]]
+    assert profile.budgets.dtype == np.int64
+    assert profile.mean_budget == 128.0
+
+
+def test_a_model_info_serves_as_well_as_the_model(model):
+    assert BudgetProfile.uniform(describe_model(model), 64) == BudgetProfile.uniform(model, 64)
+
+
+def test_selector_parameters_are_recorded(model):
+    profile = BudgetProfile.uniform(model, 64, selector={"name": "snapkv", "window": 16})
+    assert profile.selector["window"] == 16
+    assert profile.selector["kernel"] == 7
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ([128], "budgets has 1 rows, expected one for each of the model's 2 layers"),
+        ([[128, 128], [128]], r"budgets\[1\] has 1 entries, expected one for each of the 2 KV heads"),
+        ([[128, 128, 128]] * 2, r"budgets\[0\] has 3 entries"),
+        ([128, [128, 128]], r"budgets\[0\] has 1 entries"),
+        ([128.0, 128.5], "whole numbers"),
+        ([True, True], "whole numbers"),
+        (["a", "b"], "whole numbers"),
+        ([2**70, 2**70], "whole numbers"),
+        (128, "one row per layer"),
+        ([128, 1], r"budgets\[1\]\[0\] is 1, expected at least"),
+        ([128, -5], r"budgets\[1\]\[0\] is -5"),
+        ([128, 2**31 + 1], "expected at most 2147483648"),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused(model, budgets, message):
+    with pytest.raises(ProfileError, match=message):
+        BudgetProfile.from_budgets(model, budgets)
+
+
+def test_a_profile_cannot_be_changed_in_place(profile):
+    with pytest.raises(ValueError, match="read-only"):
+        profile.budgets[0, 0] = 1
+    with pytest.raises(FrozenInstanceError):
+        profile.budget = 3
+
+
+def test_a_profile_is_not_tied_to_the_array_it_was_made_from(model):
+    budgets = np.array([[40, 216], [64, 192]])
+    profile = BudgetProfile.from_budgets(model, budgets)
+    budgets[:] = 99
+    assert profile.budgets.tolist() == [[40, 216], [64, 192]]
+
+
+def test_profiles_are_equal_by_content(model, profile):
+    same = BudgetProfile.from_dict(profile.to_dict())
+    assert same == profile
+    assert hash(same) == hash(profile)
+    assert len({same, profile}) == 1
+    assert replace_field(profile, scores={}) != profile
+    assert BudgetProfile.uniform(model, 128) != BudgetProfile.uniform(model, 129)
+    assert profile != "profile"
+
+
+def test_saved_profiles_load_as_they_were(profile, saved):
+    assert BudgetProfile.load(saved) == profile
+    assert BudgetProfile.load(str(saved)).search == {"task": "niah", "seed": 3}
+
+
+def test_the_file_has_the_documented_fields_and_one_layer_per_line(profile, saved):
+    data = json.loads(saved.read_text())
+    assert data == profile.to_dict()
+    assert list(data) == [
+        "format",
+        "model",
+        "budget",
+        "granularity",
+        "budgets",
+        "selector",
+        "search",
+        "scores",
+    ]
+    assert data["format"] == "evolkv.profile/1"
+    lines = [line.strip() for line in saved.read_text().splitlines()]
+    assert "[40, 216]," in lines
+    assert "[64, 192]" in lines
+
+
+def test_numpy_values_in_provenance_are_written_as_plain_numbers(profile, tmp_path):
+    measured = replace_field(profile, scores={"mean": np.float64(0.5), "all": np.arange(3)})
+    measured.save(tmp_path / "p.json")
+    assert BudgetProfile.load(tmp_path / "p.json").scores == {"mean": 0.5, "all": [0, 1, 2]}
+
+
+def test_provenance_that_json_cannot_hold_is_refused_and_the_file_stays(profile, saved):
+    before = saved.read_bytes()
+    for scores in ({"mean": float("nan")}, {"what": object()}):
+        with pytest.raises(ProfileError, match="finite JSON values"):
+            replace_field(profile, scores=scores).save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_saving_replaces_the_file_and_leaves_nothing_else(profile, saved):
+    replace_field(profile, scores={"new": 1}).save(saved)
+    assert BudgetProfile.load(saved).scores == {"new": 1}
+    assert os.listdir(saved.parent) == [saved.name]
+    nested = saved.parent / "a" / "b.json"
+    profile.save(nested)
+    assert BudgetProfile.load(nested) == profile
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(profile, saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(ProfileError, match="No space left on device"):
+        profile.save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_saving_over_a_folder_is_refused(profile, tmp_path):
+    with pytest.raises(ProfileError, match="is a folder"):
+        profile.save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON: .* at line 1, column 1"),
+        (b'{\n  "format": "evolkv.profile/1",\n  oops\n}', "not JSON: .* at line 3, column 3"),
+        (b"\xff\xfe\x00GGUF", "not text"),
+        (b"[1, 2]", "not a profile"),
+        (b'"evolkv.profile/1"', "not a profile"),
+        (b"{}", 'expected a JSON object with "format"'),
+        (b'{"format": 1}', "not a profile"),
+        (b'{"format": "evolkv.results/1", "rows": []}', "not a profile: the format is 'evolkv.results/1'"),
+        (
+            b'{"format": "evolkv.profile/2"}',
+            "'evolkv.profile/2', this version reads 'evolkv.profile/1'; upgrade",
+        ),
+        (b'{"format": "evolkv.profile/1"}', "model is missing"),
+        (b'{"format": NaN}', "NaN is not a JSON number"),
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b'{"format": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
+)
+def test_files_that_are_no_profiles_are_refused(tmp_path, content, message):
+    path = tmp_path / "p.json"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match=message) as caught:
+        BudgetProfile.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    with pytest.raises(ProfileError, match="no such file"):
+        BudgetProfile.load(tmp_path / "none.json")
+    with pytest.raises(ProfileError, match="is a folder"):
+        BudgetProfile.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["budgets", 1, 0], 64.0, r"budgets\[1\]\[0\] is 64.0, expected a valid integer"),
+        (["budgets", 1, 0], True, r"budgets\[1\]\[0\] is True, expected a valid integer"),
+        (["budgets", 1, 0], "64", r"budgets\[1\]\[0\] is '64', expected a valid integer"),
+        (["budgets", 1, 0], None, r"budgets\[1\]\[0\] is None"),
+        (["budgets", 1], 64, r"budgets\[1\] is 64, expected a valid list"),
+        (["budgets"], {}, "budgets is {}, expected a valid list"),
+        (["budgets"], [], "budgets has 0 rows, expected one for each of the model's 2 layers"),
+        (["budgets", 1], [64], r"budgets\[1\] has 1 entries, expected one for each of the 2 KV heads"),
+        (["budgets", 1, 1], -4, r"budgets\[1\]\[1\] is -4, expected at least"),
+        (["budgets", 1, 1], 0, r"budgets\[1\]\[1\] is 0, expected at least"),
+        (["budgets", 1, 1], 2**40, r"budgets\[1\]\[1\] is 1099511627776, expected at most"),
+        (["budgets", 1, 1], 2**80, "fit 64 bits"),
+        (["budget"], 0, "budget is 0, expected at least"),
+        (["budget"], "128", "budget is '128', expected a valid integer"),
+        (["budget"], ..., "budget is missing"),
+        (["granularity"], "layer", r"budgets\[0\] differ among heads"),
+        (["granularity"], "token", "granularity is 'token', expected 'layer' or 'head'"),
+        (["model", "num_layers"], 3, "budgets has 2 rows, expected one for each of the model's 3 layers"),
+        (["model", "num_layers"], 0, "model.num_layers is 0"),
+        (["model", "num_kv_heads"], 3, r"budgets\[0\] has 2 entries"),
+        (["model", "fingerprint"], ..., "model.fingerprint is missing"),
+        (["model", "fingerprint"], 7, "model.fingerprint is 7, expected a valid string"),
+        (["model"], "llama", "model is 'llama', expected"),
+        (["selector", "name"], "snapkw", "selector: unknown selector 'snapkw'. Did you mean 'snapkv'"),
+        (["selector", "windoww"], 3, "selector: .*windoww"),
+        (["selector"], {}, "selector"),
+        (["selector", "name"], ["snapkv"], "selector"),
+        (["search"], [], "search is"),
+        (["scores"], 0.5, "scores is 0.5, expected"),
+    ],
+)
+def test_the_first_wrong_field_is_named(saved, keys, value, message):
+    data = json.loads(saved.read_text())
+    set_at(data, keys, value)
+    saved.write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match=message) as caught:
+        BudgetProfile.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_this_version_does_not_know_are_ignored(profile, saved):
+    data = json.loads(saved.read_text())
+    data["comment"] = "made by hand"
+    del data["search"]
+    saved.write_text(json.dumps(data), encoding="utf-8-sig")
+    assert BudgetProfile.load(saved) == replace_field(profile, search={})
+
+
+def test_check_model_accepts_the_model_it_was_made_for(model, profile):
+    profile.check_model(model)
+    profile.check_model(tiny_llama())
+
+
+def test_check_model_says_what_does_not_fit(profile):
+    with pytest.raises(ProfileError, match=r"for 2 layers .* has 3"):
+        profile.check_model(tiny_llama(layers=3))
+    with pytest.raises(ProfileError, match=r"for 2 KV heads per layer .* has 4"):
+        profile.check_model(tiny_llama(kv_heads=4))
+    other = tiny_llama(seed=1)
+    mine, theirs = profile.model["fingerprint"], describe_model(other).fingerprint
+    with pytest.raises(ProfileError, match=f"{mine}.*{theirs}"):
+        profile.check_model(other)
+
+
+def test_check_model_can_let_a_relative_pass(profile):
+    profile.check_model(tiny_llama(seed=1), strict=False)
+    with pytest.raises(ProfileError, match="layers"):
+        profile.check_model(tiny_llama(layers=3), strict=False)
+
+
+def test_expansion_scales_head_budgets_to_the_new_mean(profile):
+    larger = profile.expand(256)
+    assert larger.budgets.tolist() == [[80, 432], [128, 384]]
+    assert (larger.budget, larger.mean_budget) == (256, 256.0)
+    assert larger.search == {"task": "niah", "seed": 3, "expanded_from": 128}
+    assert larger.scores == {}
+    assert profile.mean_budget == 128.0
+    assert larger.expand(512).search["expanded_from"] == 128
+
+
+def test_expansion_keeps_the_rows_of_a_layer_wise_profile_constant(model):
+    profile = BudgetProfile.from_budgets(model, [41, 216])
+    larger = profile.expand(333)
+    assert larger.granularity == "layer"
+    assert larger.total == 333 * 4
+    assert (larger.budgets[:, 0] == larger.budgets[:, 1]).all()
+
+
+def test_expansion_stays_between_what_the_selector_keeps_and_the_ceiling(profile):
+    smaller = profile.expand(64)
+    assert smaller.mean_budget == 64
+    assert smaller.budgets.min() >= 32
+    assert profile.expand(256, ceiling=300).budgets.max() == 300
+    per_layer = profile.expand(256, ceiling=[200, 600])
+    assert per_layer.budgets[0].max() <= 200
+    assert per_layer.mean_budget == 256
+    layer_wise = replace_field(profile, budgets=np.array([[40, 40], [216, 216]]), granularity="layer")
+    assert layer_wise.expand(256, ceiling=[[300, 500], [400, 400]]).budgets.tolist() == [
+        [112, 112],
+        [400, 400],
+    ]
+
+
+@pytest.mark.parametrize("budget", [1, 10**12])
+def test_expansion_out_of_reach_is_refused(profile, budget):
+    with pytest.raises(BudgetError, match="sum of the"):
+        profile.expand(budget)
+
+
+def test_every_error_is_a_usage_error(model):
+    with pytest.raises(UsageError):
+        BudgetProfile.uniform(model, 0)
+    with pytest.raises(UsageError, match="Did you mean 'snapkv'"):
+        BudgetProfile.uniform(model, 128, selector="snapkw")

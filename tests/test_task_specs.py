@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from evolkv.errors import TaskError, UsageError
+from evolkv.tasks import TASKS, Example, encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks.jsonl import JsonLines
+from evolkv.tasks.niah import NeedleInHaystack
+
+paths = st.text(st.sampled_from("ab\\\\,,=: 'é\n"), max_size=12)
+
+
+def test_bare_name_gives_the_defaults():
+    assert get_task("niah") == get_task("niah:") == NeedleInHaystack()
+
+
+def test_values_take_the_types_of_the_fields():
+    assert get_task("niah:context=600, needles=2,depth=0.25,template=plain") == NeedleInHaystack(
+        context=600, needles=2, depth=0.25, template="plain"
+    )
+    assert get_task("niah:depth=none,passages=3") == NeedleInHaystack(passages=3)
+    assert get_task("jsonl:path=x,chat=True") == JsonLines("x", chat=True)
+    assert get_task("jsonl:path=x,chat=no,max_new_tokens=4") == JsonLines("x", max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        (r"C:\data\my file.jsonl", r"C:\data\my file.jsonl"),
+        (r"\\server\share\x.jsonl", r"\\server\share\x.jsonl"),
+        ("/data/a=b/c:d.jsonl", "/data/a=b/c:d.jsonl"),
+        (r"one\, two.jsonl", "one, two.jsonl"),
+        (r"C:\folder\\", "C:\\folder\\"),
+    ],
+)
+def test_paths_come_through_as_written(text, path):
+    assert get_task(f"jsonl:path={text},chat=true") == JsonLines(path, chat=True)
+
+
+def test_backslashes_at_the_very_end_are_literal():
+    assert get_task("jsonl:path=C:\\folder\\") == JsonLines("C:\\folder\\")
+
+
+@given(
+    path=paths,
+    metric=st.sampled_from([None, "contains", "logprob"]),
+    tokens=st.none() | st.integers(min_value=1),
+    split=st.sampled_from(["auto", "all"]),
+    chat=st.booleans(),
+)
+def test_formatted_jsonl_spec_gives_the_task_back(path, metric, tokens, split, chat):
+    task = JsonLines(path, metric, tokens, split, chat)
+    assert get_task(format_spec(task)) == task
+
+
+@given(
+    context=st.integers(1, 10**6),
+    needles=st.integers(1, 9),
+    depth=st.none() | st.floats(0, 1),
+    haystack=st.none() | paths,
+    passages=st.none() | st.integers(1, 99),
+    template=st.sampled_from(["auto", "chat", "plain"]),
+)
+def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haystack, passages, template):
+    task = NeedleInHaystack(context, needles, depth, haystack, passages, template)
+    assert get_task(format_spec(task)) == task
+
+
+def test_default_settings_are_left_out_of_a_formatted_spec():
+    assert format_spec(NeedleInHaystack(needles=2)) == "niah:needles=2"
+    assert format_spec(NeedleInHaystack()) == "niah"
+
+
+def test_task_passes_through_unchanged():
+    task = NeedleInHaystack(context=300)
+    assert get_task(task) is task
+
+
+def test_spec_of_a_task_is_plain_data():
+    assert get_task("jsonl:path=x").spec() == {
+        "name": "jsonl",
+        "path": "x",
+        "metric": None,
+        "max_new_tokens": None,
+        "split": "auto",
+        "chat": False,
+    }
+
+
+def test_tasks_are_registered_under_their_names():
+    assert all(TASKS[name].name == name for name in TASKS)
+    assert {"niah", "jsonl"} <= set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nihah", "unknown task 'nihah'. Did you mean 'niah'"),
+        ("", "unknown task ''"),
+        ("niah:contxt=5", "unknown niah setting 'contxt'. Did you mean 'context'"),
+        ("niah:name=x", "unknown niah setting 'name'"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(spec, message):
+    with pytest.raises(UsageError, match=message):
+        get_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("niah:context=long", "task 'niah': context=long: expected a whole number"),
+        ("niah:context=1.5", "context=1.5: expected a whole number"),
+        ("niah:context=", "context=: expected a whole number"),
+        ("niah:context=none", "context=none: expected a whole number"),
+        ("niah:depth=deep", "depth=deep: expected a number"),
+        ("niah:depth=nan", "depth=nan: expected a number"),
+        ("niah:depth=2", "depth=2.0 is out of range"),
+        ("niah:template=cat", "template=cat: expected one of auto, chat, plain"),
+        ("jsonl:path=x,chat=maybe", "chat=maybe: expected true or false"),
+        ("jsonl", "'jsonl' needs path"),
+        ("niah:context", "'context' is not key=value"),
+        ("niah:=5", "'=5' is not key=value"),
+        ("niah:context=600,,needles=1", "'' is not key=value"),
+        ("niah:context=600,context=700", "context is given twice"),
+    ],
+)
+def test_malformed_spec_is_refused_in_one_line(spec, message):
+    with pytest.raises(TaskError, match=message) as error:
+        get_task(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_target_defaults_to_the_first_reference_after_a_space():
+    assert Example("a", "Which?", ("this", "that")).target == " this"
+    assert Example("a", "Which?\n", ("this",)).target == "this"
+    assert Example("a", "Which?", ("this",), target="that").target == "that"
+
+
+def test_example_without_references_is_refused():
+    with pytest.raises(TaskError, match="'a' has no reference answer"):
+        Example("a", "Which?", ())
+
+
+def test_prompt_is_encoded_with_one_beginning_of_sequence_token():
+    words = Tokenizer(models.WordLevel({"<s>": 0, "hello": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+    assert encode_prompt(tokenizer, Example("a", "hello hello", ("r",))).tolist() == [[0, 1, 1]]
+    assert encode_prompt(tokenizer, Example("a", "<s>hello hello", ("r",))).tolist() == [[0, 1, 1]]
+
+
+def test_fingerprint_changes_with_every_part_and_with_the_order():
+    first = Example("a", "p", ("r",))
+    others = [
+        Example("b", "p", ("r",)),
+        Example("a", "q", ("r",)),
+        Example("a", "p", ("s",)),
+        Example("a", "p", ("r",), target="t"),
+        Example("a", "p", ("r",), max_new_tokens=1),
+        Example("a", "p", ("r",), metric="exact_match"),
+        Example("a", "p", ("r",), extra={"depth": 0.5}),
+    ]
+    assert len({fingerprint([example]) for example in [first, *others]}) == 8
+    assert fingerprint([first, others[0]]) != fingerprint([others[0], first])
