@@ -59,9 +59,7 @@ def test_projection_meets_the_total_within_the_bounds_and_keeps_the_order(case):
 @given(reachable(st.integers(1, 4000)), st.data())
 def test_bounds_of_their_own_are_kept_by_every_entry(case, data):
     budgets, _, floor, ceiling = case
-    own = np.array(
-        data.draw(st.lists(st.integers(floor, ceiling), min_size=len(budgets), max_size=len(budgets)))
-    )
+    own = np.array(data.draw(st.lists(st.integers(floor, ceiling), min_size=len(budgets), max_size=len(budgets))))
     total = data.draw(st.integers(floor * len(budgets), int(own.sum())))
     result = complete(budgets, total, floor, own)
     assert result.sum() == total

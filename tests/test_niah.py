@@ -101,9 +101,7 @@ def test_numbers_never_occur_in_two_splits(tokenizer):
     task = NeedleInHaystack(context=200, needles=3)
     for i, split in enumerate(SPLITS):
         for seed in (0, 1):
-            numbers = [
-                int(n) for e in task.examples(split, 20, tokenizer, seed) for _, n in NEEDLE.findall(e.prompt)
-            ]
+            numbers = [int(n) for e in task.examples(split, 20, tokenizer, seed) for _, n in NEEDLE.findall(e.prompt)]
             assert len(numbers) == 60
             assert {number % 3 for number in numbers} == {i}
 
@@ -128,9 +126,7 @@ def test_file_splits_are_disjoint_across_contexts(tokenizer, haystack):
     for split in SPLITS:
         found = set()
         for context in (200, 700):
-            for example in NeedleInHaystack(context=context, haystack=str(haystack)).examples(
-                split, 33, tokenizer
-            ):
+            for example in NeedleInHaystack(context=context, haystack=str(haystack)).examples(split, 33, tokenizer):
                 found |= set(re.findall(r"Entry (\d+) ", body(example)))
         entries[split] = found
     assert not entries["train"] & entries["validation"]

@@ -267,9 +267,7 @@ def test_other_layers_stay_at_the_best_scheme_which_never_gets_worse():
             assert (candidate[outside] == scheme[outside]).all()
             assert candidate.min() >= 33
             assert candidate.max() <= 1600
-        values = [
-            fitness(float(np.minimum(c / need, 1).mean()), float(c[group].mean()), 128) for c in candidates
-        ]
+        values = [fitness(float(np.minimum(c / need, 1).mean()), float(c[group].mean()), 128) for c in candidates]
         strategy.tell(values)
         assert strategy.best[1] == max(best, *values)
         best = strategy.best[1]

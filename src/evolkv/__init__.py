@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Loaded on first use: importing torch takes seconds, and `evolkv --help` needs none of it.
+# Public name -> where it lives. Loaded on first use: torch takes seconds to import, and `evolkv --help` needs none
+# of it.
 _HOMES = {
     "BudgetProfile": "evolkv.profile",
     "CompressedCache": "evolkv.cache",

@@ -213,9 +213,7 @@ class BudgetProfile:
             rows = limit.min(axis=1) if limit.ndim == 2 else limit
             budgets = allocators.expand(self.budgets[:, 0], budget, floor, rows)
         else:
-            budgets = allocators.expand(
-                self.budgets, budget, floor, limit[:, None] if limit.ndim == 1 else limit
-            )
+            budgets = allocators.expand(self.budgets, budget, floor, limit[:, None] if limit.ndim == 1 else limit)
         found_at = self.search.get("expanded_from", self.budget)
         return replace(
             self,
@@ -301,9 +299,7 @@ class BudgetProfile:
             raise ProfileError(f"search and scores must hold finite JSON values: {error}") from None
         target = Path(path)
         if target.is_dir():
-            raise ProfileError(
-                f"{target} is a folder; expected a file name such as {target / 'profile.json'}"
-            )
+            raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
         target = Path(os.path.realpath(target))
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
@@ -343,15 +339,12 @@ def _matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[n
         raise ProfileError(f"budgets is {budgets!r}, expected one row per layer")
     rows: list[Any] = list(budgets)
     if len(rows) != num_layers:
-        raise ProfileError(
-            f"budgets has {len(rows)} rows, expected one for each of the model's {num_layers} layers"
-        )
+        raise ProfileError(f"budgets has {len(rows)} rows, expected one for each of the model's {num_layers} layers")
     if any(np.ndim(row) for row in rows):
         for layer, row in enumerate(rows):
             if np.ndim(row) != 1 or len(row) != num_kv_heads:
                 raise ProfileError(
-                    f"budgets[{layer}] has {np.size(row)} entries, "
-                    f"expected one for each of the {num_kv_heads} KV heads"
+                    f"budgets[{layer}] has {np.size(row)} entries, expected one for each of the {num_kv_heads} KV heads"
                 )
     given = np.asarray(rows)
     if given.dtype.kind not in "iu":
@@ -378,9 +371,7 @@ def _check_format(data: Any) -> None:
         return
     if isinstance(found, str):
         if (newer := re.fullmatch(r"evolkv\.profile/([1-9][0-9]{0,8})", found)) and int(newer[1]) > 1:
-            raise ProfileError(
-                f"the format is {found!r}, this version reads {FORMAT!r}; upgrade evolkv to read it"
-            )
+            raise ProfileError(f"the format is {found!r}, this version reads {FORMAT!r}; upgrade evolkv to read it")
         raise ProfileError(f"not a profile: the format is {found[:80]!r}, expected {FORMAT!r}")
     raise ProfileError(f'not a profile: expected a JSON object with "format": "{FORMAT}"')
 
@@ -406,9 +397,7 @@ def _read_json(path: Path) -> Any:
             raise ProfileError(f"not a profile: larger than {MAX_FILE_BYTES >> 20} MiB")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ProfileError(
-            "no such file; expected a profile made by `evolkv search` or BudgetProfile.save"
-        ) from None
+        raise ProfileError("no such file; expected a profile made by `evolkv search` or BudgetProfile.save") from None
     except UnicodeDecodeError:
         raise ProfileError("not a profile: the file is not text, expected JSON") from None
     except OSError as error:

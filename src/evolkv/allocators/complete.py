@@ -11,9 +11,7 @@ from evolkv.allocators.project import project
 from evolkv.errors import BudgetError
 
 
-def complete(
-    budgets: ArrayLike, target_total: int, floor: ArrayLike, ceiling: ArrayLike
-) -> NDArray[np.int64]:
+def complete(budgets: ArrayLike, target_total: int, floor: ArrayLike, ceiling: ArrayLike) -> NDArray[np.int64]:
     """Bring budgets k of total A to a total T: b = k + (k / A) · (T − A), within floor and ceiling.
 
     That is k · T / A: the proportions stay. What the floor or the ceiling cuts off is shared among the free

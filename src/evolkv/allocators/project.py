@@ -75,14 +75,10 @@ def broadcast_bounds(
         try:
             arrays.append(np.full(shape, given, dtype=np.int64))
         except ValueError:
-            raise BudgetError(
-                f"{name} of shape {given.shape} does not fit budgets of shape {shape}"
-            ) from None
+            raise BudgetError(f"{name} of shape {given.shape} does not fit budgets of shape {shape}") from None
     low, high = arrays
     if (low < 0).any() or (low > high).any():
-        raise BudgetError(
-            f"floor {floor!r} and ceiling {ceiling!r} do not fit: expected 0 <= floor <= ceiling"
-        )
+        raise BudgetError(f"floor {floor!r} and ceiling {ceiling!r} do not fit: expected 0 <= floor <= ceiling")
     return low, high
 
 

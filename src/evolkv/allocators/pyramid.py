@@ -41,9 +41,7 @@ def pyramid(
     Raises:
         BudgetError: a number out of its range, or a budget outside window, floor and ceiling.
     """
-    check_counts(
-        num_layers=num_layers, budget=budget, num_kv_heads=1 if num_kv_heads is None else num_kv_heads
-    )
+    check_counts(num_layers=num_layers, budget=budget, num_kv_heads=1 if num_kv_heads is None else num_kv_heads)
     if not beta >= 1:
         raise BudgetError(f"beta must be at least 1, got {beta!r}")
     if window < 0 or budget < window:

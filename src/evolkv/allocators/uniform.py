@@ -22,9 +22,7 @@ def uniform(num_layers: int, budget: int, num_kv_heads: int | None = None) -> ND
     Raises:
         BudgetError: a number that is not a positive int.
     """
-    check_counts(
-        num_layers=num_layers, budget=budget, num_kv_heads=1 if num_kv_heads is None else num_kv_heads
-    )
+    check_counts(num_layers=num_layers, budget=budget, num_kv_heads=1 if num_kv_heads is None else num_kv_heads)
     shape = (num_layers,) if num_kv_heads is None else (num_layers, num_kv_heads)
     return np.full(shape, budget, dtype=np.int64)
 

@@ -29,9 +29,7 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     if len(layers) != config.num_hidden_layers:
-        raise ModelError(
-            f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed"
-        )
+        raise ModelError(f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed")
     for index, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
             windows.append(int(layer.sliding_window))
@@ -39,8 +37,8 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
             windows.append(None)
         else:
             raise ModelError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per token; "
-                "EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per "
+                "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
             )
     return windows
 
@@ -190,9 +188,7 @@ def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
     profile.check_model(model)
     sliding_windows(model)
 
-    def inject(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         given = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if use_cache is None:

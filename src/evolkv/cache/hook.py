@@ -98,9 +98,7 @@ def _mask(name: str, **kwargs: Any) -> Any:
     return mask
 
 
-def boolean_mask(
-    mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device
-) -> Tensor | None:
+def boolean_mask(mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
     """What any implementation's mask over the newest `keys` entries means, as booleans.
 
     Returns:

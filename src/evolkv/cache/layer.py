@@ -132,9 +132,7 @@ class CompressedLayer(CacheLayerMixin):
         """Nothing is allocated ahead of the prompt."""
         self.dtype, self.device = key_states.dtype, key_states.device
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -212,9 +210,7 @@ class CompressedLayer(CacheLayerMixin):
             offset += layer.batch * layer.num_kv_heads
             merged.prompt_lengths += layer.prompt_lengths
         for _, groups in sorted(by_count.items()):
-            parts = (
-                [getattr(group, name) for group in groups] for name in ("rows", "keys", "values", "positions")
-            )
+            parts = ([getattr(group, name) for group in groups] for name in ("rows", "keys", "values", "positions"))
             merged.groups.append(RowGroup(*(torch.cat(part) for part in parts)))
         merged.prompt_width = max(layer.prompt_width for layer in layers)
         merged.is_initialized = True
@@ -297,9 +293,7 @@ class CompressedLayer(CacheLayerMixin):
             self._hold(row, key, value, sequence, head, kept, kept)
         self.prompt_lengths, self.prompt_width, self.is_initialized = [width] * batch, width, True
 
-    def _store_padded(
-        self, key: Tensor, value: Tensor, rankings: list[Tensor | None], real: list[Tensor]
-    ) -> None:
+    def _store_padded(self, key: Tensor, value: Tensor, rankings: list[Tensor | None], real: list[Tensor]) -> None:
         heads, width = key.shape[1:3]
         lengths = [len(tokens) for tokens in real]
         for count, rows in group_rows(self._counts(lengths)):
@@ -309,9 +303,7 @@ class CompressedLayer(CacheLayerMixin):
             for i, j in zip(sequence.tolist(), head.tolist(), strict=True):
                 ranking = rankings[i]
                 kept.append(
-                    torch.arange(count, device=key.device)
-                    if ranking is None
-                    else ranking[0, j, :count].sort().values
+                    torch.arange(count, device=key.device) if ranking is None else ranking[0, j, :count].sort().values
                 )
                 tokens.append(real[i][kept[-1]])
             self._hold(row, key, value, sequence, head, torch.stack(kept), torch.stack(tokens))
@@ -341,7 +333,7 @@ class CompressedLayer(CacheLayerMixin):
         mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, heads, new, head_dim = key.shape
+        batch, _, new, _ = key.shape
         visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
         if self._is_dense(batch):
             self.groups[0].append(key.flatten(0, 1), value.flatten(0, 1))
@@ -366,17 +358,13 @@ class CompressedLayer(CacheLayerMixin):
     def _record_positions(self, new: int) -> None:
         for group in self.groups:
             sequences = (group.rows // self.num_kv_heads).tolist()
-            start = torch.tensor(
-                [self.prompt_lengths[i] + self.appended - new for i in sequences], device=self.device
-            )
+            start = torch.tensor([self.prompt_lengths[i] + self.appended - new for i in sequences], device=self.device)
             steps = torch.arange(new, device=self.device)
             positions = (start[:, None] + steps).to(torch.int32)
             group.positions = torch.cat([group.positions, positions], dim=1)
 
     def _window_may_hide(self) -> bool:
-        return (
-            self.sliding_window is not None and max(self.prompt_lengths) + self.appended > self.sliding_window
-        )
+        return self.sliding_window is not None and max(self.prompt_lengths) + self.appended > self.sliding_window
 
     def _drop_out_of_window(self) -> None:
         if self.sliding_window is None:
@@ -428,9 +416,7 @@ class CompressedLayer(CacheLayerMixin):
         entries = group.keys.shape[1]
         shown: Tensor | None = None
         if visible is not None:
-            sequences = (
-                group.rows // self.num_kv_heads if visible.shape[0] > 1 else torch.zeros_like(group.rows)
-            )
+            sequences = group.rows // self.num_kv_heads if visible.shape[0] > 1 else torch.zeros_like(group.rows)
             newest = visible[sequences, 0][..., -entries:]
             held = entries - newest.shape[-1]
             shown = torch.cat([newest.new_ones((*newest.shape[:2], held)), newest], dim=-1)

@@ -19,8 +19,8 @@ def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in _UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
             raise ModelError(
-                f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do not compute; "
-                "use layer-wise budgets and engine 'naive'"
+                f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do "
+                "not compute; use layer-wise budgets and engine 'naive'"
             )
 
 

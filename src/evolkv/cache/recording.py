@@ -31,9 +31,7 @@ class RecordingLayer(DynamicLayer):
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and marks the keys for `attend`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return tag(keys, self), values
@@ -61,12 +59,17 @@ class RecordingLayer(DynamicLayer):
         self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
         return own(module, query, key, value, mask, **kwargs)
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
+        keys, values = self.keys, self.values
+        assert isinstance(keys, Tensor)
+        assert isinstance(values, Tensor)
+        return keys, values
+
     def cut(self, tokens: int) -> None:
         """Forgets everything from position `tokens` on."""
         if self.is_initialized:
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+            self.keys, self.values = (held[:, :, :tokens] for held in self.held())
 
 
 class RecordingCache(HookedCache):

@@ -51,10 +51,9 @@ class RankedPrompt:
             limit = ceiling if layer.sliding_window is None else min(ceiling, layer.sliding_window)
             ranking = ranking[:, :limit]
             heads = torch.arange(len(ranking), device=ranking.device)[:, None]
-            assert layer.keys is not None
-            assert layer.values is not None
-            keys.append(layer.keys[0][heads, ranking])
-            values.append(layer.values[0][heads, ranking])
+            held_keys, held_values = layer.held()
+            keys.append(held_keys[0][heads, ranking])
+            values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
         return cls(cache.get_seq_length(), next_logits, keys, values, positions)
 
@@ -103,9 +102,7 @@ class ReplayLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the prompt is there from the start."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends each candidate's new tokens, ``[candidates, kv_heads, new, dim]``."""
         self.new_keys = torch.cat([self.new_keys, key_states.transpose(0, 1)], dim=2)
         self.new_values = torch.cat([self.new_values, value_states.transpose(0, 1)], dim=2)
@@ -139,9 +136,7 @@ class ReplayLayer(CacheLayerMixin):
         heads = self.counts.shape[1]
         fold = query_heads // heads
         # [candidates, heads, queries, dim] -> [kv_heads, candidates * fold * queries, dim]
-        rows = (
-            query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
-        )
+        rows = query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
         keys = torch.cat([self.keys, self.new_keys.flatten(1, 2)], dim=1)
         values = torch.cat([self.values, self.new_values.flatten(1, 2)], dim=1)
         visible = self._visible(fold, queries)
@@ -188,9 +183,7 @@ class ReplayCache(HookedCache):
             keys = prompt.keys[index]
             counts = torch.from_numpy(np.minimum(budgets[:, index], keys.shape[1])).to(keys.device)
             layers.append(
-                ReplayLayer(
-                    keys, prompt.values[index], prompt.positions[index], counts, prompt.tokens, window
-                )
+                ReplayLayer(keys, prompt.values[index], prompt.positions[index], counts, prompt.tokens, window)
             )
         super().__init__(model, layers)
 

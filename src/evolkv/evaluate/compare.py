@@ -76,9 +76,9 @@ def evaluate(
         on_progress: called after each example.
 
     Returns:
-        One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes, mean_budget,
-        seed``; `score` and `ci95` in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged
-        over examples (and heads).
+        One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
+        mean_budget, seed``; `score` and `ci95` in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after
+        prefill, averaged over examples (and heads).
 
     Raises:
         UsageError: for settings that cannot be used.
@@ -145,14 +145,14 @@ def _evaluate_task(
     for row in rows:
         if row.budget is not None and row.budget >= longest:
             raise BudgetError(
-                f"the budget is {row.budget}, but the longest prompt of {format_spec(task)} has {longest} tokens: nothing "
-                f"would be evicted; use a --budget below {longest}"
+                f"the budget is {row.budget}, but the longest prompt of {format_spec(task)} has {longest} tokens: "
+                f"nothing would be evicted; use a --budget below {longest}"
             )
     prefill = Prefiller(model, [row.selector for row in rows])
     end = end_tokens(model, tokenizer)
     scores = np.empty((len(rows), len(examples)))
     held = np.empty((len(rows), len(examples)))
-    entry_bytes: float = 0.0
+    entry_bytes = 0
     waiting: list[_Prefilled] = []
 
     def flush() -> None:
@@ -169,19 +169,14 @@ def _evaluate_task(
         recorded = prefill(ids)
         cache = _cut(model, recorded, rows)
         held[:, column] = [cache.kv_bytes_of(i) for i in range(len(rows))]
-        key = recorded.cache.layers[0].keys
-        value = recorded.cache.layers[0].values
-        assert key is not None
-        assert value is not None
+        key, value = recorded.cache.layers[0].held()
         entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
         if (metric or example.metric) == "logprob":
             target = encode_target(tokenizer, example)
             log_probs = target_log_probs(model, cache, recorded.next_logits, recorded.tokens, target)
             scores[:, column] = mean_probability(log_probs)
         else:
-            waiting.append(
-                _Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens)
-            )
+            waiting.append(_Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens))
             if _enough(model, waiting, len(rows)):
                 flush()
         advance(column + 1)
@@ -222,7 +217,7 @@ class _Prefilled:
 def _cut(model: PreTrainedModel, recorded: RecordedPrompt, rows: list[_Row]) -> CompressedCache:
     """A compressed cache with one sequence per row, cut from one recorded prompt."""
     layers = recorded.cache.layers
-    keys_values = [(layer.keys, layer.values) for layer in layers]
+    keys_values = [layer.held() for layer in layers]
     rankings = [torch.cat([layer.rankings[row.selector] for row in rows]) for layer in layers]
     budgets = np.stack([row.budgets for row in rows])
     return CompressedCache.from_rankings(model, keys_values, rankings, budgets, rows[0].selector)

@@ -49,9 +49,7 @@ def target_log_probs(
         output = model(
             target[None, :-1].expand(rows, -1),
             past_key_values=cache,
-            position_ids=torch.arange(tokens, tokens + len(target) - 1, device=target.device).expand(
-                rows, -1
-            ),
+            position_ids=torch.arange(tokens, tokens + len(target) - 1, device=target.device).expand(rows, -1),
             use_cache=True,
         )
         logits = output.logits.float()
@@ -94,8 +92,6 @@ def greedy(
         if not any(running):
             return texts
         with torch.inference_mode():
-            output = model(
-                newest[:, None], past_key_values=cache, position_ids=position[:, None], use_cache=True
-            )
+            output = model(newest[:, None], past_key_values=cache, position_ids=position[:, None], use_cache=True)
         newest = output.logits[:, -1].argmax(-1)
         position = position + 1

@@ -44,9 +44,7 @@ def encode_target(tokenizer: Any, example: Example) -> Tensor:
     """
     ids = tokenizer(example.target, add_special_tokens=False, return_tensors="pt").input_ids[0]
     if not len(ids):
-        raise UsageError(
-            f"example {example.id}: the reference answer is empty; metric 'logprob' needs a text"
-        )
+        raise UsageError(f"example {example.id}: the reference answer is empty; metric 'logprob' needs a text")
     return ids.long()
 
 

@@ -70,8 +70,8 @@ def get_method(name: str) -> Method:
     """The method that a name stands for.
 
     Args:
-        name: ``full``; a selector (uniform budgets); ``allocator+selector``; ``pyramidkv`` (= ``pyramid+snapkv``); or the
-            path of a profile.
+        name: ``full``; a selector (uniform budgets); ``allocator+selector``; ``pyramidkv`` (= ``pyramid+snapkv``); or
+            the path of a profile.
 
     Raises:
         UsageError: for a name that is none of these.

@@ -65,9 +65,7 @@ class ReplayEngine:
         on_progress: Progress | None = None,
     ):
         if not selector.nested:
-            raise UsageError(
-                f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'"
-            )
+            raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
         self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
         self.metrics = [metric or example.metric for example in self.examples]
         prompts = encode_prompts(tokenizer, model, self.examples, describe_model(model).max_context)
@@ -123,17 +121,13 @@ class ReplayEngine:
 
     def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
         recorded = prefill(self._inputs[column])
-        return RankedPrompt.from_recording(
-            recorded.cache, recorded.next_logits, self._selector, self._ceiling
-        )
+        return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, self._selector, self._ceiling)
 
     def _score_example(self, column: int, prompt: RankedPrompt, budgets: np.ndarray) -> np.ndarray:
         target = self.targets[column]
         if target is not None:
             cache = ReplayCache(self.model, prompt, budgets)
-            return mean_probability(
-                target_log_probs(self.model, cache, prompt.next_logits, prompt.tokens, target)
-            )
+            return mean_probability(target_log_probs(self.model, cache, prompt.next_logits, prompt.tokens, target))
         texts = self._generate(column, prompt, budgets)
         return np.array([text_score(self.metrics[column], text, self.examples[column]) for text in texts])
 
@@ -159,14 +153,13 @@ class ReplayEngine:
         new = len(target) if target is not None else self.examples[column].max_new_tokens
         queries = new if target is not None else 1
         need = _candidate_bytes(self.model, prompt, queries, new)
-        shared = 2 * max(
-            key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True)
-        )
+        shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
         room = (self._limit - shared) // need
         if room < 1:
             raise RunError(
                 f"one candidate on example {self.examples[column].id} needs about {_mib(need + shared)} besides the "
-                f"snapshots, and {_mib(max(self._limit, 0))} is left; use fewer examples, a lower ceiling, or engine 'naive'"
+                f"snapshots, and {_mib(max(self._limit, 0))} is left; use fewer examples, a lower ceiling, or "
+                "engine 'naive'"
             )
         return int(min(room, _MAX_CANDIDATES))
 
@@ -178,8 +171,7 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     logits = queries * config.vocab_size * (element + 2 * 4)
     hidden = queries * (8 * config.hidden_size + 4 * config.intermediate_size) * element
     own = sum(
-        key.shape[0] * (key.shape[2] + value.shape[2])
-        for key, value in zip(prompt.keys, prompt.values, strict=True)
+        key.shape[0] * (key.shape[2] + value.shape[2]) for key, value in zip(prompt.keys, prompt.values, strict=True)
     )
     entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_CANDIDATES
     # A boolean mask and its float copy inside the attention kernel.

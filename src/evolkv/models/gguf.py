@@ -229,15 +229,15 @@ def _quick_reader() -> type:
             data = self.data = np.asarray(self.data)
             if raw_type != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
-            item_type, count = struct.unpack_from("<IQ", data, orig_offs)
+            item_type, count = struct.unpack_from("<IQ", data.data, orig_offs)
             if self.byte_order != "I" or count < _LONG_ARRAY or item_type == GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             first = orig_offs + 12
             size, parts, indices, types = super()._get_field_parts(first, item_type)
             if item_type == GGUFValueType.STRING:
-                end = first
+                end, buffer = first, data.data
                 for _ in range(count):
-                    end += 8 + struct.unpack_from("<Q", data, end)[0]
+                    end += 8 + struct.unpack_from("<Q", buffer, end)[0]
             else:
                 end = first + count * size
             if end > len(data):

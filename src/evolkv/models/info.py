@@ -54,13 +54,9 @@ def describe_model(model: nn.Module) -> ModelInfo:
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ModelError(
-            f"expected a transformers model, got {type(model).__name__}; use load_model() to get one"
-        )
+        raise ModelError(f"expected a transformers model, got {type(model).__name__}; use load_model() to get one")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder; EvolKV needs a decoder-only language model"
-        )
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; EvolKV needs a decoder-only language model")
     text = config.get_text_config(decoder=True)
     num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads

@@ -122,9 +122,7 @@ def _find(name: str) -> tuple[str, str]:
         if not (path / "config.json").is_file():
             found = sorted(path.glob("*.gguf"))
             hint = (
-                f"pass the file itself: {found[0]}"
-                if found
-                else "expected a folder with config.json and safetensors"
+                f"pass the file itself: {found[0]}" if found else "expected a folder with config.json and safetensors"
             )
             raise ModelError(f"no config.json in folder {path}; {hint}")
         return str(path), str(path.resolve())
@@ -163,15 +161,12 @@ def _check_architecture(config: Any, label: str) -> None:
     from transformers import AutoModelForCausalLM
 
     names = getattr(config, "architectures", None) or []
-    causal = (
-        any(re.search(r"CausalLM|LMHead|ConditionalGeneration|Model$", name) for name in names) or not names
-    )
+    causal = any(re.search(r"CausalLM|LMHead|ConditionalGeneration|Model$", name) for name in names) or not names
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = remote or type(config) in AutoModelForCausalLM._model_mapping
     if getattr(config, "is_encoder_decoder", False) or not causal or not known:
         raise ModelError(
-            f"{label!r} is a {', '.join(names) or config.model_type}; "
-            f"EvolKV needs a decoder-only causal language model"
+            f"{label!r} is a {', '.join(names) or config.model_type}; EvolKV needs a decoder-only causal language model"
         )
 
 

@@ -27,7 +27,7 @@ from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.objective import cache_score, fitness
 from evolkv.search.result import Evaluation, SearchResult, Validated, as_lists, as_rows
-from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
+from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Example, Task, encode_prompt, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import METRIC_NAMES
@@ -119,20 +119,17 @@ def search(
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
     started = time.perf_counter()
-    plan = _Plan(
-        model, tokenizer, get_task(task), budget, get_selector(selector), granularity, metric, engine
-    )
+    plan = _Plan(model, tokenizer, get_task(task), budget, get_selector(selector), granularity, metric, engine)
     if strategy not in STRATEGIES:
         raise unknown_name("strategy", strategy, STRATEGIES)
     report = on_progress or (lambda progress: None)
     examples = plan.task.examples("train", _at_least_one("train", train), tokenizer, seed)
     held_out = plan.task.examples("validation", _at_least_one("val", val), tokenizer, seed)
     plan.set_bounds(examples, floor, ceiling)
+    searcher: Strategy
     if strategy == "evolkv":
         if granularity == "head":
-            raise UsageError(
-                "strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'"
-            )
+            raise UsageError("strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'")
         searcher, total = _grouped(plan, max_evals, population, sigma, group_size, seed)
     else:
         searcher, total = _joint_or_random(plan, strategy, max_evals, population, sigma, seed)
@@ -245,9 +242,7 @@ class _Plan:
         if metric not in METRIC_NAMES:
             raise unknown_name("metric", metric, METRIC_NAMES)
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
-            raise BudgetError(
-                f"the budget is {budget!r}; expected a whole number of cache entries per KV head"
-            )
+            raise BudgetError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.budget, self.selector, self.granularity = int(budget), selector, granularity
         self.metric, self.engine_name = metric, engine
@@ -277,13 +272,11 @@ class _Plan:
             )
         if self.budget >= longest:
             raise BudgetError(
-                f"the budget is {self.budget}, but the longest prompt of the task has {longest} tokens: nothing would be "
-                f"evicted; use a --budget below {longest}"
+                f"the budget is {self.budget}, but the longest prompt of the task has {longest} tokens: nothing "
+                f"would be evicted; use a --budget below {longest}"
             )
         if self.most < self.budget:
-            raise BudgetError(
-                f"the ceiling is {self.most}, below the budget of {self.budget}; raise --ceiling"
-            )
+            raise BudgetError(f"the ceiling is {self.most}, below the budget of {self.budget}; raise --ceiling")
         #: Entries beyond a layer's own window would never be held.
         self.ceilings = np.array([self.most if w is None else min(self.most, w) for w in self.windows])
         if self.ceilings.mean() < self.budget:
@@ -301,9 +294,7 @@ class _Plan:
         """Budgets ``[layers, kv_heads]`` brought to exactly the target total."""
         if self.granularity == "head":
             target = self.budget * self.layers * self.heads
-            return complete(
-                budgets, target, self.least, np.broadcast_to(self.ceilings[:, None], budgets.shape)
-            )
+            return complete(budgets, target, self.least, np.broadcast_to(self.ceilings[:, None], budgets.shape))
         return self.matrix(complete(budgets[:, 0], self.budget * self.layers, self.least, self.ceilings))
 
     def heuristics(self) -> dict[str, np.ndarray]:
@@ -313,9 +304,7 @@ class _Plan:
         found = {"uniform": uniform(self.layers, self.budget), "pyramid": shape}
         return {name: self.completed(self.matrix(np.asarray(budgets))) for name, budgets in found.items()}
 
-    def engine(
-        self, examples: list[Example], on_progress: Callable[[int, int], None], hold: bool = True
-    ) -> Engine:
+    def engine(self, examples: list[Example], on_progress: Callable[[int, int], None], hold: bool = True) -> Engine:
         """An engine over some examples; `hold` their prefill if they are to be scored more than once."""
         if self.engine_name == "naive":
             return NaiveEngine(self.model, self.tokenizer, examples, self.selector, self.metric, on_progress)
@@ -383,14 +372,10 @@ def _validate(
 ) -> list[Validated]:
     """Scores the evolved allocations beside the heuristics; of equals a heuristic comes first."""
     choices = {**plan.heuristics(), **evolved}
-    engine = plan.engine(
-        examples, lambda done, of: report(SearchProgress("validation", done, of)), hold=False
-    )
+    engine = plan.engine(examples, lambda done, of: report(SearchProgress("validation", done, of)), hold=False)
     scores = engine.score(np.stack(list(choices.values())))
     rows = [
-        Validated(
-            name, name in evolved, as_lists(budgets), float(scores[i].mean()), ci95(scores[i]), len(examples)
-        )
+        Validated(name, name in evolved, as_lists(budgets), float(scores[i].mean()), ci95(scores[i]), len(examples))
         for i, (name, budgets) in enumerate(choices.items())
     ]
     return sorted(rows, key=lambda row: (-row.score, row.evolved))

@@ -35,9 +35,7 @@ def cache_score(mean: ArrayLike, target: ArrayLike, gamma: float = 0.2) -> float
     c = _finite("target", target)
     g = _finite("gamma", gamma)
     if (k < 0).any() or (c <= 0).any():
-        raise UsageError(
-            f"cache_score needs mean >= 0 and target > 0, got mean {mean!r} and target {target!r}"
-        )
+        raise UsageError(f"cache_score needs mean >= 0 and target > 0, got mean {mean!r} and target {target!r}")
     if g.ndim or not 0 <= g <= 1:
         raise UsageError(f"gamma must be a number in [0, 1], got {gamma!r}")
     return _plain(np.where(k > c, np.maximum(0.0, 1 - (k - c) / c), 1 - g * (1 - k / c)))

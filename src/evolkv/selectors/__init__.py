@@ -56,11 +56,11 @@ def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
 __all__ = [
     "H2O",
     "SELECTORS",
+    "TOVA",
     "KNorm",
     "PromptAttention",
     "Selector",
     "SnapKV",
     "StreamingLLM",
-    "TOVA",
     "get_selector",
 ]

@@ -55,9 +55,7 @@ class JsonLines(Task):
         if self.metric is not None:
             check_metric(self.metric)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise TaskError(
-                f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1"
-            )
+            raise TaskError(f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
         if self.split not in get_args(Splitting):
             raise TaskError(f"jsonl: split={self.split!r} is unknown; expected one of auto, all")
 
@@ -84,9 +82,7 @@ class JsonLines(Task):
             )
         random.Random(f"jsonl/{seed}").shuffle(rows)
         if len(rows) < n:
-            logger.warning(
-                "%s: split %r has %d rows; using all of them, not %d", self.path, split, len(rows), n
-            )
+            logger.warning("%s: split %r has %d rows; using all of them, not %d", self.path, split, len(rows), n)
         return [self._example(row, tokenizer) for row in rows[:n]]
 
     def _rows(self) -> list[_Row]:
@@ -111,9 +107,7 @@ class JsonLines(Task):
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
         if not isinstance(fields, dict):
-            raise TaskError(
-                f"{where}: expected a JSON object with 'prompt' and 'answers', not {_kind(fields)}"
-            )
+            raise TaskError(f"{where}: expected a JSON object with 'prompt' and 'answers', not {_kind(fields)}")
         prompt = _text(fields, "prompt", where)
         answers = _answers(fields, where)
         all_classes = _texts(fields, "all_classes", where) if fields.get("all_classes") is not None else None

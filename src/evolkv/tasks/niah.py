@@ -100,9 +100,7 @@ class NeedleInHaystack(Task):
 
     def __post_init__(self) -> None:
         if self.context < 1:
-            raise TaskError(
-                f"niah: context={self.context} is not a length; give the prompt's length in tokens"
-            )
+            raise TaskError(f"niah: context={self.context} is not a length; give the prompt's length in tokens")
         if not 1 <= self.needles <= len(WORDS):
             raise TaskError(f"niah: needles={self.needles} is out of range; expected 1 to {len(WORDS)}")
         if self.depth is not None and not 0 <= self.depth <= 1:
@@ -110,9 +108,7 @@ class NeedleInHaystack(Task):
         if self.passages is not None and self.passages < 1:
             raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
         if self.template not in get_args(Template):
-            raise TaskError(
-                f"niah: template={self.template!r} is unknown; expected {', '.join(get_args(Template))}"
-            )
+            raise TaskError(f"niah: template={self.template!r} is unknown; expected {', '.join(get_args(Template))}")
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, grouped by passage and within a passage by descending depth.
@@ -141,9 +137,7 @@ class NeedleInHaystack(Task):
     def _uses_chat(self, tokenizer: Any) -> bool:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if self.template == "chat" and not has_template:
-            raise TaskError(
-                "niah: template=chat, but this tokenizer has no chat template; use template=plain"
-            )
+            raise TaskError("niah: template=chat, but this tokenizer has no chat template; use template=plain")
         return has_template and self.template != "plain"
 
     def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
@@ -209,9 +203,7 @@ class NeedleInHaystack(Task):
         # Where tokens are longer than average a passage runs on into the next, of the same split.
         return lambda passage: region[starts[passage] : starts[passage] + 4 * stride]
 
-    def _example(
-        self, plan: _Plan, split: Split, seed: int, prompts: _Prompts, text: str, end: int
-    ) -> Example:
+    def _example(self, plan: _Plan, split: Split, seed: int, prompts: _Prompts, text: str, end: int) -> Example:
         word, number = plan.needles[0]
         positions = [_nearest_break(text, round(depth * end), end) for depth in plan.depths]
         cut = prompts.longest_cut(text, plan.needles, positions, word, guess=end)

@@ -64,9 +64,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise TaskError(
-                rf"task spec {spec!r}: {part!r} is not key=value; write a comma in a value as '\,'"
-            )
+            raise TaskError(rf"task spec {spec!r}: {part!r} is not key=value; write a comma in a value as '\,'")
         if key in values:
             raise TaskError(f"task spec {spec!r}: {key} is given twice; give it once")
         values[key] = value

@@ -85,9 +85,7 @@ class Generations(ABC):
     def best(self) -> tuple[Budgets, float]:
         """The fittest candidate told so far and its fitness. Of equals the first."""
         if self._best is None:
-            raise UsageError(
-                "there is no best candidate yet: ask() for candidates and tell() their fitness first"
-            )
+            raise UsageError("there is no best candidate yet: ask() for candidates and tell() their fitness first")
         budgets, fitness = self._best
         return budgets.copy(), fitness
 
@@ -160,9 +158,7 @@ def layers_or_heads(shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return tuple(whole_number("shape", size, 1) for size in sizes)
 
 
-def bounds(
-    shape: tuple[int, ...], budget: int, floor: ArrayLike, ceiling: ArrayLike
-) -> tuple[Budgets, Budgets]:
+def bounds(shape: tuple[int, ...], budget: int, floor: ArrayLike, ceiling: ArrayLike) -> tuple[Budgets, Budgets]:
     """Return floor and ceiling as int64 arrays of `shape`.
 
     Raises:
@@ -172,7 +168,6 @@ def bounds(
     low, high = broadcast_bounds(shape, floor, ceiling)
     if not low.mean() <= budget <= high.mean():
         raise BudgetError(
-            f"a mean budget of {budget} is out of reach: "
-            f"floor and ceiling allow {low.mean():g} to {high.mean():g}"
+            f"a mean budget of {budget} is out of reach: floor and ceiling allow {low.mean():g} to {high.mean():g}"
         )
     return low, high

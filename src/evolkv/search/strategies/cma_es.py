@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def cma_es(
-    x0: NDArray[np.float64], sigma: float, population: int, seed: int | list[int], **options: Any
-) -> Any:
+def cma_es(x0: NDArray[np.float64], sigma: float, population: int, seed: int | list[int], **options: Any) -> Any:
     """Return a `cma.CMAEvolutionStrategy` that draws from a generator of its own.
 
     pycma draws from NumPy's global generator unless told otherwise, and reads options from a file in the

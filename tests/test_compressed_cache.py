@@ -1,0 +1,411 @@
+"""The compressed cache: exactness, memory and positions, on tiny models of every family and on SmolLM2."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, tiny_model, tokens
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from evolkv import BudgetProfile, CompressedCache, compress
+from evolkv.errors import ProfileError, UsageError
+
+SNAPKV = {"name": "snapkv", "window": 4}
+RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
+#: How the 7 tokens after the prompt are fed: single tokens, and several at once.
+STEPS = [(0, 1), (1, 2), (2, 6), (6, 7)]
+
+
+def profile(model, budgets, selector=None):
+    if isinstance(budgets, int):
+        return BudgetProfile.uniform(model, budgets, selector or SNAPKV)
+    return BudgetProfile.from_budgets(model, budgets, selector or SNAPKV)
+
+
+def run(model, prompt, mask=None, cache=None):
+    """Logits at the end of the prompt and after each of 7 more tokens, ``[batch, 8, vocabulary]``, and the cache."""
+    batch = len(prompt)
+    mask = torch.ones_like(prompt) if mask is None else mask
+    more = tokens(1, 7, seed=7).expand(batch, -1)
+    output = model(prompt, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    cache = output.past_key_values
+    last = (mask * torch.arange(mask.shape[1])).argmax(-1)
+    logits = [output.logits[torch.arange(batch), last]]
+    length = mask.sum(-1, keepdim=True)
+    for start, stop in STEPS:
+        mask = torch.cat([mask, mask.new_ones(batch, stop - start)], dim=1)
+        output = model(
+            more[:, start:stop],
+            attention_mask=mask,
+            position_ids=length + torch.arange(start, stop),
+            past_key_values=cache,
+        )
+        logits += list(output.logits.unbind(1))
+    return torch.stack(logits, 1), cache
+
+
+def padded(lengths, side):
+    rows = [tokens(length, seed=i) for i, length in enumerate(lengths)]
+    batch = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(batch)
+    for i, row in enumerate(rows):
+        where = slice(max(lengths) - len(row), None) if side == "left" else slice(0, len(row))
+        batch[i, where], mask[i, where] = row, 1
+    return rows, batch, mask
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [20, 40])
+def test_budget_covering_prompt_changes_nothing(family, attention, length):
+    if family == "gemma2":
+        attention = "eager"
+    model = tiny_model(family, attention)
+    expected, _ = run(model, tokens(1, length))
+    with compress(model, profile(model, 400)):
+        logits, cache = run(model, tokens(1, length))
+    assert isinstance(cache, CompressedCache)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budget_covering_padded_prompts_changes_nothing(family):
+    model = tiny_model(family)
+    _, batch, mask = padded([40, 33, 29], "left")
+    expected, _ = run(model, batch, mask)
+    with compress(model, profile(model, 400)):
+        logits, _ = run(model, batch, mask)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_budget_covering_right_padded_prompts_changes_nothing():
+    model = tiny_model("llama")
+    _, batch, mask = padded([40, 33, 29], "right")
+    expected, _ = run(model, batch, mask)
+    with compress(model, profile(model, 400)):
+        logits, _ = run(model, batch, mask)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("budgets", [400, 9, RAGGED], ids=["covering", "dense", "ragged"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_of_a_padded_batch_equals_the_prompt_alone(family, side, budgets):
+    model = tiny_model(family)
+    rows, batch, mask = padded([40, 33, 15], side)
+    with compress(model, profile(model, budgets)):
+        together, cache = run(model, batch, mask)
+        for i, row in enumerate(rows):
+            alone, single = run(model, row[None])
+            torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=0)
+            for layer in range(LAYERS):
+                for head in range(KV_HEADS):
+                    assert cache.positions[layer][head][i].tolist() == single.positions[layer][head].tolist()
+
+
+def masking_reference(model, prompt, positions):
+    """What `run` gives when every entry is held and evicted ones are masked: the slow, obvious way."""
+    kept = torch.zeros(LAYERS, KV_HEADS, prompt.shape[1] + 7, dtype=torch.bool)
+    kept[..., prompt.shape[1] :] = True
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            kept[layer, head, positions[layer][head]] = True
+
+    def attention(module, query, key, value, mask, scaling=None, **kwargs):
+        fold = query.shape[1] // key.shape[1]
+        logits = query @ key.repeat_interleave(fold, 1).transpose(2, 3) * scaling
+        if kwargs.get("softcap") is not None:
+            logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
+        if mask is not None:
+            logits = logits + mask[..., : key.shape[2]]
+        if key.shape[2] > query.shape[2]:
+            seen = kept[module.layer_idx, :, : key.shape[2]].repeat_interleave(fold, 0)[None, :, None]
+            logits = logits.masked_fill(~seen, float("-inf"))
+        return (logits.softmax(-1) @ value.repeat_interleave(fold, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("masking_reference", attention)
+    AttentionMaskInterface.register("masking_reference", eager_mask)
+    own = model.config._attn_implementation
+    model.config._attn_implementation = "masking_reference"
+    try:
+        # A plain cache of full layers, so that positions are indices even where the model slides a window.
+        return run(model, prompt, cache=DynamicCache())[0]
+    finally:
+        model.config._attn_implementation = own
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_evicting_equals_masking(family, seed):
+    random = np.random.default_rng(seed)
+    # Sliding windows wide enough that nothing leaves them here: they have a test of their own.
+    wide = {"sliding_window": 400} if family.startswith("gemma") else {}
+    model = tiny_model(family, seed=seed, **wide)
+    prompt = tokens(1, int(random.integers(10, 60)), seed=seed)
+    budgets = random.integers(4, prompt.shape[1] + 5, size=(LAYERS, KV_HEADS))
+    with compress(model, profile(model, budgets)):
+        logits, cache = run(model, prompt)
+    torch.testing.assert_close(logits, masking_reference(model, prompt, cache.positions), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("budgets", [10, RAGGED], ids=["dense", "ragged"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_sliding_layers_never_hold_more_than_their_window(family, budgets):
+    model = tiny_model(family)
+    with compress(model, profile(model, 200 if budgets == 10 else budgets)):
+        cache = model(tokens(1, 60)).past_key_values
+        for step in range(30):
+            model(tokens(1, 1, seed=step), past_key_values=cache)
+            sliding = [layer for layer in cache.layers if layer.sliding_window is not None]
+            assert sliding
+            for layer in sliding:
+                assert max(group.keys.shape[1] for group in layer.groups) <= WINDOW
+
+
+def test_sliding_layer_keeps_only_tokens_within_its_window():
+    model = tiny_model("mistral")
+    cache = CompressedCache(model, profile(model, 10))
+    model(tokens(1, 60), past_key_values=cache)
+    for layer in cache.positions:
+        for head in layer:
+            assert len(head) == 10
+            assert int(head.min()) >= 60 - WINDOW
+
+
+@pytest.mark.parametrize("budgets", [9, RAGGED, 400], ids=["dense", "ragged", "covering"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_kv_bytes_are_exact(family, budgets):
+    model = tiny_model(family)
+    length = 37
+    cache = CompressedCache(model, profile(model, budgets))
+    model(tokens(1, length), past_key_values=cache)
+    entries = np.minimum(np.broadcast_to(np.array(budgets), (LAYERS, KV_HEADS)), length).sum()
+    assert cache.kv_bytes == entries * HEAD_DIM * 2 * 4
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for group in layer.groups
+        for tensor in (group.keys, group.values)
+    }
+    assert sum(storages.values()) == cache.kv_bytes
+    model(tokens(1, 1), past_key_values=cache)
+    assert cache.kv_bytes == (entries + LAYERS * KV_HEADS) * HEAD_DIM * 2 * 4
+
+
+@pytest.mark.parametrize("budgets", [9, RAGGED, 400], ids=["dense", "ragged", "covering"])
+def test_nothing_else_of_the_prompt_stays_alive(budgets):
+    # Phi-3 projects queries, keys and values at once: a slice of that would keep all of it alive.
+    model = tiny_model("phi3")
+    alive = []
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    cache = CompressedCache(model, profile(model, budgets))
+    model(tokens(1, 50), past_key_values=cache)
+    gc.collect()
+    assert len(alive) == LAYERS
+    assert not any(reference() is not None for reference in alive)
+    # `type(...) is` rather than isinstance, which would wake lazy modules among all objects.
+    large = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 4 and x.shape[-2:] == (50, HEAD_DIM)]
+    assert not large
+
+
+def test_positions_are_true_positions():
+    model = tiny_model()
+    budgets = np.add(RAGGED, 1)
+    cache = CompressedCache(model, profile(model, budgets, "streaming_llm"))
+    model(tokens(1, 40), past_key_values=cache)
+    for layer, row in enumerate(budgets.tolist()):
+        for head, budget in enumerate(row):
+            expected = [*range(4), *range(40 - (budget - 4), 40)]
+            assert cache.positions[layer][head].tolist() == expected
+            assert cache.positions[layer][head].dtype == torch.int64
+    assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reset_cache_serves_another_prompt(family):
+    model = tiny_model(family)
+    cache = CompressedCache(model, profile(model, RAGGED))
+    first, _ = run(model, tokens(1, 40), cache=cache)
+    cache.reset()
+    assert cache.kv_bytes == 0
+    again, _ = run(model, tokens(1, 40), cache=cache)
+    assert torch.equal(first, again)
+
+
+def test_explicit_cache_equals_with_block():
+    model = tiny_model()
+    chosen = profile(model, RAGGED)
+    with compress(model, chosen):
+        expected, _ = run(model, tokens(1, 40))
+    logits, _ = run(model, tokens(1, 40), cache=CompressedCache(model, chosen))
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}, {"num_beams": 3, "do_sample": False}]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_generate_with_covering_budget_gives_the_same_text(family, settings):
+    model = tiny_model(family)
+    _, batch, mask = padded([40, 33, 15], "left")
+    texts = []
+    for budget in (None, 400):
+        torch.manual_seed(3)
+        arguments = {"attention_mask": mask, "max_new_tokens": 30, "eos_token_id": None, **settings}
+        if budget is None:
+            texts.append(model.generate(batch, **arguments))
+        else:
+            with compress(model, profile(model, budget)):
+                texts.append(model.generate(batch, **arguments))
+    assert torch.equal(*texts)
+
+
+def test_generate_takes_an_explicit_cache():
+    model = tiny_model()
+    chosen = profile(model, RAGGED)
+    cache = CompressedCache(model, chosen)
+    text = model.generate(tokens(1, 40), past_key_values=cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    with compress(model, chosen):
+        expected = model.generate(tokens(1, 40), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(text, expected)
+    assert cache.kv_bytes == (np.sum(RAGGED) + 4 * LAYERS * KV_HEADS) * HEAD_DIM * 2 * 4
+
+
+def test_beam_search_on_a_ragged_cache_equals_generating_from_each_beam_alone():
+    model = tiny_model()
+    with compress(model, profile(model, RAGGED)):
+        beams = model.generate(
+            tokens(1, 40), num_beams=4, num_return_sequences=4, max_new_tokens=6, do_sample=False, eos_token_id=None,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
+            output = model(tokens(1, 40))
+            log_probs = [output.logits[0, -1].log_softmax(-1)[sequence[40]]]
+            for at in range(40, 45):
+                output = model(sequence[None, at : at + 1], past_key_values=output.past_key_values)
+                log_probs.append(output.logits[0, -1].log_softmax(-1)[sequence[at + 1]])
+            torch.testing.assert_close(torch.stack(log_probs).mean(), score, atol=1e-4, rtol=0)
+
+
+def test_model_is_restored_on_leaving():
+    model = tiny_model()
+    hooks = (dict(model._forward_pre_hooks), dict(model.model._forward_pre_hooks))
+    expected, plain = run(model, tokens(1, 40))
+    with compress(model, profile(model, 8)):
+        assert model.config._attn_implementation == "evolkv_sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    assert hooks == (dict(model._forward_pre_hooks), dict(model.model._forward_pre_hooks))
+    with pytest.raises(ZeroDivisionError), compress(model, profile(model, 8)):
+        raise ZeroDivisionError
+    after, cache = run(model, tokens(1, 40))
+    assert model.config._attn_implementation == "sdpa"
+    assert type(cache) is type(plain) is DynamicCache
+    assert torch.equal(after, expected)
+
+
+def test_model_is_restored_when_the_last_explicit_cache_goes():
+    model = tiny_model()
+    first, second = (CompressedCache(model, profile(model, 8)) for _ in range(2))
+    del first
+    gc.collect()
+    assert model.config._attn_implementation == "evolkv_sdpa"
+    second.release()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_cache_does_not_keep_its_model_alive():
+    model = tiny_model()
+    reference = weakref.ref(model)
+    cache = CompressedCache(model, profile(model, 8))
+    del model
+    gc.collect()
+    assert reference() is None
+    cache.release()
+
+
+def test_inner_block_counts():
+    model = tiny_model()
+    with compress(model, profile(model, 20)):
+        with compress(model, profile(model, 8)):
+            inner = model(tokens(1, 40)).past_key_values.kv_bytes
+        outer = model(tokens(1, 40)).past_key_values.kv_bytes
+    assert (inner, outer) == (8 * 8 * HEAD_DIM * 8, 20 * 8 * HEAD_DIM * 8)
+
+
+def test_plain_cache_and_no_cache_work_as_before_inside_the_block():
+    model = tiny_model()
+    expected, plain = run(model, tokens(1, 40), cache=DynamicCache(config=model.config))
+    with compress(model, profile(model, 8)):
+        no_cache = model(tokens(1, 40), use_cache=False)
+        more = model(tokens(1, 1), past_key_values=plain)
+    assert no_cache.past_key_values is None
+    torch.testing.assert_close(no_cache.logits[:, -1], expected[:, 0])
+    assert type(more.past_key_values) is DynamicCache
+
+
+def test_static_cache_is_refused_clearly():
+    model = tiny_model()
+    with compress(model, profile(model, 8)), pytest.raises(UsageError, match="StaticCache"):
+        model.generate(tokens(1, 40), max_new_tokens=2, cache_implementation="static")
+
+
+def test_profile_of_another_model_is_refused():
+    other = tiny_model("llama", seed=1)
+    chosen = profile(other, 8)
+    model = tiny_model("llama", seed=0)
+    with pytest.raises(ProfileError, match="fingerprint"):
+        CompressedCache(model, chosen)
+    with pytest.raises(ProfileError, match="fingerprint"), compress(model, chosen):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.model
+def test_smollm2_with_covering_budget_gives_the_same_logits(smollm2):
+    model, tokenizer = smollm2
+    prompt = tokenizer("The lighthouse keeper counted the ships. " * 20, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected, _ = run(model, prompt)
+        with compress(model, profile(model, 2000)):
+            logits, _ = run(model, prompt)
+    assert float((logits - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("budget", [2000, 60])
+def test_smollm2_padded_batch_equals_single_prompts(smollm2, budget):
+    model, tokenizer = smollm2
+    rows = [tokenizer("The quiet harbour woke slowly. " * n, return_tensors="pt").input_ids[0] for n in (30, 22, 12)]
+    width = max(map(len, rows))
+    batch = torch.zeros(3, width, dtype=torch.long)
+    mask = torch.zeros_like(batch)
+    for i, row in enumerate(rows):
+        batch[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    with torch.inference_mode():
+        if budget == 2000:
+            expected, _ = run(model, batch, mask)
+        with compress(model, profile(model, budget)):
+            logits, _ = run(model, batch, mask)
+            if budget != 2000:
+                expected = torch.cat([run(model, row[None])[0] for row in rows])
+    assert float((logits - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.gemma
+def test_gemma3_with_covering_budget_gives_the_same_logits_beyond_its_window(gemma3):
+    model, tokenizer = gemma3
+    prompt = tokenizer("The lighthouse keeper counted the ships. " * 80, return_tensors="pt").input_ids
+    assert prompt.shape[1] > 512
+    with torch.inference_mode():
+        expected, _ = run(model, prompt)
+        with compress(model, profile(model, 2000)):
+            logits, cache = run(model, prompt)
+    assert float((logits - expected).abs().max()) <= 1e-3
+    held = [max(group.keys.shape[1] for group in layer.groups) for layer in cache.layers]
+    assert held == [512 if layer.sliding_window else prompt.shape[1] + 7 for layer in cache.layers]
