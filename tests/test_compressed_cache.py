@@ -8,12 +8,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, tiny_model, tokens
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import ProfileError, UsageError
+from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]

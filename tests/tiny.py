@@ -44,7 +44,11 @@ _FAMILIES = {
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
-        {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+        {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
     ),
     # Phi-3 derives the head size from the hidden size.
     "phi3": (Phi3ForCausalLM, Phi3Config, {"hidden_size": 8 * HEAD_DIM}),

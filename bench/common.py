@@ -1,0 +1,93 @@
+"""What the benchmarks share: the machine, paired timing, and JSON output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import evolkv
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--device", default=None)
+    options.add_argument("--seed", type=int, default=0)
+    return options
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine and the libraries that a figure belongs to."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "evolkv": evolkv.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    widest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags), "")
+    return f"{names[0] if names else platform.processor()} {widest}".strip()
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def matrix_rate(model: torch.nn.Module, rows: int) -> float:
+    """FLOP/s of the machine on this model's own matrices with `rows` rows: the median over five passes."""
+    weights = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+
+    def work() -> None:
+        for weight in weights:
+            inputs[weight.shape[1]] @ weight.T
+
+    flops = sum(2 * rows * w.numel() for w in weights)
+    work()
+    return flops / statistics.median(seconds(work, weights[0].device) for _ in range(5))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most of some runs."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def finish(result: dict[str, Any], path: Path | None) -> None:
+    """Prints a result as JSON, and writes it to a file if one was given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")

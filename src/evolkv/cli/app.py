@@ -1,0 +1,116 @@
+"""The program: its commands, its global flags, and how failures leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import evolkv
+from evolkv.cli import console
+from evolkv.cli.arguments import for_typer
+from evolkv.cli.demo import demo
+from evolkv.cli.evaluate import evaluate
+from evolkv.cli.generate import generate
+from evolkv.cli.listing import app as listing
+from evolkv.cli.profile import app as profile
+from evolkv.cli.search import search
+from evolkv.errors import EvolKVError, RunError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+# Typer carries a copy of click or imports it, depending on its version; its errors know which.
+_ClickException: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="evolkv",
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Evolve how much KV cache each layer and head of a language model needs, and run it with exactly that.",
+    epilog="Start with: evolkv demo",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.OUT.print(f"evolkv {evolkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False,
+) -> None:
+    console.settings.debug = debug
+    console.settings.quiet = quiet
+
+
+app.command()(demo)
+app.command()(search)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.add_typer(profile, name="profile")
+app.add_typer(listing, name="list")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        argv: the arguments, without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code: 0 if all went well, 1 for a failed run, 2 for bad usage or input, 130 if interrupted.
+    """
+    console.prepare()
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # Typer would turn an interrupt into a bare exit code before anything could be said about it.
+        with typer.main.get_command(app).make_context("evolkv", for_typer(given) or ["--help"]) as context:
+            code = context.command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(INTERRUPTED, "interrupted")
+    except BrokenPipeError:
+        # Whoever read the output has had enough. What is still buffered must not fail again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if isinstance(error, _ClickException):
+            return _fail(2, _usage(error))
+        if console.settings.debug:
+            traceback.print_exc()
+        if isinstance(error, RunError):
+            return _fail(1, str(error))
+        if isinstance(error, EvolKVError):
+            return _fail(2, str(error))
+        if isinstance(error, OSError):
+            return _fail(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        hint = "" if console.settings.debug else " (--debug shows where)"
+        return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(code: int, message: str) -> int:
+    console.say(f"evolkv: error: {message}" if code != INTERRUPTED else f"evolkv: {message}")
+    return code
+
+
+def _usage(error: Exception) -> str:
+    """What Typer has to say, with the place where help is."""
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "evolkv"
+    return f"{message[:1].lower()}{message[1:]}; see '{command} --help'"

@@ -1,0 +1,83 @@
+"""From what a shell passes to what Typer and the library take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from evolkv.errors import UsageError
+
+_GLOBAL_FLAGS = {"--debug", "--quiet"}
+_SEVERAL_VALUES = {"--task", "--method", "--budget"}
+#: A prompt may look like anything.
+_FREE_TEXT = {"--prompt"}
+
+
+def for_typer(argv: Sequence[str]) -> list[str]:
+    """Bring global flags to the front, where Typer expects them, and spell out the lists of `eval`.
+
+    Typer takes an option's values one by one: ``--method full snapkv`` becomes ``--method full --method snapkv``.
+
+    Args:
+        argv: the program's arguments.
+    """
+    front: list[str] = []
+    rest: list[str] = []
+    previous = ""
+    for index, token in enumerate(argv):
+        if token == "--":
+            rest += argv[index:]
+            break
+        is_flag = token in _GLOBAL_FLAGS and previous not in _FREE_TEXT
+        (front if is_flag else rest).append(token)
+        previous = token
+    return front + (_repeated(rest) if rest[:1] == ["eval"] else rest)
+
+
+def _repeated(argv: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    option, filled = "", False
+    for index, token in enumerate(argv):
+        if token == "--":
+            return result + list(argv[index:])
+        name, equals, _ = token.partition("=")
+        if name.startswith("--"):
+            option, filled = (name if name in _SEVERAL_VALUES else ""), bool(equals)
+            result.append(token)
+        else:
+            result += [option, token] if option and filled else [token]
+            filled = True
+    return result
+
+
+def whole_numbers(option: str, values: Iterable[str]) -> list[int]:
+    """The numbers in values such as ``["64,128", "256"]``, each once, in their order.
+
+    Raises:
+        UsageError: something that is not a whole number.
+    """
+    numbers = []
+    for part in (part for value in values for part in value.split(",")):
+        try:
+            numbers.append(int(part))
+        except ValueError:
+            raise UsageError(f"{option} is {part!r}; expected whole numbers of cache entries, such as 64,128") from None
+    return list(dict.fromkeys(numbers))
+
+
+def selector_spec(text: str) -> dict[str, Any]:
+    """A selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
+
+    Raises:
+        UsageError: a part that is not parameter=value, or a parameter given twice.
+    """
+    name, _, rest = text.partition(":")
+    spec: dict[str, Any] = {"name": name.strip()}
+    for part in filter(str.strip, rest.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key:
+            raise UsageError(f"selector {text!r}: {part!r} is not parameter=value; write for example snapkv:window=16")
+        if key in spec:
+            raise UsageError(f"selector {text!r}: {key} is given twice; give it once")
+        spec[key] = int(value) if value.lstrip("-").isdecimal() else value
+    return spec

@@ -1,0 +1,135 @@
+"""`evolkv demo`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust
+from evolkv.cli.search import show_search
+from evolkv.cli.tables import results_table
+
+if TYPE_CHECKING:
+    from evolkv.demo import DemoResult
+
+_MODEL, _CONTEXT = "smollm2-135m", 1600
+#: One more than SnapKV's window.
+_LEAST_BUDGET = 33
+_FEW_SAMPLES: list[object] = ["--samples", 20]
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for profile, results and picture.")] = "demo",
+    context: Annotated[int, typer.Option("--context", help="Length of the prompts in tokens.")] = _CONTEXT,
+    budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 128,
+    granularity: Granularity = "layer",
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option("--samples", help="Held-out examples of the comparison.")] = 50,
+    train: Annotated[int | None, typer.Option("--train", help="Examples that candidates are scored on.")] = None,
+    val: Annotated[int | None, typer.Option("--val", help="Examples that the result is chosen on.")] = None,
+    max_evals: Annotated[int | None, typer.Option("--max-evals", help="Candidates to evaluate.")] = None,
+    model: Annotated[str, typer.Option("--model", help="The model, as for other commands.")] = _MODEL,
+    dtype: Dtype = None,
+    device: Device = None,
+    attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Evolve a profile on an embedded model, compare it on held-out examples, and write it all down."""
+    from evolkv.demo import DemoFiles, check_demo_folder, run_demo
+    from evolkv.tasks import get_task
+
+    get_task(f"niah:context={context}")
+    check_demo_folder(DemoFiles(Path(out)))
+    load = ModelOptions(dtype, device, attn_implementation, trust_remote_code)
+    loaded, tokenizer = load.load(model)
+    with console.Progress() as progress:
+        result = run_demo(
+            loaded,
+            tokenizer,
+            out=out,
+            context=context,
+            budget=budget,
+            granularity=granularity,  # type: ignore[arg-type]
+            seed=seed,
+            samples=samples,
+            train=train,
+            val=val,
+            max_evals=max_evals,
+            on_search=lambda step: show_search(progress, step),
+            on_evaluation=lambda step: progress("comparison", step.done, step.total),
+        )
+    files = result.files
+    if result.interrupted:
+        what = "the fittest budgets so far are" if result.search.interrupted else "the profile is"
+        console.say(f"evolkv: interrupted; {what} in {files.profile}")
+        return 130
+    console.OUT.print(results_table(result.rows))
+    console.OUT.print(f"\n{_summary(result)}\n", soft_wrap=True)
+    names = (files.profile, files.results, files.picture, files.search, files.prompt)
+    console.OUT.print(f"Written to {files.folder}: {', '.join(path.name for path in names)}", soft_wrap=True)
+    console.OUT.print("\nTry next:")
+    for comment, command in _next_commands(result, model, granularity, budget, context, load):
+        console.OUT.print(f"  # {comment}\n  {command}", soft_wrap=True)
+    return 0
+
+
+def _summary(result: DemoResult) -> str:
+    """What the comparison shows, in one line."""
+    rows = {row["method"]: row for row in result.rows}
+    evolved, full = rows["evolkv"], rows["full"]
+    share = evolved["kv_bytes"] / full["kv_bytes"]
+    if result.search.improved:
+        subject = "the evolved budgets find"
+    else:
+        subject = f"no evolved budgets beat {result.search.chosen!r} in validation, so the profile is that, and finds"
+    return (
+        f"With {share:.1%} of the KV cache {subject} {evolved['score']:.0%} of {evolved['n']} hidden numbers "
+        f"(SnapKV {rows['snapkv']['score']:.0%}, PyramidKV {rows['pyramidkv']['score']:.0%}, "
+        f"full cache {full['score']:.0%})."
+    )
+
+
+def _next_commands(
+    result: DemoResult, model: str, granularity: str, budget: int, context: int, load: ModelOptions
+) -> list[tuple[str, str]]:
+    """(what it is for, command) pairs; each command works when pasted."""
+    folder, profile = result.files.folder, result.files.profile
+    paper = folder.with_name(f"{folder.name}-paper.json")
+    head = folder.with_name(f"{folder.name}-head")
+    commands: list[tuple[str, list[object]]] = [
+        (
+            f"a held-out prompt under the profile; the hidden number is {result.answer}",
+            ["generate", model, "--profile", profile, "--prompt-file", result.files.prompt, "--raw"],
+        ),
+        (
+            "other methods beside it",
+            ["eval", model, "--task", result.task, "--method", "full", "tova", profile, "--budget", budget]
+            + _FEW_SAMPLES,
+        ),
+        (
+            "the paper's own search strategy",
+            ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", paper],
+        ),
+    ]
+    if granularity == "layer":
+        words = ["demo", "--granularity", "head", "--budget", max(_LEAST_BUDGET, budget // 2)]
+        words += ["--context", context] if context != _CONTEXT else []
+        words += ["--model", model] if model != _MODEL else []
+        commands.append(("a budget for each head, in half the memory", [*words, "--out", head]))
+    return [(comment, shlex.join(map(str, [program_name(), *words, *load.given()]))) for comment, words in commands]
+
+
+def program_name() -> str:
+    """How to call this program from here: its name if the shell finds it, else its path."""
+    called = sys.argv[0]
+    found = shutil.which("evolkv")
+    if os.path.basename(called) != "evolkv" or (found and os.path.exists(called) and os.path.samefile(found, called)):
+        return "evolkv"
+    return os.path.relpath(called)

@@ -1,0 +1,91 @@
+"""`evolkv generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, Seed, Trust
+from evolkv.errors import UsageError
+
+
+def generate(
+    model: Model,
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="P.json", help="How much cache to keep. Default: all of it.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="F", help="A UTF-8 file with the prompt.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy; above 0 samples.")] = 0.0,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Answer a prompt, with as much cache as a profile allows."""
+    text = _prompt(stdin, prompt, prompt_file)
+    from evolkv.profile import BudgetProfile
+
+    chosen = None if profile is None else BudgetProfile.load(profile)
+    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    from evolkv.cli.generation import generate_text
+
+    result = generate_text(
+        loaded,
+        tokenizer,
+        text,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        temperature=temperature,
+        seed=seed,
+        on_text=None if as_json else _write,
+    )
+    if as_json:
+        fields = asdict(result)
+        del fields["decode_seconds"]
+        _write(json.dumps(fields, ensure_ascii=False) + "\n")
+        return 0
+    _write("\n")
+    rate = (result.new_tokens - 1) / result.decode_seconds if result.new_tokens > 1 else 0.0
+    console.note(
+        f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill {console.mebibytes(result.kv_bytes)} MiB, "
+        f"{result.kv_bytes / result.full_kv_bytes:.1%} of {console.mebibytes(result.full_kv_bytes)} MiB; "
+        f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
+    )
+    return 0
+
+
+def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt, from the one place where it was given."""
+    if stdin not in (None, "-"):
+        raise UsageError(f"unexpected argument {stdin!r}; give the prompt with --prompt, --prompt-file or - (stdin)")
+    if sum(source is not None for source in (stdin, prompt, prompt_file)) != 1:
+        raise UsageError("give the prompt once: --prompt TEXT, --prompt-file FILE or - (stdin)")
+    if prompt is not None:
+        return prompt
+    if prompt_file is not None:
+        from evolkv.tasks.base import read_text
+
+        return read_text(prompt_file)
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not UTF-8 text; convert it to UTF-8") from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,159 @@
+"""One prompt, answered with or without a profile, and what its cache weighed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, TextStreamer
+
+from evolkv.cache.compressed import CompressedCache, sliding_windows
+from evolkv.errors import RunError, UsageError
+from evolkv.evaluate.decode import end_tokens
+from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
+from evolkv.tasks.base import encode_text, user_message
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation and its cost.
+
+    Args:
+        text: the new text.
+        prompt_tokens: length of the prompt, chat template included.
+        new_tokens: tokens generated.
+        kv_bytes: what keys and values held right after prefill.
+        full_kv_bytes: what they would have held without a profile.
+        seconds: wall-clock time, prefill included.
+        decode_seconds: of that, the time after the first new token.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    kv_bytes: int
+    full_kv_bytes: int
+    seconds: float
+    decode_seconds: float
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    profile: BudgetProfile | None = None,
+    *,
+    max_new_tokens: int = 64,
+    raw: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continue a prompt.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        prompt: the user's message; put in the tokenizer's chat template where there is one.
+        profile: how much cache to keep; None for all of it.
+        max_new_tokens: most tokens to generate.
+        raw: take the prompt as it is, without chat template.
+        temperature: 0 for greedy, above 0 to sample.
+        seed: of the sampling.
+        on_text: called with each piece of text as it is generated.
+
+    Raises:
+        UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
+        ProfileError: a profile for another model.
+        RunError: if memory does not suffice.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
+    ids = _encode(tokenizer, prompt, raw)
+    limit = describe_model(model).max_context
+    if len(ids) >= limit:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
+            "shorten the prompt or use a model with a longer context"
+        )
+    cache = DynamicCache(config=model.config) if profile is None else CompressedCache(model, profile)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
+        torch.manual_seed(seed)
+    meter = _Meter(tokenizer, cache, on_text or (lambda text: None))
+    inputs = torch.tensor([ids], device=model.device)
+    started = time.perf_counter()
+    try:
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            max_new_tokens=min(max_new_tokens, limit - len(ids)),
+            eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
+            streamer=meter,
+            **sampling,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory on a prompt of {len(ids)} tokens; use a shorter one") from error
+    finished = time.perf_counter()
+    new = output[0, len(ids) :]
+    return Generated(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=len(ids),
+        new_tokens=len(new),
+        kv_bytes=meter.kv_bytes,
+        full_kv_bytes=meter.kv_bytes if profile is None else _full_bytes(model, len(ids)),
+        seconds=finished - started,
+        decode_seconds=finished - meter.first_token_at,
+    )
+
+
+def _encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not valid UTF-8; convert it to UTF-8") from None
+    chat = not raw and bool(getattr(tokenizer, "chat_template", None))
+    return encode_text(tokenizer, user_message(tokenizer, prompt) if chat else prompt)
+
+
+def _full_bytes(model: Any, tokens: int) -> int:
+    """What the full cache of a prompt holds: layers with a sliding window never hold more than it."""
+    info = describe_model(model)
+    held = sum(tokens if window is None else min(tokens, window) for window in sliding_windows(model))
+    return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize
+
+
+class _Meter(TextStreamer):
+    """Passes text on, and weighs the cache when the first new token is there: it then holds the prompt alone."""
+
+    def __init__(self, tokenizer: Any, cache: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.cache, self.on_text = cache, on_text
+        self.kv_bytes, self.first_token_at = 0, 0.0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each new token."""
+        is_prompt = self.next_tokens_are_prompt
+        if not is_prompt and not self.first_token_at:
+            self.first_token_at = time.perf_counter()
+            if isinstance(self.cache, CompressedCache):
+                self.kv_bytes = self.cache.kv_bytes
+            else:
+                self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take text that will not change any more."""
+        if text:
+            self.on_text(text)

@@ -1,0 +1,98 @@
+"""`evolkv list`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.tables import list_table
+
+app = typer.Typer(help="List what can be named on the command line.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """Models that need no download, once their packages are installed."""
+    from evolkv.models import list_models
+
+    rows = [asdict(row) for row in list_models()]
+    for row in rows if not as_json else ():
+        row["installed"] = "yes" if row["installed"] else "no"
+        row["package"] = row["package"].replace(" ", "\n")
+    _print(rows, as_json)
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """Tasks, and the settings that may follow their names."""
+    from evolkv.tasks import TASKS
+
+    _print([_row(name, task, _dataclass_defaults(task)) for name, task in TASKS.items()], as_json)
+
+
+@app.command()
+def metrics(as_json: AsJson = False) -> None:
+    """Metrics."""
+    from evolkv.evaluate.engine import mean_probability
+    from evolkv.tasks.metrics import METRIC_NAMES, METRICS
+
+    _print([_row(name, METRICS.get(name, mean_probability)) for name in METRIC_NAMES], as_json)
+
+
+@app.command()
+def selectors(as_json: AsJson = False) -> None:
+    """Selectors, and the parameters that may follow their names."""
+    from evolkv.selectors import SELECTORS
+
+    _print([_row(name, selector, selector.parameters()) for name, selector in SELECTORS.items()], as_json)
+
+
+@app.command()
+def allocators(as_json: AsJson = False) -> None:
+    """Allocators."""
+    from evolkv.allocators import ALLOCATORS
+
+    _print([_row(name, allocator) for name, allocator in ALLOCATORS.items()], as_json)
+
+
+@app.command()
+def strategies(as_json: AsJson = False) -> None:
+    """Strategies of a search."""
+    from evolkv.search import STRATEGIES
+
+    _print([_row(name, strategy) for name, strategy in STRATEGIES.items()], as_json)
+
+
+def _row(name: str, described: Any, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    first = (inspect.getdoc(described) or "").partition("\n")[0].replace("`", "")
+    row: dict[str, Any] = {"name": name, "description": first}
+    return row if parameters is None else {**row, "parameters": dict(parameters)}
+
+
+def _dataclass_defaults(cls: Any) -> dict[str, Any]:
+    """Fields and their defaults; "required" for a field that has none."""
+    missing = dataclasses.MISSING
+    return {field.name: "required" if field.default is missing else field.default for field in dataclasses.fields(cls)}
+
+
+def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    rows = list(rows)
+    if as_json:
+        console.OUT.file.write(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        return
+    for row in rows:
+        if "parameters" in row:
+            row["parameters"] = "\n".join(
+                key if value == "required" else f"{key}={str(value).lower() if value in (None, False) else value}"
+                for key, value in row["parameters"].items()
+            )
+    console.OUT.print(list_table(rows))

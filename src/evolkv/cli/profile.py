@@ -1,0 +1,134 @@
+"""`evolkv profile`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of
+from evolkv.cli.tables import budgets_picture
+
+if TYPE_CHECKING:
+    from evolkv.profile import BudgetProfile
+
+app = typer.Typer(help="Look at profiles, check them, carry them to another budget.")
+
+Path = Annotated[str, typer.Argument(metavar="PROFILE.json", help="A profile.")]
+
+
+@app.command()
+def show(path: Path) -> None:
+    """Show the budgets, where they come from, and how they scored."""
+    profile = _load(path)
+    console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
+    console.OUT.print()
+    for name, value in _facts(profile).items():
+        console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
+
+
+@app.command()
+def validate(
+    path: Path,
+    model: Annotated[str | None, typer.Option("--model", help="Also check that it belongs to this model.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check a profile; exit code 2 if it cannot be used."""
+    profile = _load(path)
+    if model is not None:
+        loaded, _ = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+        profile.check_model(loaded)
+    where = f"fits {model}" if model is not None else f"for {profile.model['name']}"
+    console.OUT.print(
+        f"ok: {where}, {profile.num_layers} layers × {profile.num_kv_heads} KV heads, "
+        f"mean budget {profile.mean_budget:,.6g}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def expand(
+    path: Path,
+    budget: Annotated[int, typer.Option("--budget", help="The new mean budget; may be smaller, too.")],
+    out: Annotated[str, typer.Option("--out", metavar="Q.json", help="Where the new profile goes.")],
+) -> None:
+    """Carry the allocation to another mean budget, in the same proportions."""
+    from evolkv.report.files import check_writable
+
+    check_writable(out)
+    profile = _load(path).expand(budget)
+    profile.save(out)
+    console.OUT.print(f"mean budget {profile.mean_budget:,.6g}; profile written to {out}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    path: Path,
+    to: Annotated[str, typer.Option("--to", metavar="json|csv", callback=one_of("format", ("json", "csv")))],
+    out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
+) -> None:
+    """Write the profile as JSON, or its budgets as CSV (layer, head, budget)."""
+    from evolkv.report.files import check_writable, write_text
+
+    if out is not None:
+        check_writable(out)
+    profile = _load(path)
+    if to == "json":
+        text = json.dumps(profile.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    else:
+        cells = [
+            f"{layer},{head},{budget}"
+            for layer, row in enumerate(profile.budgets.tolist())
+            for head, budget in enumerate(row)
+        ]
+        text = "\n".join(["layer,head,budget", *cells]) + "\n"
+    if out is None:
+        console.OUT.file.write(text)
+    else:
+        write_text(out, text)
+
+
+def _load(path: str) -> BudgetProfile:
+    from evolkv.profile import BudgetProfile
+
+    return BudgetProfile.load(path)
+
+
+def _facts(profile: BudgetProfile) -> dict[str, str]:
+    """What a profile says about itself, in words."""
+    search, model = profile.search, profile.model
+    parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
+    facts = {
+        "model": f"{model['name']} ({model['num_layers']} layers × {model['num_kv_heads']} KV heads)",
+        "budget": f"mean {profile.mean_budget:,.6g}, from {profile.budgets.min():,} to {profile.budgets.max():,} "
+        f"cache entries, by {profile.granularity}",
+        "selector": profile.selector["name"] + (f" ({parameters})" if parameters else ""),
+    }
+    if "expanded_from" in search:
+        facts["expanded"] = f"from mean budget {search['expanded_from']}"
+    if "task" in search:
+        facts["task"] = str(search["task"])
+    if "strategy" in search:
+        early = ", interrupted" if search.get("interrupted") else ""
+        facts["search"] = (
+            f"{search['strategy']}, {search.get('evaluations', '?')} candidates, metric {search.get('metric', '?')}, "
+            f"seed {search.get('seed', '?')}, chosen: {search.get('chosen', '?')}{early}"
+        )
+    for name, scores in profile.scores.items():
+        facts[name] = _scores(scores)
+    if isinstance(versions := search.get("versions"), dict):
+        facts["versions"] = ", ".join(f"{key} {value}" for key, value in versions.items())
+    return facts
+
+
+def _scores(scores: Any) -> str:
+    if not isinstance(scores, dict):
+        return str(scores)
+    return ", ".join(
+        f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in scores.items()
+    )

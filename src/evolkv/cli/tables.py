@@ -1,0 +1,142 @@
+"""Tables and pictures of results for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from evolkv.cli.console import mebibytes
+
+_BAR_WIDTH = 48
+#: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
+_RAMP = [
+    ("#440154", "white"),
+    ("#414487", "white"),
+    ("#2a788e", "white"),
+    ("#22a884", "black"),
+    ("#7ad151", "black"),
+    ("#fde725", "black"),
+]
+_SHADES = "·░▒▓█"
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of an evaluation, with their intervals and what they cost.
+
+    Args:
+        rows: as `evolkv.evaluate` returns them.
+    """
+    several_tasks = len({row["task"] for row in rows}) > 1
+    several_budgets = len({row["budget"] for row in rows if row["budget"] is not None}) > 1
+    full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
+    table = _table()
+    if several_tasks:
+        table.add_column("task", overflow="fold")
+    table.add_column("method", overflow="fold")
+    if several_budgets:
+        table.add_column("budget", justify="right")
+    table.add_column("mean budget", justify="right")
+    table.add_column("n", justify="right")
+    table.add_column("metric")
+    table.add_column("score (95 % interval)")
+    table.add_column("KV MiB", justify="right")
+    if full:
+        table.add_column("of full", justify="right")
+    for row in rows:
+        cells = [row["task"]] if several_tasks else []
+        cells.append(row["method"])
+        if several_budgets:
+            cells.append("–" if row["budget"] is None else str(row["budget"]))
+        cells += [
+            f"{row['mean_budget']:,.1f}",
+            str(row["n"]),
+            row["metric"],
+            with_interval(row["score"], row["ci95"]),
+            mebibytes(row["kv_bytes"]),
+        ]
+        if full:
+            cells.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
+        table.add_row(*cells)
+    return table
+
+
+def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
+    """The allocations that a search chose from.
+
+    Args:
+        rows: the `validation` of a search result.
+        chosen: name of the one chosen.
+    """
+    table = _table()
+    table.add_column("allocation")
+    table.add_column("n", justify="right")
+    table.add_column("score (95 % interval)")
+    table.add_column("")
+    for row in rows:
+        name = f"evolved, {row['name']}" if row["evolved"] else row["name"]
+        mark = "← chosen" if row["name"] == chosen else ""
+        table.add_row(name, str(row["n"]), with_interval(row["score"], row["ci95"]), mark)
+    return table
+
+
+def list_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of plain values under their keys."""
+    table = _table()
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    return table
+
+
+def with_interval(score: float, interval: Sequence[float]) -> str:
+    """A score with its interval."""
+    return f"{score:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
+
+
+def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int) -> Text:
+    """Budgets for a terminal: a bar per layer, or a heat map with a row per layer and a cell per head.
+
+    Args:
+        budgets: L rows of H ints.
+        by_head: whether heads differ.
+        width: columns of the terminal.
+    """
+    highest, lowest = max(map(max, budgets)), min(map(min, budgets))
+    cell = len(str(highest)) + 2
+    numbers = cell * len(budgets[0]) + 10 <= width
+    picture = Text("layer" + ("  cache entries per head" if by_head else "  cache entries") + "\n", style="dim")
+    for layer, row in enumerate(budgets):
+        picture.append(f"{layer:>5}  ", style="dim")
+        if not by_head:
+            bar = "█" * max(1, round(_BAR_WIDTH * row[0] / highest))
+            picture.append(f"{row[0]:>{cell - 2}} ")
+            picture.append(bar, style=_colours(row[0], lowest, highest)[0])
+        elif numbers:
+            for budget in row:
+                ground, ink = _colours(budget, lowest, highest)
+                picture.append(f"{budget:>{cell - 1}} ", style=f"{ink} on {ground}")
+        else:
+            for budget in row:
+                shade = _SHADES[round(_place(budget, lowest, highest) * (len(_SHADES) - 1))]
+                picture.append(shade, style=_colours(budget, lowest, highest)[0])
+        picture.append("\n")
+    picture.rstrip()
+    return picture
+
+
+def _place(value: int, lowest: int, highest: int) -> float:
+    """Where a value stands between two others on a logarithmic scale, from 0 to 1."""
+    return math.log(value / lowest) / math.log(highest / lowest) if highest > lowest else 0.5
+
+
+def _colours(value: int, lowest: int, highest: int) -> tuple[str, str]:
+    return _RAMP[round(_place(value, lowest, highest) * (len(_RAMP) - 1))]
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

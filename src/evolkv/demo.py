@@ -1,0 +1,204 @@
+"""The demo: evolve a profile for needles in a haystack, and compare it with what needs no search."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evolkv.errors import UsageError
+from evolkv.evaluate import EvaluationProgress, Method, evaluate
+from evolkv.profile import BudgetProfile
+from evolkv.registry import unknown_name
+from evolkv.report.files import check_folder, check_writable, write_json, write_text
+from evolkv.report.plots import budgets_heatmap
+from evolkv.search import SearchProgress, SearchResult, search
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, get_task
+
+RESULTS_FORMAT = "evolkv.results/1"
+SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a search spends: examples to train on, examples to choose on, candidates."""
+
+    train: int
+    val: int
+    max_evals: int
+
+
+#: By granularity. Heads are more variables than layers, so they need more candidates.
+EFFORT = {"layer": Effort(train=8, val=12, max_evals=300), "head": Effort(train=10, val=12, max_evals=1000)}
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """Where the demo writes.
+
+    Args:
+        folder: holds all of them.
+    """
+
+    folder: Path
+
+    @property
+    def profile(self) -> Path:
+        """The profile."""
+        return self.folder / "profile.json"
+
+    @property
+    def search(self) -> Path:
+        """Every evaluation of the search."""
+        return self.folder / "search.json"
+
+    @property
+    def results(self) -> Path:
+        """The comparison on held-out examples."""
+        return self.folder / "results.json"
+
+    @property
+    def picture(self) -> Path:
+        """The budgets as a picture."""
+        return self.folder / "budgets.png"
+
+    @property
+    def prompt(self) -> Path:
+        """One held-out prompt, complete with chat template."""
+        return self.folder / "prompt.txt"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Args:
+        files: what it wrote.
+        task: spec of the task.
+        search: the search's result.
+        rows: one per method, as `evaluate` returns them; empty after an interruption.
+        answer: the answer to the prompt in ``files.prompt``.
+    """
+
+    files: DemoFiles
+    task: str
+    search: SearchResult
+    rows: list[dict[str, Any]]
+    answer: str
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether KeyboardInterrupt ended the demo before the comparison was complete."""
+        return not self.rows
+
+
+def run_demo(
+    model: Any,
+    tokenizer: Any,
+    *,
+    out: str | Path = "demo",
+    context: int = 1600,
+    budget: int = 128,
+    granularity: Literal["layer", "head"] = "layer",
+    seed: int = 0,
+    samples: int = SAMPLES,
+    train: int | None = None,
+    val: int | None = None,
+    max_evals: int | None = None,
+    on_search: Callable[[SearchProgress], None] | None = None,
+    on_evaluation: Callable[[EvaluationProgress], None] | None = None,
+) -> DemoResult:
+    """Evolve a profile, compare it with full cache, SnapKV and PyramidKV on held-out examples, write it all down.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        out: folder for the files; made if missing. The profile is written as soon as the search is done.
+        context: length of the prompts in tokens.
+        budget: cache entries per KV head, averaged over layers and heads.
+        granularity: "layer" or "head".
+        seed: of examples and search.
+        samples: held-out examples of the comparison.
+        train: examples that candidates are scored on. Default: see `EFFORT`, as for the next two.
+        val: examples that the result is chosen on.
+        max_evals: candidates to evaluate.
+        on_search: called as the search goes on.
+        on_evaluation: called as the comparison goes on.
+
+    Returns:
+        The result; without rows if KeyboardInterrupt ended it early. The profile is written all the same.
+
+    Raises:
+        UsageError: for settings that cannot be used, or an `out` that cannot be written to.
+        KeyboardInterrupt: if interrupted before the search had scored anything. Nothing is written then.
+    """
+    if granularity not in EFFORT:
+        raise unknown_name("granularity", granularity, EFFORT)
+    if samples < 1:
+        raise UsageError(f"--samples is {samples}; use at least one example")
+    effort = EFFORT[granularity]
+    files = DemoFiles(Path(out))
+    check_demo_folder(files)
+    task = f"niah:context={context}"
+    found = search(
+        model,
+        tokenizer,
+        task=task,
+        budget=budget,
+        granularity=granularity,
+        train=effort.train if train is None else train,
+        val=effort.val if val is None else val,
+        max_evals=effort.max_evals if max_evals is None else max_evals,
+        seed=seed,
+        on_progress=on_search,
+    )
+    found.profile.save(files.profile)
+    # What an earlier run left here would be taken for this profile's.
+    files.results.unlink(missing_ok=True)
+    write_json(files.search, found.to_dict())
+    budgets_heatmap(found.profile, files.picture)
+    prompt = _example_to_show(task, samples, tokenizer, seed)
+    write_text(files.prompt, prompt.prompt)
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        if not found.interrupted:
+            rows = evaluate(
+                model,
+                tokenizer,
+                task=task,
+                methods=["full", "snapkv", "pyramidkv", _evolved(found.profile)],
+                budgets=[budget],
+                samples=samples,
+                seed=seed,
+                metric="contains",
+                on_progress=on_evaluation,
+            )
+    if rows:
+        write_json(files.results, {"format": RESULTS_FORMAT, "rows": rows})
+    return DemoResult(files, task, found, rows, prompt.references[0])
+
+
+def check_demo_folder(files: DemoFiles) -> None:
+    """Check, without touching anything, that all files of a demo can be written.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    if files.folder.is_file():
+        raise UsageError(f"{files.folder} is a file; give --out a folder")
+    check_folder(files.folder)
+    for path in (files.profile, files.search, files.results, files.picture, files.prompt):
+        check_writable(path)
+
+
+def _evolved(profile: BudgetProfile) -> Method:
+    return Method("evolkv", get_selector(profile.selector), profile=profile)
+
+
+def _example_to_show(task: str, samples: int, tokenizer: Any, seed: int) -> Example:
+    """The held-out example whose needle is nearest to the middle, where it is hardest to keep by luck."""
+    examples = get_task(task).examples("report", samples, tokenizer, seed)
+    return min(examples, key=lambda example: abs(float(example.extra.get("depth", 0.5)) - 0.5))

@@ -1,0 +1,1 @@
+"""Report: what people look at after a run: pictures and result files."""

@@ -1,0 +1,71 @@
+"""Result files, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evolkv.errors import UsageError
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, without touching anything, that a file can be written at `path`; its folders may be missing.
+
+    Raises:
+        UsageError: it is a folder or a device, or its folder cannot be made or written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file, such as {Path(path) / 'result.json'}")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{path} is not a regular file; give the name of a file")
+    check_folder(target.parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Check, without touching anything, that files can be written to a folder, which may not exist yet.
+
+    Raises:
+        UsageError: part of the path is a file, or the folder cannot be made or written to.
+    """
+    folder = Path(os.path.realpath(path))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder; give another path than {path}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"folder {folder} cannot be written to; give another path than {path}")
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Write JSON values to a file; see `write_with`."""
+    write_text(path, json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file; see `write_with`."""
+    write_with(path, lambda partial: partial.write_bytes(text.encode()))
+
+
+def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file, and put it at `path` only once it is complete. Missing folders are made.
+
+    Args:
+        path: where the file goes; what was there is replaced.
+        write: called with the path it shall write to, which ends as `path` does.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
+    try:
+        write(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

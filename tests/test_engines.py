@@ -1,0 +1,197 @@
+"""Replay against naive: the same scores and the same texts, and what becomes of memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from evolkv.cache import CompressedCache
+from evolkv.cache.recording import RecordingCache
+from evolkv.cache.replay import RankedPrompt, ReplayCache
+from evolkv.errors import RunError, UsageError
+from evolkv.evaluate import NaiveEngine, ReplayEngine
+from evolkv.evaluate.decode import greedy, target_log_probs
+from evolkv.evaluate.prefill import Prefiller
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, get_task
+from tiny import FAMILIES, KV_HEADS, LAYERS, tiny_model, tokens
+
+SNAPKV = get_selector({"name": "snapkv", "window": 4})
+
+
+def candidates(count, longest, least=4, seed=0):
+    return np.random.default_rng(seed).integers(least, longest + 4, size=(count, LAYERS, KV_HEADS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [20, 45])
+def test_replayed_log_probs_equal_those_of_compressed_caches(family, length):
+    model = tiny_model(family)
+    prompt, target = tokens(1, length), tokens(9, seed=5)
+    budgets = candidates(5, length)
+    recorded = Prefiller(model, [SNAPKV])(prompt)
+    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=length)
+    replayed = target_log_probs(model, ReplayCache(model, ranked, budgets), ranked.next_logits, length, target)
+    for row, candidate in enumerate(budgets):
+        cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
+        first = model(prompt, past_key_values=cache).logits[0, -1]
+        alone = target_log_probs(model, cache, first, length, target)
+        torch.testing.assert_close(replayed[row], alone[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
+def test_replayed_greedy_tokens_equal_generate(family):
+    model = tiny_model(family)
+    prompt = tokens(1, 45)
+    budgets = candidates(4, 45)
+    recorded = Prefiller(model, [SNAPKV])(prompt)
+    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=45)
+    logits = ranked.next_logits.expand(4, -1)
+    replayed = greedy(model, ReplayCache(model, ranked, budgets), logits, [45] * 4, [12] * 4, end=())
+    for row, candidate in enumerate(budgets):
+        cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
+        text = model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert replayed[row] == text[0, 45:].tolist()
+
+
+@pytest.mark.parametrize("selector", ["snapkv", "tova", "knorm", "streaming_llm", "h2o"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, selector):
+    model = tiny_model(family)
+    chosen = get_selector({"name": selector, **({"window": 4} if selector in ("snapkv", "h2o") else {})})
+    first, second = tokens(1, 90), tokens(1, 80)
+    second[:, 60:] = tokens(1, 20, seed=9)
+    shared = Prefiller(model, [chosen])
+    shared(first)
+    after = shared(second)
+    alone = Prefiller(model, [chosen])(second)
+    reused = shared.tokens_seen - shared.tokens_computed
+    assert reused == (0 if selector == "h2o" else 60)
+    torch.testing.assert_close(after.next_logits, alone.next_logits, atol=1e-5, rtol=0)
+    for got, expected in zip(after.cache.layers, alone.cache.layers, strict=True):
+        torch.testing.assert_close(got.held()[0], expected.held()[0], atol=1e-5, rtol=0)
+        assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
+
+
+def test_prefill_stops_at_the_model_context():
+    model = tiny_model(max_position_embeddings=64)
+    with pytest.raises(UsageError, match="65 tokens, more than the model's context of 64"):
+        Prefiller(model, [SNAPKV])(tokens(1, 65))
+
+
+def test_greedy_stops_as_soon_as_every_row_has_ended():
+    model = tiny_model()
+    prompt = tokens(1, 30)
+    recorded = Prefiller(model, [SNAPKV])(prompt)
+    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=30)
+    budgets = candidates(3, 30)
+    logits = ranked.next_logits.expand(3, -1)
+    free = greedy(model, ReplayCache(model, ranked, budgets), logits, [30] * 3, [8] * 3, end=())
+    calls = []
+    handle = model.register_forward_hook(lambda *a: calls.append(1))
+    end = {row[2] for row in free}
+    ended = greedy(model, ReplayCache(model, ranked, budgets), logits, [30] * 3, [8] * 3, end=end)
+    handle.remove()
+    for row, text in zip(ended, free, strict=True):
+        assert row == text[: next(i for i, token in enumerate(text) if token in end)]
+    assert len(calls) == max(len(row) for row in ended)
+
+
+def test_ranked_prompt_holds_no_more_than_the_ceiling():
+    model = tiny_model()
+    recorded = Prefiller(model, [SNAPKV])(tokens(1, 60))
+    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=10)
+    assert {key.shape[1] for key in ranked.keys} == {10}
+    assert all(key.untyped_storage().nbytes() == key.nbytes for key in ranked.keys)
+
+
+def test_recording_cache_keeps_everything():
+    model = tiny_model("mistral")
+    cache = RecordingCache(model, [SNAPKV])
+    model(tokens(1, 60), past_key_values=cache)
+    assert all(layer.held()[0].shape[2] == 60 for layer in cache.layers)
+
+
+@pytest.fixture(scope="module")
+def needles(smollm2):
+    model, tokenizer = smollm2
+    return model, tokenizer, get_task("niah:context=300").examples("train", 2, tokenizer, 0)
+
+
+def smollm2_candidates(longest):
+    random = np.random.default_rng(1)
+    layers = np.repeat(random.integers(33, longest, size=(1, 30, 1)), 3, axis=2)
+    return np.concatenate([np.full((1, 30, 3), 40), layers, random.integers(33, longest, size=(1, 30, 3))])
+
+
+@pytest.mark.model
+def test_replay_equals_naive_on_smollm2(needles):
+    model, tokenizer, examples = needles
+    selector = get_selector("snapkv")
+    budgets = smollm2_candidates(300)
+    replay, naive = (engine(model, tokenizer, examples, selector) for engine in (ReplayEngine, NaiveEngine))
+    expected = naive.score(budgets)
+    scores = replay.score(budgets)
+    assert scores.shape == (3, 2)
+    assert np.abs(scores - expected).max() <= 1e-4
+    assert np.ptp(scores) > 0.01
+    for column in range(2):
+        assert replay.generate(column, budgets) == [naive.generate(column, candidate) for candidate in budgets]
+
+
+@pytest.mark.model
+def test_replay_equals_naive_on_smollm2_in_bfloat16(smollm2):
+    model, tokenizer = smollm2
+    model = type(model)(model.config).to(torch.bfloat16).eval()
+    model.load_state_dict({name: value.bfloat16() for name, value in smollm2[0].state_dict().items()})
+    examples = get_task("niah:context=200").examples("train", 1, tokenizer, 0)
+    budgets = smollm2_candidates(200)[[0, 2]]
+    selector = get_selector("snapkv")
+    replay, naive = (engine(model, tokenizer, examples, selector) for engine in (ReplayEngine, NaiveEngine))
+    assert np.abs(replay.score(budgets) - naive.score(budgets)).max() <= 1e-2
+
+
+@pytest.mark.model
+def test_splitting_the_population_changes_no_score(needles, monkeypatch):
+    model, tokenizer, examples = needles
+    engine = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"))
+    budgets = smollm2_candidates(300)
+    whole = engine.score(budgets)
+    monkeypatch.setattr(engine, "_candidates_at_once", lambda column, prompt: 1)
+    np.testing.assert_allclose(engine.score(budgets), whole, atol=1e-5)
+
+
+@pytest.mark.model
+def test_a_limit_too_small_for_the_snapshots_is_a_clear_error(needles):
+    model, tokenizer, examples = needles
+    with pytest.raises(RunError, match=r"snapshots of 2 examples need about 2\d MiB, and 5 MiB may be used"):
+        ReplayEngine(model, tokenizer, examples, get_selector("snapkv"), memory_limit=5 * 2**20)
+
+
+@pytest.mark.model
+def test_a_limit_too_small_for_one_candidate_is_a_clear_error(needles):
+    model, tokenizer, examples = needles
+    engine = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=14 * 2**20)
+    with pytest.raises(RunError, match="one candidate on example"):
+        engine.score(smollm2_candidates(300))
+
+
+@pytest.mark.model
+def test_streaming_scores_equal_held_ones(needles):
+    model, tokenizer, examples = needles
+    selector, budgets = get_selector("snapkv"), smollm2_candidates(300)[:1]
+    held, streamed = (ReplayEngine(model, tokenizer, examples, selector, hold=hold) for hold in (True, False))
+    np.testing.assert_allclose(streamed.score(budgets), held.score(budgets), atol=1e-6)
+
+
+@pytest.mark.model
+def test_prompt_beyond_the_context_is_refused_by_name(smollm2):
+    model, tokenizer = smollm2
+    example = Example(id="long", prompt="word " * 9000, references=("x",))
+    for engine in (ReplayEngine, NaiveEngine):
+        with pytest.raises(
+            UsageError, match=r"example long: the prompt has 900\d tokens, more than the model's context of 8192"
+        ):
+            engine(model, tokenizer, [example], get_selector("snapkv"))
