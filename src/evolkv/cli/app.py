@@ -113,4 +113,4 @@ def _usage(error: Exception) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "evolkv"
-    return f"{message[:1].lower()}{message[1:]}; see '{command} --help'"
+    return f"{message[:1].lower()}{message[1:]} (see '{command} --help')"

@@ -27,9 +27,15 @@ class Settings:
     quiet: bool = False
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`, which ends the program; rich would end it here."""
+        raise BrokenPipeError
+
+
 settings = Settings()
-OUT = Console(highlight=False, markup=False, emoji=False)
-ERR = Console(highlight=False, markup=False, emoji=False, stderr=True)
+OUT = _Console(highlight=False, markup=False, emoji=False)
+ERR = _Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 def prepare() -> None:

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from evolkv.demo import DemoResult
 
 _MODEL, _CONTEXT = "smollm2-135m", 1600
-#: One more than SnapKV's window.
-_LEAST_BUDGET = 33
-_FEW_SAMPLES: list[object] = ["--samples", 20]
+#: Some way above SnapKV's window: below it there is nothing to evolve.
+_LEAST_BUDGET = 40
 
 
 def demo(
@@ -103,6 +102,7 @@ def _next_commands(
     folder, profile = result.files.folder, result.files.profile
     paper = folder.with_name(f"{folder.name}-paper.json")
     head = folder.with_name(f"{folder.name}-head")
+    methods = ["full", "tova", profile]
     commands: list[tuple[str, list[object]]] = [
         (
             f"a held-out prompt under the profile; the hidden number is {result.answer}",
@@ -110,8 +110,7 @@ def _next_commands(
         ),
         (
             "other methods beside it",
-            ["eval", model, "--task", result.task, "--method", "full", "tova", profile, "--budget", budget]
-            + _FEW_SAMPLES,
+            ["eval", model, "--task", result.task, "--samples", 20, "--budget", budget, "--method", *methods],
         ),
         (
             "the paper's own search strategy",

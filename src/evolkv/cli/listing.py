@@ -43,9 +43,10 @@ def tasks(as_json: AsJson = False) -> None:
 def metrics(as_json: AsJson = False) -> None:
     """Metrics."""
     from evolkv.evaluate.engine import mean_probability
-    from evolkv.tasks.metrics import METRIC_NAMES, METRICS
+    from evolkv.tasks.metrics import METRICS
 
-    _print([_row(name, METRICS.get(name, mean_probability)) for name in METRIC_NAMES], as_json)
+    described: dict[str, Any] = {**METRICS, "logprob": mean_probability}
+    _print([_row(name, described[name]) for name in sorted(described)], as_json)
 
 
 @app.command()

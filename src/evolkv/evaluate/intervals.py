@@ -23,7 +23,8 @@ def ci95(scores: np.ndarray) -> tuple[float, float]:
     if np.isin(scores, (0.0, 1.0)).all():
         centre = (mean + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
         half = _Z95 * math.sqrt(mean * (1 - mean) / n + _Z95**2 / (4 * n * n)) / (1 + _Z95**2 / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # The mean lies inside by construction; rounding must not push it out where all scores are equal.
+        return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
     draws = np.random.default_rng(0).integers(0, n, size=(10_000, n))
     low, high = np.quantile(scores[draws].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)

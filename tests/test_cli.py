@@ -1,0 +1,456 @@
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import evolkv.models
+from evolkv.cli import main
+from evolkv.cli.arguments import for_typer, selector_spec, whole_numbers
+from evolkv.errors import UsageError
+from evolkv.profile import BudgetProfile
+
+MODEL = "smollm2-135m"
+TASK = "niah:context=300"
+DEMO = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "28", "--train", "2", "--val", "2"]
+
+
+@pytest.fixture
+def run(smollm2, monkeypatch, capsys, tmp_path):
+    """The program in an empty folder, with SmolLM2 already in memory: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    load = evolkv.models.load_model
+    loaded = lambda name, **options: smollm2 if name == MODEL else load(name, **options)  # noqa: E731
+    monkeypatch.setattr(evolkv.models, "load_model", loaded)
+
+    def call(*argv):
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo(smollm2, tmp_path_factory):
+    """A folder, with a space in its path, that has what a short demo wrote; what it printed is in said.txt."""
+    folder = tmp_path_factory.mktemp("my cli")
+    load = evolkv.models.load_model
+    evolkv.models.load_model = lambda name, **options: smollm2
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main(["demo", "--out", str(folder / "demo"), *DEMO]) == 0
+    finally:
+        evolkv.models.load_model = load
+    (folder / "said.txt").write_text(said.getvalue())
+    return folder / "demo"
+
+
+def program(*argv, **options):
+    # A shell that runs the tests in the background has its children ignore interrupts.
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen(
+        [sys.executable, "-m", "evolkv.cli", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restore,
+        **options,
+    )
+
+
+def one_line(stderr):
+    """The error, which must be the only line on stderr but for progress."""
+    lines = [
+        line
+        for line in stderr.splitlines()
+        if not re.match(r"(loading|prefill|search|examples|evolkv: warning:) ", line)
+    ]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("evolkv: error: ")
+    return lines[0]
+
+
+def test_help_names_every_command_without_loading_torch():
+    code = "import sys, evolkv.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("demo", "search", "eval", "generate", "profile", "list"))
+
+
+def test_version_is_printed(run):
+    assert run("--version") == (0, f"evolkv {evolkv.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["serch"], "'search'"),
+        (["search", MODEL, "--tsk", "x"], "--task"),
+        (["search", MODEL, "--task", TASK], "--budget"),
+        (["search", MODEL, "--task", TASK, "--budget", "many"], "--budget"),
+        (["search", MODEL, "--task", "niah:context=300,depht=0.5", "--budget", 64], "'depth'"),
+        (["search", MODEL, "--task", "niha", "--budget", 64], "'niah'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--strategy", "joined"], "'joint'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--granularity", "heads"], "'head'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--metric", "logprop"], "'logprob'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--selector", "snapk"], "'snapkv'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--selector", "snapkv:windo=3"], "'window'"),
+        (["search", "smollm2-135", "--task", TASK, "--budget", 64], f"'{MODEL}'"),
+        (["eval", MODEL, "--task", TASK, "--method", "pyramidvk", "--budget", 64], "'pyramidkv'"),
+        (["eval", MODEL, "--task", TASK, "--method", "snapkv", "--budget", "64,x"], "'x'"),
+        (["eval", MODEL, "--task", TASK, "--method", "snapkv"], "--budget"),
+        (["list", "modls"], "'models'"),
+        (["profile"], "--help"),
+        (["generate", MODEL], "--prompt"),
+        (["generate", MODEL, "-", "--prompt", "x"], "once"),
+        (["generate", MODEL, "--prompt", "  "], "empty"),
+    ],
+)
+def test_bad_usage_is_one_line_that_says_what_to_do(run, tmp_path, argv, hint):
+    code, out, err = run(*argv)
+    assert code == 2
+    assert hint in one_line(err)
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+BAD_INPUT = [
+    ("jsonl:path=missing.jsonl", 64, "missing.jsonl does not exist"),
+    ("jsonl:path=folder", 64, "folder is a folder"),
+    ("jsonl:path=malformed.jsonl", 64, "malformed.jsonl line 2"),
+    ("jsonl:path=empty.jsonl", 64, "empty.jsonl has no rows"),
+    ("jsonl:path=long.jsonl,split=all", 64, "more than the model's context of 8192"),
+    (TASK, 20, "below the floor of 33"),
+    (TASK, 300, "nothing would be evicted"),
+    (TASK, 0, "the budget is 0"),
+]
+
+
+@pytest.mark.parametrize("command", ["search", "eval"])
+@pytest.mark.parametrize(("task", "budget", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, task, budget, message):
+    (tmp_path / "folder").mkdir()
+    row = json.dumps({"prompt": "a b c", "answer": "d"})
+    (tmp_path / "malformed.jsonl").write_text(f"{row}\n{{oops\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 9000, "answer": "d"}))
+    (tmp_path / "profile.json").write_text("precious")
+    (tmp_path / "rows.json").write_text("precious")
+    method = ["--method", "snapkv"] if command == "eval" else ["--train", "1", "--val", "1"]
+    code, out, err = run(command, MODEL, "--task", task, "--budget", budget, *method, "--json", "rows.json")
+    assert code == 2
+    said = one_line(err)
+    assert message in said or (command == "eval" and budget in (0, 20) and f"the budget is {budget}" in said)
+    assert out == ""
+    assert (tmp_path / "profile.json").read_text() == (tmp_path / "rows.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("--out", "folder", "folder is a folder"),
+        ("--out", "file/profile.json", "not a folder"),
+        ("--out", "/dev/null", "not a regular file"),
+        ("--json", "folder", "folder is a folder"),
+        ("--json", "profile.json", "give two files"),
+    ],
+)
+def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, option, path, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    code, _, err = run("search", MODEL, "--task", TASK, "--budget", 64, option, path)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_demo_refuses_a_file_as_its_folder(run, tmp_path):
+    (tmp_path / "demo").write_text("precious")
+    code, _, err = run("demo", *DEMO)
+    assert code == 2
+    assert "is a file" in one_line(err)
+    assert (tmp_path / "demo").read_text() == "precious"
+
+
+def test_demo_writes_the_contracts_results(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert results["format"] == "evolkv.results/1"
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["full", "snapkv", "pyramidkv", "evolkv"]
+    for row in rows.values():
+        assert {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"} <= set(
+            row
+        )
+        assert (row["model"], row["task"], row["n"], row["metric"]) == (MODEL, TASK, 4, "contains")
+        low, high = row["ci95"]
+        assert 0 <= low <= row["score"] <= high <= 1
+    assert rows["full"]["score"] == 1
+    assert {rows[name]["kv_bytes"] for name in ("snapkv", "pyramidkv", "evolkv")} == {64 * 30 * 3 * 2 * 64 * 4}
+    assert rows["full"]["kv_bytes"] > 4 * rows["evolkv"]["kv_bytes"]
+
+
+def test_demo_writes_profile_search_and_picture(demo):
+    profile = BudgetProfile.load(demo / "profile.json")
+    assert profile.mean_budget == 64
+    found = json.loads((demo / "search.json").read_text())
+    assert found["format"] == "evolkv.search/1"
+    assert found["evaluations"] == len(found["history"]) >= 28
+    assert (demo / "budgets.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_that_the_demo_suggests_work(run, demo):
+    said = (demo.parent / "said.txt").read_text()
+    commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  evolkv ")]
+    assert [command[0] for command in commands] == ["generate", "eval", "search", "demo"]
+    generate, evaluate, search, again = commands
+    number = re.search(r"hidden number is (\d{7})", said)[1]
+    assert number in (demo / "prompt.txt").read_text()
+    code, answer, _ = run(*generate)
+    assert code == 0
+    assert re.search(r"\d{4}", answer)
+    code, table, _ = run(*evaluate, "--samples", 1)
+    assert code == 0
+    assert "tova" in table
+    assert run(*search, "--max-evals", 1, "--train", 1, "--val", 1)[0] == 0
+    assert BudgetProfile.load(demo.parent / "demo-paper.json").search["strategy"] == "evolkv"
+    assert run(*again, "--max-evals", 1, "--train", 1, "--val", 1, "--samples", 1)[0] == 0
+    assert BudgetProfile.load(demo.parent / "demo-head" / "profile.json").granularity == "head"
+
+
+def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(smollm2, tmp_path):
+    from evolkv.demo import run_demo
+
+    (tmp_path / "results.json").write_text("of an earlier profile")
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    result = run_demo(
+        *smollm2, out=tmp_path, context=300, budget=64, samples=1, train=1, val=1, max_evals=1, on_evaluation=stop
+    )
+    assert result.interrupted
+    assert BudgetProfile.load(tmp_path / "profile.json") == result.search.profile
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_eval_takes_several_values_after_one_option(run, demo, tmp_path):
+    profile = demo / "profile.json"
+    code, out, _ = run(
+        *("eval", MODEL, "--task", TASK, "niah:context=200", "--method", "full", "tova", profile),
+        *("--budget", "64,48", "--samples", 1, "--json", "rows.json"),
+    )
+    assert code == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    seen = [(row["task"], row["method"], row["budget"]) for row in rows]
+    methods = [("full", None), ("tova", 64), ("tova", 48), (str(profile), 64), (str(profile), 48)]
+    assert seen == [(task, *rest) for task in (TASK, "niah:context=200") for rest in methods]
+    assert "95 % interval" in out
+
+
+def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
+    budgets = np.full((4, 2), 64)
+    info = evolkv.models.ModelInfo("other", 4, 2, 8, 64, 4096, "0" * 16)
+    BudgetProfile.from_budgets(info, budgets).save(tmp_path / "other.json")
+    for argv in (
+        ["eval", MODEL, "--task", TASK, "--method", "other.json", "--json", "rows.json"],
+        ["generate", MODEL, "--profile", "other.json", "--prompt", "hello"],
+        ["profile", "validate", "other.json", "--model", MODEL],
+    ):
+        code, _, err = run(*argv)
+        assert code == 2
+        assert "for 4 layers" in one_line(err)
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_generate_reports_what_the_profile_saved(run, demo):
+    code, out, _ = run(
+        *("generate", MODEL, "--profile", demo / "profile.json", "--prompt-file", demo / "prompt.txt"),
+        *("--raw", "--json", "--max-new-tokens", 4),
+    )
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["kv_bytes"] == 64 * 30 * 3 * 2 * 64 * 4
+    assert answer["full_kv_bytes"] == answer["prompt_tokens"] * 30 * 3 * 2 * 64 * 4
+    assert 1 <= answer["new_tokens"] <= 4
+
+
+def test_generate_streams_the_same_text_that_json_holds(run):
+    prompt = "Name the capital of France."
+    _, streamed, err = run("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12)
+    _, out, _ = run("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12, "--json")
+    answer = json.loads(out)
+    assert streamed.strip() == answer["text"].strip() != ""
+    assert answer["kv_bytes"] == answer["full_kv_bytes"] == answer["prompt_tokens"] * 30 * 3 * 2 * 64 * 4
+    assert "100.0%" in err
+
+
+def test_generate_reads_standard_input(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Say hello.")))
+    code, out, _ = run("generate", MODEL, "-", "--json", "--max-new-tokens", 2)
+    assert code == 0
+    _, same, _ = run("generate", MODEL, "--prompt", "Say hello.", "--json", "--max-new-tokens", 2)
+    assert json.loads(out)["text"] == json.loads(same)["text"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    code, _, err = run("generate", MODEL, "-")
+    assert code == 2
+    assert "UTF-8" in one_line(err)
+
+
+def test_generate_refuses_a_prompt_longer_than_the_context(run, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    code, out, err = run("generate", MODEL, "--prompt-file", "long.txt")
+    assert code == 2
+    assert "8192" in one_line(err)
+    assert out == ""
+
+
+def test_raw_leaves_the_chat_template_out(run):
+    chat = json.loads(run("generate", MODEL, "--prompt", "Hello", "--json", "--max-new-tokens", 1)[1])
+    raw = json.loads(run("generate", MODEL, "--prompt", "Hello", "--json", "--max-new-tokens", 1, "--raw")[1])
+    assert raw["prompt_tokens"] == 1 < chat["prompt_tokens"]
+
+
+def test_profile_commands_show_expand_and_export(run, demo, tmp_path):
+    path = demo / "profile.json"
+    profile = BudgetProfile.load(path)
+    code, out, _ = run("profile", "show", path)
+    assert code == 0
+    assert TASK in out
+    assert all(re.search(rf"^ *{layer} +{row[0]} ", out, re.M) for layer, row in enumerate(profile.budgets))
+    assert run("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
+    assert BudgetProfile.load(tmp_path / "wide.json").mean_budget == 96
+    assert run("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
+    lines = run("profile", "export", path, "--to", "csv")[1].splitlines()
+    assert lines[0] == "layer,head,budget"
+    assert sum(int(line.split(",")[2]) for line in lines[1:]) == profile.total
+    assert run("profile", "export", path, "--to", "json", "--out", "copy.json")[0] == 0
+    assert BudgetProfile.load(tmp_path / "copy.json") == profile
+
+
+def test_profile_show_prints_every_head(run, tmp_path):
+    budgets = np.arange(40, 52).reshape(4, 3)
+    info = evolkv.models.ModelInfo("other", 4, 3, 9, 64, 4096, "0" * 16)
+    BudgetProfile.from_budgets(info, budgets).save(tmp_path / "heads.json")
+    _, out, _ = run("profile", "show", "heads.json")
+    assert re.search(r"^ *3 +49 +50 +51", out, re.M)
+
+
+def test_invalid_profile_is_refused_and_named(run, tmp_path):
+    (tmp_path / "p.json").write_text('{"format": "evolkv.profile/1"}')
+    for words in (["show"], ["validate"], ["export", "--to", "csv"], ["expand", "--budget", 64, "--out", "q.json"]):
+        code, _, err = run("profile", words[0], "p.json", *words[1:])
+        assert code == 2
+        assert "p.json: model is missing" in one_line(err)
+    assert not (tmp_path / "q.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("models", [MODEL, "gemma3-270m"]),
+        ("tasks", ["niah", "jsonl"]),
+        ("metrics", ["contains", "logprob"]),
+        ("selectors", ["snapkv", "tova"]),
+        ("allocators", ["uniform", "pyramid"]),
+        ("strategies", ["joint", "evolkv", "random"]),
+    ],
+)
+def test_list_describes_every_name(run, what, names):
+    code, out, _ = run("list", what)
+    assert code == 0
+    rows = json.loads(run("list", what, "--json")[1])
+    found = {row.get("name", row.get("alias")): row["description"] for row in rows}
+    assert set(names) <= set(found)
+    assert all(found.values())
+    assert all(name in out for name in names)
+
+
+def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
+    code, out, err = run(
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--quiet"),
+        *("--json", "sub/found.json"),
+    )
+    assert (code, err) == (0, "")
+    assert "unseen examples" in out
+    found = json.loads((tmp_path / "sub" / "found.json").read_text())
+    assert found["best"]["fitness"] == max(entry["fitness"] for entry in found["history"])
+    assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
+
+
+def test_selector_parameters_reach_the_profile(run, tmp_path):
+    code, _, _ = run(
+        *("search", MODEL, "--task", TASK, "--budget", 24, "--selector", "snapkv:window=8,pooling=mean"),
+        *("--max-evals", 1, "--train", 1, "--val", 1),
+    )
+    assert code == 0
+    selector = BudgetProfile.load(tmp_path / "profile.json").selector
+    assert selector == {"name": "snapkv", "window": 8, "kernel": 7, "pooling": "mean"}
+
+
+def test_interrupted_search_keeps_its_best_and_exits_130(smollm2, tmp_path):
+    search = program(
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1),
+        *("--device", "cpu", "--dtype", "float32", "--json", "found.json"),
+        cwd=tmp_path,
+    )
+    try:
+        for line in search.stderr:
+            if line.startswith("search "):
+                break
+        search.send_signal(signal.SIGINT)
+        _, err = search.communicate(timeout=60)
+    finally:
+        search.kill()
+    assert search.returncode == 130
+    assert "interrupted" in err.splitlines()[-1]
+    profile = BudgetProfile.load(tmp_path / "profile.json")
+    assert profile.search["interrupted"] is True
+    assert profile.mean_budget == 64
+    assert json.loads((tmp_path / "found.json").read_text())["interrupted"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile.json"]
+
+
+def test_reader_that_leaves_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "evolkv.cli", "list", "models"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_debug_shows_where_an_error_came_from(run):
+    _, _, err = run("profile", "show", "missing.json", "--debug")
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("evolkv: error: missing.json: no such file")
+
+
+def test_global_flags_may_stand_anywhere_but_in_free_text():
+    assert for_typer(["list", "models", "--quiet"]) == ["--quiet", "list", "models"]
+    assert for_typer(["generate", "m", "--prompt", "--quiet"]) == ["generate", "m", "--prompt", "--quiet"]
+
+
+def test_lists_are_spelt_out_for_eval_alone():
+    assert for_typer(["eval", "m", "--method", "a", "b", "--budget=1", "2", "--seed", "0"]) == (
+        ["eval", "m", "--method", "a", "--method", "b", "--budget=1", "--budget", "2", "--seed", "0"]
+    )
+    assert for_typer(["search", "m", "--task", "a", "b"]) == ["search", "m", "--task", "a", "b"]
+
+
+def test_numbers_and_selectors_are_parsed_or_refused():
+    assert whole_numbers("--budget", ["64,128", "64"]) == [64, 128]
+    assert selector_spec("snapkv:window=16,pooling=mean") == {"name": "snapkv", "window": 16, "pooling": "mean"}
+    for bad in ("snapkv:window", "snapkv:=1", "snapkv:window=1,window=2"):
+        with pytest.raises(UsageError):
+            selector_spec(bad)
+    with pytest.raises(UsageError, match="whole numbers"):
+        whole_numbers("--budget", ["64;128"])

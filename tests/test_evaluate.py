@@ -1,0 +1,148 @@
+"""Methods side by side: one prefill each, and what a row says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import evolkv
+from evolkv import BudgetProfile, CompressedCache
+from evolkv.errors import BudgetError, UsageError
+from evolkv.evaluate import NaiveEngine, get_method
+from evolkv.evaluate.compare import EvaluationProgress
+from evolkv.evaluate.intervals import ci95
+from evolkv.selectors import get_selector
+from evolkv.tasks import encode_prompt, get_task
+
+TASK = "niah:context=240"
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2, tmp_path_factory):
+    model, tokenizer = smollm2
+    path = tmp_path_factory.mktemp("profiles") / "ragged.json"
+    budgets = np.random.default_rng(0).integers(40, 90, size=(30, 3))
+    profile = BudgetProfile.from_budgets(model, budgets)
+    profile.save(path)
+    prefills, progress = [], []
+    handle = model.register_forward_hook(
+        lambda module, args, kwargs, output: prefills.append(kwargs.get("logits_to_keep")), with_kwargs=True
+    )
+    result = evolkv.evaluate(
+        model,
+        tokenizer,
+        task=TASK,
+        methods=["full", "snapkv", "pyramidkv", "streaming_llm", str(path)],
+        budgets=[profile.budget, 100],
+        samples=3,
+        on_progress=progress.append,
+    )
+    handle.remove()
+    return result, prefills.count(1), progress, profile, str(path)
+
+
+@pytest.mark.model
+def test_each_example_is_prefilled_once_for_all_methods_and_budgets(rows):
+    result, prefills, progress, *_ = rows
+    assert len(result) == 1 + 2 * 4
+    assert prefills == 3
+    assert progress == [EvaluationProgress(done, 3) for done in (1, 2, 3)]
+
+
+@pytest.mark.model
+def test_rows_say_what_was_measured(rows, smollm2):
+    result, _, _, profile, path = rows
+    entry = 64 * 2 * 4
+    keys = {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"}
+    for row in result:
+        assert keys <= set(row)
+        assert row["n"] == 3
+        assert row["metric"] == "contains"
+        assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
+        assert row["kv_bytes"] == pytest.approx(row["mean_budget"] * 90 * entry)
+        if row["method"] != "full":
+            assert row["mean_budget"] == pytest.approx(row["budget"], abs=0.5 if row["method"] == path else 1e-9)
+    full = result[0]
+    assert full["method"] == "full"
+    assert full["budget"] is None
+    assert 232 <= full["mean_budget"] <= 240
+    own, expanded = (row for row in result if row["method"] == path)
+    assert own["kv_bytes"] == profile.total * entry
+    assert "expanded_from" not in own
+    assert expanded["expanded_from"] == profile.budget
+
+
+@pytest.mark.model
+def test_scores_equal_those_of_each_method_run_by_itself(rows, smollm2):
+    model, tokenizer = smollm2
+    result = rows[0]
+    examples = get_task(TASK).examples("report", 3, tokenizer, 0)
+    engine = NaiveEngine(model, tokenizer, examples, get_selector("snapkv"), metric="contains")
+    alone = engine.score(np.full((1, 30, 3), 100)).mean()
+    row = next(row for row in result if row["method"] == "snapkv" and row["budget"] == 100)
+    assert row["score"] == pytest.approx(alone)
+
+
+@pytest.mark.model
+def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
+    model, tokenizer = smollm2
+    (row,) = evolkv.evaluate(
+        model, tokenizer, task=TASK, methods=["tova"], budgets=[60], samples=1, seed=3, metric="logprob"
+    )
+    example = get_task(TASK).examples("report", 1, tokenizer, 3)[0]
+    target = tokenizer(example.target, return_tensors="pt").input_ids
+    cache = CompressedCache(model, BudgetProfile.uniform(model, 60, selector="tova"))
+    with torch.inference_mode():
+        first = model(encode_prompt(tokenizer, example), past_key_values=cache).logits[:, -1:]
+        rest = model(target[:, :-1], past_key_values=cache).logits
+    log_probs = torch.cat([first, rest], 1).log_softmax(-1).gather(-1, target[..., None])
+    assert row["score"] == pytest.approx(float(log_probs.mean().exp()), abs=1e-4)
+    assert row["metric"] == "logprob"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"methods": ["snapvk"]}, UsageError, "Did you mean 'snapkv'"),
+        ({"methods": ["pyramd+snapkv"]}, UsageError, "Did you mean 'pyramid'"),
+        ({"methods": ["snapkv"], "budgets": []}, UsageError, "needs a budget"),
+        ({"methods": ["snapkv"], "budgets": [8]}, BudgetError, "always keeps 32 tokens"),
+        ({"methods": ["snapkv"], "budgets": [240]}, BudgetError, "nothing would be evicted"),
+        ({"methods": ["snapkv"], "budgets": [9000]}, BudgetError, "above the model's context of 8192"),
+        ({"methods": []}, UsageError, "at least one task and one method"),
+        ({"methods": ["full"], "samples": 0}, UsageError, "at least one example"),
+        ({"methods": ["full"], "metric": "contain"}, UsageError, "Did you mean 'contains'"),
+        ({"methods": ["missing.json"]}, UsageError, "missing.json"),
+    ],
+)
+def test_unusable_requests_are_refused_in_one_line(smollm2, arguments, error, words):
+    model, tokenizer = smollm2
+    with pytest.raises(error) as caught:
+        evolkv.evaluate(model, tokenizer, **{"task": TASK, "budgets": [64], "samples": 1, **arguments})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_method_names_of_the_field_are_known():
+    assert get_method("pyramidkv").allocator == "pyramid"
+    assert get_method("uniform+tova").selector == get_selector("tova")
+    assert get_method("full").selector is None
+
+
+def test_interval_is_wilsons_for_right_or_wrong_scores():
+    # Wilson 1927 for 45 of 50, to four digits.
+    assert ci95(np.array([1.0] * 45 + [0.0] * 5)) == pytest.approx((0.7864, 0.9565), abs=1e-4)
+    low, high = ci95(np.ones(50))
+    assert low == pytest.approx(0.9287, abs=1e-4)
+    assert high == 1.0
+
+
+def test_interval_of_graded_scores_holds_the_mean_about_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        low, high = ci95(random.beta(2, 3, size=40))
+        hits += low <= 0.4 <= high
+    assert hits >= 52

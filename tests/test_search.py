@@ -1,0 +1,175 @@
+"""The search loop, on the real model with short prompts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import evolkv
+from evolkv.errors import BudgetError, UsageError
+from evolkv.search import SearchProgress
+
+SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 28, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def result(smollm2):
+    progress = []
+    found = evolkv.search(*smollm2, on_progress=progress.append, **SETTINGS)
+    return found, progress
+
+
+@pytest.mark.model
+def test_every_joint_candidate_has_exactly_the_target_memory(result):
+    found, _ = result
+    assert {np.sum(entry["budgets"]) for entry in found.history} == {48 * 90}
+    assert {entry["cache_score"] for entry in found.history} == {1.0}
+    assert found.profile.mean_budget == 48
+
+
+@pytest.mark.model
+def test_history_is_in_order_of_evaluation(result):
+    found, _ = result
+    generations = [entry["generation"] for entry in found.history]
+    assert generations == sorted(generations)
+    assert found.evaluations == len(found.history) == 28
+    for entry in found.history:
+        assert np.shape(entry["budgets"]) == (30, 3)
+        assert entry["fitness"] == pytest.approx(entry["score"] * 1.3)
+
+
+@pytest.mark.model
+def test_first_candidate_is_the_uniform_allocation(result):
+    found, _ = result
+    assert np.unique(found.history[0]["budgets"]).tolist() == [48]
+
+
+@pytest.mark.model
+def test_result_is_never_worse_on_validation_than_a_heuristic(result):
+    found, _ = result
+    scores = {entry["name"]: entry["score"] for entry in found.validation}
+    assert set(scores) == {"best", "mean", "uniform", "pyramid"}
+    assert scores[found.chosen] == max(scores.values())
+    assert found.improved == (max(scores["best"], scores["mean"]) > max(scores["uniform"], scores["pyramid"]))
+    chosen = next(entry for entry in found.validation if entry["name"] == found.chosen)
+    assert found.profile.budgets.tolist() == chosen["budgets"]
+
+
+@pytest.mark.model
+def test_result_is_json_and_says_where_it_came_from(result):
+    found, _ = result
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["format"] == "evolkv.search/1"
+    assert {"evaluations", "seconds", "best", "history", "validation"} <= set(data)
+    assert data["best"]["fitness"] == max(entry["fitness"] for entry in data["history"])
+    search = found.profile.search
+    assert search["task"] == "niah:context=200"
+    assert (search["strategy"], search["seed"], search["evaluations"]) == ("joint", 0, 28)
+    assert {"evolkv", "torch", "transformers", "cma"} <= set(search["versions"])
+
+
+@pytest.mark.model
+def test_progress_covers_every_stage_and_never_goes_back(result):
+    _, progress = result
+    for stage, total in (("prefill", 2), ("search", 28), ("validation", 2)):
+        steps = [event for event in progress if event.stage == stage]
+        assert [event.done for event in steps] == sorted(event.done for event in steps)
+        assert steps[-1].done == steps[-1].total == total
+    best = [event.best for event in progress if event.stage == "search"]
+    assert best == sorted(best)
+
+
+@pytest.mark.model
+def test_same_seed_gives_the_same_history(smollm2, result):
+    again = evolkv.search(*smollm2, **{**SETTINGS, "max_evals": 14})
+    assert again.history == result[0].history[:14]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("changes", "group_mean"),
+    [
+        ({"strategy": "evolkv", "group_size": 16, "max_evals": 24}, True),
+        ({"strategy": "random"}, False),
+        ({"granularity": "head", "max_evals": 17}, False),
+        ({"engine": "naive", "max_evals": 4, "population": 4, "train": 1, "val": 1}, False),
+        ({"metric": "contains", "max_evals": 14}, False),
+    ],
+    ids=["evolkv", "random", "head", "naive", "contains"],
+)
+def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(smollm2, changes, group_mean):
+    found = evolkv.search(*smollm2, **{**SETTINGS, "max_evals": 14, **changes})
+    assert found.profile.total == 48 * 90
+    assert found.profile.budgets.min() >= 33 or found.chosen in ("uniform", "pyramid")
+    scores = np.array([entry["cache_score"] for entry in found.history])
+    assert (scores < 1).any() == group_mean
+    if changes.get("granularity") == "head":
+        assert any(np.ptp(entry["budgets"], axis=1).any() for entry in found.history)
+
+
+@pytest.mark.model
+def test_interruption_keeps_the_best_so_far(smollm2):
+    def stop(event: SearchProgress):
+        if event.stage == "search":
+            raise KeyboardInterrupt
+
+    found = evolkv.search(*smollm2, on_progress=stop, **SETTINGS)
+    assert found.interrupted
+    assert found.evaluations == 14
+    assert found.validation == []
+    assert found.profile.total == 48 * 90
+    best = max(found.history, key=lambda entry: entry["fitness"])
+    assert found.profile.budgets.tolist() == best["budgets"]
+    assert found.profile.search["interrupted"]
+
+
+@pytest.mark.model
+def test_interruption_during_validation_keeps_the_best_so_far(smollm2):
+    def stop(event: SearchProgress):
+        if event.stage == "validation":
+            raise KeyboardInterrupt
+
+    found = evolkv.search(*smollm2, on_progress=stop, **{**SETTINGS, "max_evals": 14})
+    assert found.interrupted
+    assert found.chosen == "best"
+
+
+@pytest.mark.model
+def test_interruption_before_the_first_score_is_passed_on(smollm2):
+    def stop(event: SearchProgress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evolkv.search(*smollm2, on_progress=stop, **SETTINGS)
+    assert smollm2[0].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"budget": 20}, BudgetError, "below the floor of 33"),
+        ({"budget": 200}, BudgetError, "nothing would be evicted"),
+        ({"budget": 0}, BudgetError, "whole number"),
+        ({"floor": 8}, BudgetError, "always keeps 32"),
+        ({"ceiling": 40}, BudgetError, "raise --ceiling"),
+        ({"strategy": "jiont"}, UsageError, "Did you mean 'joint'"),
+        ({"selector": "snapvk"}, UsageError, "Did you mean 'snapkv'"),
+        ({"task": "nia:context=200"}, UsageError, "Did you mean 'niah'"),
+        ({"metric": "logprobs"}, UsageError, "Did you mean 'logprob'"),
+        ({"granularity": "heads"}, UsageError, "Did you mean 'head'"),
+        ({"engine": "replai"}, UsageError, "Did you mean 'replay'"),
+        ({"train": 0}, UsageError, "--train is 0"),
+        ({"val": 0}, UsageError, "--val is 0"),
+        ({"max_evals": 0}, UsageError, "--max-evals is 0"),
+        ({"strategy": "evolkv", "granularity": "head"}, UsageError, "layers only"),
+        ({"task": "niah:context=9000"}, UsageError, "more than the model's context of 8192"),
+    ],
+)
+def test_unusable_settings_are_refused_in_one_line(smollm2, changes, error, words):
+    with pytest.raises(error) as caught:
+        evolkv.search(*smollm2, **{**SETTINGS, **changes})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
