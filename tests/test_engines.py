@@ -25,20 +25,32 @@ def candidates(count, longest, least=4, seed=0):
     return np.random.default_rng(seed).integers(least, longest + 4, size=(count, LAYERS, KV_HEADS))
 
 
+def rank(model, prompt, ceiling=1000):
+    recorded = Prefiller(model, [SNAPKV])(prompt)
+    return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [20, 45])
 def test_replayed_log_probs_equal_those_of_compressed_caches(family, length):
     model = tiny_model(family)
-    prompt, target = tokens(1, length), tokens(9, seed=5)
+    # Two prompts of different lengths, with answers of different lengths, in one batch.
+    prompts, targets = [tokens(1, length), tokens(1, length - 9, seed=2)], [tokens(9, seed=5), tokens(4, seed=6)]
     budgets = candidates(5, length)
-    recorded = Prefiller(model, [SNAPKV])(prompt)
-    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=length)
-    replayed = target_log_probs(model, ReplayCache(model, ranked, budgets), ranked.next_logits, length, target)
-    for row, candidate in enumerate(budgets):
-        cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
-        first = model(prompt, past_key_values=cache).logits[0, -1]
-        alone = target_log_probs(model, cache, first, length, target)
-        torch.testing.assert_close(replayed[row], alone[0], atol=1e-5, rtol=0)
+    ranked = [rank(model, prompt) for prompt in prompts]
+    replayed = target_log_probs(
+        model,
+        ReplayCache(model, ranked, budgets),
+        torch.cat([prompt.next_logits.expand(5, -1) for prompt in ranked]),
+        [prompt.tokens for prompt in ranked for _ in budgets],
+        [target for target in targets for _ in budgets],
+    )
+    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        for row, candidate in enumerate(budgets):
+            cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
+            first = model(prompt, past_key_values=cache).logits[:, -1]
+            (alone,) = target_log_probs(model, cache, first, [prompt.shape[1]], [target])
+            torch.testing.assert_close(replayed[5 * i + row], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
@@ -46,10 +58,9 @@ def test_replayed_greedy_tokens_equal_generate(family):
     model = tiny_model(family)
     prompt = tokens(1, 45)
     budgets = candidates(4, 45)
-    recorded = Prefiller(model, [SNAPKV])(prompt)
-    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=45)
+    ranked = rank(model, prompt)
     logits = ranked.next_logits.expand(4, -1)
-    replayed = greedy(model, ReplayCache(model, ranked, budgets), logits, [45] * 4, [12] * 4, end=())
+    replayed = greedy(model, ReplayCache(model, [ranked], budgets), logits, [45] * 4, [12] * 4, end=())
     for row, candidate in enumerate(budgets):
         cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
         text = model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -84,15 +95,14 @@ def test_prefill_stops_at_the_model_context():
 def test_greedy_stops_as_soon_as_every_row_has_ended():
     model = tiny_model()
     prompt = tokens(1, 30)
-    recorded = Prefiller(model, [SNAPKV])(prompt)
-    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=30)
+    ranked = rank(model, prompt)
     budgets = candidates(3, 30)
     logits = ranked.next_logits.expand(3, -1)
-    free = greedy(model, ReplayCache(model, ranked, budgets), logits, [30] * 3, [8] * 3, end=())
+    free = greedy(model, ReplayCache(model, [ranked], budgets), logits, [30] * 3, [8] * 3, end=())
     calls = []
     handle = model.register_forward_hook(lambda *a: calls.append(1))
     end = {row[2] for row in free}
-    ended = greedy(model, ReplayCache(model, ranked, budgets), logits, [30] * 3, [8] * 3, end=end)
+    ended = greedy(model, ReplayCache(model, [ranked], budgets), logits, [30] * 3, [8] * 3, end=end)
     handle.remove()
     for row, text in zip(ended, free, strict=True):
         assert row == text[: next(i for i, token in enumerate(text) if token in end)]
@@ -101,8 +111,7 @@ def test_greedy_stops_as_soon_as_every_row_has_ended():
 
 def test_ranked_prompt_holds_no_more_than_the_ceiling():
     model = tiny_model()
-    recorded = Prefiller(model, [SNAPKV])(tokens(1, 60))
-    ranked = RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling=10)
+    ranked = rank(model, tokens(1, 60), ceiling=10)
     assert {key.shape[1] for key in ranked.keys} == {10}
     assert all(key.untyped_storage().nbytes() == key.nbytes for key in ranked.keys)
 
@@ -156,10 +165,10 @@ def test_replay_equals_naive_on_smollm2_in_bfloat16(smollm2):
 @pytest.mark.model
 def test_splitting_the_population_changes_no_score(needles, monkeypatch):
     model, tokenizer, examples = needles
-    engine = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"))
+    engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"))
     budgets = smollm2_candidates(300)
     whole = engine.score(budgets)
-    monkeypatch.setattr(engine, "_candidates_at_once", lambda column, prompt: 1)
+    monkeypatch.setattr(engine, "_rows_at_once", lambda column, prompt: 1)
     np.testing.assert_allclose(engine.score(budgets), whole, atol=1e-5)
 
 

@@ -155,6 +155,8 @@ def test_interruption_before_the_first_score_is_passed_on(smollm2):
         ({"budget": 0}, BudgetError, "whole number"),
         ({"floor": 8}, BudgetError, "always keeps 32"),
         ({"ceiling": 40}, BudgetError, "raise --ceiling"),
+        ({"budget": 33}, BudgetError, "one allocation and nothing to search"),
+        ({"lam": float("nan")}, UsageError, "lam"),
         ({"strategy": "jiont"}, UsageError, "Did you mean 'joint'"),
         ({"selector": "snapvk"}, UsageError, "Did you mean 'snapkv'"),
         ({"task": "nia:context=200"}, UsageError, "Did you mean 'niah'"),

@@ -300,6 +300,8 @@ class BudgetProfile:
         target = Path(path)
         if target.is_dir():
             raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
+        if target.exists() and not target.is_file():
+            raise ProfileError(f"{target} is not a regular file; expected a file name such as profile.json")
         target = Path(os.path.realpath(target))
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from evolkv.errors import UsageError
 
@@ -36,6 +36,11 @@ class Registry(Mapping[str, T]):
             return self._entries[name]
         except (KeyError, TypeError):
             raise unknown_name(self.kind, name, self._entries) from None
+
+    # Mapping's own `get` waits for a KeyError, and a miss here is a UsageError.
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry called `name`, or `default`."""
+        return self._entries.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -1,4 +1,4 @@
-"""A cache of many candidates over one prompt, whose entries are stored once.
+"""A cache of many candidates over the same prompts, whose entries are stored once.
 
 Each KV head's entries are held in ranked order. What a candidate keeps is a prefix of that order, so a candidate is
 only a number per head, and all candidates read the same tensors.
@@ -6,6 +6,7 @@ only a number per head, and all candidates read the same tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,9 @@ class RankedPrompt:
         return sum(x.nbytes for part in (self.keys, self.values, self.positions) for x in part)
 
 
-class ReplayLayer(CacheLayerMixin):
-    """One layer for all candidates: shared ranked entries, and each candidate's own new tokens.
+@dataclass(frozen=True)
+class _Candidates:
+    """One layer of one ranked prompt, for all candidates.
 
     Args:
         keys: ``[kv_heads, ranked, head_dim]``.
@@ -72,45 +74,50 @@ class ReplayLayer(CacheLayerMixin):
         positions: ``[kv_heads, ranked]``.
         counts: entries that each candidate keeps, ``[candidates, kv_heads]``.
         tokens: length of the prompt.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: Tensor
+    tokens: int
+
+
+class ReplayLayer(CacheLayerMixin):
+    """One layer for all candidates on some prompts: shared ranked entries, and each row's own new tokens.
+
+    Rows are ordered by prompt, then by candidate.
+
+    Args:
+        prompts: the candidates on each prompt.
         sliding_window: how many tokens a query sees, or None for all.
     """
 
     is_sliding = False
 
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        counts: Tensor,
-        tokens: int,
-        sliding_window: int | None,
-    ):
+    def __init__(self, prompts: list[_Candidates], sliding_window: int | None):
         super().__init__()
         self.is_sliding = sliding_window is not None
         self.is_initialized = True
         self.sliding_window = sliding_window
-        self.tokens = tokens
-        self.counts = counts
-        longest = int(counts.max())
-        self.keys, self.values = keys[:, :longest], values[:, :longest]
-        self.positions = positions[:, :longest]
-        candidates, heads = counts.shape
-        self.new_keys = keys.new_empty((heads, candidates, 0, keys.shape[-1]))
-        self.new_values = values.new_empty((heads, candidates, 0, values.shape[-1]))
+        self.prompts = prompts
+        keys, values = prompts[0].keys, prompts[0].values
+        self.num_rows = sum(len(part.counts) for part in prompts)
+        self.new_keys = keys.new_empty((len(keys), self.num_rows, 0, keys.shape[-1]))
+        self.new_values = values.new_empty((len(values), self.num_rows, 0, values.shape[-1]))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the prompt is there from the start."""
+        """Nothing: the prompts are there from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends each candidate's new tokens, ``[candidates, kv_heads, new, dim]``."""
+        """Appends each row's new tokens, ``[rows, kv_heads, new, dim]``."""
         self.new_keys = torch.cat([self.new_keys, key_states.transpose(0, 1)], dim=2)
         self.new_values = torch.cat([self.new_values, value_states.transpose(0, 1)], dim=2)
         return tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
-        """Tokens seen by each candidate."""
-        return self.tokens + self.new_keys.shape[2]
+        """Tokens seen by the rows of the longest prompt."""
+        return max(part.tokens for part in self.prompts) + self.new_keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks made outside are not used; the smallest will do."""
@@ -121,42 +128,45 @@ class ReplayLayer(CacheLayerMixin):
         return -1
 
     def attend(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """All candidates' queries against the shared entries, in one call per KV head."""
+        """All candidates' queries against the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
+        scaling, softcap = scaling_of(query, kwargs), kwargs.get("softcap")
+        outputs, start = [], 0
+        for part in self.prompts:
+            rows = slice(start, start + len(part.counts))
+            outputs.append(self._attend_prompt(part, rows, query[rows], scaling, softcap))
+            start = rows.stop
+        return torch.cat(outputs), None
+
+    def _attend_prompt(
+        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
         candidates, query_heads, queries, _ = query.shape
-        heads = self.counts.shape[1]
+        heads = len(part.keys)
         fold = query_heads // heads
         # [candidates, heads, queries, dim] -> [kv_heads, candidates * fold * queries, dim]
         rows = query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
-        keys = torch.cat([self.keys, self.new_keys.flatten(1, 2)], dim=1)
-        values = torch.cat([self.values, self.new_values.flatten(1, 2)], dim=1)
-        visible = self._visible(fold, queries)
-        output = attention(rows, keys, values, visible, scaling_of(query, kwargs), kwargs.get("softcap"))
+        keys = torch.cat([part.keys, self.new_keys[:, at].flatten(1, 2)], dim=1)
+        values = torch.cat([part.values, self.new_values[:, at].flatten(1, 2)], dim=1)
+        output = attention(rows, keys, values, self._visible(part, fold, queries), scaling, softcap)
         output = output.view(heads, candidates, fold, queries, -1).permute(1, 3, 0, 2, 4)
-        return output.reshape(candidates, queries, query_heads, -1), None
+        return output.reshape(candidates, queries, query_heads, -1)
 
-    def _visible(self, fold: int, queries: int) -> Tensor:
+    def _visible(self, part: _Candidates, fold: int, queries: int) -> Tensor:
         """Which entries each query sees, ``[kv_heads, candidates * fold * queries, entries]``."""
-        candidates, heads = self.counts.shape
-        device, held, new = self.keys.device, self.keys.shape[1], self.new_keys.shape[2]
+        candidates, heads = part.counts.shape
+        device, held, new = part.keys.device, part.keys.shape[1], self.new_keys.shape[2]
         shape = (heads, candidates, fold, queries)
-        kept = torch.arange(held, device=device) < self.counts.T[:, :, None]
+        kept = torch.arange(held, device=device) < part.counts.T[:, :, None]
         kept = kept[:, :, None, None].expand(*shape, held)
         asking = torch.arange(new - queries, new, device=device)[:, None]
         step = torch.arange(new, device=device)
         seen = step <= asking
-        if self.sliding_window is not None and self.get_seq_length() > self.sliding_window:
-            oldest = self.tokens + asking - self.sliding_window
-            kept = kept & (self.positions[:, None, None, None] > oldest)
+        if self.sliding_window is not None and part.tokens + new > self.sliding_window:
+            oldest = part.tokens + asking - self.sliding_window
+            kept = kept & (part.positions[:, None, None, None] > oldest)
             seen = seen & (step > asking - self.sliding_window)
         # New tokens are seen by the candidate that they belong to only.
         same = torch.eye(candidates, dtype=torch.bool, device=device)
@@ -166,28 +176,37 @@ class ReplayLayer(CacheLayerMixin):
 
 
 class ReplayCache(HookedCache):
-    """Many candidates as a batch over one ranked prompt.
+    """Every candidate on every one of some ranked prompts, as one batch ordered by prompt, then by candidate.
 
     Args:
         model: the model.
-        prompt: the ranked prompt.
-        budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompt was ranked to, unless
+        prompts: the ranked prompts.
+        budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompts were ranked to, unless
             the prompt is shorter.
     """
 
     layers: list[ReplayLayer]
 
-    def __init__(self, model: PreTrainedModel, prompt: RankedPrompt, budgets: np.ndarray):
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray):
         layers = []
         for index, window in enumerate(sliding_windows(model)):
-            keys = prompt.keys[index]
-            counts = torch.from_numpy(np.minimum(budgets[:, index], keys.shape[1])).to(keys.device)
-            layers.append(
-                ReplayLayer(keys, prompt.values[index], prompt.positions[index], counts, prompt.tokens, window)
-            )
+            parts = []
+            for prompt in prompts:
+                counts = np.minimum(budgets[:, index], prompt.keys[index].shape[1])
+                longest = int(counts.max())
+                parts.append(
+                    _Candidates(
+                        prompt.keys[index][:, :longest],
+                        prompt.values[index][:, :longest],
+                        prompt.positions[index][:, :longest],
+                        torch.from_numpy(counts).to(prompt.keys[index].device),
+                        prompt.tokens,
+                    )
+                )
+            layers.append(ReplayLayer(parts, window))
         super().__init__(model, layers)
 
     @property
     def num_rows(self) -> int:
-        """Candidates."""
-        return self.layers[0].counts.shape[0]
+        """Prompts times candidates."""
+        return self.layers[0].num_rows

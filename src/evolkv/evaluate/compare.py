@@ -25,7 +25,7 @@ from evolkv.tasks import Example, Task, format_spec, get_task
 from evolkv.tasks.metrics import METRIC_NAMES
 
 # Rows decoded at once; more gains little, since the weights are then read for enough rows.
-_MAX_ROWS = 32
+_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,9 @@ def _evaluate_task(
         entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
         if (metric or example.metric) == "logprob":
             target = encode_target(tokenizer, example)
-            log_probs = target_log_probs(model, cache, recorded.next_logits, recorded.tokens, target)
-            scores[:, column] = mean_probability(log_probs)
+            logits = recorded.next_logits.expand(len(rows), -1)
+            log_probs = target_log_probs(model, cache, logits, [recorded.tokens] * len(rows), [target] * len(rows))
+            scores[:, column] = [mean_probability(row) for row in log_probs]
         else:
             waiting.append(_Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens))
             if _enough(model, waiting, len(rows)):

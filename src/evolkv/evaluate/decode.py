@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,36 +26,33 @@ def target_log_probs(
     model: PreTrainedModel,
     cache: CompressedCache | ReplayCache,
     next_logits: Tensor,
-    tokens: int,
-    target: Tensor,
-) -> Tensor:
-    """Log-probability of each token of a given continuation, under every row of a cache.
+    tokens: Sequence[int],
+    targets: Sequence[Tensor],
+) -> list[Tensor]:
+    """Log-probability of each token of given continuations, teacher-forced in one forward pass.
 
     Args:
         model: the model.
-        cache: holds the prompt; each row is one candidate.
-        next_logits: logits of the first new token, ``[vocabulary]``.
-        tokens: length of the prompt.
-        target: the continuation, ``[target]`` int64, at least one token.
+        cache: holds the prompts, one row each.
+        next_logits: logits of the first new token, ``[rows, vocabulary]``.
+        tokens: length of each row's prompt.
+        targets: each row's continuation, ``[target]`` int64, at least one token.
 
     Returns:
-        ``[rows, target]`` float32.
+        By row, ``[target]`` float32.
     """
-    rows = cache.num_rows
-    target = target.to(next_logits.device)
-    first = next_logits.log_softmax(-1)[target[0]].expand(rows, 1)
-    if len(target) == 1:
-        return first
+    device = next_logits.device
+    # What stands behind a shorter target is never looked at: attention is causal.
+    padded = torch.nn.utils.rnn.pad_sequence([target.to(device) for target in targets], batch_first=True)
+    first = -F.cross_entropy(next_logits, padded[:, 0], reduction="none")[:, None]
+    if padded.shape[1] == 1:
+        return list(first)
+    position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
     with torch.inference_mode():
-        output = model(
-            target[None, :-1].expand(rows, -1),
-            past_key_values=cache,
-            position_ids=torch.arange(tokens, tokens + len(target) - 1, device=target.device).expand(rows, -1),
-            use_cache=True,
-        )
-        logits = output.logits.float()
-        chosen = logits.gather(-1, target[None, 1:, None].expand(rows, -1, -1))[..., 0]
-        return torch.cat([first, chosen - logits.logsumexp(-1)], dim=1)
+        output = model(padded[:, :-1], past_key_values=cache, position_ids=position, use_cache=True)
+        rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
+        rest = rest.view(len(targets), -1)
+    return [row[: len(target)] for row, target in zip(torch.cat([first, rest], dim=1), targets, strict=True)]
 
 
 def greedy(

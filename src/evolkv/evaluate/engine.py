@@ -77,16 +77,13 @@ def text_score(metric: str, prediction: str, example: Example) -> float:
     return float(get_metric(metric)(prediction, example.references, **dict(example.extra)))
 
 
-def mean_probability(log_probs: Tensor) -> np.ndarray:
-    """The ``logprob`` metric: geometric mean of the reference tokens' probabilities (1 / perplexity).
+def mean_probability(log_probs: Tensor) -> float:
+    """The ``logprob`` metric: geometric mean of the reference tokens' probabilities (1 / perplexity), in [0, 1].
 
     Args:
-        log_probs: ``[rows, target]``.
-
-    Returns:
-        ``[rows]`` float64 in [0, 1].
+        log_probs: ``[target]``.
     """
-    return log_probs.double().mean(-1).exp().clamp(0, 1).cpu().numpy()
+    return min(1.0, float(log_probs.double().mean().exp()))
 
 
 def free_memory(device: torch.device) -> int:

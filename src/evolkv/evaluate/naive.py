@@ -73,8 +73,8 @@ class NaiveEngine:
         with torch.inference_mode():
             output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         target = encode_target(self.tokenizer, self.examples[column])
-        logits = output.logits[0, -1].float()
-        return float(mean_probability(target_log_probs(self.model, cache, logits, ids.shape[1], target))[0])
+        logits = output.logits[:, -1].float()
+        return mean_probability(target_log_probs(self.model, cache, logits, [ids.shape[1]], [target])[0])
 
     def generate(self, column: int, budgets: np.ndarray) -> str:
         """The greedy text that a candidate gives for example number `column`."""

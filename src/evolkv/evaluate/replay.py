@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
@@ -24,8 +26,12 @@ from evolkv.models import describe_model
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
-# Every candidate's new tokens stand in every other one's attention mask; beyond this many, splitting is cheaper.
-_MAX_CANDIDATES = 64
+# Rows of a batch: candidates times examples. Matrix products gain from more rows up to about here; and since every
+# candidate's new tokens stand in the attention mask of every other one on the same prompt, no gain goes on for ever.
+_MAX_ROWS = 96
+
+#: Number of an example, and what its prefill left behind.
+_Ranked = tuple[int, RankedPrompt]
 
 
 class ReplayEngine:
@@ -84,25 +90,40 @@ class ReplayEngine:
         """Scores every candidate on every example; see `Engine.score`."""
         budgets = np.asarray(budgets, dtype=np.int64)
         scores = np.empty((len(budgets), len(self.examples)))
-        prefill = Prefiller(self.model, [self._selector])
-        for column in range(len(self.examples)):
-            prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
-            size = self._candidates_at_once(column, prompt)
-            for start in range(0, len(budgets), size):
-                part = slice(start, start + size)
-                scores[part, column] = self._score_example(column, prompt, budgets[part])
-            if self._held is None and self._on_progress is not None:
-                self._on_progress(column + 1, len(self.examples))
+        for batch in self._batches(len(budgets)):
+            rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))
+            for start in range(0, len(budgets), rows):
+                part = slice(start, start + rows)
+                scores[part, [column for column, _ in batch]] = self._score_batch(batch, budgets[part])
         return scores
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """The greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
-        prefill = Prefiller(self.model, [self._selector])
-        prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
-        return self._generate(column, prompt, np.asarray(budgets, dtype=np.int64))
+        prompt = self._held[column] if self._held is not None else self._rank(self._prefiller(), column)
+        return self._generate([(column, prompt)], np.asarray(budgets, dtype=np.int64))[0]
+
+    def _batches(self, candidates: int) -> Iterator[list[_Ranked]]:
+        """Examples to be decoded together, in order: as many as `candidates` on each make a full batch."""
+        prefill = self._prefiller()
+        batch: list[_Ranked] = []
+        for column in range(len(self.examples)):
+            prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
+            if self._held is None and self._on_progress is not None:
+                self._on_progress(column + 1, len(self.examples))
+            forced = self.targets[column] is not None
+            limit = self._rows_at_once(column, prompt)
+            if batch and ((len(batch) + 1) * candidates > limit or forced != (self.targets[batch[0][0]] is not None)):
+                yield batch
+                batch = []
+            batch.append((column, prompt))
+        if batch:
+            yield batch
+
+    def _prefiller(self) -> Prefiller:
+        return Prefiller(self.model, [self._selector])
 
     def _prefill_all(self) -> list[RankedPrompt]:
-        prefill = Prefiller(self.model, [self._selector])
+        prefill = self._prefiller()
         ranked: list[RankedPrompt] = []
         held, total = 0, len(self._inputs)
         for column in range(total):
@@ -123,28 +144,39 @@ class ReplayEngine:
         recorded = prefill(self._inputs[column])
         return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, self._selector, self._ceiling)
 
-    def _score_example(self, column: int, prompt: RankedPrompt, budgets: np.ndarray) -> np.ndarray:
-        target = self.targets[column]
-        if target is not None:
-            cache = ReplayCache(self.model, prompt, budgets)
-            return mean_probability(target_log_probs(self.model, cache, prompt.next_logits, prompt.tokens, target))
-        texts = self._generate(column, prompt, budgets)
-        return np.array([text_score(self.metrics[column], text, self.examples[column]) for text in texts])
+    def _score_batch(self, batch: list[_Ranked], budgets: np.ndarray) -> np.ndarray:
+        """Scores ``[candidates, examples of the batch]``."""
+        if self.targets[batch[0][0]] is None:
+            texts = self._generate(batch, budgets)
+            columns = [
+                [text_score(self.metrics[column], text, self.examples[column]) for text in row]
+                for (column, _), row in zip(batch, texts, strict=True)
+            ]
+            return np.array(columns).T
+        logits, tokens = self._starts(batch, len(budgets))
+        targets = [target for column, _ in batch for target in [self.targets[column]] * len(budgets)]
+        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
+        log_probs = target_log_probs(self.model, cache, logits, tokens, [t for t in targets if t is not None])
+        return np.array([mean_probability(row) for row in log_probs]).reshape(len(batch), len(budgets)).T
 
-    def _generate(self, column: int, prompt: RankedPrompt, budgets: np.ndarray) -> list[str]:
+    def _generate(self, batch: list[_Ranked], budgets: np.ndarray) -> list[list[str]]:
+        """Greedy texts, by example of the batch and candidate."""
         rows = len(budgets)
-        tokens = greedy(
-            self.model,
-            ReplayCache(self.model, prompt, budgets),
-            prompt.next_logits.expand(rows, -1),
-            [prompt.tokens] * rows,
-            [self.examples[column].max_new_tokens] * rows,
-            self.end,
-        )
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+        logits, tokens = self._starts(batch, rows)
+        limits = [self.examples[column].max_new_tokens for column, _ in batch for _ in range(rows)]
+        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        return [texts[start : start + rows] for start in range(0, len(texts), rows)]
 
-    def _candidates_at_once(self, column: int, prompt: RankedPrompt) -> int:
-        """How many candidates fit into memory as one batch, at least one.
+    @staticmethod
+    def _starts(batch: list[_Ranked], candidates: int) -> tuple[Tensor, list[int]]:
+        """First logits ``[rows, vocabulary]`` and prompt length of every row of a batch."""
+        logits = torch.cat([prompt.next_logits.expand(candidates, -1) for _, prompt in batch])
+        return logits, [prompt.tokens for _, prompt in batch for _ in range(candidates)]
+
+    def _rows_at_once(self, column: int, prompt: RankedPrompt) -> int:
+        """How many rows like this example's fit into memory as one batch, at least one.
 
         Raises:
             RunError: if not even one does.
@@ -161,7 +193,7 @@ class ReplayEngine:
                 f"snapshots, and {_mib(max(self._limit, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
-        return int(min(room, _MAX_CANDIDATES))
+        return int(min(room, _MAX_ROWS))
 
 
 def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> int:
@@ -173,7 +205,7 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     own = sum(
         key.shape[0] * (key.shape[2] + value.shape[2]) for key, value in zip(prompt.keys, prompt.values, strict=True)
     )
-    entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_CANDIDATES
+    entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_ROWS
     # A boolean mask and its float copy inside the attention kernel.
     mask = config.num_attention_heads * queries * entries * (1 + 4)
     return int(logits + hidden + 2 * own * new * element + mask)

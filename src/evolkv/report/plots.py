@@ -22,9 +22,9 @@ _MOST_NUMBERS = 160
 
 
 def budgets_heatmap(profile: BudgetProfile, path: str | os.PathLike[str]) -> None:
-    """Draw a profile's budgets: a heat map of layers × heads, or a bar per layer where all heads are alike.
+    """Draw a profile's budgets: a heat map of layers × heads, under bars per layer where all heads are alike.
 
-    Colours and bars are on a logarithmic scale, labelled with cache entries. Nothing but the file is touched:
+    Colours and bars are on one logarithmic scale, labelled with cache entries. Nothing but the file is touched:
     no window opens, and matplotlib's own state stays as it is.
 
     Args:
@@ -35,18 +35,24 @@ def budgets_heatmap(profile: BudgetProfile, path: str | os.PathLike[str]) -> Non
         OSError: the file cannot be written.
     """
     by_head = profile.granularity == "head" and profile.num_kv_heads > 1
-    height = 2.6 + 0.28 * min(profile.num_kv_heads, 40) if by_head else 3.8
-    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
+    map_height = 0.28 * min(profile.num_kv_heads, 40)
+    figure = Figure(figsize=(10, (2.6 if by_head else 3.8) + map_height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    (_heads if by_head else _layers)(figure, axes, profile)
-    axes.set_xlabel("layer")
-    axes.set_title(_title(profile), fontsize=11, loc="left", pad=8)
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(profile.num_layers)))
+    if by_head:
+        bottom = top = figure.add_subplot()
+        _heads(figure, bottom, profile)
+    else:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.3, max(map_height, 0.3)])
+        _layers(top, profile)
+        _heads(None, bottom, profile)
+    bottom.set_xlabel("layer")
+    top.set_title(_title(profile), fontsize=11, loc="left", pad=8)
+    bottom.xaxis.set_major_locator(FixedLocator(_ticks(profile.num_layers)))
     write_with(path, lambda partial: figure.savefig(partial))
 
 
-def _heads(figure: Figure, axes: Axes, profile: BudgetProfile) -> None:
+def _heads(figure: Figure | None, axes: Axes, profile: BudgetProfile) -> None:
+    """The heat map; with numbers and a colour bar where it stands alone in `figure`."""
     budgets = profile.budgets.T
     low, high = _range(profile)
     norm = LogNorm(low, high)
@@ -61,6 +67,8 @@ def _heads(figure: Figure, axes: Axes, profile: BudgetProfile) -> None:
         axes.set_yticks(np.arange(1, profile.num_kv_heads) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.2)
         axes.tick_params(which="minor", length=0)
+    if figure is None:
+        return
     if budgets.size <= _MOST_NUMBERS:
         size = float(np.clip(230 / profile.num_layers, 6, 10))
         for (head, layer), budget in np.ndenumerate(budgets):
@@ -71,11 +79,11 @@ def _heads(figure: Figure, axes: Axes, profile: BudgetProfile) -> None:
     _log_ticks(bar.ax.yaxis, low, high)
 
 
-def _layers(figure: Figure, axes: Axes, profile: BudgetProfile) -> None:
+def _layers(axes: Axes, profile: BudgetProfile) -> None:
     budgets = profile.budgets[:, 0]
     low, high = _range(profile)
     norm = LogNorm(low, high)
-    colours = _COLOURS(np.asarray(norm(budgets)) * 0.92)
+    colours = _COLOURS(np.asarray(norm(budgets)))
     axes.bar(np.arange(len(budgets)), budgets, color=colours, width=0.84)
     axes.set_yscale("log")
     axes.set_ylim(low / 1.5, high * 1.6)

@@ -119,7 +119,9 @@ def search(
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
     started = time.perf_counter()
-    plan = _Plan(model, tokenizer, get_task(task), budget, get_selector(selector), granularity, metric, engine)
+    plan = _Plan(
+        model, tokenizer, get_task(task), budget, get_selector(selector), granularity, metric, engine, lam, gamma
+    )
     if strategy not in STRATEGIES:
         raise unknown_name("strategy", strategy, STRATEGIES)
     report = on_progress or (lambda progress: None)
@@ -234,6 +236,8 @@ class _Plan:
         granularity: str,
         metric: str,
         engine: str,
+        lam: float,
+        gamma: float,
     ):
         if granularity not in ("layer", "head"):
             raise unknown_name("granularity", granularity, ("layer", "head"))
@@ -241,6 +245,8 @@ class _Plan:
             raise unknown_name("engine", engine, ("replay", "naive"))
         if metric not in METRIC_NAMES:
             raise unknown_name("metric", metric, METRIC_NAMES)
+        # Checks its arguments, long before the first candidate would.
+        fitness(0.0, 1.0, 1.0, lam=lam, gamma=gamma)
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
             raise BudgetError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
         self.model, self.tokenizer, self.task = model, tokenizer, task
@@ -283,6 +289,13 @@ class _Plan:
             raise BudgetError(
                 f"the budget is {self.budget}, but with its sliding windows this model holds at most "
                 f"{self.ceilings.mean():.0f} entries per head on average; use a smaller --budget"
+            )
+
+        total, room = self.budget * self.layers, int(self.ceilings.sum())
+        if total in (self.least * self.layers, room):
+            raise BudgetError(
+                f"a budget of {self.budget} with floor {self.least} and ceiling {self.most} leaves one allocation "
+                "and nothing to search; change the budget, the floor or the ceiling"
             )
 
     def matrix(self, candidate: np.ndarray) -> np.ndarray:
@@ -374,8 +387,17 @@ def _validate(
     choices = {**plan.heuristics(), **evolved}
     engine = plan.engine(examples, lambda done, of: report(SearchProgress("validation", done, of)), hold=False)
     scores = engine.score(np.stack(list(choices.values())))
+    # Two allocations whose scores differ by no more than rounding are equal, and of equals a heuristic is chosen.
+    digits = 4
     rows = [
-        Validated(name, name in evolved, as_lists(budgets), float(scores[i].mean()), ci95(scores[i]), len(examples))
+        Validated(
+            name,
+            name in evolved,
+            as_lists(budgets),
+            round(float(scores[i].mean()), digits),
+            ci95(scores[i]),
+            len(examples),
+        )
         for i, (name, budgets) in enumerate(choices.items())
     ]
     return sorted(rows, key=lambda row: (-row.score, row.evolved))
