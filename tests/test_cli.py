@@ -221,7 +221,7 @@ def test_commands_that_the_demo_suggests_work(run, demo):
     assert run(*search, "--max-evals", 1, "--train", 1, "--val", 1)[0] == 0
     assert BudgetProfile.load(demo.parent / "demo-paper.json").search["strategy"] == "evolkv"
     assert run(*again, "--max-evals", 1, "--train", 1, "--val", 1, "--samples", 1)[0] == 0
-    assert BudgetProfile.load(demo.parent / "demo-head" / "profile.json").granularity == "head"
+    assert BudgetProfile.load(demo.parent / "demo-half" / "profile.json").granularity == "head"
 
 
 def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(smollm2, tmp_path):

@@ -28,7 +28,7 @@ def demo(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for profile, results and picture.")] = "demo",
     context: Annotated[int, typer.Option("--context", help="Length of the prompts in tokens.")] = _CONTEXT,
     budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 128,
-    granularity: Granularity = "layer",
+    granularity: Granularity = "head",
     seed: Seed = 0,
     samples: Annotated[int, typer.Option("--samples", help="Held-out examples of the comparison.")] = 50,
     train: Annotated[int | None, typer.Option("--train", help="Examples that candidates are scored on.")] = None,
@@ -74,7 +74,7 @@ def demo(
     names = (files.profile, files.results, files.picture, files.search, files.prompt)
     console.OUT.print(f"Written to {files.folder}: {', '.join(path.name for path in names)}", soft_wrap=True)
     console.OUT.print("\nTry next:")
-    for comment, command in _next_commands(result, model, granularity, budget, context, load):
+    for comment, command in _next_commands(result, model, budget, context, load):
         console.OUT.print(f"  # {comment}\n  {command}", soft_wrap=True)
     return 0
 
@@ -96,12 +96,12 @@ def _summary(result: DemoResult) -> str:
 
 
 def _next_commands(
-    result: DemoResult, model: str, granularity: str, budget: int, context: int, load: ModelOptions
+    result: DemoResult, model: str, budget: int, context: int, load: ModelOptions
 ) -> list[tuple[str, str]]:
     """(what it is for, command) pairs; each command works when pasted."""
     folder, profile = result.files.folder, result.files.profile
     paper = folder.with_name(f"{folder.name}-paper.json")
-    head = folder.with_name(f"{folder.name}-head")
+    half = folder.with_name(f"{folder.name}-half")
     methods = ["full", "tova", profile]
     commands: list[tuple[str, list[object]]] = [
         (
@@ -117,11 +117,11 @@ def _next_commands(
             ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", paper],
         ),
     ]
-    if granularity == "layer":
+    if budget > _LEAST_BUDGET:
         words = ["demo", "--granularity", "head", "--budget", max(_LEAST_BUDGET, budget // 2)]
         words += ["--context", context] if context != _CONTEXT else []
         words += ["--model", model] if model != _MODEL else []
-        commands.append(("a budget for each head, in half the memory", [*words, "--out", head]))
+        commands.append(("the same in half the memory", [*words, "--out", half]))
     return [(comment, shlex.join(map(str, [program_name(), *words, *load.given()]))) for comment, words in commands]
 
 
