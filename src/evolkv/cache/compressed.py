@@ -151,11 +151,11 @@ class CompressedCache(HookedCache):
         return cache
 
     @classmethod
-    def merge(cls, model: PreTrainedModel, caches: list[CompressedCache]) -> CompressedCache:
-        """The sequences of several caches, each right after its prompt, in one."""
+    def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:
+        """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens."""
         cache = cls.__new__(cls)
         columns = zip(*(other.layers for other in caches), strict=True)
-        HookedCache.__init__(cache, model, [CompressedLayer.merge(list(column)) for column in columns])
+        HookedCache.__init__(cache, model, [CompressedLayer.merge(list(column), room) for column in columns])
         return cache
 
 

@@ -35,17 +35,46 @@ class RowGroup:
     keys: Tensor
     values: Tensor
     positions: Tensor
+    #: What `keys` and `values` are the first entries of, where room for more was reserved.
+    _reserved: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def join(cls, groups: list[RowGroup], room: int) -> RowGroup:
+        """The rows of several groups of equal length in one, with `room` for further entries."""
+        rows = torch.cat([group.rows for group in groups])
+        positions = torch.cat([group.positions for group in groups])
+        entries = groups[0].keys.shape[1]
+        buffers = []
+        for name in ("keys", "values"):
+            parts = [getattr(group, name) for group in groups]
+            buffer = parts[0].new_empty((len(rows), entries + room, parts[0].shape[-1]))
+            torch.cat(parts, out=buffer[:, :entries])
+            buffers.append(buffer)
+        keys, values = buffers
+        return cls(rows, keys[:, :entries], values[:, :entries], positions, (keys, values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, reserved room included."""
+        keys, values = self._reserved or (self.keys, self.values)
+        return keys.nbytes + values.nbytes
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Adds entries ``[group, new, dim]`` behind those held."""
+        """Adds entries ``[group, new, dim]`` behind those held: in reserved room, or else by growing by just these."""
+        held, new = self.keys.shape[1], keys.shape[1]
+        if self._reserved is not None and held + new <= self._reserved[0].shape[1]:
+            for buffer, entries in zip(self._reserved, (keys, values), strict=True):
+                buffer[:, held : held + new] = entries
+            self.keys, self.values = (buffer[:, : held + new] for buffer in self._reserved)
+            return
+        self._reserved = None
         self.keys = torch.cat([self.keys, keys], dim=1)
         self.values = torch.cat([self.values, values], dim=1)
 
-    def drop_oldest(self, count: int) -> None:
-        """Forgets the first `count` entries of every row, and frees them."""
-        self.keys = self.keys[:, count:].clone()
-        self.values = self.values[:, count:].clone()
-        self.positions = self.positions[:, count:].clone()
+    def keep_entries(self, which: slice) -> None:
+        """Forgets, and frees, all entries of every row but these."""
+        self._reserved = None
+        self.keys, self.values = self.keys[:, which].clone(), self.values[:, which].clone()
 
     def select(self, rows: Tensor) -> RowGroup | None:
         """The group for a new set of rows, of which row ``i`` is a copy of the present row ``rows[i]``."""
@@ -114,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held."""
-        return sum(group.keys.nbytes + group.values.nbytes for group in self.groups)
+        return sum(group.nbytes for group in self.groups)
 
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Prompt positions held for one row, ascending, ``[entries]`` int64."""
@@ -167,8 +196,7 @@ class CompressedLayer(CacheLayerMixin):
                 "prompt of a layer without sliding window can be; use plain greedy search, sampling or beam search"
             )
         for group in self.groups:
-            group.keys = group.keys[:, :-count].clone()
-            group.values = group.values[:, :-count].clone()
+            group.keep_entries(slice(None, -count))
         self.appended -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -195,8 +223,8 @@ class CompressedLayer(CacheLayerMixin):
             self.budgets = self.budgets[order]
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer]) -> CompressedLayer:
-        """The sequences of several layers, right after their prompts, in one."""
+    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+        """The sequences of several layers, right after their prompts, in one, with `room` for that many new tokens."""
         first = layers[0]
         budgets = np.concatenate([np.broadcast_to(x.budgets, (x.batch, x.num_kv_heads)) for x in layers])
         merged = cls(budgets, first.selector, first.sliding_window)
@@ -210,8 +238,7 @@ class CompressedLayer(CacheLayerMixin):
             offset += layer.batch * layer.num_kv_heads
             merged.prompt_lengths += layer.prompt_lengths
         for _, groups in sorted(by_count.items()):
-            parts = ([getattr(group, name) for group in groups] for name in ("rows", "keys", "values", "positions"))
-            merged.groups.append(RowGroup(*(torch.cat(part) for part in parts)))
+            merged.groups.append(RowGroup.join(groups, room))
         merged.prompt_width = max(layer.prompt_width for layer in layers)
         merged.is_initialized = True
         return merged
@@ -372,7 +399,8 @@ class CompressedLayer(CacheLayerMixin):
         for group in self.groups:
             surplus = group.keys.shape[1] - self.sliding_window
             if surplus > 0:
-                group.drop_oldest(surplus)
+                group.keep_entries(slice(surplus, None))
+                group.positions = group.positions[:, surplus:].clone()
 
     def _attend_dense(
         self, own: Attention, module: nn.Module, query: Tensor, kwargs: dict[str, Any]

@@ -14,6 +14,11 @@ from evolkv.errors import ModelError
 _UNKNOWN_TERMS = ("s_aux", "position_bias", "alibi")
 
 
+def has_extra_terms(kwargs: dict[str, Any]) -> bool:
+    """Whether a model passes along something that changes its attention logits in a way we do not compute."""
+    return any(kwargs.get(name) is not None for name in _UNKNOWN_TERMS)
+
+
 def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises `ModelError` if the attention of `module` adds terms (sinks, biases) that we would leave out."""
     for name in _UNKNOWN_TERMS:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import HookedCache, sliding_windows
 from evolkv.cache.hook import Attention, tag
-from evolkv.cache.math import scaling_of
+from evolkv.cache.math import attention, has_extra_terms, scaling_of
 from evolkv.selectors import PromptAttention, Selector
+
+# Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
+_BLOCK = 200
 
 
 class RecordingLayer(DynamicLayer):
@@ -57,7 +61,9 @@ class RecordingLayer(DynamicLayer):
             first_query=key.shape[2] - query.shape[2],
         )
         self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
-        return own(module, query, key, value, mask, **kwargs)
+        if prompt.first_query == 0 or len(query) > 1 or has_extra_terms(kwargs):
+            return own(module, query, key, value, mask, **kwargs)
+        return _continue(prompt), None
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
@@ -70,6 +76,31 @@ class RecordingLayer(DynamicLayer):
         """Forgets everything from position `tokens` on."""
         if self.is_initialized:
             self.keys, self.values = (held[:, :, :tokens] for held in self.held())
+
+
+def _continue(prompt: PromptAttention) -> Tensor:
+    """Attention of the end of a single prompt to all of it, ``[1, queries, heads, dim]``, in blocks of queries.
+
+    A mask over the whole prompt would have every query look at every later token only to drop it; a block looks no
+    further than its own end. And the query heads of a KV head are folded, so that keys are not repeated for them.
+    """
+    key, value, heads = prompt.key[0], prompt.value[0], prompt.key.shape[1]
+    device = key.device
+    outputs = []
+    for start in range(prompt.first_query, prompt.num_tokens, _BLOCK):
+        stop = min(start + _BLOCK, prompt.num_tokens)
+        rows = prompt.query[0, :, start - prompt.first_query : stop - prompt.first_query]
+        fold = len(rows) // heads
+        asking = torch.arange(start, stop, device=device)[:, None]
+        position = torch.arange(stop, device=device)
+        visible = position <= asking
+        if prompt.sliding_window is not None:
+            visible &= position > asking - prompt.sliding_window
+        folded = rows.reshape(heads, fold * (stop - start), -1)
+        visible = visible.repeat(fold, 1)[None]
+        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap)
+        outputs.append(output.view(heads * fold, stop - start, -1))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()
 
 
 class RecordingCache(HookedCache):

@@ -236,7 +236,8 @@ def _generate(
 ) -> list[list[str]]:
     """Greedy texts, by example and row."""
     rows = waiting[0].cache.num_rows
-    cache = CompressedCache.merge(model, [item.cache for item in waiting])
+    room = max(item.max_new_tokens for item in waiting)
+    cache = CompressedCache.merge(model, [item.cache for item in waiting], room)
     logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
     tokens = [item.tokens for item in waiting for _ in range(rows)]
     limits = [item.max_new_tokens for item in waiting for _ in range(rows)]

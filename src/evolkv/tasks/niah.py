@@ -36,7 +36,7 @@ SLACK = 8
 """A prompt is at most this many tokens shorter than `context`, and never longer."""
 
 # Eight tokens where every digit is one; the rest lets the model stop by itself.
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 10
 
 # None of these occurs in the generated prose.
 _WORDS = """
