@@ -87,8 +87,14 @@ class CompressedCache(HookedCache):
 
     def __init__(self, model: PreTrainedModel, profile: BudgetProfile):
         profile.check_model(model)
-        selector = get_selector(profile.selector)
-        super().__init__(model, _layers(model, profile.budgets, selector))
+        super().__init__(model, _layers(model, profile.budgets, get_selector(profile.selector)))
+
+    @classmethod
+    def _with_layers(cls, model: PreTrainedModel, layers: list[CompressedLayer]) -> CompressedCache:
+        """A cache of given layers, for a model that is known to fit them."""
+        cache = cls.__new__(cls)
+        HookedCache.__init__(cache, model, layers)
+        return cache
 
     @property
     def num_rows(self) -> int:
@@ -144,8 +150,7 @@ class CompressedCache(HookedCache):
             budgets: ``[sequences, layers, kv_heads]``.
             selector: recorded with the layers; the rankings decide.
         """
-        cache = cls.__new__(cls)
-        HookedCache.__init__(cache, model, _layers(model, np.moveaxis(budgets, 1, 0), selector))
+        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector))
         for layer, (key, value), ranking in zip(cache.layers, keys_values, rankings, strict=True):
             layer.store_ranked(key, value, ranking)
         return cache
@@ -153,10 +158,8 @@ class CompressedCache(HookedCache):
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:
         """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens."""
-        cache = cls.__new__(cls)
         columns = zip(*(other.layers for other in caches), strict=True)
-        HookedCache.__init__(cache, model, [CompressedLayer.merge(list(column), room) for column in columns])
-        return cache
+        return cls._with_layers(model, [CompressedLayer.merge(list(column), room) for column in columns])
 
 
 def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[CompressedLayer]:
@@ -186,6 +189,7 @@ def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
         ...     model.generate(**inputs)
     """
     profile.check_model(model)
+    selector = get_selector(profile.selector)
     sliding_windows(model)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -202,7 +206,7 @@ def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
                 "call it without cache_implementation and without past_key_values"
             )
-        kwargs["past_key_values"] = CompressedCache(model, profile)
+        kwargs["past_key_values"] = CompressedCache._with_layers(model, _layers(model, profile.budgets, selector))
         kwargs["use_cache"] = True
         return args, kwargs
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +152,8 @@ class _Attachment:
 
 
 _attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
+# Reentrant: a cache may be collected, and so detached, while another one attaches.
+_lock = threading.RLock()
 
 
 def attach(model: PreTrainedModel) -> Callable[[], None]:
@@ -160,40 +162,31 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
     Raises:
         ModelError: if the model's attention implementation cannot be wrapped.
     """
-    attachment = _attachments.get(model)
-    if attachment is None:
-        attachment = _Attachment(model)
-        for _, name in attachment.own:
-            if name not in ("eager", "sdpa") and not str(name).startswith("flash_attention"):
-                raise ModelError(
-                    f"attention implementation {name!r} cannot be compressed; "
-                    "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
-                )
-        _attachments[model] = attachment
-    if attachment.users == 0:
-        attachment.install()
-    attachment.users += 1
+    with _lock:
+        attachment = _attachments.get(model)
+        if attachment is None:
+            attachment = _Attachment(model)
+            for _, name in attachment.own:
+                if name not in ("eager", "sdpa") and not str(name).startswith("flash_attention"):
+                    raise ModelError(
+                        f"attention implementation {name!r} cannot be compressed; "
+                        "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+                    )
+            attachment.install()
+            _attachments[model] = attachment
+        attachment.users += 1
     # The model may be gone before its last cache is; a weak reference lets it.
     reference = weakref.ref(model)
 
     def detach() -> None:
-        held = reference()
-        current = _attachments.get(held) if held is not None else None
-        if held is None or current is None:
-            return
-        current.users -= 1
-        if current.users == 0:
-            current.remove()
-            del _attachments[held]
+        with _lock:
+            held = reference()
+            current = _attachments.get(held) if held is not None else None
+            if held is None or current is None:
+                return
+            current.users -= 1
+            if current.users == 0:
+                current.remove()
+                del _attachments[held]
 
     return detach
-
-
-@contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """The hook as a ``with`` block."""
-    detach = attach(model)
-    try:
-        yield
-    finally:
-        detach()
