@@ -215,7 +215,8 @@ def test_commands_that_the_demo_suggests_work(run, demo):
     assert number in (demo / "prompt.txt").read_text()
     code, answer, _ = run(*generate)
     assert code == 0
-    assert re.search(r"\d{4}", answer)
+    # A number, though after 14 candidates not always the right one.
+    assert re.search(r"\d", answer)
     code, table, _ = run(*evaluate, "--samples", 1)
     assert code == 0
     assert "tova" in table
