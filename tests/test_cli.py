@@ -386,6 +386,42 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
 
 
+def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
+    code, out, err = run(
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--log-json")
+    )
+    assert code == 0
+    assert "unseen examples" in out
+    events = [json.loads(line) for line in err.splitlines()]
+    steps = [event for event in events if event["event"] == "progress"]
+    assert [step["stage"] for step in steps if step["done"] == step["total"]] == ["prefill", "search", "validation"]
+    assert all(event["time"] for event in events)
+
+
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "message"),
+    [
+        (["serch", "--log-json"], 2, "'search'"),
+        (["--bogus", "--log-json"], 2, "--bogus"),
+        (["profile", "show", "--log-json", "missing.json"], 2, "missing.json: no such file"),
+        (["profile", "show", "missing.json", "--log-json", "--quiet"], 2, "missing.json: no such file"),
+    ],
+)
+def test_log_json_errors_are_json_too(capsys, argv, exit_code, message):
+    assert main(argv) == exit_code
+    out, err = capsys.readouterr()
+    error = json.loads(err)
+    assert (error["event"], error["exit_code"], out) == ("error", exit_code, "")
+    assert message in error["message"]
+
+
+def test_log_json_traceback_is_json_too(capsys):
+    main(["profile", "show", "missing.json", "--debug", "--log-json"])
+    trace, error = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (trace["event"], error["event"]) == ("traceback", "error")
+    assert trace["message"].startswith("Traceback")
+
+
 def test_selector_parameters_reach_the_profile(run, tmp_path):
     code, _, _ = run(
         *("search", MODEL, "--task", TASK, "--budget", 24, "--selector", "snapkv:window=8,pooling=mean"),
@@ -438,6 +474,7 @@ def test_debug_shows_where_an_error_came_from(run):
 
 def test_global_flags_may_stand_anywhere_but_in_free_text():
     assert for_typer(["list", "models", "--quiet"]) == ["--quiet", "list", "models"]
+    assert for_typer(["list", "--log-json", "models"]) == ["--log-json", "list", "models"]
     assert for_typer(["generate", "m", "--prompt", "--quiet"]) == ["generate", "m", "--prompt", "--quiet"]
 
 

@@ -34,3 +34,7 @@ class BudgetError(UsageError):
 
 class RunError(EvolKVError, RuntimeError):
     """Work that failed although its input was valid (out of memory, a failed conversion, …)."""
+
+
+class StudyError(UsageError):
+    """A study cannot be opened or continued: other settings, in use, or not a study."""

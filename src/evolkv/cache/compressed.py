@@ -140,6 +140,7 @@ class CompressedCache(HookedCache):
         rankings: list[Tensor],
         budgets: np.ndarray,
         selector: Selector,
+        room: int = 0,
     ) -> CompressedCache:
         """One prompt under several budgets, a sequence for each, from a prefill that was recorded.
 
@@ -149,15 +150,19 @@ class CompressedCache(HookedCache):
             rankings: by layer, ``[sequences, kv_heads, tokens]``.
             budgets: ``[sequences, layers, kv_heads]``.
             selector: recorded with the layers; the rankings decide.
+            room: new tokens to reserve memory for.
         """
         cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector))
         for layer, (key, value), ranking in zip(cache.layers, keys_values, rankings, strict=True):
-            layer.store_ranked(key, value, ranking)
+            layer.store_ranked(key, value, ranking, room)
         return cache
 
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:
-        """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens."""
+        """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens.
+
+        The caches must not be used afterwards: the new one shares memory with them.
+        """
         columns = zip(*(other.layers for other in caches), strict=True)
         return cls._with_layers(model, [CompressedLayer.merge(list(column), room) for column in columns])
 

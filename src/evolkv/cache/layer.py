@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
 from evolkv.cache.math import attention, check_plain_logits, scaling_of
 from evolkv.errors import RunError
 from evolkv.selectors import PromptAttention, Selector
+
+# Entries above which copying a row costs more than attending to it apart from others of its length.
+_LONG = 512
 
 
 @dataclass
@@ -50,6 +53,21 @@ class RowGroup:
             buffer = parts[0].new_empty((len(rows), entries + room, parts[0].shape[-1]))
             torch.cat(parts, out=buffer[:, :entries])
             buffers.append(buffer)
+        keys, values = buffers
+        return cls(rows, keys[:, :entries], values[:, :entries], positions, (keys, values))
+
+    @classmethod
+    def cut(
+        cls, rows: Tensor, key: Tensor, value: Tensor, where: tuple[Tensor, ...], positions: Tensor, room: int
+    ) -> RowGroup:
+        """The entries ``where`` of a prompt, with `room` for further ones."""
+        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
+        if not room:
+            return cls(rows, key[where], value[where], positions)
+        entries = positions.shape[1]
+        buffers = [held.new_empty((len(rows), entries + room, held.shape[-1])) for held in (key, value)]
+        for buffer, held in zip(buffers, (key, value), strict=True):
+            buffer[:, :entries] = held[where]
         keys, values = buffers
         return cls(rows, keys[:, :entries], values[:, :entries], positions, (keys, values))
 
@@ -224,7 +242,10 @@ class CompressedLayer(CacheLayerMixin):
 
     @classmethod
     def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
-        """The sequences of several layers, right after their prompts, in one, with `room` for that many new tokens."""
+        """The sequences of several layers, right after their prompts, in one, with `room` for that many new tokens.
+
+        Long rows stay where they are, so the other layers must not be used any more.
+        """
         first = layers[0]
         budgets = np.concatenate([np.broadcast_to(x.budgets, (x.batch, x.num_kv_heads)) for x in layers])
         merged = cls(budgets, first.selector, first.sliding_window)
@@ -233,12 +254,11 @@ class CompressedLayer(CacheLayerMixin):
         offset = 0
         for layer in layers:
             for group in layer.groups:
-                shifted = RowGroup(group.rows + offset, group.keys, group.values, group.positions)
-                by_count[group.keys.shape[1]].append(shifted)
+                by_count[group.keys.shape[1]].append(replace(group, rows=group.rows + offset))
             offset += layer.batch * layer.num_kv_heads
             merged.prompt_lengths += layer.prompt_lengths
-        for _, groups in sorted(by_count.items()):
-            merged.groups.append(RowGroup.join(groups, room))
+        for count, groups in sorted(by_count.items()):
+            merged.groups += groups if count > _LONG else [RowGroup.join(groups, room)]
         merged.prompt_width = max(layer.prompt_width for layer in layers)
         merged.is_initialized = True
         return merged
@@ -280,17 +300,18 @@ class CompressedLayer(CacheLayerMixin):
                 rankings = [self._rank(_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
                 self._store_padded(prompt.key, prompt.value, rankings, real)
 
-    def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor) -> None:
+    def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
         """Keeps one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.
 
         Args:
             key: ``[1, kv_heads, tokens, head_dim]``.
             value: ``[1, kv_heads, tokens, value_dim]``.
             rankings: token positions from the first to be kept on, ``[batch, kv_heads, tokens]``.
+            room: new tokens to reserve memory for.
         """
         self.lazy_initialization(key, value)
         batch = len(self.budgets)
-        self._store(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), rankings)
+        self._store(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), rankings, room)
 
     def _rank(self, prompt: PromptAttention) -> Tensor | None:
         """The selector's ranking ``[batch, kv_heads, tokens]``, or None where every token is kept anyway."""
@@ -308,7 +329,7 @@ class CompressedLayer(CacheLayerMixin):
             limit = np.minimum(limit, self.sliding_window)
         return np.minimum(np.broadcast_to(self.budgets, (len(lengths), self.num_kv_heads)), limit).reshape(-1)
 
-    def _store(self, key: Tensor, value: Tensor, ranking: Tensor | None) -> None:
+    def _store(self, key: Tensor, value: Tensor, ranking: Tensor | None, room: int = 0) -> None:
         batch, heads, width, _ = key.shape
         for count, rows in group_rows(self._counts([width] * batch)):
             row = torch.from_numpy(rows).to(key.device)
@@ -317,7 +338,8 @@ class CompressedLayer(CacheLayerMixin):
                 kept = torch.arange(count, device=key.device).expand(len(row), -1)
             else:
                 kept = ranking[sequence, head, :count].sort(dim=-1).values
-            self._hold(row, key, value, sequence, head, kept, kept)
+            where = (sequence[:, None], head[:, None], kept)
+            self.groups.append(RowGroup.cut(row, key, value, where, kept.to(torch.int32), room))
         self.prompt_lengths, self.prompt_width, self.is_initialized = [width] * batch, width, True
 
     def _store_padded(self, key: Tensor, value: Tensor, rankings: list[Tensor | None], real: list[Tensor]) -> None:
@@ -333,22 +355,9 @@ class CompressedLayer(CacheLayerMixin):
                     torch.arange(count, device=key.device) if ranking is None else ranking[0, j, :count].sort().values
                 )
                 tokens.append(real[i][kept[-1]])
-            self._hold(row, key, value, sequence, head, torch.stack(kept), torch.stack(tokens))
+            where = (sequence[:, None], head[:, None], torch.stack(tokens))
+            self.groups.append(RowGroup.cut(row, key, value, where, torch.stack(kept).to(torch.int32), room=0))
         self.prompt_lengths, self.prompt_width, self.is_initialized = lengths, width, True
-
-    def _hold(
-        self,
-        row: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sequence: Tensor,
-        head: Tensor,
-        positions: Tensor,
-        tokens: Tensor,
-    ) -> None:
-        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
-        where = (sequence[:, None], head[:, None], tokens)
-        self.groups.append(RowGroup(row, key[where], value[where], positions.to(torch.int32)))
 
     def _decode(
         self,

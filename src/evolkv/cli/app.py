@@ -7,18 +7,20 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated
 
 import typer
 
 import evolkv
 from evolkv.cli import console
-from evolkv.cli.arguments import for_typer
+from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
 from evolkv.cli.demo import demo
 from evolkv.cli.evaluate import evaluate
 from evolkv.cli.generate import generate
 from evolkv.cli.listing import app as listing
 from evolkv.cli.profile import app as profile
+from evolkv.cli.report import report
 from evolkv.cli.search import search
 from evolkv.errors import EvolKVError, RunError
 
@@ -49,15 +51,20 @@ def _globals(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Progress, warnings and errors as lines of JSON, for machines.")
+    ] = False,
 ) -> None:
     console.settings.debug = debug
     console.settings.quiet = quiet
+    console.settings.log_json = log_json
 
 
 app.command()(demo)
 app.command()(search)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(report)
 app.add_typer(profile, name="profile")
 app.add_typer(listing, name="list")
 
@@ -72,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if all went well, 1 for a failed run, 2 for bad usage or input, 130 if interrupted.
     """
     console.prepare()
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = for_typer(list(sys.argv[1:] if argv is None else argv))
+    # Bad usage is said as JSON too, and may come up before Typer has read the flags.
+    console.settings.log_json = "--log-json" in takewhile(GLOBAL_FLAGS.__contains__, given)
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
-        with typer.main.get_command(app).make_context("evolkv", for_typer(given) or ["--help"]) as context:
+        with typer.main.get_command(app).make_context("evolkv", given or ["--help"]) as context:
             code = context.command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as leave:
@@ -91,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, _ClickException):
             return _fail(2, _usage(error))
         if console.settings.debug:
-            traceback.print_exc()
+            console.trace(traceback.format_exc())
         if isinstance(error, RunError):
             return _fail(1, str(error))
         if isinstance(error, EvolKVError):
@@ -104,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    console.say(f"evolkv: error: {message}" if code != INTERRUPTED else f"evolkv: {message}")
+    if code == INTERRUPTED:
+        console.say(f"evolkv: {message}")
+    else:
+        console.fail(message, code)
     return code
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from evolkv.errors import UsageError
 
-_GLOBAL_FLAGS = {"--debug", "--quiet"}
+#: They may stand anywhere.
+GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
 _SEVERAL_VALUES = {"--task", "--method", "--budget"}
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}
@@ -28,7 +29,7 @@ def for_typer(argv: Sequence[str]) -> list[str]:
         if token == "--":
             rest += argv[index:]
             break
-        is_flag = token in _GLOBAL_FLAGS and previous not in _FREE_TEXT
+        is_flag = token in GLOBAL_FLAGS and previous not in _FREE_TEXT
         (front if is_flag else rest).append(token)
         previous = token
     return front + (_repeated(rest) if rest[:1] == ["eval"] else rest)

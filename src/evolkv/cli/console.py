@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-_PLAIN_EVERY_SECONDS = 5.0
+if TYPE_CHECKING:
+    from evolkv.cli.glyphs import Line
+    from evolkv.cli.live import View
+
+_NAME = "evolkv: "
+_PLAIN_EVERY_SECONDS, _JSON_EVERY_SECONDS = 5.0, 1.0
+_PACE_SECONDS, _PACE_STEPS, _PACE_EVERY_SECONDS = 60.0, 3, 0.5
 #: Where nobody looks at the output, tables need not fit a terminal.
 _PLAIN_WIDTH = 120
 
@@ -25,6 +35,7 @@ class Settings:
 
     debug: bool = False
     quiet: bool = False
+    log_json: bool = False
 
 
 class _Console(Console):
@@ -40,7 +51,7 @@ ERR = _Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 def prepare() -> None:
     """Make ready for a run: default settings, and output that no character can break."""
-    settings.debug = settings.quiet = False
+    settings.debug = settings.quiet = settings.log_json = False
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -50,8 +61,10 @@ def prepare() -> None:
 
 def say(message: str) -> None:
     """One line on stderr, also in quiet mode."""
-    with contextlib.suppress(BrokenPipeError):
-        print(" ".join(message.split()), file=sys.stderr, flush=True)  # noqa: T201
+    if settings.log_json:
+        emit("note", message=message.removeprefix(_NAME))
+    else:
+        _write(" ".join(message.split()))
 
 
 def note(message: str) -> None:
@@ -60,106 +73,291 @@ def note(message: str) -> None:
         say(message)
 
 
+def warn(message: str) -> None:
+    """A warning, but not in quiet mode."""
+    if settings.log_json and not settings.quiet:
+        emit("warning", message=message)
+    else:
+        note(f"{_NAME}warning: {message}")
+
+
+def fail(message: str, code: int) -> None:
+    """What ends the program with this exit code."""
+    if settings.log_json:
+        emit("error", message=message, exit_code=code)
+    else:
+        say(f"{_NAME}error: {message}")
+
+
+def trace(text: str) -> None:
+    """The traceback of an error."""
+    if settings.log_json:
+        emit("traceback", message=text)
+    else:
+        _write(text.rstrip("\n"))
+
+
+def emit(event: str, **fields: Any) -> None:
+    """One line of JSON on stderr.
+
+    Args:
+        event: what kind of line it is.
+        fields: what it says. Numbers that JSON has no word for become null.
+    """
+    known = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()
+    }
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    _write(json.dumps({"event": event, "time": now, **known}))
+
+
+def _write(line: str) -> None:
+    # Neither a reader that has left nor a full disk is a reason to end the work that is talked about.
+    with contextlib.suppress(OSError):
+        # Without a stderr, print would choose stdout.
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def quiet_libraries() -> None:
     """Hide what libraries print by themselves; EvolKV's own warnings come as one line each."""
     handler = _OneLine()
     log = logging.getLogger("evolkv")
     log.handlers[:] = [old for old in log.handlers if not isinstance(old, _OneLine)] + [handler]
-    if settings.debug:
+    if settings.debug and not settings.log_json:
         return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not settings.debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if not settings.debug:
+        transformers_logging.set_verbosity_error()
+        return
+    # Whoever reads JSON gets these warnings as JSON.
+    warnings.showwarning = lambda message, *where, **more: warn(f"{message}")
+    transformers_logging.disable_default_handler()
+    transformers_logging.add_handler(handler)
 
 
 class _OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a warning."""
         if record.levelno >= logging.WARNING:
-            note(f"evolkv: warning: {record.getMessage()}")
+            warn(record.getMessage())
+
+
+def is_watched() -> bool:
+    """Whether stderr is a terminal that a view can be drawn on, and may be."""
+    return (
+        not (settings.quiet or settings.log_json)
+        and ERR.is_terminal
+        and not ERR.is_dumb_terminal
+        and not ERR.legacy_windows
+        # Colours may be forced on for what is no terminal.
+        and ERR.file.isatty()
+        # A view that is up puts itself in the way, and there is room for one.
+        and ERR.file is sys.stderr
+    )
 
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
     """Say what is being done while it cannot be measured."""
-    if settings.quiet:
+    if not is_watched():
+        note(what)
         yield
-    elif ERR.is_terminal:
-        with ERR.status(what):
-            yield
-    else:
-        say(what)
+        return
+    from evolkv.cli.glyphs import glyphs_for
+    from evolkv.cli.live import View
+    from evolkv.cli.watching import busy_picture
+
+    started, glyphs = time.monotonic(), glyphs_for(ERR)
+    with View(ERR, lambda columns, rows: busy_picture(what, time.monotonic() - started, columns, glyphs)):
         yield
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where work in stages stands.
+
+    Args:
+        stage: what is being done.
+        done: steps done in this stage.
+        total: steps of this stage.
+        at: when this was so, in seconds of `time.monotonic`.
+        rate: steps per second, or None while unknown.
+        best_fitness: of a search, the highest fitness so far.
+        best_score: score of the fittest candidate so far.
+        generation: the latest generation.
+        fitnesses: highest fitness of each generation.
+        budgets: the fittest candidate so far, a row of heads per layer.
+        budget: what the search aims at.
+    """
+
+    stage: str
+    done: int
+    total: int
+    at: float
+    rate: float | None = None
+    best_fitness: float | None = None
+    best_score: float | None = None
+    generation: int | None = None
+    fitnesses: tuple[float, ...] = ()
+    budgets: tuple[tuple[int, ...], ...] | None = None
+    budget: int | None = None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds that the rest of the stage takes at this rate, or None while unknown."""
+        if self.rate is None or self.done >= self.total:
+            return None
+        return max(0.0, (self.total - self.done) / self.rate - (now - self.at))
 
 
 class Progress:
-    """Shows how work in stages goes on: a bar on a terminal, a line now and then elsewhere.
+    """Shows how work in stages goes on: a live view on a terminal, a line now and then elsewhere, JSON on request.
 
-    Use it as a context manager, and call it with each step.
+    Use it as a context manager, and call it with each step, from the thread that made it.
     """
 
     def __init__(self) -> None:
-        self._stage: str | None = None
-        self._started = self._shown = 0.0
-        self._first = 0
-        self._bar: Any = None
-        self._task: Any = None
+        self._standing: Standing | None = None
+        self._paces: dict[str, _Pace] = {}
+        self._started = self._shown = time.monotonic()
+        self._view: View | None = None
 
     def __enter__(self) -> Progress:
-        if not settings.quiet and ERR.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+        if is_watched():
+            from evolkv.cli.glyphs import glyphs_for
+            from evolkv.cli.live import View
+            from evolkv.cli.watching import progress_picture
 
-            self._bar = Bar(
-                TextColumn("{task.description:<10}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-                TimeRemainingColumn(),
-                console=ERR,
-                transient=True,
-            )
-            self._bar.start()
+            glyphs = glyphs_for(ERR)
+
+            def picture(columns: int, rows: int) -> list[Line]:
+                now = time.monotonic()
+                return progress_picture(self._standing, now, now - self._started, columns, rows, glyphs)
+
+            self._view = View(ERR, picture)
+            self._view.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._view is not None:
+            self._view.stop()
 
-    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def __call__(
+        self,
+        stage: str,
+        done: int,
+        total: int,
+        *,
+        best_fitness: float | None = None,
+        best_score: float | None = None,
+        budgets: Sequence[Sequence[int]] | None = None,
+        fitness: float | None = None,
+        generation: int | None = None,
+        budget: int | None = None,
+    ) -> None:
         """Show a step.
 
         Args:
             stage: what is being done.
             done: steps done in this stage.
             total: steps of this stage.
-            detail: more to show, such as the best score so far.
+            best_fitness: of a search, the highest fitness so far.
+            best_score: score of the fittest candidate so far.
+            budgets: the fittest candidate so far, a row of heads per layer.
+            fitness: highest fitness in the latest generation.
+            generation: the latest generation. What a search has found so far stays on show when later steps, of
+                another stage, say nothing about it.
+            budget: what the search aims at. Another one means another search.
         """
         if settings.quiet:
             return
         now = time.monotonic()
-        is_new = stage != self._stage
-        if is_new:
-            self._stage, self._started, self._first = stage, now, done
-        elapsed = now - self._started
-        rate = (done - self._first) / elapsed if done > self._first and elapsed > 0 else 0.0
-        parts = [f"{rate:.1f}/s"] if rate else []
-        parts += [detail] if detail else []
-        if self._bar is not None:
-            if is_new:
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(stage, total=total, detail="")
-            self._bar.update(self._task, completed=done, total=total, detail="  ".join(parts))
-        elif is_new or done >= total or now - self._shown >= _PLAIN_EVERY_SECONDS:
+        last = self._standing or Standing(stage, 0, total, now)
+        is_other = generation is not None and (generation < (last.generation or 0) or budget != (last.budget or budget))
+        if is_other:
+            last = Standing(stage, 0, total, now)
+        is_new = is_other or stage not in self._paces
+        rate = self._paces.setdefault(stage, _Pace()).add(now, done)
+        step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate)
+        bred = generation is not None and generation != last.generation
+        if generation is not None or best_score is not None:
+            rows = tuple(map(tuple, budgets)) if budgets is not None else last.budgets
+            step = replace(step, best_fitness=best_fitness, best_score=best_score, budgets=rows, budget=budget)
+        if bred:
+            known = (fitness,) if fitness is not None and math.isfinite(fitness) else ()
+            step = replace(step, generation=generation, fitnesses=last.fitnesses + known)
+        self._standing = step
+        if self._view is not None:
+            self._view.update()
+            return
+        if settings.log_json and bred:
+            emit("generation", **_fields(step, now), fitness=fitness, budgets=budgets)
+        every = _JSON_EVERY_SECONDS if settings.log_json else _PLAIN_EVERY_SECONDS
+        if is_new or done >= total or now - self._shown >= every:
             self._shown = now
-            if rate and done < total:
-                parts.append(f"{duration((total - done) / rate)} left")
-            say(", ".join([f"{stage} {done}/{total}", *parts]))
+            if settings.log_json:
+                emit("progress", **_fields(step, now))
+            else:
+                say(_plain(step, now))
+
+
+def _fields(step: Standing, now: float) -> dict[str, Any]:
+    """A step for machines."""
+    left = step.seconds_left(now)
+    return {
+        "stage": step.stage,
+        "done": step.done,
+        "total": step.total,
+        "rate": None if step.rate is None else round(step.rate, 4),
+        "seconds_left": None if left is None else round(left, 1),
+        "best_fitness": step.best_fitness,
+        "best_score": step.best_score,
+        "generation": step.generation,
+        "budget": step.budget,
+    }
+
+
+def _plain(step: Standing, now: float) -> str:
+    """A step as a line."""
+    parts = [f"{step.stage} {step.done}/{step.total}"]
+    if step.budget is not None:
+        parts.append(f"budget {step.budget}")
+    if step.rate is not None:
+        parts.append(speed(step.rate))
+    if step.best_score is not None:
+        parts.append(f"best score {step.best_score:.4f}")
+    if step.best_fitness is not None:
+        parts.append(f"best fitness {step.best_fitness:.4f}")
+    left = step.seconds_left(now)
+    if left is not None:
+        parts.append(f"{duration(left)} left")
+    return ", ".join(parts)
+
+
+class _Pace:
+    """How fast a stage goes: over its last minute, or its last few steps where they take longer."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, done: int) -> float | None:
+        """Steps per second, or None while unknown, once `done` steps are done."""
+        points = self._points
+        if points and done < points[-1][1]:
+            points.clear()
+        if len(points) > 1 and now - points[-2][0] < _PACE_EVERY_SECONDS:
+            points.pop()
+        points.append((now, done))
+        while len(points) > _PACE_STEPS and now - points[1][0] > _PACE_SECONDS:
+            points.popleft()
+        (since, before), (until, after) = points[0], points[-1]
+        return (after - before) / (until - since) if after > before and until > since else None
 
 
 def duration(seconds: float) -> str:
@@ -170,6 +368,16 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def speed(per_second: float) -> str:
+    """A rate for people: 3.2/s, 40.0/min, 1.5/h."""
+    unit, rate = "s", per_second
+    for slower in ("min", "h"):
+        if rate >= 1:
+            break
+        unit, rate = slower, rate * 60
+    return f"{rate:,.1f}/{unit}" if rate < 100 else f"{rate:,.0f}/{unit}"
 
 
 def mebibytes(count: float) -> str:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import selector_spec
+from evolkv.cli.arguments import selector_spec, whole_numbers
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Seed, Trust, one_of
-from evolkv.cli.tables import validation_table
+from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
-    from evolkv.search import SearchProgress, SearchResult
+    from evolkv.evaluate.shards import Backend
+    from evolkv.search import CurveResult, SearchProgress, SearchResult
 
-_STRATEGY, _OBJECTIVE = "Strategy", "Objective"
+_STRATEGY, _OBJECTIVE, _WHERE, _STUDY = "Strategy", "Objective", "Where it runs", "Study"
 
 
 def search(
     model: Model,
     task: Annotated[str, typer.Option("--task", help="What to evolve for, such as niah:context=1600.")],
-    budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")],
+    budget: Annotated[
+        str,
+        typer.Option("--budget", metavar="C[,C...]", help="Mean cache entries per KV head; several make a curve."),
+    ],
     selector: Annotated[
         str, typer.Option("--selector", help="Which tokens are kept: snapkv, or snapkv:window=16.")
     ] = "snapkv",
@@ -42,6 +47,33 @@ def search(
         int | None,
         typer.Option("--max-evals", help="Candidates to evaluate at most.", rich_help_panel=_STRATEGY),
     ] = None,
+    minibatch: Annotated[
+        int | None,
+        typer.Option(
+            "--minibatch",
+            help="Examples that a generation of joint is scored on, in turn. (default: 2 with logprob, else all)",
+            rich_help_panel=_STRATEGY,
+        ),
+    ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            "--start",
+            metavar="uniform|pyramid|PROFILE.json",
+            help="What joint starts from.",
+            rich_help_panel=_STRATEGY,
+        ),
+    ] = "uniform",
+    first: Annotated[
+        str,
+        typer.Option(
+            "--first",
+            metavar="smallest|largest",
+            callback=one_of("order", ("smallest", "largest")),
+            help="Where a curve begins.",
+            rich_help_panel=_STRATEGY,
+        ),
+    ] = "smallest",
     population: Annotated[
         int | None, typer.Option("--population", help="Candidates per generation.", rich_help_panel=_STRATEGY)
     ] = None,
@@ -71,7 +103,58 @@ def search(
             help="Prefill once per example, or once per candidate and example.",
         ),
     ] = "replay",
-    out: Annotated[str, typer.Option("--out", metavar="PROFILE.json", help="Where the profile goes.")] = "profile.json",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            metavar="local|ray",
+            callback=one_of("backend", ("local", "ray")),
+            help="Threads of this process, or Ray workers.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", help="Threads or Ray workers. (default: one per core or GPU)", rich_help_panel=_WHERE
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="A running Ray cluster, or auto.", rich_help_panel=_WHERE),
+    ] = None,
+    worker_cpus: Annotated[
+        float, typer.Option("--worker-cpus", help="Cores per Ray worker.", rich_help_panel=_WHERE)
+    ] = 1,
+    worker_gpus: Annotated[
+        float | None,
+        typer.Option(
+            "--worker-gpus",
+            help="GPUs per Ray worker, or a fraction. (default: 1 if there are any)",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="Optuna storage, or a file, or none. (default: PROFILE.study.db beside --out)",
+            rich_help_panel=_STUDY,
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study", metavar="NAME", help="Name in the storage. (default: that of --out)", rich_help_panel=_STUDY
+        ),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="PROFILE.json", help="Where the profile goes; of a curve, PROFILE-C.json for each budget."
+        ),
+    ] = "profile.json",
     json_out: Annotated[
         str | None, typer.Option("--json", metavar="RESULT.json", help="Where every evaluation goes.")
     ] = None,
@@ -80,66 +163,126 @@ def search(
     attn_implementation: Attention = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Evolve a profile for a task. Ctrl-C ends the search early and keeps what it has found."""
+    """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
     from evolkv.report.files import check_writable, write_json
 
-    check_writable(out)
-    if json_out is not None:
-        check_writable(json_out)
-        if os.path.realpath(json_out) == os.path.realpath(out):
-            raise UsageError(f"--out and --json are both {out}; give two files")
-    from evolkv.search import STRATEGIES
+    budgets = whole_numbers("--budget", [budget])
+    outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
+    targets: list[str | Path] = [*outs, *([] if json_out is None else [json_out])]
+    for path in targets:
+        check_writable(path)
+    if json_out is not None and os.path.realpath(json_out) in map(os.path.realpath, outs):
+        raise UsageError(f"--out and --json are both {json_out}; give two files")
+    if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
+        raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
+    where = storage if storage is not None else str(Path(out).with_suffix(".study.db"))
+    from evolkv.profile import BudgetProfile
+    from evolkv.search import STRATEGIES, SearchResult, search_curve
     from evolkv.search import search as run_search
     from evolkv.selectors import get_selector
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     # What can be judged without the model is, before it is loaded.
-    chosen_task, chosen_selector = get_task(task), get_selector(selector_spec(selector))
+    chosen_task, spec = get_task(task), selector_spec(selector)
+    get_selector(spec)
     check_metric(metric)
     STRATEGIES[strategy]
+    begun = start if start in ("uniform", "pyramid") else BudgetProfile.load(start)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    settings: dict[str, Any] = {
+        "task": chosen_task,
+        # A bare name leaves its window to the smallest budget of a curve.
+        "selector": spec["name"] if len(spec) == 1 else spec,
+        "strategy": strategy,
+        "granularity": granularity,
+        "metric": metric,
+        "train": train,
+        "val": val,
+        "max_evals": max_evals,
+        "minibatch": minibatch,
+        "population": population,
+        "sigma": sigma,
+        "group_size": group_size,
+        "lam": lam,
+        "gamma": gamma,
+        "floor": floor,
+        "ceiling": ceiling,
+        "start": begun,
+        "seed": seed,
+        "engine": engine,
+        "backend": backend
+        if backend == "local"
+        else _ray(loaded, tokenizer, workers, ray_address, worker_cpus, worker_gpus),
+        "workers": workers,
+        "storage": None if where == "none" else where,
+        "study": study or Path(out).stem,
+    }
     with console.Progress() as progress:
-        result = run_search(
-            loaded,
-            tokenizer,
-            task=chosen_task,
-            budget=budget,
-            selector=chosen_selector,
-            strategy=strategy,
-            granularity=granularity,  # type: ignore[arg-type]
-            metric=metric,
-            train=train,
-            val=val,
-            max_evals=max_evals,
-            population=population,
-            sigma=sigma,
-            group_size=group_size,
-            lam=lam,
-            gamma=gamma,
-            floor=floor,
-            ceiling=ceiling,
-            seed=seed,
-            engine=engine,  # type: ignore[arg-type]
-            on_progress=lambda step: show_search(progress, step),
-        )
-    result.profile.save(out)
+        settings["on_progress"] = lambda step: show_search(progress, step)
+        if len(budgets) == 1:
+            result: SearchResult | CurveResult = run_search(loaded, tokenizer, budget=budgets[0], **settings)
+        else:
+            result = search_curve(loaded, tokenizer, budgets=budgets, **settings, first=first)  # type: ignore[arg-type]
+    again = "" if where == "none" else "; the same command goes on from there"
+    if isinstance(result, SearchResult):
+        result.profile.save(outs[0])
+        if json_out is not None:
+            write_json(json_out, result.to_dict())
+        if result.interrupted:
+            console.say(
+                f"evolkv: interrupted after {result.evaluations} candidates; the best so far is in {out}{again}"
+            )
+            return 130
+        console.OUT.print(validation_table(result.validation, result.chosen))
+        console.OUT.print(f"\n{_verdict(result)}", soft_wrap=True)
+        took = console.duration(result.seconds)
+        console.OUT.print(f"{result.evaluations} candidates in {took}; profile written to {outs[0]}", soft_wrap=True)
+        return 0
+    by_budget = dict(zip(budgets, outs, strict=True))
+    found = [by_budget[each.profile.budget] for each in result.results]
+    for each, path in zip(result.results, found, strict=True):
+        each.profile.save(path)
     if json_out is not None:
-        write_json(json_out, result.to_dict())
+        write_json(json_out, result.to_dict([str(path) for path in found]))
+    names = ", ".join(map(str, found))
     if result.interrupted:
-        console.say(f"evolkv: interrupted after {result.evaluations} candidates; the fittest so far is in {Path(out)}")
+        console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
         return 130
-    console.OUT.print(validation_table(result.validation, result.chosen))
-    console.OUT.print(f"\n{_verdict(result)}", soft_wrap=True)
-    took = console.duration(result.seconds)
-    console.OUT.print(f"{result.evaluations} candidates in {took}; profile written to {Path(out)}", soft_wrap=True)
+    console.OUT.print(curve_table(result.points))
+    console.OUT.print(
+        f"\n{sum(each.evaluations for each in result.results)} candidates in {console.duration(result.seconds)}; "
+        f"profiles written to {names}",
+        soft_wrap=True,
+    )
     return 0
+
+
+def _ray(
+    model: Any, tokenizer: Any, workers: int | None, address: str | None, cpus: float, gpus: float | None
+) -> Callable[[], Backend]:
+    def start() -> Backend:
+        from evolkv.evaluate.on_ray import RayBackend
+
+        with console.busy("starting Ray workers"):
+            return RayBackend(model, tokenizer, workers, address, cpus, gpus)
+
+    return start
 
 
 def show_search(progress: console.Progress, step: SearchProgress) -> None:
     """Show where a search stands."""
-    detail = "" if step.score is None else f"best score {step.score:.4f}"
-    progress(step.stage, step.done, step.total, detail)
+    progress(
+        step.stage,
+        step.done,
+        step.total,
+        best_fitness=step.best,
+        best_score=step.score,
+        budgets=step.budgets,
+        fitness=step.fitness,
+        generation=step.generation,
+        budget=step.budget,
+    )
 
 
 def _verdict(result: SearchResult) -> str:

@@ -83,6 +83,25 @@ def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
     return table
 
 
+def curve_table(points: Sequence[dict[str, Any]]) -> Table:
+    """The points of a curve, smallest budget first.
+
+    Args:
+        points: as `evolkv.search.search_curve` returns them.
+    """
+    table = _table()
+    for name, justify in (("budget", "right"), ("n", "right"), ("score (95 % interval)", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("KV MiB", justify="right")
+    table.add_column("from", overflow="fold")
+    table.add_column("")
+    for point in points:
+        mark = "" if point["on_front"] else "a smaller budget does as well"
+        cells = [str(point["budget"]), str(point["n"]), with_interval(point["score"], point["ci95"])]
+        table.add_row(*cells, mebibytes(point["kv_bytes"]), point["source"], mark)
+    return table
+
+
 def list_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Rows of plain values under their keys."""
     table = _table()

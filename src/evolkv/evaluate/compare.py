@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from evolkv.evaluate.engine import encode_prompts, encode_target, free_memory, m
 from evolkv.evaluate.intervals import ci95
 from evolkv.evaluate.methods import Method, get_method
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
+from evolkv.evaluate.workers import Workers
 from evolkv.models import describe_model
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector, get_selector
@@ -148,40 +151,16 @@ def _evaluate_task(
                 f"the budget is {row.budget}, but the longest prompt of {format_spec(task)} has {longest} tokens: "
                 f"nothing would be evicted; use a --budget below {longest}"
             )
-    prefill = Prefiller(model, [row.selector for row in rows])
-    end = end_tokens(model, tokenizer)
-    scores = np.empty((len(rows), len(examples)))
-    held = np.empty((len(rows), len(examples)))
-    entry_bytes = 0
-    waiting: list[_Prefilled] = []
-
-    def flush() -> None:
-        if not waiting:
-            return
-        texts = _generate(model, tokenizer, waiting, end)
-        for item, answers in zip(waiting, texts, strict=True):
-            example = examples[item.column]
-            name = metric or example.metric
-            scores[:, item.column] = [text_score(name, text, example) for text in answers]
-        waiting.clear()
-
-    for column, (example, ids) in enumerate(zip(examples, prompts, strict=True)):
-        recorded = prefill(ids)
-        cache = _cut(model, recorded, rows)
-        held[:, column] = [cache.kv_bytes_of(i) for i in range(len(rows))]
-        key, value = recorded.cache.layers[0].held()
-        entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
-        if (metric or example.metric) == "logprob":
-            target = encode_target(tokenizer, example)
-            logits = recorded.next_logits.expand(len(rows), -1)
-            log_probs = target_log_probs(model, cache, logits, [recorded.tokens] * len(rows), [target] * len(rows))
-            scores[:, column] = [mean_probability(row) for row in log_probs]
-        else:
-            waiting.append(_Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens))
-            if _enough(model, waiting, len(rows)):
-                flush()
-        advance(column + 1)
-    flush()
+    prompt_bytes = longest * info.num_layers * info.num_kv_heads * info.head_dim * 2 * model.dtype.itemsize
+    workers = Workers(model.device, min(len(examples), free_memory(model.device) // (8 * prompt_bytes)))
+    # Neighbours share prefill, so each worker gets a stretch.
+    stretches = [part.tolist() for part in np.array_split(np.arange(len(examples)), workers.count)]
+    run = _Run(model, tokenizer, examples, prompts, rows, metric, workers.count)
+    steps = itertools.count(1)
+    parts = workers.run([partial(run, columns) for columns in stretches], lambda: advance(next(steps)))
+    workers.close()
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    held = np.concatenate([part.held for part in parts], axis=1)
     heads = info.num_layers * info.num_kv_heads
     results = []
     for i, row in enumerate(rows):
@@ -195,7 +174,7 @@ def _evaluate_task(
             "score": float(scores[i].mean()),
             "ci95": list(ci95(scores[i])),
             "kv_bytes": float(held[i].mean()),
-            "mean_budget": float(held[i].mean() / entry_bytes / heads),
+            "mean_budget": float(held[i].mean() / parts[0].entry_bytes / heads),
             "seed": seed,
         }
         if row.method.profile is not None and row.method.profile.budget != row.budget:
@@ -215,32 +194,98 @@ class _Prefilled:
     max_new_tokens: int
 
 
-def _cut(model: PreTrainedModel, recorded: RecordedPrompt, rows: list[_Row]) -> CompressedCache:
-    """A compressed cache with one sequence per row, cut from one recorded prompt."""
-    layers = recorded.cache.layers
-    keys_values = [layer.held() for layer in layers]
-    rankings = [torch.cat([layer.rankings[row.selector] for row in rows]) for layer in layers]
-    budgets = np.stack([row.budgets for row in rows])
-    return CompressedCache.from_rankings(model, keys_values, rankings, budgets, rows[0].selector)
+@dataclass(frozen=True)
+class _Measured:
+    """What a run found, by row and example: scores, and bytes held after prefill."""
+
+    scores: np.ndarray
+    held: np.ndarray
+    entry_bytes: int
 
 
-def _enough(model: PreTrainedModel, waiting: list[_Prefilled], rows: int) -> bool:
-    """Whether what waits should be decoded now: enough rows for one batch, or a quarter of the memory in use."""
-    if len(waiting) * rows >= _MAX_ROWS:
-        return True
-    return sum(item.cache.kv_bytes for item in waiting) > free_memory(model.device) // 4
+class _Run:
+    """Evaluates all rows on some of the examples, one after another; `side_by_side` such calls share the memory."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        examples: list[Example],
+        prompts: list[Tensor],
+        rows: list[_Row],
+        metric: str | None,
+        side_by_side: int,
+    ):
+        self.model, self.tokenizer, self.rows, self.metric = model, tokenizer, rows, metric
+        self.examples, self.prompts, self.side_by_side = examples, prompts, side_by_side
+        self.end = end_tokens(model, tokenizer)
 
-def _generate(
-    model: PreTrainedModel, tokenizer: Any, waiting: list[_Prefilled], end: frozenset[int]
-) -> list[list[str]]:
-    """Greedy texts, by example and row."""
-    rows = waiting[0].cache.num_rows
-    room = max(item.max_new_tokens for item in waiting)
-    cache = CompressedCache.merge(model, [item.cache for item in waiting], room)
-    logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
-    tokens = [item.tokens for item in waiting for _ in range(rows)]
-    limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
-    ids = greedy(model, cache, logits, tokens, limits, end)
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    return [texts[i : i + rows] for i in range(0, len(texts), rows)]
+    def __call__(self, columns: list[int], step: Callable[[], None]) -> _Measured:
+        """Scores the examples `columns`, calling `step` after each."""
+        prefill = Prefiller(self.model, [row.selector for row in self.rows])
+        scores: dict[int, list[float]] = {}
+        held, entry_bytes = [], 0
+        waiting: list[_Prefilled] = []
+        for column in columns:
+            example = self.examples[column]
+            recorded = prefill(self.prompts[column])
+            forced = self._metric_of(example) == "logprob"
+            cache = self._cut(recorded, 0 if forced else example.max_new_tokens)
+            held.append([cache.kv_bytes_of(i) for i in range(len(self.rows))])
+            key, value = recorded.cache.layers[0].held()
+            entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
+            if forced:
+                scores[column] = self._force(example, recorded, cache)
+            else:
+                waiting.append(_Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens))
+                if self._enough(waiting):
+                    scores |= self._generate(waiting)
+                    waiting.clear()
+            step()
+        if waiting:
+            scores |= self._generate(waiting)
+        return _Measured(np.array([scores[column] for column in columns]).T, np.array(held).T, entry_bytes)
+
+    def _metric_of(self, example: Example) -> str:
+        return self.metric or example.metric
+
+    def _cut(self, recorded: RecordedPrompt, room: int) -> CompressedCache:
+        """A compressed cache with one sequence per row, cut from one recorded prompt."""
+        layers = recorded.cache.layers
+        keys_values = [layer.held() for layer in layers]
+        rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
+        budgets = np.stack([row.budgets for row in self.rows])
+        selector = self.rows[0].selector
+        return CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room)
+
+    def _force(self, example: Example, recorded: RecordedPrompt, cache: CompressedCache) -> list[float]:
+        """The metric logprob, by row."""
+        rows = len(self.rows)
+        target = encode_target(self.tokenizer, example)
+        logits = recorded.next_logits.expand(rows, -1)
+        log_probs = target_log_probs(self.model, cache, logits, [recorded.tokens] * rows, [target] * rows)
+        return [mean_probability(row) for row in log_probs]
+
+    def _enough(self, waiting: list[_Prefilled]) -> bool:
+        """Whether what waits should be decoded now: enough rows for one batch, or a quarter of the memory in use."""
+        if len(waiting) * len(self.rows) >= _MAX_ROWS:
+            return True
+        held = sum(item.cache.kv_bytes for item in waiting)
+        return held > free_memory(self.model.device) // (4 * self.side_by_side)
+
+    def _generate(self, waiting: list[_Prefilled]) -> dict[int, list[float]]:
+        """Scores of greedy texts, by example and row."""
+        rows = len(self.rows)
+        room = max(item.max_new_tokens for item in waiting)
+        cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
+        logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
+        tokens = [item.tokens for item in waiting for _ in range(rows)]
+        limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        scores = {}
+        for i, item in enumerate(waiting):
+            example = self.examples[item.column]
+            answers = texts[i * rows : (i + 1) * rows]
+            scores[item.column] = [text_score(self._metric_of(example), text, example) for text in answers]
+        return scores

@@ -21,18 +21,20 @@ Progress = Callable[[int, int], None]
 class Engine(Protocol):
     """Scores candidates on a fixed set of examples under one metric."""
 
-    #: Prompt length of each example in tokens.
-    lengths: list[int]
-
-    def score(self, budgets: np.ndarray) -> np.ndarray:
-        """Scores every candidate on every example.
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """Scores every candidate on every example, or on some.
 
         Args:
             budgets: ``[candidates, layers, kv_heads]`` int.
+            columns: numbers of the examples to score on, in ascending order; None for all.
 
         Returns:
             ``[candidates, examples]`` float64 in [0, 1].
         """
+        ...
+
+    def close(self) -> None:
+        """Frees what is held for further calls."""
         ...
 
 

@@ -52,17 +52,15 @@ class NaiveEngine:
         if on_progress is not None:
             on_progress(len(self.examples), len(self.examples))
 
-    def score(self, budgets: np.ndarray) -> np.ndarray:
-        """Scores every candidate on every example; see `Engine.score`."""
-        scores = np.empty((len(budgets), len(self.examples)))
-        for row, candidate in enumerate(budgets):
-            for column, example in enumerate(self.examples):
-                if self.metrics[column] == "logprob":
-                    scores[row, column] = self._mean_probability(column, candidate)
-                else:
-                    text = self.generate(column, candidate)
-                    scores[row, column] = text_score(self.metrics[column], text, example)
-        return scores
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
+        wanted = range(len(self.examples)) if columns is None else columns
+        return np.array([[self._score(column, candidate) for column in wanted] for candidate in budgets])
+
+    def _score(self, column: int, budgets: np.ndarray) -> float:
+        if self.metrics[column] == "logprob":
+            return self._mean_probability(column, budgets)
+        return text_score(self.metrics[column], self.generate(column, budgets), self.examples[column])
 
     def _profile(self, budgets: np.ndarray) -> BudgetProfile:
         return BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
@@ -88,3 +86,6 @@ class NaiveEngine:
                 eos_token_id=sorted(self.end) or None,
             )
         return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def close(self) -> None:
+        """Nothing: no memory is held between calls."""

@@ -86,30 +86,31 @@ class ReplayEngine:
         self._inputs, self._on_progress = prompts, on_progress
         self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
 
-    def score(self, budgets: np.ndarray) -> np.ndarray:
-        """Scores every candidate on every example; see `Engine.score`."""
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
         budgets = np.asarray(budgets, dtype=np.int64)
+        wanted = list(range(len(self.examples)) if columns is None else columns)
         scores = np.empty((len(budgets), len(self.examples)))
-        for batch in self._batches(len(budgets)):
+        for batch in self._batches(len(budgets), wanted):
             rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))
             for start in range(0, len(budgets), rows):
                 part = slice(start, start + rows)
                 scores[part, [column for column, _ in batch]] = self._score_batch(batch, budgets[part])
-        return scores
+        return scores[:, wanted]
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """The greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
         prompt = self._held[column] if self._held is not None else self._rank(self._prefiller(), column)
         return self._generate([(column, prompt)], np.asarray(budgets, dtype=np.int64))[0]
 
-    def _batches(self, candidates: int) -> Iterator[list[_Ranked]]:
+    def _batches(self, candidates: int, columns: Sequence[int]) -> Iterator[list[_Ranked]]:
         """Examples to be decoded together, in order: as many as `candidates` on each make a full batch."""
         prefill = self._prefiller()
         batch: list[_Ranked] = []
-        for column in range(len(self.examples)):
+        for done, column in enumerate(columns, 1):
             prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
             if self._held is None and self._on_progress is not None:
-                self._on_progress(column + 1, len(self.examples))
+                self._on_progress(done, len(columns))
             forced = self.targets[column] is not None
             limit = self._rows_at_once(column, prompt)
             if batch and ((len(batch) + 1) * candidates > limit or forced != (self.targets[batch[0][0]] is not None)):

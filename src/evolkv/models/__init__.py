@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
 from evolkv.models.info import ModelInfo, describe_model
-from evolkv.models.loading import load_model
+from evolkv.models.loading import Origin, load_model, loaded_from
 
 __all__ = [
     "ALIASES",
     "ModelInfo",
     "ModelRow",
+    "Origin",
     "PackagedModel",
     "describe_model",
     "list_models",
     "load_model",
+    "loaded_from",
 ]

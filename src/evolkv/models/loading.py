@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ DTYPES = {
     "fp32": torch.float32,
 }
 _HUB_TIMEOUT_SECONDS = 10.0
+_ORIGIN = "_evolkv_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, so that other processes can load it for themselves; see `load_model`."""
+
+    name: str
+    dtype: torch.dtype
+    attn_implementation: str | None
+    trust_remote_code: bool
+
+    def load(self, device: str) -> tuple[Any, Any]:
+        """The same model and tokenizer, on a device of this process."""
+        return load_model(self.name, self.dtype, device, self.attn_implementation, self.trust_remote_code)
+
+
+def loaded_from(model: Any) -> Origin | None:
+    """Where a model came from, or None if `load_model` did not make it."""
+    origin = getattr(model, _ORIGIN, None)
+    return origin if isinstance(origin, Origin) else None
 
 
 def load_model(
@@ -63,7 +85,11 @@ def load_model(
     with _quiet():
         source, label = _find(os.fspath(name))
         try:
-            return _load(source, label, kind, place, attn_implementation, trust_remote_code)
+            model, tokenizer = _load(source, label, kind, place, attn_implementation, trust_remote_code)
+            path = Path(name).expanduser()
+            origin = str(path.resolve()) if os.fspath(name) not in ALIASES and path.exists() else os.fspath(name)
+            setattr(model, _ORIGIN, Origin(origin, kind, attn_implementation, trust_remote_code))
+            return model, tokenizer
         except EvolKVError:
             raise
         except (torch.OutOfMemoryError, MemoryError) as error:

@@ -6,18 +6,22 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evolkv.search.loop import SearchProgress, search
+from evolkv.search.curve import CurveResult, search_curve
+from evolkv.search.loop import search
+from evolkv.search.progress import SearchProgress
 from evolkv.search.result import SearchResult
 from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
 
 __all__ = [
     "STRATEGIES",
+    "CurveResult",
     "GroupedCMA",
     "JointCMA",
     "RandomSearch",
     "SearchProgress",
     "SearchResult",
     "search",
+    "search_curve",
 ]
 
 

@@ -1,13 +1,15 @@
-"""The search loop: ask, score, tell; then choose on examples the search never saw."""
+"""A search, from settings to profile: evolve, then choose on examples that the search never saw."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,47 +17,51 @@ import transformers
 from transformers import PreTrainedModel
 
 import evolkv
-from evolkv.allocators import complete, pyramid, uniform
-from evolkv.cache.compressed import sliding_windows
-from evolkv.errors import BudgetError, UsageError
+from evolkv.errors import UsageError
 from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.intervals import ci95
-from evolkv.evaluate.naive import NaiveEngine
-from evolkv.evaluate.replay import ReplayEngine
-from evolkv.models import describe_model
+from evolkv.evaluate.local import LocalBackend
+from evolkv.evaluate.shards import Backend
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.search.objective import cache_score, fitness
-from evolkv.search.result import Evaluation, SearchResult, Validated, as_lists, as_rows
+from evolkv.search.choose import choose, rows_from
+from evolkv.search.evolve import Evolution, Rotation, evolve
+from evolkv.search.kept import kept_positions
+from evolkv.search.plan import EngineName, Granularity, Plan, Target
+from evolkv.search.progress import OnProgress, SearchProgress
+from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, without_seconds
 from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
 from evolkv.selectors import Selector, get_selector
-from evolkv.tasks import Example, Task, encode_prompt, fingerprint, format_spec, get_task
-from evolkv.tasks.metrics import METRIC_NAMES
+from evolkv.tasks import Task, get_task
 
-Stage = Literal["prefill", "search", "validation"]
-EngineName = Literal["replay", "naive"]
+if TYPE_CHECKING:
+    from evolkv.search.study import Study
+
+BackendName = Literal["local", "ray"]
+Start = str | BudgetProfile | np.ndarray | None
+#: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
+#: with a quarter of the example evaluations that twelve need (docs/findings.md). Text metrics are too coarse for that.
+MINIBATCH = 2
 
 
 @dataclass(frozen=True)
-class SearchProgress:
-    """Where a search stands.
+class StrategySettings:
+    """How candidates are proposed; see `search`."""
 
-    Args:
-        stage: what it is doing.
-        done: steps done in this stage (examples, candidates, examples).
-        total: steps of this stage.
-        best: highest fitness so far, or None.
-        score: score of the fittest candidate so far, or None.
-    """
+    name: str
+    max_evals: int | None
+    population: int | None
+    sigma: float | None
+    group_size: int
+    minibatch: int | None
+    seed: int
 
-    stage: Stage
-    done: int
-    total: int
-    best: float | None = None
-    score: float | None = None
-
-
-OnProgress = Callable[[SearchProgress], None]
+    def describe(self) -> dict[str, Any]:
+        """What identifies the search, as plain JSON values."""
+        found = {"strategy": self.name, "population": self.population, "sigma": self.sigma}
+        if self.name == "evolkv":
+            # Here the number of candidates decides how many generations a group gets, so it is part of the search.
+            found |= {"group_size": self.group_size, "max_evals": self.max_evals}
+        return found
 
 
 def search(
@@ -66,11 +72,12 @@ def search(
     budget: int,
     selector: str | dict[str, Any] | Selector = "snapkv",
     strategy: str = "joint",
-    granularity: Literal["layer", "head"] = "layer",
+    granularity: Granularity = "layer",
     metric: str = "logprob",
     train: int = 12,
     val: int = 24,
     max_evals: int | None = None,
+    minibatch: int | None = None,
     population: int | None = None,
     sigma: float | None = None,
     group_size: int = 8,
@@ -78,8 +85,13 @@ def search(
     gamma: float = 0.2,
     floor: int | None = None,
     ceiling: int | None = None,
+    start: str | BudgetProfile | None = None,
     seed: int = 0,
     engine: EngineName = "replay",
+    backend: BackendName | Callable[[], Backend] = "local",
+    workers: int | None = None,
+    storage: str | None = None,
+    study: str = "search",
     on_progress: OnProgress | None = None,
 ) -> SearchResult:
     """Evolves a profile: how many cache entries each layer (or KV head) needs for a task.
@@ -97,6 +109,8 @@ def search(
         val: examples, none of them seen in training, that the result is chosen on.
         max_evals: candidates to evaluate at most, in whole generations. Default: 16 per variable, at most 1,200; for
             "evolkv" 10 generations per group.
+        minibatch: training examples that each generation of "joint" is scored on, all of them in turn. Default: 2 with
+            the metric "logprob", else all.
         population: candidates per generation. Default: 4 + ⌊3 ln n⌋ for n variables.
         sigma: initial step. Default 0.3 (in units of the budget) for "evolkv", 0.5 (in log budgets) for "joint",
             0.7 with head granularity.
@@ -105,8 +119,16 @@ def search(
         gamma: discount γ for budgets below the target.
         floor: the least a head may get. Default: one more than the tokens the selector always keeps.
         ceiling: the most a head may get. Default: the longest training prompt.
+        start: allocation that "joint" starts from: "uniform" (the default), "pyramid", or a profile, which is brought
+            to the budget.
         seed: of the examples and the strategy. The same seed on the same machine gives the same history.
         engine: "replay" (prefill once per example) or "naive" (once per candidate and example).
+        backend: where replay runs: "local" (threads of this process), "ray" (see `evolkv.evaluate.on_ray.RayBackend`),
+            or a function that makes a backend.
+        workers: threads, or Ray workers. Default: one per core, or one per GPU.
+        storage: an Optuna storage URL, or the path of a file, in which every generation is recorded. A search whose
+            study is there already goes on where it was left, and comes to the same result. Default: none.
+        study: name of the study in the storage.
         on_progress: called as the search goes on.
 
     Returns:
@@ -114,302 +136,311 @@ def search(
         result then holds the fittest candidate so far, and says that it was interrupted.
 
     Raises:
-        UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind).
-        RunError: if memory does not suffice.
+        UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
+            study was made with other settings, or another process is at it.
+        RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
     started = time.perf_counter()
-    plan = _Plan(
-        model, tokenizer, get_task(task), budget, get_selector(selector), granularity, metric, engine, lam, gamma
-    )
-    if strategy not in STRATEGIES:
-        raise unknown_name("strategy", strategy, STRATEGIES)
-    report = on_progress or (lambda progress: None)
-    examples = plan.task.examples("train", _at_least_one("train", train), tokenizer, seed)
-    held_out = plan.task.examples("validation", _at_least_one("val", val), tokenizer, seed)
-    plan.set_bounds(examples, floor, ceiling)
-    searcher: Strategy
-    if strategy == "evolkv":
-        if granularity == "head":
-            raise UsageError("strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'")
-        searcher, total = _grouped(plan, max_evals, population, sigma, group_size, seed)
-    else:
-        searcher, total = _joint_or_random(plan, strategy, max_evals, population, sigma, seed)
-
-    scorer = plan.engine(examples, lambda done, of: report(SearchProgress("prefill", done, of)))
-    history: list[Evaluation] = []
-    best: Evaluation | None = None
-    interrupted = False
-    try:
-        while not searcher.done and len(history) < total:
-            group, generation = searcher.group, searcher.generation
-            candidates = [plan.matrix(candidate) for candidate in searcher.ask()]
-            scores = scorer.score(np.stack(candidates)).mean(axis=1)
-            evaluations = []
-            for candidate, score in zip(candidates, scores.tolist(), strict=True):
-                mean = float(candidate[group].mean())
-                evaluations.append(
-                    Evaluation(
-                        as_lists(candidate),
-                        float(fitness(score, mean, budget, lam=lam, gamma=gamma)),
-                        score,
-                        float(cache_score(mean, budget, gamma=gamma)),
-                        generation,
-                    )
-                )
-            searcher.tell([entry.fitness for entry in evaluations])
-            history += evaluations
-            fittest = max(evaluations, key=lambda entry: entry.fitness)
-            if best is None or fittest.fitness > best.fitness:
-                best = fittest
-            report(SearchProgress("search", min(len(history), total), total, best.fitness, best.score))
-    except KeyboardInterrupt:
-        interrupted = True
-    if best is None:
-        raise KeyboardInterrupt
-    del scorer
-
-    choices = {"best": plan.completed(np.array(best.budgets))}
-    if searcher.mean is not None:
-        choices["mean"] = plan.completed(plan.matrix(searcher.mean))
-    validation: list[Validated] = []
-    if not interrupted:
-        try:
-            validation = _validate(plan, held_out, choices, report)
-        except KeyboardInterrupt:
-            interrupted = True
-    chosen = validation[0].name if validation else "best"
-    budgets = np.array(validation[0].budgets) if validation else choices["best"]
-    settings = {
-        "task": format_spec(plan.task),
-        "metric": metric,
-        "strategy": strategy,
-        "seed": seed,
-        "evaluations": len(history),
-        "max_evals": total,
-        "lam": lam,
-        "gamma": gamma,
-        "floor": plan.least,
-        "ceiling": plan.most,
-        "engine": engine,
-        "train": {"n": len(examples), "fingerprint": fingerprint(examples)},
-        "validation": {"n": len(held_out), "fingerprint": fingerprint(held_out)},
-        "chosen": chosen,
-        "interrupted": interrupted,
-        "versions": _versions(),
-    }
-    profile = BudgetProfile.from_budgets(
+    with session(
         model,
-        budgets,
-        selector=plan.selector.to_dict(),
-        budget=budget,
+        tokenizer,
+        task=task,
+        selector=selector,
+        strategy=strategy,
         granularity=granularity,
-        search=settings,
-        scores={
-            "train": {"score": best.score, "n": len(examples), "metric": metric},
-            "validation": {entry.name: entry.score for entry in validation},
-        },
-    )
-    return SearchResult(
-        profile=profile,
-        history=as_rows(history),
-        validation=as_rows(validation),
-        chosen=chosen,
-        improved=bool(validation) and validation[0].evolved,
-        evaluations=len(history),
-        seconds=time.perf_counter() - started,
-        interrupted=interrupted,
-        settings=settings,
-    )
+        metric=metric,
+        train=train,
+        val=val,
+        max_evals=max_evals,
+        minibatch=minibatch,
+        population=population,
+        sigma=sigma,
+        group_size=group_size,
+        lam=lam,
+        gamma=gamma,
+        floor=floor,
+        ceiling=ceiling,
+        seed=seed,
+        engine=engine,
+        backend=backend,
+        workers=workers,
+        on_progress=on_progress,
+    ) as running:
+        target = running.plan.target(budget)
+        running.open_study(storage, study, [target], start)
+        evolution = running.evolve(target, start)
+        choices = running.choices(target, evolution)
+        validation: list[Validated] = []
+        if not evolution.interrupted:
+            validation = running.choose({str(budget): choices}).get(str(budget), [])
+        return running.result(target, evolution, choices, validation, time.perf_counter() - started)
 
 
-class _Plan:
-    """The settings of a search, checked, and what follows from them."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        task: Task,
-        budget: int,
-        selector: Selector,
-        granularity: str,
-        metric: str,
-        engine: str,
-        lam: float,
-        gamma: float,
-    ):
-        if granularity not in ("layer", "head"):
-            raise unknown_name("granularity", granularity, ("layer", "head"))
-        if engine not in ("replay", "naive"):
-            raise unknown_name("engine", engine, ("replay", "naive"))
-        if metric not in METRIC_NAMES:
-            raise unknown_name("metric", metric, METRIC_NAMES)
-        # Checks its arguments, long before the first candidate would.
-        fitness(0.0, 1.0, 1.0, lam=lam, gamma=gamma)
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
-            raise BudgetError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
-        self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.budget, self.selector, self.granularity = int(budget), selector, granularity
-        self.metric, self.engine_name = metric, engine
-        info = describe_model(model)
-        self.layers, self.heads = info.num_layers, info.num_kv_heads
-        self.windows = sliding_windows(model)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what is searched."""
-        return (self.layers, self.heads) if self.granularity == "head" else (self.layers,)
-
-    def set_bounds(self, examples: list[Example], floor: int | None, ceiling: int | None) -> None:
-        """Checks floor, budget and ceiling against the examples and each other."""
-        longest = max(encode_prompt(self.tokenizer, example).shape[1] for example in examples)
-        self.least = floor if floor is not None else self.selector.min_budget + 1
-        self.most = ceiling if ceiling is not None else longest
-        if self.least < self.selector.min_budget:
-            raise BudgetError(
-                f"the floor is {self.least}, but {self.selector.name} always keeps {self.selector.min_budget} tokens; "
-                f"use --floor {self.selector.min_budget} or more"
-            )
-        if self.budget < self.least:
-            raise BudgetError(
-                f"the budget is {self.budget}, below the floor of {self.least}; use --budget {self.least} or more, "
-                "a lower --floor, or a selector with a smaller window"
-            )
-        if self.budget >= longest:
-            raise BudgetError(
-                f"the budget is {self.budget}, but the longest prompt of the task has {longest} tokens: nothing "
-                f"would be evicted; use a --budget below {longest}"
-            )
-        if self.most < self.budget:
-            raise BudgetError(f"the ceiling is {self.most}, below the budget of {self.budget}; raise --ceiling")
-        #: Entries beyond a layer's own window would never be held.
-        self.ceilings = np.array([self.most if w is None else min(self.most, w) for w in self.windows])
-        if self.ceilings.mean() < self.budget:
-            raise BudgetError(
-                f"the budget is {self.budget}, but with its sliding windows this model holds at most "
-                f"{self.ceilings.mean():.0f} entries per head on average; use a smaller --budget"
-            )
-
-        total, room = self.budget * self.layers, int(self.ceilings.sum())
-        if total in (self.least * self.layers, room):
-            raise BudgetError(
-                f"a budget of {self.budget} with floor {self.least} and ceiling {self.most} leaves one allocation "
-                "and nothing to search; change the budget, the floor or the ceiling"
-            )
-
-    def matrix(self, candidate: np.ndarray) -> np.ndarray:
-        """A candidate as ``[layers, kv_heads]``."""
-        column = candidate if candidate.ndim == 2 else candidate[:, None]
-        return np.ascontiguousarray(np.broadcast_to(column, (self.layers, self.heads)))
-
-    def completed(self, budgets: np.ndarray) -> np.ndarray:
-        """Budgets ``[layers, kv_heads]`` brought to exactly the target total."""
-        if self.granularity == "head":
-            target = self.budget * self.layers * self.heads
-            return complete(budgets, target, self.least, np.broadcast_to(self.ceilings[:, None], budgets.shape))
-        return self.matrix(complete(budgets[:, 0], self.budget * self.layers, self.least, self.ceilings))
-
-    def heuristics(self) -> dict[str, np.ndarray]:
-        """The allocations that the result has to beat."""
-        window = getattr(self.selector, "window", 0)
-        shape = pyramid(self.layers, self.budget, window=min(window, self.budget - 1), ceiling=self.most)
-        found = {"uniform": uniform(self.layers, self.budget), "pyramid": shape}
-        return {name: self.completed(self.matrix(np.asarray(budgets))) for name, budgets in found.items()}
-
-    def engine(self, examples: list[Example], on_progress: Callable[[int, int], None], hold: bool = True) -> Engine:
-        """An engine over some examples; `hold` their prefill if they are to be scored more than once."""
-        if self.engine_name == "naive":
-            return NaiveEngine(self.model, self.tokenizer, examples, self.selector, self.metric, on_progress)
-        return ReplayEngine(
-            self.model,
-            self.tokenizer,
-            examples,
-            self.selector,
-            self.metric,
-            ceiling=self.most,
-            hold=hold,
-            on_progress=on_progress,
-        )
-
-
-def _grouped(
-    plan: _Plan,
+@contextmanager
+def session(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    task: str | Task,
+    selector: str | dict[str, Any] | Selector,
+    strategy: str,
     max_evals: int | None,
+    minibatch: int | None,
     population: int | None,
     sigma: float | None,
     group_size: int,
     seed: int,
-) -> tuple[GroupedCMA, int]:
-    sizes = [min(group_size, plan.layers - start) for start in range(0, plan.layers, max(1, group_size))]
-    per_generation = sum(population or 4 + math.floor(3 * math.log(size)) for size in sizes)
-    generations = 10 if max_evals is None else max(1, max_evals // per_generation)
-    strategy = GroupedCMA(
-        num_layers=plan.layers,
-        budget=plan.budget,
-        group_size=group_size,
-        sigma=0.3 if sigma is None else sigma,
-        generations=generations,
-        population=population,
-        floor=plan.least,
-        ceiling=plan.ceilings,
-        seed=seed,
-    )
-    return strategy, generations * per_generation
-
-
-def _joint_or_random(
-    plan: _Plan, name: str, max_evals: int | None, population: int | None, sigma: float | None, seed: int
-) -> tuple[JointCMA | RandomSearch, int]:
-    size = math.prod(plan.shape)
-    head = plan.granularity == "head"
-    total = max_evals if max_evals is not None else min(1200, 16 * size)
-    if total < 1:
-        raise UsageError(f"--max-evals is {total}; evaluate at least one candidate")
-    ceilings = np.broadcast_to(plan.ceilings[:, None], plan.shape) if head else plan.ceilings
-    common: dict[str, Any] = {
-        "shape": plan.shape,
-        "budget": plan.budget,
-        "population": population,
-        "floor": plan.least,
-        "ceiling": ceilings,
-        "seed": seed,
-    }
-    if name == "random":
-        return RandomSearch(**common), total
-    return JointCMA(**common, sigma=sigma if sigma is not None else (0.7 if head else 0.5)), total
-
-
-def _validate(
-    plan: _Plan, examples: list[Example], evolved: dict[str, np.ndarray], report: OnProgress
-) -> list[Validated]:
-    """Scores the evolved allocations beside the heuristics; of equals a heuristic comes first."""
-    choices = {**plan.heuristics(), **evolved}
-    engine = plan.engine(examples, lambda done, of: report(SearchProgress("validation", done, of)), hold=False)
-    scores = engine.score(np.stack(list(choices.values())))
-    # Two allocations whose scores differ by no more than rounding are equal, and of equals a heuristic is chosen.
-    digits = 4
-    rows = [
-        Validated(
-            name,
-            name in evolved,
-            as_lists(budgets),
-            round(float(scores[i].mean()), digits),
-            ci95(scores[i]),
-            len(examples),
+    backend: BackendName | Callable[[], Backend],
+    workers: int | None,
+    on_progress: OnProgress | None,
+    **plan: Any,
+) -> Iterator[Session]:
+    """A checked search with everything that has to be closed after it; arguments as for `search`."""
+    if strategy not in STRATEGIES:
+        raise unknown_name("strategy", strategy, STRATEGIES)
+    if strategy == "evolkv" and plan["granularity"] == "head":
+        raise UsageError("strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'")
+    if minibatch is not None and minibatch < 1:
+        raise UsageError(f"--minibatch is {minibatch}; use at least one example")
+    if minibatch is not None and strategy != "joint":
+        raise UsageError(
+            f"strategy {strategy!r} compares candidates of different generations, which needs them all scored on the "
+            "same examples; leave --minibatch out, or use --strategy joint"
         )
-        for i, (name, budgets) in enumerate(choices.items())
-    ]
-    return sorted(rows, key=lambda row: (-row.score, row.evolved))
+    if max_evals is not None and max_evals < 1:
+        raise UsageError(f"--max-evals is {max_evals}; evaluate at least one candidate")
+    make = _backend(model, tokenizer, backend, workers, plan["engine"])
+    checked = Plan(
+        model, tokenizer, task=get_task(task), selector=get_selector(selector), seed=seed, backend=make, **plan
+    )
+    settings = StrategySettings(strategy, max_evals, population, sigma, group_size, minibatch, seed)
+    running = Session(checked, settings, on_progress or (lambda progress: None))
+    try:
+        yield running
+    finally:
+        running.close()
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise UsageError(f"--{name} is {value}; use at least one example")
-    return value
+def _backend(
+    model: PreTrainedModel, tokenizer: Any, name: BackendName | Callable[[], Backend], workers: int | None, engine: str
+) -> Callable[[], Backend]:
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}; use at least one")
+    if callable(name):
+        if engine == "naive":
+            raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
+        return name
+    if name == "local":
+        return lambda: LocalBackend(model, tokenizer, workers)
+    if name != "ray":
+        raise unknown_name("backend", name, ("local", "ray"))
+    if engine == "naive":
+        raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
+    from evolkv.evaluate.on_ray import RayBackend
+
+    return lambda: RayBackend(model, tokenizer, workers)
 
 
-def _versions() -> dict[str, str]:
+class Session:
+    """A search under way: its settings, its study, and the engine over the training examples.
+
+    Args:
+        plan: what all budgets share.
+        settings: how candidates are proposed.
+        report: called as the search goes on.
+    """
+
+    def __init__(self, plan: Plan, settings: StrategySettings, report: OnProgress):
+        self.plan, self.settings, self.report = plan, settings, report
+        joint = settings.name == "joint"
+        default = MINIBATCH if joint and plan.metric == "logprob" else len(plan.train)
+        self.rotation = Rotation(len(plan.train), settings.minibatch or default, settings.seed)
+        self.study: Study | None = None
+        self._scorer: Engine | None = None
+
+    def close(self) -> None:
+        """Ends the workers and lets go of the study."""
+        self.plan.close()
+        if self.study is not None:
+            self.study.close()
+
+    def open_study(
+        self, storage: str | None, name: str, targets: Sequence[Target], start: str | BudgetProfile | None
+    ) -> None:
+        """Creates a study, or continues one with the same settings."""
+        if storage is None:
+            return
+        from evolkv.search.study import Study
+
+        begun: str | None = start if isinstance(start, str) else None
+        if isinstance(start, BudgetProfile):
+            begun = "profile " + hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]
+        identity = {
+            **self.plan.describe(),
+            **self.settings.describe(),
+            "minibatch": self.rotation.size,
+            "budgets": [target.budget for target in targets],
+            "start": begun or "uniform",
+        }
+        if len(targets) > 1:
+            identity["max_evals"] = self.settings.max_evals
+        self.study = Study.open(storage, name, identity)
+        if self.study.get("versions") is None:
+            self.study.put("versions", versions())
+
+    def evolve(self, target: Target, start: Start, max_evals: int | None = None, step: float = 1.0) -> Evolution:
+        """Searches at one budget; `step` is a factor on the default sigma."""
+        total = self.total(target, max_evals)
+        strategy = self._strategy(target, start, max_evals, step)
+        return evolve(self.plan, target, strategy, total, self.rotation, self._engine, self.report, self.study)
+
+    def choices(self, target: Target, evolution: Evolution) -> dict[str, np.ndarray]:
+        """The allocations to choose from, each at exactly the target total."""
+        evolved = {"best": np.array(evolution.best.budgets)}
+        if evolution.mean is not None:
+            evolved["mean"] = evolution.mean
+        completed = {name: self.plan.completed(budgets, target.budget) for name, budgets in evolved.items()}
+        return {**self.plan.heuristics(target.budget), **completed}
+
+    def choose(self, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
+        """Scores allocations on the validation examples, best first; what the study holds is not scored again.
+
+        Returns nothing if interrupted.
+        """
+        key = "validation"
+        asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
+        known = self.study.get(key) if self.study is not None else None
+        if known is not None:
+            found = {name: rows_from(rows) for name, rows in known.items()}
+            if asked == {name: {row.name: row.budgets for row in rows} for name, rows in found.items()}:
+                return found
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
+        engine = self.plan.engine("validation", lambda done, of: self.report(SearchProgress("validation", done, of)))
+        try:
+            found = choose(engine, choices)
+        except KeyboardInterrupt:
+            return {}
+        if self.study is not None:
+            self.study.put(key, {name: as_rows(rows) for name, rows in found.items()})
+        return found
+
+    def result(
+        self,
+        target: Target,
+        evolution: Evolution,
+        choices: dict[str, np.ndarray],
+        validation: list[Validated],
+        seconds: float,
+    ) -> SearchResult:
+        """The profile, and where it comes from. Without validation the evolved budgets are taken as they are."""
+        plan, history = self.plan, evolution.history
+        fallback = "best" if self.rotation.everything or evolution.mean is None else "mean"
+        chosen = validation[0].name if validation else fallback
+        budgets = np.array(validation[0].budgets) if validation else choices[fallback]
+        interrupted = evolution.interrupted or not validation
+        settings = {
+            **plan.describe(),
+            **self.settings.describe(),
+            "minibatch": self.rotation.size,
+            "max_evals": self.total(target),
+            "evaluations": len(history),
+            "example_evaluations": sum(len(entry.scores or []) - (entry.scores or []).count(None) for entry in history),
+            "chosen": chosen,
+            "interrupted": interrupted,
+            "versions": versions(),
+        }
+        for known in ("model", "granularity", "selector"):
+            settings.pop(known)
+        profile = BudgetProfile.from_budgets(
+            plan.model,
+            budgets,
+            selector=plan.selector.to_dict(),
+            budget=target.budget,
+            granularity=plan.granularity,  # type: ignore[arg-type]
+            search=settings,
+            scores={
+                "train": {"score": evolution.best.score, "n": self.rotation.size, "metric": plan.metric},
+                "validation": {entry.name: entry.score for entry in validation},
+            },
+        )
+        kept = None
+        if not interrupted:
+            kept = kept_positions(plan.model, plan.tokenizer, plan.held_out[0], profile)
+        return SearchResult(
+            profile=profile,
+            history=[without_seconds(row) for row in as_rows(history)],
+            validation=as_rows(validation),
+            best=without_seconds(as_rows([evolution.best])[0]),
+            chosen=chosen,
+            improved=bool(validation) and validation[0].evolved,
+            evaluations=len(history),
+            seconds=seconds,
+            interrupted=interrupted,
+            settings=settings,
+            kept=kept,
+        )
+
+    def _engine(self) -> Engine:
+        if self._scorer is None:
+            self._scorer = self.plan.engine("train", lambda done, of: self.report(SearchProgress("prefill", done, of)))
+        return self._scorer
+
+    def total(self, target: Target, max_evals: int | None = None) -> int:
+        """How many candidates a search at a budget evaluates."""
+        asked = max_evals or self.settings.max_evals
+        if self.settings.name == "evolkv":
+            return self._grouped(target, asked)[1]
+        return asked if asked is not None else min(1200, 16 * math.prod(self.plan.shape))
+
+    def _strategy(self, target: Target, start: Start, max_evals: int | None, step: float) -> Strategy:
+        plan, settings = self.plan, self.settings
+        if settings.name != "joint" and not (start is None or (isinstance(start, str) and start == "uniform")):
+            raise UsageError(
+                f"strategy {settings.name!r} starts from uniform budgets; leave --start out, or use 'joint'"
+            )
+        if settings.name == "evolkv":
+            return self._grouped(target, max_evals)[0]
+        head = plan.granularity == "head"
+        common: dict[str, Any] = {
+            "shape": plan.shape,
+            "budget": target.budget,
+            "population": settings.population,
+            "floor": target.floor,
+            "ceiling": np.broadcast_to(target.ceilings[:, None], plan.shape) if head else target.ceilings,
+            "seed": settings.seed,
+        }
+        if settings.sigma is not None:
+            common["sigma"] = settings.sigma
+        if settings.name == "random":
+            return RandomSearch(**common)
+        common.setdefault("sigma", step * (0.7 if head else 0.5))
+        return JointCMA(**common, x0=plan.start(start, target.budget))
+
+    def _grouped(self, target: Target, max_evals: int | None) -> tuple[GroupedCMA, int]:
+        plan, settings = self.plan, self.settings
+        size = settings.group_size
+        sizes = [min(size, plan.layers - start) for start in range(0, plan.layers, max(1, size))]
+        per_generation = sum(settings.population or 4 + math.floor(3 * math.log(n)) for n in sizes)
+        generations = 10 if max_evals is None else max(1, max_evals // per_generation)
+        strategy = GroupedCMA(
+            num_layers=plan.layers,
+            budget=target.budget,
+            group_size=size,
+            sigma=0.3 if settings.sigma is None else settings.sigma,
+            generations=generations,
+            population=settings.population,
+            floor=target.floor,
+            ceiling=target.ceilings,
+            seed=settings.seed,
+        )
+        return strategy, generations * per_generation
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a search's result depends on."""
     import cma
 
     return {

@@ -19,9 +19,11 @@ class Evaluation:
     Args:
         budgets: ``L × H`` ints.
         fitness: what evolution maximises.
-        score: mean metric over the training examples.
+        score: mean metric over the training examples it was scored on.
         cache_score: how well the budgets meet the target memory.
         generation: number of the generation, from 0.
+        scores: metric on each training example; None for those it was not scored on.
+        seconds: its share of the time that scoring its generation took.
     """
 
     budgets: list[list[int]]
@@ -29,6 +31,8 @@ class Evaluation:
     score: float
     cache_score: float
     generation: int
+    scores: list[float | None] | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Validated:
     """One allocation on examples that the search never saw.
 
     Args:
-        name: "best" or "mean" of the search, or the heuristic "uniform" or "pyramid".
+        name: "best" or "mean" of the search, "expanded from …" of one at another budget, or the heuristic "uniform"
+            or "pyramid".
         evolved: whether it comes from the search.
         budgets: ``L × H`` ints, at exactly the target total.
         score: mean metric over the validation examples.
         ci95: 95 % interval of the score.
         n: number of validation examples.
+        scores: the metric on each of them.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Validated:
     score: float
     ci95: tuple[float, float]
     n: int
+    scores: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,27 +67,31 @@ class SearchResult:
         profile: the allocation chosen on the validation examples (after an interruption: the fittest so far).
         history: every evaluated candidate, in order of evaluation.
         validation: the allocations that stood for choice, best first; empty after an interruption.
+        best: the candidate that evolution put forward.
         chosen: name of the one chosen.
         improved: whether an evolved allocation beat every heuristic on the validation examples.
         evaluations: number of candidates evaluated.
         seconds: wall-clock time of the whole search.
         interrupted: whether the search was stopped before its end.
         settings: task, strategy, seed, … as the profile records them.
+        kept: which parts of one validation prompt the profile keeps; see `evolkv.search.kept.kept_positions`. None
+            after an interruption.
     """
 
     profile: BudgetProfile
     history: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    best: dict[str, Any]
     chosen: str
     improved: bool
     evaluations: int
     seconds: float
     interrupted: bool
     settings: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``--json`` file."""
-        best = max(self.history, key=lambda entry: entry["fitness"])
         return {
             "format": FORMAT,
             "evaluations": self.evaluations,
@@ -88,8 +99,10 @@ class SearchResult:
             "interrupted": self.interrupted,
             "chosen": self.chosen,
             "improved": self.improved,
-            "best": best,
+            "best": self.best,
             "settings": self.settings,
+            "profile": self.profile.to_dict(),
+            "kept": self.kept,
             "history": self.history,
             "validation": self.validation,
         }
@@ -103,3 +116,8 @@ def as_rows(entries: list[Any]) -> list[dict[str, Any]]:
 def as_lists(budgets: np.ndarray) -> list[list[int]]:
     """A budgets matrix as lists of ints."""
     return [[int(value) for value in row] for row in budgets]
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    """A history entry without what no two runs have in common."""
+    return {key: value for key, value in row.items() if key != "seconds"}

@@ -1,0 +1,203 @@
+"""Shards on Ray workers: on this machine, or on a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.errors import EvolKVError, RunError, UsageError
+from evolkv.evaluate.shards import Request
+from evolkv.models import loaded_from
+
+# How often a worker that has died is started again before the search gives up.
+_RESTARTS = 8
+
+
+class RayBackend:
+    """Workers that each have a replica of the model, and share the shards among them.
+
+    Nothing large crosses the network during a search: a worker prefills its shards itself, gets budgets and returns
+    scores. A worker that dies is started again, prefills its shards again and answers what it was asked; its answers,
+    and so the history of the search, are the same. Needs ``pip install evolkv[ray]``.
+
+    Args:
+        model: the model. Workers load it by the name or path that `load_model` was given, in the same dtype; a model
+            that did not come from `load_model` is sent to them.
+        tokenizer: its tokenizer.
+        workers: number of workers; default: one per GPU of the cluster, or one per core if it has none.
+        address: of a running cluster, such as "auto" or "10.0.0.1:6379"; default: start one on this machine.
+        cpus: cores per worker, which is also its number of threads.
+        gpus: GPUs per worker, may be a fraction; default: 1 if the cluster has any, else 0.
+
+    Raises:
+        UsageError: if Ray is not installed, or for settings that the cluster cannot meet.
+        RunError: if the cluster cannot be reached, or workers cannot load the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        workers: int | None = None,
+        address: str | None = None,
+        cpus: float = 1,
+        gpus: float | None = None,
+    ):
+        self._ray = _import_ray()
+        if workers is not None and workers < 1:
+            raise UsageError(f"--workers is {workers}; use at least one")
+        if cpus <= 0 or (gpus is not None and gpus < 0):
+            raise UsageError(f"a worker cannot have {cpus} cores and {gpus} GPUs; give it more than 0 cores")
+        self._started = not self._ray.is_initialized()
+        self._actors: list[Any] = []
+        try:
+            if self._started:
+                self._connect(address, math.ceil(cpus * workers) if workers else None)
+            self._start(model, tokenizer, workers, cpus, gpus)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: str | None, cpus: int | None) -> None:
+        quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+        try:
+            if address is None:
+                self._ray.init(
+                    address="local", num_cpus=max(cpus or 0, os.cpu_count() or 1), include_dashboard=False, **quiet
+                )
+            else:
+                self._ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the cluster at {address!r}" if address else "a local cluster"
+            raise RunError(f"cannot connect to {where}: {_first_line(error)}; is it running (ray status)?") from error
+
+    def _start(
+        self, model: PreTrainedModel, tokenizer: Any, workers: int | None, cpus: float, gpus: float | None
+    ) -> None:
+        there = self._ray.cluster_resources()
+        has_gpus = there.get("GPU", 0) > 0
+        gpus = gpus if gpus is not None else (1.0 if has_gpus else 0.0)
+        fitting = math.floor(there.get("GPU", 0) / gpus if gpus else there.get("CPU", 1) / cpus)
+        count = workers if workers is not None else max(1, fitting)
+        if count > fitting:
+            raise UsageError(
+                f"{count} workers with {cpus:g} cores and {gpus:g} GPUs each do not fit a cluster with "
+                f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; "
+                f"use --workers {fitting}, or smaller ones"
+            )
+        origin = loaded_from(model)
+        if origin is None and model.device.type != "cpu":
+            model = copy.deepcopy(model).to("cpu")
+        source = self._ray.put((model, tokenizer) if origin is None else origin)
+        options = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": _RESTARTS,
+            "max_task_retries": _RESTARTS,
+        }
+        worker = self._ray.remote(_Worker).options(**options)
+        device, threads = ("cuda" if gpus else "cpu"), max(1, math.floor(cpus))
+        self._actors = [worker.remote(source, device, threads) for _ in range(count)]
+        nodes = self._get([actor.node.remote() for actor in self._actors])
+        per_node = Counter(nodes)
+        self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
+
+    def sharing(self, shards: int) -> int:
+        """The shards of a worker, times the workers that share its memory."""
+        return math.ceil(shards / len(self._actors)) * self._crowd
+
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
+        """Answers requests; see `Backend.run`. Progress comes by whole shards."""
+        pending = {self._actor(request.shard.key).serve.remote(request): i for i, request in enumerate(requests)}
+        answers: list[np.ndarray | None] = [None] * len(requests)
+        while pending:
+            ready, _ = self._ray.wait(list(pending))
+            place = pending.pop(ready[0])
+            answers[place] = self._get(ready)[0]
+            for _ in requests[place].shard.examples:
+                if on_step is not None:
+                    on_step()
+        return [answer for answer in answers if answer is not None]
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Frees the prefill of shards."""
+        self._get([self._actor(key).forget.remote(key) for key in keys])
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster if it was started here."""
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                self._ray.kill(actor)
+        self._actors = []
+        if self._started:
+            self._ray.shutdown()
+
+    def _actor(self, key: str) -> Any:
+        """The worker of a shard: neighbours go to different ones."""
+        number = int(key.rpartition("/")[2])
+        return self._actors[number % len(self._actors)]
+
+    def _get(self, references: Sequence[Any]) -> list[Any]:
+        exceptions = self._ray.exceptions
+        try:
+            return self._ray.get(list(references))
+        except exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, EvolKVError):
+                raise cause from error
+            raise RunError(f"a worker failed: {type(cause).__name__}: {_first_line(cause)}") from error
+        except exceptions.RayActorError as error:
+            raise RunError(
+                f"a worker died and could not be brought back after {_RESTARTS} tries ({_first_line(error)}); "
+                "if its machine ran out of memory, use fewer workers, examples, or a lower ceiling"
+            ) from error
+        except exceptions.RayError as error:
+            raise RunError(f"Ray failed: {_first_line(error)}") from error
+
+
+class _Worker:
+    """What runs on a worker: a replica of the model that serves shards."""
+
+    def __init__(self, source: Any, device: str, threads: int):
+        import torch
+
+        from evolkv.evaluate.shards import ShardServer
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        model, tokenizer = source if isinstance(source, tuple) else source.load(device)
+        self._server = ShardServer(model.to(device), tokenizer)
+
+    def node(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def serve(self, request: Request) -> np.ndarray:
+        return self._server.serve(request, lambda: None)
+
+    def forget(self, key: str) -> None:
+        self._server.forget(key)
+
+
+def _import_ray() -> Any:
+    # Ray would otherwise report usage to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError("backend 'ray' needs Ray; install it with: pip install 'evolkv[ray]'") from error
+    return ray
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

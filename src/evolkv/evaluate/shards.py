@@ -1,0 +1,189 @@
+"""Replay over shards of the examples: what is computed together, whoever computes it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.evaluate.engine import Progress, free_memory
+from evolkv.evaluate.replay import ReplayEngine
+from evolkv.selectors import Selector
+from evolkv.tasks import Example
+
+# Examples of a shard. It decides which examples are prefilled and decoded together, and with that the last bits of
+# every score: these are the same wherever the shards are, and however many workers share them.
+SHARD_SIZE = 3
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Examples that are prefilled and decoded together, and how; see `ReplayEngine`.
+
+    Args:
+        key: names the shard among all those that a backend serves; ends in its number.
+        examples: what to score on.
+        selector: ranks the tokens; must be nested.
+        metric: "logprob", the name of a text metric, or None for each example's own.
+        ceiling: the largest budget that will be asked for.
+        hold: whether to keep the prefill for further calls.
+    """
+
+    key: str
+    examples: tuple[Example, ...]
+    selector: Selector
+    metric: str | None
+    ceiling: int
+    hold: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """A shard to prefill (`budgets` is None) or to score.
+
+    Args:
+        shard: the shard.
+        sharing: how many shards share the memory of the machine or device.
+        budgets: the candidates, ``[candidates, layers, kv_heads]``.
+        columns: which of the shard's examples to score on.
+    """
+
+    shard: Shard
+    sharing: int
+    budgets: np.ndarray | None = None
+    columns: tuple[int, ...] = ()
+
+
+class ShardServer:
+    """One replica of the model, and the prefill of the shards it has been asked for.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+        self._memory = int(0.9 * free_memory(model.device))
+        self._held: dict[str, ReplayEngine] = {}
+
+    def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
+        """Scores ``[candidates, columns]`` (no candidates if none were sent); calls `step` after each prefill."""
+        shard = request.shard
+        engine = self._held.get(shard.key)
+        if engine is None:
+            engine = ReplayEngine(
+                self.model,
+                self.tokenizer,
+                shard.examples,
+                shard.selector,
+                shard.metric,
+                shard.ceiling,
+                memory_limit=self._memory // request.sharing,
+                hold=shard.hold,
+                on_progress=lambda done, total: step(),
+            )
+            if shard.hold:
+                self._held[shard.key] = engine
+        if request.budgets is None:
+            return np.empty((0, 0))
+        return engine.score(request.budgets, request.columns)
+
+    def forget(self, key: str) -> None:
+        """Frees a shard's prefill."""
+        self._held.pop(key, None)
+
+
+class Backend(Protocol):
+    """Where shards are computed."""
+
+    def sharing(self, shards: int) -> int:
+        """How many of so many shards share the memory of a machine or device."""
+        ...
+
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
+        """Answers requests, side by side where possible; calls `on_step` once per example that was prefilled."""
+        ...
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Frees the prefill of shards."""
+        ...
+
+    def close(self) -> None:
+        """Ends the workers."""
+        ...
+
+
+class ShardedEngine:
+    """Scores candidates by replay, shard by shard, on a backend.
+
+    Args:
+        backend: where the shards are computed.
+        examples: what to score on.
+        selector: ranks the tokens; must be nested.
+        metric: "logprob", the name of a text metric, or None for each example's own.
+        ceiling: the largest budget that will be asked for.
+        hold: whether to prefill now and hold the result for any number of `score` calls.
+        on_progress: called with (done, total) after each example that was prefilled.
+
+    Raises:
+        UsageError: as `ReplayEngine`.
+        RunError: if the snapshots do not fit into memory, or workers are lost.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        backend: Backend,
+        examples: Sequence[Example],
+        selector: Selector,
+        metric: str | None,
+        ceiling: int,
+        hold: bool = True,
+        on_progress: Progress | None = None,
+    ):
+        self.backend, self.hold, self._on_progress = backend, hold, on_progress
+        number = next(self._numbers)
+        self._size = len(examples)
+        self._shards = [
+            Shard(
+                f"{number}/{start // SHARD_SIZE}",
+                tuple(examples[start : start + SHARD_SIZE]),
+                selector,
+                metric,
+                ceiling,
+                hold,
+            )
+            for start in range(0, len(examples), SHARD_SIZE)
+        ]
+        self._sharing = backend.sharing(len(self._shards))
+        if hold:
+            backend.run([Request(shard, self._sharing) for shard in self._shards], self._counted())
+
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
+        wanted = list(range(self._size) if columns is None else columns)
+        requests, places = [], []
+        for start, shard in zip(range(0, self._size, SHARD_SIZE), self._shards, strict=True):
+            inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
+            if inside:
+                requests.append(Request(shard, self._sharing, budgets, tuple(inside)))
+                places.append([wanted.index(start + i) for i in inside])
+        scores = np.empty((len(budgets), len(wanted)))
+        answers = self.backend.run(requests, None if self.hold else self._counted())
+        for at, answer in zip(places, answers, strict=True):
+            scores[:, at] = answer
+        return scores
+
+    def close(self) -> None:
+        """Frees the prefill."""
+        self.backend.forget([shard.key for shard in self._shards])
+
+    def _counted(self) -> Callable[[], None] | None:
+        report, total, done = self._on_progress, self._size, itertools.count(1)
+        return None if report is None else lambda: report(min(next(done), total), total)

@@ -1,0 +1,213 @@
+"""Scores that may stand side by side: one model, task, metric and number of examples."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from evolkv.report.axes import Table
+from evolkv.report.charts import ScoreChart, Scored, score_chart
+from evolkv.report.records import Curve, Profile, Row, Search, mean_of
+from evolkv.report.words import interval, mebibytes, number, percent, score
+
+FULL, EVOLVED = "full", "evolkv"
+_FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget; `source` and `on_front` are a curve's."""
+
+    row: Row
+    name: str
+    source: str = ""
+    on_front: bool = True
+
+    @property
+    def mib(self) -> float:
+        """What the cache holds."""
+        return self.row.kv_bytes / 2**20
+
+
+@dataclass
+class Comparison:
+    """Methods on the same examples.
+
+    Args:
+        entries: evolved ones first, the full cache last.
+        of_curve: whether they come from a curve.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    of_curve: bool = False
+
+    @property
+    def first(self) -> Row:
+        """A row, for what all have in common."""
+        return self.entries[0].row
+
+    @property
+    def full(self) -> Entry | None:
+        """The full cache."""
+        return next((entry for entry in self.entries if entry.row.method == FULL), None)
+
+    @property
+    def evolved(self) -> list[Entry]:
+        """What came from a search."""
+        return [entry for entry in self.entries if is_evolved(entry.row.method)]
+
+    @property
+    def budgets(self) -> list[float]:
+        """The mean budgets that were compared, without the full cache's."""
+        return sorted({round(e.row.mean_budget, 1) for e in self.entries if e.row.method != FULL})
+
+    @property
+    def single(self) -> bool:
+        """Whether all but the full cache have the same memory, give or take what rounding makes of it."""
+        return not self.budgets or self.budgets[-1] <= 1.02 * self.budgets[0]
+
+    def rivals(self, entry: Entry) -> list[Entry]:
+        """What needs no search, in the memory of an entry."""
+        return [
+            other
+            for other in self.entries
+            if not is_evolved(other.row.method)
+            and other.row.method != FULL
+            and math.isclose(other.row.mean_budget, entry.row.mean_budget, rel_tol=0.02)
+        ]
+
+    def share(self, entry: Entry) -> float | None:
+        """An entry's memory beside the full cache's."""
+        return entry.row.kv_bytes / self.full.row.kv_bytes if self.full else None
+
+    def styles(self) -> dict[str, int]:
+        """Number of each method's colour and shape."""
+        others = [e.name for e in self.entries if e.row.method != FULL and e not in self.evolved[:1]]
+        names = [name for name in dict.fromkeys(others) if not self.evolved or name != self.evolved[0].name]
+        styles = {name: 2 + i % _OTHER_STYLES for i, name in enumerate(names)}
+        return {
+            **styles,
+            **({self.full.name: _FULL_STYLE} if self.full else {}),
+            **({self.evolved[0].name: _EVOLVED_STYLE} if self.evolved else {}),
+        }
+
+    def table(self) -> Table:
+        """All numbers."""
+        columns = ["method", "budget", "mean budget", "n", "score", "95 % interval", "KV MiB"]
+        columns += ["of full"] * bool(self.full) + ["from", "on the front"] * self.of_curve
+        rows = []
+        for entry in self.entries:
+            row = entry.row
+            cells = [row.method, "–" if row.budget is None else number(row.budget), f"{row.mean_budget:,.1f}"]
+            cells += [number(row.n), score(row.score), interval(row.ci95), mebibytes(row.kv_bytes)]
+            if (share := self.share(entry)) is not None:
+                cells.append(percent(share))
+            cells += [entry.source, ("yes" if entry.on_front else "no") if entry.source else ""] * self.of_curve
+            rows.append(cells)
+        return Table(f"{self.first.task}: {self.first.metric} by method", columns, rows)
+
+    def by_budget(self) -> ScoreChart:
+        """Score against mean budget; the full cache is a line across."""
+        points = self._points([entry.row.mean_budget for entry in self.entries])
+        full = [point for point, entry in zip(points, self.entries, strict=True) if entry is self.full]
+        rest = [point for point, entry in zip(points, self.entries, strict=True) if entry is not self.full]
+        return score_chart(
+            rest,
+            self.styles(),
+            "mean budget (cache entries per KV head)",
+            self.table(),
+            full=full[0] if full else None,
+            ticks_at=self.budgets,
+        )
+
+    def by_memory(self) -> ScoreChart:
+        """Score against what the cache holds."""
+        points = self._points([entry.mib for entry in self.entries])
+        return score_chart(points, self.styles(), "KV cache (MiB)", self.table())
+
+    def _points(self, places: Sequence[float]) -> list[Scored]:
+        return [
+            Scored(entry.name, x, entry.row.score, entry.row.ci95, i, not entry.on_front)
+            for i, (entry, x) in enumerate(zip(self.entries, places, strict=True))
+        ]
+
+
+def is_evolved(method: str) -> bool:
+    """Whether a method's name is that of a profile: the demo's, or a path."""
+    return method == EVOLVED or is_path(method)
+
+
+def is_path(method: str) -> bool:
+    """Whether a method's name is the path of a profile."""
+    return method.endswith(".json") or "/" in method or "\\" in method
+
+
+def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[Profile]) -> list[Comparison]:
+    """Group rows and curves by what they were measured on."""
+    groups: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.task, row.metric, row.n), []).append(row)
+    found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
+    return [_from_curve(curve, profiles) for curve in curves] + found
+
+
+def _named(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """Each row with the name of its series: profiles of one budget each are the points of one."""
+    of_path = [row for row in rows if is_path(row.method)]
+    methods = {row.method for row in of_path}
+    if len(of_path) == len(methods) == len({row.budget for row in of_path}) > 1:
+        return [(row, "evolved" if is_path(row.method) else row.method) for row in rows]
+    bases = Counter(PurePath(method).name for method in methods)
+    short = {method: base if bases[base := PurePath(method).name] == 1 else method for method in methods}
+    return [(row, short.get(row.method, row.method)) for row in rows]
+
+
+def _ordered(entries: Sequence[Entry]) -> list[Entry]:
+    return sorted(
+        entries,
+        key=lambda e: (e.row.method == FULL, not is_evolved(e.row.method), e.row.mean_budget if e.source else 0),
+    )
+
+
+def _from_curve(curve: Curve, profiles: Sequence[Profile]) -> Comparison:
+    """A curve's points, beside the heuristics that its searches had to beat on the same examples."""
+    settings: dict[str, Any] = curve.searches[0].settings if curve.searches else {}
+    task = settings.get("task")
+    common: dict[str, Any] = {
+        "model": model_name(settings, [*(s.profile for s in curve.searches if s.profile), *profiles]) or "model",
+        "task": task if isinstance(task, str) else "task",
+    }
+    entries = []
+    for point in sorted(curve.points, key=lambda point: point.budget):
+        row = Row(
+            **common,
+            **point.model_dump(include={"score", "ci95", "n", "metric", "budget", "kv_bytes", "mean_budget"}),
+            method=EVOLVED,
+        )
+        entries.append(Entry(row, EVOLVED, point.source, point.on_front))
+        for other in _heuristics(curve.searches, point.budget, point.n):
+            scores = {"score": other.score, "ci95": other.ci95, "method": other.name}
+            entries.append(Entry(row.model_copy(update=scores), other.name))
+    return Comparison(_ordered(entries), of_curve=True)
+
+
+def _heuristics(searches: Sequence[Search], budget: int, n: int) -> list[Any]:
+    for search in searches:
+        if search.validation and round(mean_of(search.validation[0].budgets)) == budget:
+            return [entry for entry in search.validation if not entry.evolved and entry.n == n]
+    return []
+
+
+def model_name(settings: dict[str, Any], profiles: Sequence[Profile] = ()) -> str | None:
+    """The model that a search's settings name, or else the one that all profiles are for."""
+    model = settings.get("model")
+    if isinstance(model, dict):
+        model = model.get("name")
+    if isinstance(model, str) and model:
+        return model
+    names = {profile.model.name for profile in profiles}
+    return names.pop() if len(names) == 1 else None

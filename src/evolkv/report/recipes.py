@@ -1,0 +1,70 @@
+"""How what a report shows is done again: commands, and what was recorded of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evolkv.report.comparisons import Comparison, model_name
+from evolkv.report.records import Profile, Search, mean_of
+from evolkv.report.sources import Sources
+from evolkv.report.views import search_title
+from evolkv.report.words import duration, eval_command, facts, search_command
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to do something again: the command, and what was recorded of the run."""
+
+    title: str
+    command: list[str]
+    settings: list[tuple[str, str]]
+
+
+def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Recipe]:
+    """How each curve, search, profile and comparison is done again."""
+    found = []
+    for origin in dict.fromkeys(search.origin for search in sources.searches):
+        searches = [search for search in sources.searches if search.origin == origin]
+        known = [_settings(search, sources.profiles, model) for search in searches]
+        if len(searches) == 1:
+            title = "Search" if len(sources.searches) == 1 else f"Search: {search_title(searches[0])}"
+            found.append(_recipe(title, known[0], searches[0].seconds))
+            continue
+        budgets = ",".join(dict.fromkeys(str(settings["budget"]) for settings in known if "budget" in settings))
+        common = {name: value for name, value in known[0].items() if all(value == each.get(name) for each in known)}
+        found.append(_recipe(f"Search at {len(searches)} budgets", {**common, "budget": budgets}))
+        for search, settings in zip(searches, known, strict=True):
+            own = {name: value for name, value in settings.items() if name not in common}
+            found.append(Recipe(search_title(search), [], _facts(own, search.seconds)))
+    for profile in sources.profiles if not sources.searches else []:
+        settings = {"model": profile.model.name, "budget": profile.budget, "selector": profile.selector}
+        recipe = _recipe(f"Profile, budget {profile.budget}", {**settings, **profile.search})
+        found.append(recipe if "strategy" in profile.search else replace(recipe, command=[]))
+    for group in groups:
+        if not group.of_curve:
+            found.append(Recipe("Comparison", eval_command([entry.row for entry in group.entries]), []))
+    return found
+
+
+def _settings(search: Search, profiles: Sequence[Profile], model: str) -> dict[str, Any]:
+    """A search's settings; those that are not among what it recorded follow from its profile or result."""
+    chosen = search.result or search.leader
+    profile = search.profile or next((each for each in profiles if chosen and each.budgets == chosen.budgets), None)
+    known: dict[str, Any] = {"model": (profile.model.name if profile else model) or "MODEL"}
+    if chosen is not None:
+        by_layer = all(value == row[0] for row in chosen.budgets for value in row)
+        known |= {"budget": round(mean_of(chosen.budgets)), "granularity": "layer" if by_layer else "head"}
+    if profile is not None:
+        known |= {"budget": profile.budget, "granularity": profile.granularity, "selector": profile.selector}
+    # A study names all of its budgets; a search has one of them.
+    return {**known, **{name: value for name, value in search.settings.items() if name != "budgets"}}
+
+
+def _recipe(title: str, settings: dict[str, Any], seconds: float = 0.0) -> Recipe:
+    return Recipe(title, search_command(settings, model_name(settings) or "MODEL"), _facts(settings, seconds))
+
+
+def _facts(settings: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
+    return facts(settings) + ([("time", duration(seconds))] if seconds else [])

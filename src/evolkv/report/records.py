@@ -1,0 +1,222 @@
+"""The records that a report reads, as they are checked: what others wrote is never trusted to be well formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evolkv.errors import UsageError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Budgets = Annotated[
+    list[Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=4096)]],
+    Field(min_length=1, max_length=4096),
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class _Scored(_Record):
+    score: Share
+    ci95: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    n: Annotated[int, Field(ge=1)]
+
+
+class _Allocated(_Record):
+    budgets: Budgets
+
+    @field_validator("budgets")
+    @classmethod
+    def _rectangular(cls, budgets: list[list[int]]) -> list[list[int]]:
+        if len({len(row) for row in budgets}) > 1:
+            raise ValueError("rows of equal length, one per layer")
+        return budgets
+
+
+class Candidate(_Allocated):
+    """One evaluated candidate; see `evolkv.search.result.Evaluation`."""
+
+    fitness: float
+    score: Share
+    cache_score: float
+    generation: Count
+    scores: list[Share | None] | None = None
+
+
+class Validated(_Allocated, _Scored):
+    """One allocation on examples that the search never saw; see `evolkv.search.result.Validated`."""
+
+    name: str
+    evolved: bool
+
+
+class Kept(_Record):
+    """Which prompt positions are kept, for one example.
+
+    `share` is ``L × bins``: of the tokens in a bin, the share that is kept, averaged over the layer's KV heads.
+    """
+
+    example: str
+    tokens: Annotated[int, Field(ge=1)]
+    bin: Annotated[int, Field(ge=1)]
+    share: Annotated[
+        list[Annotated[list[Share], Field(min_length=1, max_length=65536)]], Field(min_length=1, max_length=4096)
+    ]
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Kept:
+        bins = -(-self.tokens // self.bin)
+        if any(len(row) != bins for row in self.share):
+            raise ValueError(f"{bins} shares per layer, for {self.tokens} tokens in bins of {self.bin}")
+        return self
+
+
+class ModelName(_Record):
+    """The model of a profile."""
+
+    name: str
+
+
+class Profile(_Allocated):
+    """An ``evolkv.profile/1`` file, as far as a report shows it."""
+
+    model: ModelName
+    budget: Count
+    granularity: Literal["layer", "head"]
+    selector: dict[str, Any]
+    search: dict[str, Any] = {}
+
+
+class Search(_Record):
+    """One search: an ``evolkv.search/1`` file, or a stage of a study.
+
+    `origin` is what it was read from; the searches of one curve or study share it.
+    """
+
+    evaluations: Count
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    interrupted: bool = False
+    chosen: str = ""
+    improved: bool = False
+    settings: dict[str, Any] = {}
+    history: list[Candidate] = []
+    validation: list[Validated] = []
+    best: Candidate | None = None
+    profile: Profile | None = None
+    kept: Kept | None = None
+    stage: str = ""
+    origin: str = ""
+
+    @property
+    def result(self) -> Validated | None:
+        """The allocation that was chosen on unseen examples."""
+        return next((entry for entry in self.validation if entry.name == self.chosen), None)
+
+    @property
+    def rotating(self) -> bool:
+        """Whether generations were scored on a few of the training examples in turn."""
+        return any(entry.scores and None in entry.scores for entry in self.history)
+
+    @property
+    def leader(self) -> Candidate | None:
+        """The candidate that evolution puts forward, or would if it ended now."""
+        if self.best is not None or not self.history:
+            return self.best
+        if not self.rotating:
+            return max(self.history, key=lambda entry: entry.fitness)
+        last = self.history[-1].generation
+        return next(entry for entry in self.history if entry.generation == last)
+
+    def course(self) -> list[tuple[int, float, float]]:
+        """How the search went: (candidates evaluated, fitness, score) whenever the best so far changes.
+
+        Fitness on different examples cannot be compared. Where generations are scored on a few examples in turn, what
+        is followed is the first candidate of each, the mean of the distribution, with each example as last seen.
+        """
+        steps: list[tuple[int, float, float]] = []
+        if not self.rotating:
+            for i, entry in enumerate(self.history, 1):
+                if not steps or entry.fitness > steps[-1][1]:
+                    steps.append((i, entry.fitness, entry.score))
+            return steps
+        seen: dict[int, float] = {}
+        done = 0
+        for _, members in groupby(self.history, key=lambda entry: entry.generation):
+            mean, *others = members
+            done += 1 + len(others)
+            seen |= {i: score for i, score in enumerate(mean.scores or []) if score is not None}
+            score = sum(seen.values()) / len(seen) if seen else mean.score
+            steps.append((done, score * (mean.fitness / mean.score if mean.score else 1), score))
+        return steps
+
+
+class Row(_Scored):
+    """A method at a budget on held-out examples: an entry of an ``evolkv.results/1`` file."""
+
+    model: str
+    task: str
+    method: str
+    metric: str
+    budget: Count | None = None
+    kv_bytes: Annotated[float, Field(gt=0)]
+    mean_budget: Annotated[float, Field(gt=0)]
+    seed: int | None = None
+
+
+class Point(_Scored):
+    """One budget of a curve."""
+
+    budget: Count
+    profile: str = ""
+    metric: str
+    kv_bytes: Annotated[float, Field(gt=0)]
+    mean_budget: Annotated[float, Field(gt=0)]
+    source: str = "search"
+    evaluations: Count | None = None
+    on_front: bool = True
+
+
+class Curve(_Record):
+    """An ``evolkv.curve/1`` file: one profile per budget, and the searches that they come from."""
+
+    points: Annotated[list[Point], Field(min_length=1)]
+    searches: list[Search] = []
+
+
+class Results(_Record):
+    rows: list[Row]
+
+
+def mean_of(budgets: Sequence[Sequence[int]]) -> float:
+    """Mean entries per KV head of an allocation."""
+    return sum(map(sum, budgets)) / (len(budgets) * len(budgets[0]))
+
+
+def checked(kind: type[Any], where: object, data: Any) -> Any:
+    """Data as a record of a kind.
+
+    Raises:
+        UsageError: it is not one; says `where` it comes from and which part of it is wrong.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_first_error(error)}") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if isinstance(first["input"], (dict, list)) and first["type"] == "value_error":
+        return f"{place} should have {message}"
+    shown = repr(first["input"])
+    return f"{place} is {shown if len(shown) <= 60 else shown[:57] + '…'}, expected {message}"

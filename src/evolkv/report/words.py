@@ -1,0 +1,150 @@
+"""Numbers and commands as people read and type them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from evolkv.report.records import Row
+
+#: As `evolkv search` names its options.
+_OPTIONS = {
+    "task": "--task",
+    "budget": "--budget",
+    "selector": "--selector",
+    "strategy": "--strategy",
+    "granularity": "--granularity",
+    "metric": "--metric",
+    "train": "--train",
+    "validation": "--val",
+    "val": "--val",
+    "max_evals": "--max-evals",
+    "population": "--population",
+    "sigma": "--sigma",
+    "group_size": "--group-size",
+    "lam": "--lam",
+    "gamma": "--gamma",
+    "floor": "--floor",
+    "ceiling": "--ceiling",
+    "seed": "--seed",
+    "engine": "--engine",
+    "minibatch": "--minibatch",
+    "start": "--start",
+    "dtype": "--dtype",
+}
+
+
+def number(value: float) -> str:
+    """A number with its thousands apart."""
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+
+
+def score(value: float) -> str:
+    """A score to three decimals."""
+    return f"{value:.3f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """A 95 % interval."""
+    return f"{bounds[0]:.2f}–{bounds[1]:.2f}"
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:.{0 if share >= 0.0995 else 1}f}\u202f%"
+
+
+def mebibytes(count: float) -> str:
+    """A number of bytes in MiB."""
+    size = count / 2**20
+    return f"{size:.2f}" if size < 10 else f"{size:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """A time span: 42 s, 3 min 05 s, 1 h 02 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}\u00a0s"
+    if whole < 3600:
+        return f"{whole // 60}\u00a0min {whole % 60:02}\u00a0s"
+    return f"{whole // 3600:,}\u00a0h {whole % 3600 // 60:02}\u00a0min"
+
+
+def listing(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: a, b and c."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def counted(count: int, what: str) -> str:
+    """A count with its noun: 1 candidate, 2 candidates."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def short(text: str, most: int = 400) -> str:
+    """A text that came from outside, cut to what there is room for."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) pairs of settings; nested ones on one line."""
+    shown = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(selector := settings.get("selector"), Mapping):
+        shown["selector"] = selector_spec(selector)
+    return [(short(str(name).replace("_", " ")), short(_value(value))) for name, value in shown.items()]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{name} {_value(inner) if _plain(inner) else json.dumps(inner)}" for name, inner in value.items()
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if _plain(value) else json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, (dict, list))
+
+
+def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
+    """The command that runs a search with these settings, in the pieces that a line may be broken between.
+
+    Args:
+        settings: of the search; what is no option is left out.
+        model: name of the model.
+    """
+    words = ["evolkv", "search", model]
+    for name, option in _OPTIONS.items():
+        value = settings.get(name)
+        value = value.get("n", selector_spec(value)) if isinstance(value, Mapping) else value
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and option not in words:
+            words += [option, str(value)]
+    return _pieces([*words, "--out", "profile.json"])
+
+
+def selector_spec(selector: Mapping[str, Any]) -> str | None:
+    """A selector as the command line takes it, such as snapkv:window=32,kernel=7; None if it has no name."""
+    if not isinstance(name := selector.get("name"), str):
+        return None
+    parameters = ",".join(f"{key}={value}" for key, value in selector.items() if key != "name")
+    return f"{name}:{parameters}" if parameters else name
+
+
+def eval_command(rows: Sequence[Row]) -> list[str]:
+    """The command that scores the methods of rows of one model, task, metric and number of examples, in pieces."""
+    methods = list(dict.fromkeys("profile.json" if row.method == "evolkv" else row.method for row in rows))
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    words = ["evolkv", "eval", rows[0].model, "--task", rows[0].task, "--method", *methods]
+    words += ["--budget", *map(str, budgets)] if budgets else []
+    words += ["--samples", str(rows[0].n), "--metric", rows[0].metric]
+    words += ["--seed", str(rows[0].seed)] if rows[0].seed is not None else []
+    return _pieces(words)
+
+
+def _pieces(words: Sequence[str]) -> list[str]:
+    starts = [0, *(i for i, word in enumerate(words) if word.startswith("--")), len(words)]
+    return [shlex.join(words[a:b]) for a, b in pairwise(starts)]

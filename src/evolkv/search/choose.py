@@ -1,0 +1,52 @@
+"""The choice: of what was evolved and what needs no search, on examples that the search never saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from evolkv.evaluate.engine import Engine
+from evolkv.evaluate.intervals import ci95
+from evolkv.search.plan import HEURISTICS
+from evolkv.search.result import Validated, as_lists
+
+# Two allocations whose scores differ by no more than rounding are equal, and of equals a heuristic is chosen.
+_DIGITS = 4
+
+
+def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
+    """Scores the allocations of several choices at once, and puts the one to choose first; of equals a heuristic is.
+
+    Args:
+        engine: over the validation examples.
+        choices: by name of the choice, allocations ``[layers, kv_heads]`` by name.
+    """
+    scores = engine.score(np.stack([budgets for part in choices.values() for budgets in part.values()]))
+    found, start = {}, 0
+    for name, part in choices.items():
+        found[name] = ranked(part, scores[start : start + len(part)])
+        start += len(part)
+    return found
+
+
+def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated]:
+    """Allocations with their scores ``[choices, examples]``, best first; of equals a heuristic is."""
+    rows = [
+        Validated(
+            name,
+            name not in HEURISTICS,
+            as_lists(budgets),
+            round(float(scores[i].mean()), _DIGITS),
+            ci95(scores[i]),
+            scores.shape[1],
+            scores[i].tolist(),
+        )
+        for i, (name, budgets) in enumerate(choices.items())
+    ]
+    return sorted(rows, key=lambda row: (-row.score, row.evolved))
+
+
+def rows_from(data: list[dict[str, Any]]) -> list[Validated]:
+    """What `as_rows` made of them, back again."""
+    return [Validated(**{**row, "ci95": tuple(row["ci95"])}) for row in data]

@@ -1,0 +1,220 @@
+"""Searches at several budgets as one: each starts from its neighbour, and all are chosen from together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.errors import UsageError
+from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
+from evolkv.registry import unknown_name
+from evolkv.search.evolve import Evolution
+from evolkv.search.loop import Session, session
+from evolkv.search.plan import HEURISTICS
+from evolkv.search.result import SearchResult
+from evolkv.selectors import Selector, get_selector
+
+FORMAT = "evolkv.curve/1"
+Order = Literal["smallest", "largest"]
+# A neighbour's budgets are near: the step from them is smaller than from uniform ones.
+_STEP = 0.6
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """What searches at several budgets found.
+
+    Args:
+        results: one per budget, smallest first. After an interruption: of the budgets that were searched.
+        points: for each of them ``budget, score, ci95, n, metric, kv_bytes, mean_budget, source, evaluations,
+            on_front``; `source` is "search", a heuristic or "expanded from …"; `on_front` says that no smaller budget
+            does as well.
+        seconds: wall-clock time of everything.
+        interrupted: whether it was stopped before its end.
+    """
+
+    results: list[SearchResult]
+    points: list[dict[str, Any]]
+    seconds: float
+    interrupted: bool
+
+    def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:
+        """The content of a ``--json`` file; `profiles` are the paths that the profiles were written to."""
+        points = [dict(point) for point in self.points]
+        for point, path in zip(points, profiles, strict=False):
+            point["profile"] = path
+        return {
+            "format": FORMAT,
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+            "points": points,
+            "searches": [result.to_dict() for result in self.results],
+        }
+
+
+def search_curve(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    budgets: Sequence[int],
+    selector: str | dict[str, Any] | Selector = "snapkv",
+    first: Order = "smallest",
+    max_evals: int | None = None,
+    start: str | BudgetProfile | None = None,
+    storage: str | None = None,
+    study: str = "search",
+    **settings: Any,
+) -> CurveResult:
+    """Evolves a profile for each of several budgets, as one search.
+
+    The prompts are prefilled once for all budgets. After the first budget each search starts from its neighbour's
+    distribution. On the validation examples each budget then chooses among its own evolved budgets, the heuristics, and
+    its neighbours' evolved budgets expanded to it (the paper's section 4 finds these hard to beat at low budgets).
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        budgets: the targets, at least two.
+        selector: as for `evolkv.search`. Given by name, a window that would leave the smallest budget nothing to choose
+            is halved until it does not.
+        first: whether to begin with the "smallest" or the "largest" budget.
+        max_evals: candidates for the first budget; all others together get as many again. Default: as for a single
+            search.
+        start: what the first search starts from.
+        storage: as for `evolkv.search`, as all other settings.
+        study: name of the study in the storage.
+        **settings: see `evolkv.search`.
+
+    Raises:
+        UsageError: for settings that cannot be used.
+        RunError: if memory does not suffice, or what was found cannot be recorded.
+        KeyboardInterrupt: if interrupted before the first generation was scored.
+    """
+    started = time.perf_counter()
+    if first not in ("smallest", "largest"):
+        raise unknown_name("order", first, ("smallest", "largest"))
+    if len(set(budgets)) < 2:
+        raise UsageError(f"a curve needs at least two budgets, got {list(budgets)}; use evolkv.search for one")
+    ascending = sorted(set(budgets))
+    chosen = _fitting(get_selector(selector), ascending[0]) if isinstance(selector, str) else get_selector(selector)
+    defaults: dict[str, Any] = {
+        "strategy": "joint",
+        "granularity": "layer",
+        "metric": "logprob",
+        "train": 12,
+        "val": 24,
+        "minibatch": None,
+        "population": None,
+        "sigma": None,
+        "group_size": 8,
+        "lam": 0.3,
+        "gamma": 0.2,
+        "floor": None,
+        "ceiling": None,
+        "seed": 0,
+        "engine": "replay",
+        "backend": "local",
+        "workers": None,
+        "on_progress": None,
+    }
+    with session(model, tokenizer, selector=chosen, max_evals=max_evals, **{**defaults, **settings}) as running:
+        targets = {budget: running.plan.target(budget) for budget in ascending}
+        order = ascending if first == "smallest" else ascending[::-1]
+        running.open_study(storage, study, [targets[budget] for budget in order], start)
+        evolutions: dict[int, Evolution] = {}
+        interrupted = False
+        for at, budget in enumerate(order):
+            total = running.total(targets[order[0]])
+            try:
+                if at == 0:
+                    evolution = running.evolve(targets[budget], start)
+                elif running.settings.name == "joint":
+                    near = _evolved(evolutions[order[at - 1]])
+                    evolution = running.evolve(targets[budget], near, math.ceil(total / (len(order) - 1)), _STEP)
+                else:
+                    evolution = running.evolve(targets[budget], None, math.ceil(total / (len(order) - 1)))
+            except KeyboardInterrupt:
+                if not evolutions:
+                    raise
+                interrupted = True
+                break
+            evolutions[budget] = evolution
+            if evolution.interrupted:
+                interrupted = True
+                break
+        choices = {
+            budget: _choices(running, budget, evolutions, ascending) for budget in ascending if budget in evolutions
+        }
+        validation = {}
+        if not interrupted:
+            validation = running.choose({str(budget): part for budget, part in choices.items()})
+            interrupted = not validation
+        seconds = time.perf_counter() - started
+        results = [
+            running.result(targets[budget], evolutions[budget], part, validation.get(str(budget), []), seconds)
+            for budget, part in choices.items()
+        ]
+        return CurveResult(results, _points(running, results), seconds, interrupted)
+
+
+def _fitting(selector: Selector, smallest: int) -> Selector:
+    window = getattr(selector, "window", None)
+    if window is None or selector.min_budget < smallest:
+        return selector
+    while window > 1 and window >= smallest:
+        window //= 2
+    log.warning(
+        "budget %d needs a smaller window: %s now uses window=%d at all budgets", smallest, selector.name, window
+    )
+    return get_selector({**selector.to_dict(), "window": window})
+
+
+def _evolved(evolution: Evolution) -> np.ndarray:
+    return evolution.mean if evolution.mean is not None else np.array(evolution.best.budgets)
+
+
+def _choices(
+    running: Session, budget: int, evolutions: dict[int, Evolution], ascending: list[int]
+) -> dict[str, np.ndarray]:
+    """What a budget chooses from: its own search, the heuristics, and its neighbours' budgets expanded to it."""
+    plan = running.plan
+    choices = running.choices(plan.target(budget), evolutions[budget])
+    at = ascending.index(budget)
+    for near in ascending[max(0, at - 1) : at] + ascending[at + 1 : at + 2]:
+        if near in evolutions:
+            choices[f"expanded from {near}"] = plan.completed(_evolved(evolutions[near]), budget)
+    return choices
+
+
+def _points(running: Session, results: list[SearchResult]) -> list[dict[str, Any]]:
+    plan = running.plan
+    info = describe_model(plan.model)
+    entry_bytes = 2 * info.head_dim * plan.model.dtype.itemsize
+    points: list[dict[str, Any]] = []
+    for result in results:
+        row = result.validation[0] if result.validation else None
+        point = {
+            "budget": result.profile.budget,
+            "score": row["score"] if row else None,
+            "ci95": list(row["ci95"]) if row else None,
+            "n": row["n"] if row else 0,
+            "metric": plan.metric,
+            "kv_bytes": int(np.minimum(result.profile.budgets, plan.longest).sum()) * entry_bytes,
+            "mean_budget": result.profile.mean_budget,
+            "source": result.chosen if result.chosen in HEURISTICS or " " in result.chosen else "search",
+            "evaluations": result.evaluations,
+        }
+        smaller = [other["score"] for other in points if other["score"] is not None]
+        point["on_front"] = point["score"] is not None and all(point["score"] > score for score in smaller)
+        points.append(point)
+    return points

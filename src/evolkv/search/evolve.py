@@ -1,0 +1,212 @@
+"""One search at one budget: ask, score, tell; every generation recorded before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evolkv.errors import StudyError
+from evolkv.evaluate.engine import Engine
+from evolkv.evaluate.shards import SHARD_SIZE
+from evolkv.search.objective import cache_score, fitness
+from evolkv.search.plan import Plan, Target
+from evolkv.search.progress import OnProgress, SearchProgress
+from evolkv.search.result import Evaluation, as_lists
+from evolkv.search.strategies import Strategy
+
+if TYPE_CHECKING:
+    from evolkv.search.study import Study
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """What one search came to.
+
+    Args:
+        history: every candidate, in order of evaluation.
+        best: the candidate to put forward.
+        mean: the distribution's mean as ``[layers, kv_heads]`` budgets, or None where there is no such candidate.
+        interrupted: whether it was stopped before its end.
+    """
+
+    history: list[Evaluation]
+    best: Evaluation
+    mean: np.ndarray | None
+    interrupted: bool
+
+
+class Rotation:
+    """Which training examples each generation is scored on: a few at a time, all of them in turn.
+
+    A generation's candidates are compared on the same examples, so what is noise between examples is not noise
+    between them. The order is drawn anew for every round, and neighbours in it come from different shards, so that
+    workers side by side share a generation.
+
+    Args:
+        examples: number of training examples.
+        size: examples per generation, at most all.
+        seed: of the order.
+    """
+
+    def __init__(self, examples: int, size: int, seed: int):
+        self.examples, self.size, self.seed = examples, min(size, examples), seed
+
+    @property
+    def everything(self) -> bool:
+        """Whether each generation is scored on all examples."""
+        return self.size == self.examples
+
+    def __call__(self, generation: int) -> list[int]:
+        """The numbers of a generation's examples, ascending."""
+        turn, place = divmod(generation, self.examples // self.size)
+        order = np.random.default_rng([self.seed, turn]).permutation(self.examples).tolist()
+        met: dict[int, int] = {}
+        rank = {}
+        for example in order:
+            shard = example // SHARD_SIZE
+            rank[example] = met[shard] = met.get(shard, -1) + 1
+        order.sort(key=rank.__getitem__)
+        return sorted(order[place * self.size : (place + 1) * self.size])
+
+
+def evolve(
+    plan: Plan,
+    target: Target,
+    strategy: Strategy,
+    total: int,
+    rotation: Rotation,
+    scorer: Callable[[], Engine],
+    report: OnProgress,
+    study: Study | None = None,
+) -> Evolution:
+    """Runs a strategy until it is done or has evaluated `total` candidates, in whole generations.
+
+    Generations that the study holds are told to the strategy again instead of being scored, which brings it to where
+    it was. KeyboardInterrupt ends the search early.
+
+    Args:
+        plan: the search's settings.
+        target: the budget, with its bounds.
+        strategy: proposes candidates.
+        total: candidates to evaluate.
+        rotation: which examples each generation is scored on.
+        scorer: the engine over the training examples; asked for only if something has to be scored.
+        report: called after each generation.
+        study: where generations are recorded.
+
+    Raises:
+        StudyError: if what the study holds is not what the strategy proposes.
+        KeyboardInterrupt: if interrupted before the first generation was scored.
+    """
+    stage = stage_name(target.budget)
+    recorded = study.generations(stage) if study is not None else []
+    leader = _Leader(rotation)
+    interrupted = False
+    done = 0
+    try:
+        while not strategy.done and done < total:
+            group, generation = strategy.group, strategy.generation
+            population = [plan.matrix(candidate) for candidate in strategy.ask()]
+            if generation < len(recorded):
+                evaluations = recorded[generation]
+                if [entry.budgets for entry in evaluations] != [as_lists(candidate) for candidate in population]:
+                    raise StudyError(
+                        f"generation {generation} of {stage} in the study is not what this version of the libraries "
+                        "proposes; continue with the versions that the study was made with, or start another --study"
+                    )
+            else:
+                columns = rotation(generation)
+                engine = scorer()
+                started = time.perf_counter()
+                scores = engine.score(np.stack(population), columns)
+                took = (time.perf_counter() - started) / len(population)
+                evaluations = []
+                for candidate, row in zip(population, scores, strict=True):
+                    by_example: list[float | None] = [None] * rotation.examples
+                    for column, value in zip(columns, row.tolist(), strict=True):
+                        by_example[column] = value
+                    score, spent = float(row.mean()), float(candidate[group].mean())
+                    evaluations.append(
+                        Evaluation(
+                            as_lists(candidate),
+                            float(fitness(score, spent, target.budget, lam=plan.lam, gamma=plan.gamma)),
+                            score,
+                            float(cache_score(spent, target.budget, gamma=plan.gamma)),
+                            generation,
+                            by_example,
+                            took,
+                        )
+                    )
+                if study is not None:
+                    study.record(stage, generation, evaluations)
+            strategy.tell([entry.fitness for entry in evaluations])
+            leader.add(evaluations)
+            done += len(evaluations)
+            best, score = leader.standing()
+            report(
+                SearchProgress(
+                    "search",
+                    min(done, total),
+                    total,
+                    best,
+                    score,
+                    leader.entry.budgets,
+                    max(entry.fitness for entry in evaluations),
+                    generation,
+                    target.budget,
+                )
+            )
+    except KeyboardInterrupt:
+        interrupted = True
+    if not leader.history:
+        raise KeyboardInterrupt
+    mean = None if strategy.mean is None else plan.matrix(strategy.mean)
+    return Evolution(leader.history, leader.finalist(), mean, interrupted)
+
+
+def stage_name(budget: int) -> str:
+    """What a study calls the search at a budget."""
+    return f"budget {budget}"
+
+
+class _Leader:
+    """The best so far. Fitness on different examples cannot be compared: there, the distribution's mean leads."""
+
+    def __init__(self, rotation: Rotation):
+        self.rotation = rotation
+        self.history: list[Evaluation] = []
+        self.entry: Evaluation
+        self._latest: dict[int, float] = {}
+        self._cache_score = 1.0
+
+    def add(self, evaluations: list[Evaluation]) -> None:
+        """Takes in a generation, the mean of whose distribution stands first."""
+        if self.rotation.everything:
+            fittest = max(evaluations, key=lambda entry: entry.fitness)
+            if not self.history or fittest.fitness > self.entry.fitness:
+                self.entry = fittest
+        else:
+            self.entry = evaluations[0]
+            self._latest.update({i: s for i, s in enumerate(self.entry.scores or []) if s is not None})
+        self.history += evaluations
+
+    def standing(self) -> tuple[float, float]:
+        """Fitness and score of the leader, each example counted as last seen."""
+        if self.rotation.everything:
+            return self.entry.fitness, self.entry.score
+        score = float(np.mean(list(self._latest.values())))
+        return score * self.entry.fitness / self.entry.score if self.entry.score else score, score
+
+    def finalist(self) -> Evaluation:
+        """The candidate to put forward: of the last quarter, the one furthest ahead of the mean beside it."""
+        if self.rotation.everything:
+            return self.entry
+        means: dict[int, float] = {}
+        for entry in self.history:
+            means.setdefault(entry.generation, entry.fitness)
+        late = [entry for entry in self.history if 4 * entry.generation >= 3 * self.history[-1].generation]
+        return max(late, key=lambda entry: entry.fitness - means[entry.generation])

@@ -1,0 +1,37 @@
+"""Which parts of a prompt a profile keeps, for one example, in a form that can be drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from evolkv.cache.compressed import CompressedCache
+from evolkv.profile import BudgetProfile
+from evolkv.tasks import Example, encode_prompt
+
+_BINS = 100
+
+
+def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, profile: BudgetProfile) -> dict[str, Any]:
+    """The share of each stretch of a prompt that each layer keeps.
+
+    Returns:
+        ``example`` (its id), ``tokens`` (the prompt's length), ``bin`` (tokens per stretch) and ``share``: for each
+        layer, the share of each stretch's entries, over all KV heads, that are kept, in [0, 1].
+    """
+    ids = encode_prompt(tokenizer, example)
+    tokens = ids.shape[1]
+    cache = CompressedCache(model, profile)
+    with torch.inference_mode():
+        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    size = max(1, math.ceil(tokens / _BINS))
+    bins = math.ceil(tokens / size)
+    room = torch.tensor([min(size, tokens - size * i) for i in range(bins)])
+    share = []
+    for heads in cache.positions:
+        counts = sum(torch.bincount(positions.cpu() // size, minlength=bins) for positions in heads)
+        share.append([round(value, 4) for value in (counts / (room * len(heads))).tolist()])
+    return {"example": example.id, "tokens": tokens, "bin": size, "share": share}

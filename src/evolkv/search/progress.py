@@ -1,0 +1,40 @@
+"""What a search says about where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["prefill", "search", "validation"]
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """Where a search stands.
+
+    Args:
+        stage: what it is doing.
+        done: steps done in this stage (examples, candidates, examples).
+        total: steps of this stage.
+        best: highest fitness so far, or None. Where generations are scored on different examples: that of the
+            distribution's mean, each example counted as last seen.
+        score: score of the candidate that `best` belongs to, or None.
+        budgets: that candidate, a row of KV heads per layer, or None.
+        fitness: highest fitness in the latest generation, or None.
+        generation: the latest generation, or None.
+        budget: the target, where several are searched.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    best: float | None = None
+    score: float | None = None
+    budgets: list[list[int]] | None = None
+    fitness: float | None = None
+    generation: int | None = None
+    budget: int | None = None
+
+
+OnProgress = Callable[[SearchProgress], None]

@@ -1,0 +1,641 @@
+import html.parser
+import json
+import math
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from evolkv.cli import main
+from evolkv.cli.app import app
+from evolkv.report.axes import Scale, linear_ticks, log_ticks
+from evolkv.report.comparisons import comparisons
+from evolkv.report.page import render
+from evolkv.report.records import Search
+from evolkv.report.sources import read_sources
+
+LAYERS, HEADS = 12, 2
+MODEL, TASK = "smollm2-135m", "niah:context=1600"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)"
+SECTIONS = ["scores", "memory", "budgets", "kept", "fitness", "validation", "reproduce"]
+
+
+def allocation(budget, seed=0):
+    """Budgets by head with exactly the total of a mean budget."""
+    rng = random.Random(seed)
+    flat = [budget] * (LAYERS * HEADS)
+    for _ in range(300):
+        a, b = rng.sample(range(len(flat)), 2)
+        moved = min(rng.randint(0, budget), flat[a] - 33)
+        flat[a], flat[b] = flat[a] - moved, flat[b] + moved
+    return [flat[i : i + HEADS] for i in range(0, len(flat), HEADS)]
+
+
+def search(budget=128, generations=8, **changes):
+    rng = random.Random(budget)
+    history = []
+    for i in range(generations * 6):
+        score = 1 - math.exp(-(1 + i) / 20) * rng.uniform(0.8, 1)
+        entry = {"fitness": 1.3 * score, "score": score, "cache_score": 1.0, "generation": i // 6}
+        history.append({"budgets": allocation(budget, i), **entry})
+    best = max(history, key=lambda entry: entry["fitness"])
+    uniform = [[budget] * HEADS] * LAYERS
+    result = {
+        "format": "evolkv.search/1",
+        "evaluations": len(history),
+        "seconds": 84.3,
+        "interrupted": False,
+        "chosen": "best",
+        "improved": True,
+        "best": best,
+        "settings": {
+            "task": TASK,
+            "metric": "logprob",
+            "strategy": "joint",
+            "seed": 0,
+            "max_evals": len(history),
+            "lam": 0.3,
+            "train": {"n": 6, "fingerprint": "86d832cd6ac8d877"},
+            "validation": {"n": 7, "fingerprint": "ada86fe3e88a8ed7"},
+            "versions": {"evolkv": "0.1.0", "torch": "2.13.0"},
+        },
+        "history": history,
+        "validation": [
+            scored("best", 0.887, budgets=best["budgets"], evolved=True),
+            scored("uniform", 0.316, budgets=uniform, evolved=False),
+        ],
+    }
+    return {**result, **changes}
+
+
+def scored(name, score, n=7, **more):
+    return {"name": name, "score": score, "ci95": [max(0, score - 0.1), min(1, score + 0.1)], "n": n, **more}
+
+
+def row(method, budget, score, **changes):
+    entries = budget or 1596.5
+    sizes = {"kv_bytes": entries * 46080.0, "mean_budget": float(entries)}
+    common = {"model": MODEL, "task": TASK, "metric": "contains", "budget": budget, "seed": 0}
+    return {**common, "method": method, **sizes, **scored(method, score, 50), **changes}
+
+
+def results(budgets=(128,)):
+    scores = {"evolkv": 0.96, "snapkv": 0.08, "pyramidkv": 0.06}
+    rows = [row(method, budget, score) for method, score in scores.items() for budget in budgets]
+    return {"format": "evolkv.results/1", "rows": [row("full", None, 1.0), *rows]}
+
+
+def profile(budget=128, budgets=None, **changes):
+    return {
+        "format": "evolkv.profile/1",
+        "model": {"name": MODEL, "num_layers": LAYERS, "num_kv_heads": HEADS, "fingerprint": "8ddd4c3ff7cbce9e"},
+        "budget": budget,
+        "granularity": "head",
+        "budgets": budgets or allocation(budget),
+        "selector": {"name": "snapkv", "window": 32, "kernel": 7, "pooling": "max"},
+        "search": {},
+        "scores": {},
+        **changes,
+    }
+
+
+def kept():
+    rng = random.Random(0)
+    share = [[1.0 if i == 49 else rng.choice([0, 0, 0.25, 1]) for i in range(50)] for _ in range(LAYERS)]
+    return {"example": "niah-validation-0-3", "tokens": 1596, "bin": 32, "share": share}
+
+
+def curve(budgets=(64, 128, 256)):
+    points = [
+        {"budget": b, "profile": f"p{b}.json", "score": b / 300, "ci95": [0, 1], "n": 7, "metric": "logprob"}
+        | {
+            "kv_bytes": b * 46080.0,
+            "mean_budget": float(b),
+            "source": "search",
+            "evaluations": 48,
+            "on_front": b != 128,
+        }
+        for b in budgets
+    ]
+    return {"format": "evolkv.curve/1", "points": points, "searches": [search(b) for b in budgets]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name, data):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def demo(write, tmp_path):
+    """A folder as the demo leaves it."""
+    found = search(kept=kept())
+    write("demo/search.json", found)
+    write("demo/results.json", results())
+    write("demo/profile.json", profile(budgets=found["best"]["budgets"]))
+    write("demo/prompt.txt", "no result")
+    write("demo/other.json", {"format": "something else"})
+    return tmp_path / "demo"
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: elements, attributes, text by element id, headings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.sections, self.headings = [], [], [], []
+        self.text, self._open = "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append(int(tag[1]))
+        if tag == "h2":
+            self.sections.append(dict(attrs)["id"])
+
+    def handle_data(self, data):
+        if self._open[-1:] not in (["style"], ["script"]):
+            self.text += data
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+
+def page(*paths, **options):
+    return Page(render(read_sources(paths, **options)))
+
+
+def run(capsys, *argv):
+    code = main(["report", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_report_of_a_demo_has_every_section(demo, tmp_path, capsys):
+    code, out, err = run(capsys, demo, "--out", tmp_path / "r.html")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "r.html") in out
+    found = Page((tmp_path / "r.html").read_text())
+    assert found.sections == SECTIONS
+    assert found.headings[0] == 1
+    assert max(b - a for a, b in zip(found.headings, found.headings[1:], strict=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "sections"),
+    [
+        (profile(), ["budgets", "reproduce"]),
+        (results(), ["scores", "memory", "reproduce"]),
+        ({**results(), "rows": results()["rows"][1:]}, ["scores", "reproduce"]),
+        (search(), ["budgets", "fitness", "validation", "reproduce"]),
+        (search(validation=[], interrupted=True), ["budgets", "fitness", "reproduce"]),
+        (search(kept=kept()), ["budgets", "kept", "fitness", "validation", "reproduce"]),
+        (curve(), ["scores", "memory", "budgets", "fitness", "validation", "reproduce"]),
+    ],
+    ids=["profile", "results", "one memory", "search", "interrupted", "kept", "curve"],
+)
+def test_a_section_is_there_only_if_its_data_are(write, data, sections):
+    assert page(write("data.json", data)).sections == sections
+
+
+def test_headline_says_score_memory_and_what_they_compare_to(demo):
+    text = page(demo).text
+    title = text[: text.index("EvolKV")]
+    assert "smollm2-135m scores 0.96 on niah with 8.0\u202f% of its KV cache" in title
+    assert "the full cache holds 1,596 and scores 1.00" in text
+    assert "snapkv 0.08 and pyramidkv 0.06" in text
+    assert "48 candidates in 1\u00a0min 24\u00a0s, scored by logprob on 6 training examples" in text
+
+
+def test_headline_says_so_if_evolution_gained_nothing(write):
+    data = search(chosen="uniform", improved=False)
+    data["validation"].reverse()
+    assert "no evolved budgets beat uniform" in page(write("s.json", data)).text
+
+
+def test_numbers_of_charts_stand_in_tables(demo):
+    found = page(demo)
+    best = json.loads((demo / "search.json").read_text())["best"]
+    cells = re.findall(r"[^\s]+", found.text)
+    assert f"{best['fitness']:.4f}" in cells
+    assert all(f"{budget:,}" in cells for line in best["budgets"] for budget in line)
+    assert "0.87–0.99" not in cells
+    assert "0.86–1.00" in cells
+    tables = [value for tag, name, value in found.attributes if (tag, name) == ("table", "id")]
+    plots = {value for tag, name, value in found.attributes if name == "data-table"}
+    assert plots <= set(tables)
+
+
+def test_charts_are_named_for_those_who_do_not_see_them(demo):
+    attributes = page(demo).attributes
+    plots = [value for tag, name, value in attributes if tag == "div" and name == "aria-label" and "table" not in value]
+    assert len(plots) >= 5
+    assert all(len(name) > 30 for name in plots if name.startswith(("Heat", "Bars", "Fitness", "Score")))
+    assert ("html", "lang", "en") in attributes
+
+
+@pytest.mark.parametrize("where", ["task", "model", "method", "name", "settings", "kept", "metric"])
+def test_names_are_shown_but_never_become_markup(write, where):
+    found, table, made = search(kept=kept()), results((64, 128)), profile()
+    if where == "task":
+        found["settings"]["task"] = table["rows"][1]["task"] = HOSTILE
+    elif where == "model":
+        made["model"]["name"] = HOSTILE
+        table["rows"] = [{**each, "model": HOSTILE} for each in table["rows"]]
+    elif where == "method":
+        table["rows"][2]["method"] = table["rows"][3]["method"] = HOSTILE
+    elif where == "name":
+        found["chosen"] = found["validation"][0]["name"] = HOSTILE
+    elif where == "settings":
+        found["settings"] |= {HOSTILE: {HOSTILE: [HOSTILE, {"deep": HOSTILE}]}, "strategy": HOSTILE, "lam": "x"}
+    elif where == "kept":
+        found["kept"]["example"] = HOSTILE
+    else:
+        found["settings"]["metric"] = table["rows"][1]["metric"] = HOSTILE
+    paths = [write("s.json", found), write("r.json", table), write("p.json", made)]
+    harmless, hostile = page(write("clean.json", search())), page(*paths)
+    assert "alert(1)" in hostile.text
+    assert hostile.tags.count("script") == 1
+    assert "img" not in hostile.tags
+    assert {name for _, name, _ in hostile.attributes if name.startswith("on")} == set()
+    assert {tag for tag in hostile.tags if tag not in harmless.tags} <= {"use", "small", "h3", "b", "i", "span"}
+
+
+def test_page_asks_for_nothing(demo):
+    text = render(read_sources([demo]))
+    attributes = Page(text).attributes
+    links = [value for _, name, value in attributes if name in ("src", "href", "action", "srcset", "data", "poster")]
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace("//", "", 0) if "//" not in text else text) or (
+        not re.search(r"https?:|@import|url\(", text)
+    )
+    policy = next(value for _, _, value in attributes if value.startswith("default-src"))
+    assert policy.startswith("default-src 'none';")
+
+
+def test_page_of_a_long_search_stays_small(write):
+    text = render(read_sources([write("s.json", search(generations=200, kept=kept()))]))
+    assert text.count("h0M") == 1199
+    assert len(text.encode()) < 400_000
+
+
+def test_reading_files_takes_no_torch(demo, tmp_path):
+    code = "import sys, evolkv.cli as c; assert c.main(sys.argv[1:]) == 0; sys.exit('torch' in sys.modules)"
+    argv = ["report", str(demo), "--out", str(tmp_path / "r.html")]
+    assert subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"format": "evolkv.search/1", "evaluations": NaN}', "NaN"),
+        ("[1]", '"format"'),
+        ({"format": 3}, '"format"'),
+        ({"format": "evolkv.serach/1"}, "evolkv.search/1"),
+        ({"format": "evolkv.search/9"}, "evolkv.search/1"),
+        ({"format": "evolkv.search/1"}, "evaluations is missing"),
+        (search(history=[{**search()["history"][0], "score": 1.5}]), "history[0].score is 1.5"),
+        (search(history=[{**search()["history"][0], "budgets": [[1], [1, 2]]}]), "history[0].budgets"),
+        (search(history=[{**search()["history"][0], "budgets": []}]), "history[0].budgets"),
+        (search(kept={**kept(), "bin": 31}), "kept should have 52 shares per layer"),
+        (search(settings=[]), "settings is []"),
+        (json.dumps(results()).replace("0.96", "1e999"), "rows[1].score is inf"),
+        ({**results(), "rows": [row("full", None, 1.0, kv_bytes=0)]}, "rows[0].kv_bytes is 0"),
+        ({**results(), "rows": []}, "rows"),
+        ({**curve(), "points": []}, "points"),
+        (profile(budgets=[["many"]]), "budgets[0][0] is 'many'"),
+    ],
+)
+def test_what_cannot_be_used_gets_one_line_and_changes_nothing(write, tmp_path, capsys, content, hint):
+    path, out = write("bad.json", content), write("r.html", "what was there")
+    code, said, err = run(capsys, path, "--out", out)
+    assert (code, said) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("evolkv: error: ")
+    assert str(path) in err
+    assert hint in err
+    assert out.read_text() == "what was there"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["bad.json", "r.html"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["missing.json"], "missing.json: no such file"),
+        (["empty"], "empty: no results in this folder"),
+        (["image.bin"], "image.bin: not text"),
+        (["s.json", "--out", "s.json"], "--out is s.json, which is also read"),
+        (["s.json", "--out", "empty"], "empty is a folder"),
+        (["s.json", "--study", "x"], "--study is 'x'"),
+        (["\0"], "null"),
+        ([], "missing argument"),
+    ],
+)
+def test_bad_arguments_get_one_line(write, tmp_path, capsys, monkeypatch, argv, hint):
+    monkeypatch.chdir(tmp_path)
+    write("s.json", search())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "image.bin").write_bytes(b"\x89PNG\xff\xfe")
+    before = (tmp_path / "s.json").read_text()
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert hint in err
+    assert (tmp_path / "s.json").read_text() == before
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_file_counts_once_however_often_it_is_named(demo):
+    found = read_sources([demo, demo / "results.json", demo / "search.json"])
+    assert (len(found.rows), len(found.searches), len(found.profiles)) == (4, 1, 1)
+
+
+def test_command_of_a_search_is_one_that_the_program_takes(demo, write, tmp_path):
+    found = re.search(r"<code>(.*?)</code>", render(read_sources([demo])), re.S)[1]
+    words = shlex.split(re.sub("<[^>]+>", "", found))
+    assert words[:3] == ["evolkv", "search", MODEL]
+    given = {name: value for name, value in zip(words[3::2], words[4::2], strict=True)}
+    expected = {"--task": TASK, "--budget": "128", "--granularity": "head", "--train": "6", "--val": "7"}
+    assert given.items() >= {**expected, "--selector": "snapkv:window=32,kernel=7,pooling=max", "--lam": "0.3"}.items()
+    command = typer.main.get_command(app)
+    with command.make_context("evolkv", words[1:]) as context:
+        name, sub, rest = command.resolve_command(context, words[1:])
+        assert sub.make_context(name, rest, parent=context).params["max_evals"] == 48
+
+
+def test_paths_with_spaces_survive_the_command(write):
+    data = search()
+    data["settings"]["task"] = "jsonl:path=my questions.jsonl"
+    assert "'jsonl:path=my questions.jsonl'" in page(write("s.json", data)).text
+
+
+def test_profiles_of_one_budget_each_make_one_line_in_the_chart():
+    budgets = (64, 128, 256)
+    rows = [{**row(f"out/p{b}.json", b, b / 300)} for b in budgets] + [row("snapkv", b, b / 600) for b in budgets]
+    (group,) = comparisons(_rows(rows), [], [])
+    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"evolved": 3, "snapkv": 3}
+
+
+def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
+    rows = [row(f"{name}/p.json", b, b / 300) for name in "ab" for b in (64, 128)]
+    (group,) = comparisons(_rows(rows), [], [])
+    assert {series.name for series in group.by_budget().series} == {"a/p.json", "b/p.json"}
+
+
+def test_only_scores_of_the_same_examples_are_compared():
+    rows = [row("snapkv", 64, 0.1), row("snapkv", 64, 0.1, task="other"), row("snapkv", 64, 0.1, n=49)]
+    assert len(comparisons(_rows(rows), [], [])) == 3
+
+
+def test_marks_of_a_score_stand_where_its_number_says():
+    rows = _rows([row("evolkv", 64, 0.25), row("evolkv", 256, 1.0), row("full", None, 1.0)])
+    (group,) = comparisons(rows, [], [])
+    chart = group.by_budget()
+    low, high = chart.series[0].marks
+    assert (low.y, high.y) == (75, 0)
+    assert 0 < low.x < high.x < 100
+    assert (low.top, low.bottom) == (65, 85)
+    assert chart.band == (0, 0, 10)
+
+
+def test_curve_shows_its_points_beside_the_heuristics_of_its_searches(write):
+    write("p64.json", profile(64))
+    path = write("curve.json", curve())
+    found = read_sources([path])
+    assert [each.budget for each in found.profiles] == [64]
+    (group,) = comparisons(found.rows, found.curves, found.profiles)
+    names = {entry.name for entry in group.entries}
+    assert names == {"evolkv", "uniform"}
+    hollow = [mark.hollow for series in group.by_memory().series for mark in series.marks if series.name == "evolkv"]
+    assert hollow == [False, True, False]
+    text = page(path).text
+    assert "--budget 64,128,256" in text
+    assert "Search at 3 budgets" in text
+
+
+def test_curve_reads_no_profile_outside_its_folder(write, tmp_path):
+    write("secret.json", profile(64))
+    data = curve()
+    data["points"][0]["profile"] = "../secret.json"
+    data["points"][1]["profile"] = str(tmp_path / "secret.json")
+    assert read_sources([write("inner/curve.json", data)]).profiles == []
+
+
+def test_search_of_examples_in_turn_is_followed_by_the_mean_of_its_distribution():
+    def entry(generation, scores, fitness):
+        seen = [score for score in scores if score is not None]
+        score = sum(seen) / len(seen)
+        return {"budgets": [[64]], "fitness": fitness, "score": score, "cache_score": 1.0} | {
+            "generation": generation,
+            "scores": scores,
+        }
+
+    history = [entry(0, [0.2, None], 0.26), entry(0, [0.9, None], 1.17), entry(1, [None, 0.6], 0.78)]
+    found = Search.model_validate({"evaluations": 3, "history": history})
+    assert found.rotating
+    assert [(done, round(score, 9)) for done, _, score in found.course()] == [(2, 0.2), (3, 0.4)]
+    assert found.course()[-1][1] == pytest.approx(1.3 * 0.4)
+    assert found.leader.fitness == 0.78
+
+
+def test_best_so_far_never_falls():
+    found = Search.model_validate(search())
+    course = found.course()
+    fitness = [value for _, value, _ in course]
+    assert fitness == sorted(set(fitness))
+    assert fitness[-1] == max(entry.fitness for entry in found.history)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_are_few_round_and_within_the_axis(log):
+    rng = random.Random(0)
+    for _ in range(300):
+        low = 10 ** rng.uniform(-3, 6)
+        high = low * 10 ** rng.uniform(0.02, 5)
+        ticks = (log_ticks if log else linear_ticks)(Scale(low, high, log))
+        assert 2 <= len(ticks) <= 7
+        assert all(-0.01 <= tick.at <= 100.01 for tick in ticks)
+        assert len({tick.label for tick in ticks}) == len(ticks)
+
+
+def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
+    from evolkv.search.result import Evaluation
+    from evolkv.search.study import Study
+
+    storage, out = tmp_path / "s.db", tmp_path / "r.html"
+    settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": [64]}
+    for name in ("one", "two"):
+        with Study.open(str(storage), name, settings) as study:
+            for generation in range(3):
+                entries = [Evaluation(allocation(64, i), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)]
+                study.record("budget 64", generation, entries)
+            study.put("validation 12", search(64)["validation"])
+    code, _, err = run(capsys, storage, "--out", out)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "one" in err
+    assert "two" in err
+    assert run(capsys, storage, "--study", "two", "--out", out)[0] == 0
+    text = Page(out.read_text()).text
+    assert "12 candidates in 3 generations" in text
+    assert "evolved budgets score 0.89 with 64 entries per KV head" in text
+    assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
+
+
+def _rows(rows):
+    from evolkv.report.records import Row
+
+    return [Row.model_validate(each) for each in rows]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Opens the report of some files; fails at the end if the browser had anything to complain or to ask for."""
+    heard, asked, contexts = [], [], []
+
+    def open_page(*paths, **options):
+        out = tmp_path / "report.html"
+        out.write_text(render(read_sources(paths)))
+        contexts.append(browser.new_context(**options))
+        opened = contexts[-1].new_page()
+        opened.on("console", lambda message: heard.append(message.text))
+        opened.on("pageerror", lambda error: heard.append(str(error)))
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.goto(out.as_uri())
+        return opened
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert heard == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+#: For each chart: its width, and how many marks have a colour and a place within it.
+MARKS = """plots => plots.map(plot => {
+    const box = plot.getBoundingClientRect();
+    const marks = [...plot.querySelectorAll("path:not(.gaps), rect:not(.ground, .band), use")].filter(mark => {
+        const { fill, stroke } = getComputedStyle(mark);
+        const place = mark.getBoundingClientRect();
+        const inside = place.left >= box.left - 15 && place.right <= box.right + 15
+            && place.top >= box.top - 15 && place.bottom <= box.bottom + 15;
+        return inside && place.width + place.height > 0 && (fill !== "none" || stroke !== "none");
+    });
+    return [box.width, marks.length];
+})"""
+
+
+def test_every_chart_has_marks(show, demo):
+    opened = show(demo)
+    charts = opened.locator(".plot").evaluate_all(MARKS)
+    assert len(charts) == 5
+    assert all(width > 300 for width, _ in charts)
+    assert [count for _, count in charts] == pytest.approx([4, LAYERS, 10, 10, 3], abs=6)
+    assert opened.locator("#fitness-1 tbody tr").count() == 48
+
+
+def test_charts_of_a_curve_have_marks(show, write):
+    opened = show(write("curve.json", curve()))
+    charts = opened.locator(".plot").evaluate_all(MARKS)
+    assert len(charts) == 2 + 2 * 3 + 3
+    assert all(count > 0 for _, count in charts)
+
+
+#: Luminance contrast of text and marks against the page, as WCAG defines it.
+CONTRAST = """() => {
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => {
+        const [x, y, z] = [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+    };
+    const paper = light(parse(getComputedStyle(document.body).backgroundColor));
+    const ratio = colour => { const ink = light(parse(colour));
+        return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05); };
+    const of = (selector, property) => ratio(getComputedStyle(document.querySelector(selector))[property]);
+    return {
+        paper, ink: of("h1", "color"), quiet: of(".quiet", "color"), link: of("a[href='#scores']", "color"),
+        axis: of(".axis text", "fill"), bars: of(".bars rect", "fill"), best: of("path.best", "stroke"),
+    };
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_follows_the_colour_scheme_and_can_be_read_in_it(show, demo, scheme):
+    found = show(demo, color_scheme=scheme).evaluate(CONTRAST)
+    assert (found.pop("paper") > 0.5) == (scheme == "light")
+    graphics = {"bars", "best"}
+    assert all(value >= (3 if name in graphics else 4.5) for name, value in found.items()), found
+
+
+def test_page_fits_a_phone_whatever_the_names(show, write, demo):
+    data = results((64, 128))
+    data["rows"] = [{**each, "task": "t" * 300, "method": each["method"] + "m" * 200} for each in data["rows"]]
+    opened = show(demo, write("long.json", data), viewport={"width": 360, "height": 740})
+    assert opened.evaluate("document.documentElement.scrollWidth") == 360
+    assert opened.locator(".plot").evaluate_all("plots => plots.every(plot => plot.clientWidth > 200)")
+    opened.locator("summary").evaluate_all("all => all.forEach(each => each.click())")
+    assert opened.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_values_can_be_read_by_keyboard(show, demo):
+    opened = show(demo)
+    opened.keyboard.press("Tab")
+    assert opened.evaluate("document.activeElement.className") == "skip"
+    opened.get_by_role("group", name="Heat map: budgets").focus()
+    tip = opened.locator("#tip")
+    budgets = json.loads((demo / "search.json").read_text())["best"]["budgets"]
+    for key, layer, head in [("ArrowRight", 0, 0), ("ArrowRight", 1, 0), ("ArrowDown", 1, 1), ("End", LAYERS - 1, 1)]:
+        opened.keyboard.press(key)
+        assert tip.inner_text() == f"layer {layer}, head {head}: {budgets[layer][head]:,}"
+    opened.keyboard.press("Escape")
+    assert not tip.is_visible()
+
+
+def test_values_can_be_read_by_pointing(show, demo):
+    opened = show(demo)
+    plot = opened.get_by_role("group", name="Score against the size")
+    box = plot.bounding_box()
+    plot.hover(position={"x": box["width"] - 30, "y": 10})
+    tip = opened.locator("#tip").inner_text()
+    assert "method full" in tip
+    assert "score 1.000" in tip
+
+
+def test_print_shows_charts_whole_and_no_controls(show, demo):
+    opened = show(demo, viewport={"width": 700, "height": 1000}, color_scheme="dark")
+    opened.emulate_media(media="print")
+    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert opened.locator("figure").first.evaluate("figure => getComputedStyle(figure).breakInside") == "avoid"
+    assert not opened.locator("summary").first.is_visible()
+    assert not opened.locator("nav").is_visible()
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 700
+    assert opened.pdf(format="A4").startswith(b"%PDF")
