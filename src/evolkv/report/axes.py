@@ -65,24 +65,18 @@ class Table:
 
 def linear_ticks(scale: Scale, most: int = 6, least_step: float = 0.0) -> list[Tick]:
     """Round numbers within a linear scale."""
-    if scale.high <= scale.low:
-        return [Tick(50, f"{scale.low:,.6g}")]
-    decade = math.floor(math.log10(scale.high - scale.low)) - 1
-    for step in (k * 10.0**d for d in (decade, decade + 1, decade + 2, decade + 3) for k in (1, 2, 2.5, 5)):
-        first, last = math.ceil(scale.low / step - 1e-9), math.floor(scale.high / step + 1e-9)
-        if last - first < most and step >= least_step:
-            break
-    return [Tick(scale(i * step), f"{i * step:,.6g}") for i in range(first, last + 1)]
+    return [Tick(scale(value), f"{value:,.6g}") for value in _round_numbers(scale.low, scale.high, most, least_step)]
 
 
 def log_ticks(scale: Scale, most: int = 6) -> list[Tick]:
     """Round numbers within a logarithmic scale: 50, 100, 200, 500, …"""
+    if scale.high < 4 * scale.low:
+        return [Tick(scale(value), f"{value:,.6g}") for value in _round_numbers(scale.low, scale.high, most)]
     decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
-    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         values = [k * 10.0**d for d in decades for k in steps if scale.low <= k * 10.0**d <= scale.high]
         if len(values) <= most:
             break
-    values = values or [scale.low, scale.high]
     return [Tick(scale(value), f"{value:,.4g}") for value in values[:: math.ceil(len(values) / most)]]
 
 
@@ -91,3 +85,14 @@ def index_ticks(count: int, most: int = 8, centred: bool = True) -> list[Tick]:
     step = next(k * 10**d for d in range(10) for k in (1, 2, 5) if count / (k * 10**d) <= most)
     half = 0.5 if centred else 0.0
     return [Tick(round(100 * (i + half) / count, 3), number(i)) for i in range(0, count, step)]
+
+
+def _round_numbers(low: float, high: float, most: int, least_step: float = 0.0) -> list[float]:
+    if high <= low:
+        return [low]
+    decade = math.floor(math.log10(high - low)) - 1
+    for step in (k * 10.0**d for d in range(decade, decade + 4) for k in (1, 2, 2.5, 5)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most and step >= least_step:
+            break
+    return [i * step for i in range(first, last + 1)]

@@ -190,7 +190,7 @@ class Curve(_Record):
 
 
 class Results(_Record):
-    rows: list[Row]
+    rows: Annotated[list[Row], Field(min_length=1)]
 
 
 def mean_of(budgets: Sequence[Sequence[int]]) -> float:
@@ -215,6 +215,8 @@ def _first_error(error: ValidationError) -> str:
     place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
     if first["type"] == "missing":
         return f"{place} is missing"
+    if first["input"] == []:
+        return f"{place} is empty"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if isinstance(first["input"], (dict, list)) and first["type"] == "value_error":
         return f"{place} should have {message}"

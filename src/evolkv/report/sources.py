@@ -37,6 +37,8 @@ class Sources:
         profiles: also those that curves name.
         curves: without their searches' profiles.
         names: where it all came from.
+        files: what was read, by its real path.
+        studies: number of studies among it.
     """
 
     searches: list[Search] = field(default_factory=list)
@@ -44,6 +46,8 @@ class Sources:
     profiles: list[Profile] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
+    studies: int = 0
 
     def add(self, found: Search | Results | Profile | Curve, origin: str) -> None:
         """Put a file's content where it belongs."""
@@ -62,6 +66,7 @@ class Sources:
         """Take the searches of a study."""
         label, searches = study_searches(storage, name)
         self.names.append(label)
+        self.studies += 1
         for search in searches:
             self._add_search(search)
 
@@ -86,64 +91,68 @@ def read_sources(inputs: Iterable[str | os.PathLike[str]], study: str | None = N
         UsageError: something that cannot be used, named with what is wrong about it; or a `study` without a storage.
     """
     sources = Sources()
-    storages = 0
-    seen = set()
-    for path in inputs:
-        text = os.fspath(path)
-        if "://" in text:
-            storages += 1
-            sources.add_study(text, study)
-            continue
-        for file in _json_files(Path(text)) if Path(text).is_dir() else [Path(text)]:
-            if (real := os.path.realpath(file)) in seen:
-                continue
-            seen.add(real)
-            if _is_study(file):
-                storages += 1
-                sources.add_study(str(file), study)
-            else:
-                data = _read_json(file)
-                if Path(text).is_dir() and _format(data) not in _KINDS:
-                    continue
-                found = _checked(file, data)
-                sources.add(found, str(file))
-                sources.names.append(str(file))
-                if isinstance(found, Curve):
-                    _add_profiles(sources, file, found, seen)
-        if Path(text).is_dir() and not any(Path(name).parent == Path(text) for name in sources.names):
-            raise UsageError(f"{text}: no results in this folder; expected files made by evolkv, such as search.json")
-    if study is not None and not storages:
+    for given in inputs:
+        path = os.fspath(given)
+        if "://" in path:
+            sources.add_study(path, study)
+        elif not os.path.isdir(path):
+            _add_file(sources, Path(path), study)
+        else:
+            # Others' files may lie there, too.
+            files = [file for file in sorted(Path(path).glob("*.json")) if file.is_file() and _is_ours(file)]
+            if not files:
+                raise UsageError(f"{path}: no results in this folder; expected files of evolkv, such as search.json")
+            for file in files:
+                _add_file(sources, file, study)
+    if study is not None and not sources.studies:
         raise UsageError(f"--study is {study!r}, but none of the inputs is a study; give its file or storage URL, too")
     return sources
 
 
-def _json_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix == ".json" and path.is_file())
+def _add_file(sources: Sources, path: Path, study: str | None) -> None:
+    real = os.path.realpath(path)
+    if real in sources.files:
+        return
+    sources.files.add(real)
+    if _is_study(path):
+        sources.add_study(str(path), study)
+        return
+    found = _checked(path, _read_json(path))
+    sources.add(found, str(path))
+    sources.names.append(str(path))
+    if isinstance(found, Curve):
+        _add_profiles(sources, path, found)
+
+
+def _is_ours(path: Path) -> bool:
+    return (_format(_read_json(path)) or "").startswith("evolkv.")
 
 
 def _is_study(path: Path) -> bool:
     """Whether a file is an SQLite database, or a journal: one JSON operation per line."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UsageError(f"{path}: not a regular file; expected results made by evolkv")
-        with path.open("rb") as file:
-            start = file.read(4096)
+        # Others may have no end, or wait for a writer.
+        regular = stat.S_ISREG(path.stat().st_mode)
+        if regular:
+            with path.open("rb") as file:
+                start = file.read(4096)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; expected results, a profile or a study made by evolkv") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    first = start.split(b"\n")[0]
-    return start.startswith(_SQLITE) or (first.startswith(b"{") and b'"op_code"' in first)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not regular:
+        raise UsageError(f"{path}: not a regular file; expected results made by evolkv")
+    return start.startswith(_SQLITE) or (start.startswith(b"{") and b'"op_code"' in start.split(b"\n")[0])
 
 
-def _add_profiles(sources: Sources, curve: Path, found: Curve, seen: set[str]) -> None:
+def _add_profiles(sources: Sources, curve: Path, found: Curve) -> None:
     """Read the profiles that a curve names, of those that lie beside it or below; a file may name any path."""
     folder = Path(os.path.realpath(curve.parent))
     for name in {point.profile: None for point in found.points if point.profile}:
         for path in (folder / name, folder / Path(name).name):
             real = Path(os.path.realpath(path))
-            if real.is_relative_to(folder) and real.is_file() and str(real) not in seen:
-                seen.add(str(real))
+            if real.is_relative_to(folder) and real.is_file() and str(real) not in sources.files:
+                sources.files.add(str(real))
                 profile = _checked(real, _read_json(real))
                 if not isinstance(profile, Profile):
                     raise UsageError(f"{real}: not a profile, but {curve} names it as one")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evolkv.errors import UsageError
-from evolkv.report.records import Search, checked, mean_of
+from evolkv.report.records import Search, checked
 
 if TYPE_CHECKING:
     from evolkv.search.study import StudyRecord
@@ -56,15 +56,10 @@ def _search(record: StudyRecord, stage: str, several: bool) -> Search:
         "stage": stage if several else "",
         "origin": f"study {record.name}",
     }
+    # The validation of all budgets is one fact, by budget.
+    validation = record.facts.get("validation")
+    rows = validation.get(stage.rpartition(" ")[2]) if isinstance(validation, Mapping) else None
+    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
+        data |= {"validation": rows, "chosen": rows[0].get("name", ""), "improved": bool(rows[0].get("evolved"))}
     found: Search = checked(Search, record.storage, data)
-    for name, rows in record.facts.items():
-        # A search that went on has one validation for each number of candidates it stopped at.
-        if name != f"validation {len(history)}" and not (several and name.startswith("validation")):
-            continue
-        chosen = rows[0].get("name") if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) else ""
-        choice: Search = checked(Search, record.storage, {**data, "validation": rows, "chosen": chosen})
-        if not choice.validation:
-            continue
-        if not several or stage.endswith(f" {mean_of(choice.validation[0].budgets):.0f}"):
-            found = choice.model_copy(update={"improved": choice.validation[0].evolved})
     return found

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import unquote
 
 import psutil
@@ -155,7 +156,8 @@ def check_file(location: Location, *, exists: bool) -> None:
             tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables and "studies" not in tables:
             raise StudyError(f"{path} is a database of another program; give another path")
-    if exists and not tables:
+    # The last one that Optuna makes.
+    if exists and "alembic_version" not in tables:
         raise StudyError(f"{path} is empty: no search has recorded anything in it")
 
 
@@ -173,6 +175,9 @@ def open_storage(location: Location, *, create: bool) -> BaseStorage:
     # Optuna announces new studies on stderr; what matters reaches the user as an exception.
     if optuna.logging.get_verbosity() < optuna.logging.ERROR:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Broken connections too: without a handler Python prints their tracebacks.
+    if not logging.getLogger("sqlalchemy").handlers:
+        logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     if location.kind == "journal":
         path = os.path.realpath(cast(Path, location.path))
         try:
@@ -198,7 +203,7 @@ def open_storage(location: Location, *, create: bool) -> BaseStorage:
 
 
 def _is_collision(error: Exception) -> bool:
-    return any("already exists" in str(link) or "UniqueViolation" in str(link) for link in _chain(error))
+    return any(type(link).__name__ == "IntegrityError" or "already exists" in str(link) for link in _chain(error))
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -225,38 +230,36 @@ class _AppendLock:
         self._target = os.path.join(folder, ".", ".", name)
         self._path = path
         self._link = JournalFileSymlinkLock(self._target)
-        self._guard = FileLock(path, thread_local=False, preserve_lock_file=True, fallback_to_soft=False)
+        self._held = contextlib.ExitStack()
 
     def acquire(self) -> bool:
-        self._guard.acquire()
-        try:
+        # Not on Windows, where Optuna's links need special rights as well.
+        import fcntl
+
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(open(self._path, "r+b"))
+            fcntl.flock(file, fcntl.LOCK_EX)
             link = self._path + ".lock"
             with contextlib.suppress(OSError):
                 if os.readlink(link) == self._target:
                     os.unlink(link)
             self._link.acquire()
-            _mend_journal(self._path)
-        except BaseException:
-            self._guard.release()
-            raise
+            undo.callback(self._link.release)
+            _mend_journal(file)
+            self._held = undo.pop_all()
         return True
 
     def release(self) -> None:
-        try:
-            self._link.release()
-        finally:
-            self._guard.release()
+        self._held.close()
 
 
-def _mend_journal(path: str) -> None:
+def _mend_journal(file: BinaryIO) -> None:
     """Cut off a last line that a killed process or a full disk left unfinished: the next would be glued to it."""
-    with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if not end:
-            return
-        file.seek(end - 1)
-        if file.read(1) == b"\n":
-            return
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
 
@@ -473,6 +476,8 @@ def _explained(error: Exception, location: Location, doing: str) -> EvolKVError:
         return StudyError(f"storage {location} was made by another version of Optuna: {reason}")
     if location.path is not None:
         return RunError(f"{location} cannot be {doing}: {reason}")
+    if doing == "read" and "version_info" in reason:
+        return StudyError(f"storage {location} is empty: no search has recorded anything in it")
     return RunError(f"storage {location} cannot be {doing}: {reason}; check the server, its address and your rights")
 
 

@@ -47,7 +47,7 @@ _HEADER = "evolkv"
 _CANDIDATES = "candidates_"
 #: Bytes of one attribute's JSON, which is ASCII. MySQL's TEXT holds 65,535.
 _ATTRIBUTE_BYTES = 60_000
-#: No budget is larger. The same range in every trial, as Optuna's own plots and analyses expect.
+#: No budget is larger.
 _MAX_BUDGET = 2**31 - 1
 
 
@@ -102,10 +102,12 @@ class Study:
         name: str,
         storage: BaseStorage,
         study_id: int,
+        settings: Mapping[str, Any],
         claim: FileClaim | Lease,
         undo: contextlib.ExitStack,
     ):
         self.name = name
+        self._span = _span(settings)
         self._location, self._storage, self._study_id = location, storage, study_id
         self._claim, self._undo = claim, undo
         attributes = storage.get_study_user_attrs(study_id)
@@ -152,7 +154,7 @@ class Study:
             else:
                 _check_header(name, location, found)
                 _check_settings(name, location, found["settings"], header["settings"])
-            return cls(location, name, opened, study_id, claim, undo.pop_all())
+            return cls(location, name, opened, study_id, header["settings"], claim, undo.pop_all())
 
     def generations(self, stage: str) -> list[list[Evaluation]]:
         """The recorded generations of a stage, from the first, in order."""
@@ -177,7 +179,7 @@ class Study:
             raise ValueError(f"generation {generation} of stage {stage!r} comes after {len(recorded)} recorded ones")
         fittest = max(evaluations, key=lambda entry: entry.fitness)
         improved = stage not in self._best or fittest.fitness > self._best[stage]
-        trial = _trial(stage, generation, evaluations, fittest, improved)
+        trial = _trial(stage, generation, evaluations, fittest, improved, self._span)
         with reporting(self._location, "written to"):
             self._claim.check()
             self._storage.create_new_trial(self._study_id, trial)
@@ -340,8 +342,19 @@ def _shown(settings: dict[str, Any], key: str) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def _span(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Least and largest budget of a search. Optuna's plots and analyses go by it, and want it the same throughout."""
+    floor, ceiling = settings.get("floor"), settings.get("ceiling")
+    return (floor, ceiling) if isinstance(floor, int) and isinstance(ceiling, int) else (0, _MAX_BUDGET)
+
+
 def _trial(
-    stage: str, generation: int, evaluations: Sequence[Evaluation], fittest: Evaluation, improved: bool
+    stage: str,
+    generation: int,
+    evaluations: Sequence[Evaluation],
+    fittest: Evaluation,
+    improved: bool,
+    span: tuple[int, int],
 ) -> FrozenTrial:
     from optuna.distributions import IntDistribution
     from optuna.trial import TrialState, create_trial
@@ -363,13 +376,16 @@ def _trial(
             room = _ATTRIBUTE_BYTES
         part.append(row)
         room -= size
-    # Each param costs Optuna's databases three statements, so only what beats all before it has them.
-    params = {f"layer_{layer:02d}": round(sum(row) / len(row)) for layer, row in enumerate(fittest.budgets) if improved}
+    params: dict[str, int] = {}
+    # Each costs a database three statements; so only what beats all before it has them.
+    if improved:
+        params = {f"layer_{layer:02d}": round(sum(row) / len(row)) for layer, row in enumerate(fittest.budgets)}
+    low, high = min([span[0], *params.values()]), max([span[1], *params.values()])
     trial = create_trial(
         state=TrialState.COMPLETE,
         value=fittest.fitness,
         params=params,
-        distributions=dict.fromkeys(params, IntDistribution(0, _MAX_BUDGET)),
+        distributions=dict.fromkeys(params, IntDistribution(low, high)),
         user_attrs=attributes,
     )
     if trial.datetime_complete is not None:

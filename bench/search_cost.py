@@ -1,0 +1,247 @@
+"""What a search costs: example evaluations and seconds until the leader reaches a held-out score.
+
+    python bench/search_cost.py --json FILE [--context 1600] [--budget 128] [--seeds 5] [--variants all,minibatch-2,...]
+
+One variant is changed at a time, over the same examples and seeds:
+
+    all           every generation on all training examples
+    minibatch-N   every generation on N examples, all of them in turn (the default search, N = 2)
+    racing        all candidates on a quarter of the examples, the better half on half of them, a quarter on all
+    pyramid       as minibatch-2, started from PyramidKV's allocation
+    neighbour     as minibatch-2, started from the same search at twice the budget (its cost is not counted)
+    small-step    as neighbour, with 0.6 of the initial step
+
+After every generation the better of the leader and the distribution's mean is scored on held-out examples. That costs
+the search nothing here: neither its evaluations nor its seconds are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import evolkv
+from common import finish, machine, parser
+from evolkv.evaluate.engine import Engine
+from evolkv.evaluate.local import LocalBackend
+from evolkv.search import JointCMA
+from evolkv.search.evolve import Rotation, evolve
+from evolkv.search.plan import Plan
+from evolkv.search.progress import SearchProgress
+from evolkv.selectors import get_selector
+from evolkv.tasks import get_task
+
+VARIANTS = ("all", "minibatch-1", "minibatch-2", "minibatch-3", "racing", "pyramid", "neighbour", "small-step")
+
+
+class Reached(Exception):  # noqa: N818
+    """The last threshold has been reached, or the evaluations are spent."""
+
+
+class Counting:
+    """An engine that counts what it scores; with `racing` it stops scoring candidates that fall behind."""
+
+    def __init__(self, engine: Engine, examples: int, racing: bool):
+        self.engine, self.examples, self.racing = engine, examples, racing
+        self.evaluations, self.seconds = 0, 0.0
+
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        started = time.perf_counter()
+        wanted = list(range(self.examples) if columns is None else columns)
+        if not self.racing:
+            scores = self.engine.score(budgets, wanted)
+            self.evaluations += scores.size
+        else:
+            scores = self._race(budgets, wanted)
+        self.seconds += time.perf_counter() - started
+        return scores
+
+    def _race(self, budgets: np.ndarray, wanted: list[int]) -> np.ndarray:
+        """Rows of the stopped rank below those of the others, and among themselves by what they had."""
+        spread = wanted[::3] + wanted[1::3] + wanted[2::3]
+        quarter = max(1, len(spread) // 4)
+        heats = [spread[:quarter], spread[quarter : 2 * quarter], spread[2 * quarter :]]
+        alive = np.arange(len(budgets))
+        scores = np.full((len(budgets), len(wanted)), np.nan)
+        final = np.empty_like(scores)
+        for heat, columns in enumerate(heats):
+            places = [wanted.index(c) for c in sorted(columns)]
+            scores[np.ix_(alive, places)] = self.engine.score(budgets[alive], sorted(columns))
+            self.evaluations += len(alive) * len(columns)
+            means = np.nanmean(scores[alive], axis=1)
+            order = alive[np.argsort(-means)]
+            keep = len(order) if heat == len(heats) - 1 else max(2, len(budgets) >> (heat + 1))
+            for row in order[keep:]:
+                final[row] = np.nanmean(scores[row]) * 1e-3 * (heat + 1)
+            alive = np.sort(order[:keep])
+        final[alive] = scores[alive]
+        return final
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Trial:
+    """One seed: its examples, prefilled once, and the variants over them."""
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: Any, seed: int):
+        self.arguments, self.seed = arguments, seed
+        self.thresholds = [float(value) for value in arguments.thresholds.split(",")]
+        self.backend = LocalBackend(model, tokenizer)
+        self.plan = Plan(
+            model,
+            tokenizer,
+            task=get_task(f"niah:context={arguments.context}"),
+            selector=get_selector("snapkv"),
+            granularity=arguments.granularity,
+            metric="logprob",
+            engine="replay",
+            train=arguments.train,
+            val=arguments.val,
+            floor=None,
+            ceiling=None,
+            lam=0.3,
+            gamma=0.2,
+            seed=seed,
+            backend=lambda: self.backend,
+        )
+        self.train = self.plan.engine("train", lambda done, total: None)
+        # Scored after every generation, so held as the training examples are.
+        self.plan.train, train = self.plan.held_out, self.plan.train
+        self.held_out = self.plan.engine("train", lambda done, total: None)
+        self.plan.train = train
+
+    def run(self, variant: str, budget: int, start: Any = None, to_the_end: bool = False) -> tuple[dict[str, Any], Any]:
+        """Searches until the highest threshold is reached; returns what it cost, and the mean it ended with."""
+        size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
+        everything = variant in ("all", "racing")
+        rotation = Rotation(self.arguments.train, self.arguments.train if everything else size, self.seed)
+        target = self.plan.target(budget)
+        head = self.arguments.granularity == "head"
+        begun = self.plan.start("pyramid" if variant == "pyramid" else start, budget)
+        strategy = JointCMA(
+            self.plan.shape,
+            budget,
+            sigma=(0.7 if head else 0.5) * (0.6 if variant == "small-step" else 1),
+            floor=target.floor,
+            ceiling=np.broadcast_to(target.ceilings[:, None], self.plan.shape) if head else target.ceilings,
+            seed=self.seed,
+            x0=begun,
+        )
+        counting = Counting(self.train, self.arguments.train, variant == "racing")
+        reached: dict[str, Any] = {}
+        highest = 0.0
+
+        def watch(progress: SearchProgress) -> None:
+            nonlocal highest
+            candidates = [np.array(progress.budgets), self.plan.matrix(strategy.mean)]
+            score = float(self.held_out.score(np.stack(candidates)).mean(axis=1).max())
+            highest = max(highest, score)
+            for threshold in self.thresholds:
+                if score >= threshold and str(threshold) not in reached:
+                    reached[str(threshold)] = {
+                        "example_evaluations": counting.evaluations,
+                        "seconds": round(counting.seconds, 2),
+                        "candidates": progress.done,
+                    }
+            spent = counting.evaluations >= self.arguments.limit
+            if spent or (not to_the_end and len(reached) == len(self.thresholds)):
+                raise Reached
+
+        with contextlib.suppress(Reached):
+            evolve(self.plan, target, strategy, 10**9, rotation, lambda: counting, watch)
+        result = {
+            "variant": variant,
+            "seed": self.seed,
+            "reached": reached,
+            "highest": round(highest, 4),
+            "example_evaluations": counting.evaluations,
+            "seconds": round(counting.seconds, 2),
+        }
+        return result, self.plan.matrix(strategy.mean)
+
+    def close(self) -> None:
+        """Frees the prefill."""
+        self.train.close()
+        self.held_out.close()
+        self.backend.close()
+
+
+def summary(runs: list[dict[str, Any]], variants: list[str], thresholds: list[str]) -> dict[str, Any]:
+    """By variant and threshold: medians, how many seeds got there, and the ratio to the same seed's `all`."""
+    found: dict[str, Any] = {}
+    for variant in variants:
+        mine = {run["seed"]: run for run in runs if run["variant"] == variant}
+        base = {run["seed"]: run for run in runs if run["variant"] == "all"}
+        found[variant] = {"highest": statistics.median(run["highest"] for run in mine.values())}
+        for threshold in thresholds:
+            there = {seed: run["reached"][threshold] for seed, run in mine.items() if threshold in run["reached"]}
+            entry: dict[str, Any] = {"seeds": f"{len(there)} of {len(mine)}"}
+            for unit in ("example_evaluations", "seconds"):
+                if there:
+                    entry[unit] = statistics.median(at[unit] for at in there.values())
+                pairs = [
+                    base[seed]["reached"].get(threshold, base[seed])[unit] / at[unit]
+                    for seed, at in there.items()
+                    if seed in base
+                ]
+                if pairs:
+                    # Where `all` never got there, what it had spent by then stands for it: the ratio is at least this.
+                    entry[f"{unit}_saved"] = round(statistics.median(pairs), 2)
+            found[variant][threshold] = entry
+    return found
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parser(__doc__.partition("\n")[0])
+    options.add_argument("--context", type=int, default=1600)
+    options.add_argument("--budget", type=int, default=128)
+    options.add_argument("--granularity", choices=("layer", "head"), default="head")
+    options.add_argument("--train", type=int, default=12)
+    options.add_argument("--val", type=int, default=16)
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--limit", type=int, default=2400, help="example evaluations at most")
+    options.add_argument("--thresholds", default="0.8,0.85", help="held-out scores")
+    options.add_argument("--variants", default="all,minibatch-2,racing,pyramid,neighbour,small-step")
+    arguments = options.parse_args()
+    variants = arguments.variants.split(",")
+    unknown = set(variants) - set(VARIANTS)
+    if unknown:
+        options.error(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANTS)}")
+
+    model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    runs = []
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        trial = Trial(model, tokenizer, arguments, seed)
+        neighbour = None
+        for variant in variants:
+            if variant in ("neighbour", "small-step") and neighbour is None:
+                _, neighbour = trial.run("minibatch-2", 2 * arguments.budget)
+            start = neighbour if variant in ("neighbour", "small-step") else None
+            result, _ = trial.run(variant, arguments.budget, start)
+            runs.append(result)
+            print(result, flush=True)
+        trial.close()
+    finish(
+        {
+            "benchmark": "search_cost",
+            "machine": machine(model.device),
+            "model": arguments.model,
+            "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+            "summary": summary(runs, variants, arguments.thresholds.split(",")),
+            "runs": runs,
+        },
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

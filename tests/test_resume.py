@@ -1,0 +1,190 @@
+"""A search that is stopped, or killed, and given again comes to the same result."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+import evolkv
+from evolkv.errors import StudyError
+from evolkv.search import SearchProgress, search_curve
+from evolkv.search.study import Study, read_study
+
+SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 4, "val": 2, "population": 8, "max_evals": 96, "seed": 0}
+KILLS = 20
+
+
+def run(settings, storage, out):
+    """One attempt, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(2)
+    model, tokenizer = evolkv.load_model("smollm2-135m", dtype="float32", device="cpu")
+    result = evolkv.search(model, tokenizer, storage=storage, study="killed", **settings)
+    with open(f"{out}.part", "w") as file:
+        json.dump({"history": result.history, "profile": result.profile.to_dict(), "chosen": result.chosen}, file)
+    os.replace(f"{out}.part", out)
+
+
+def attempt(context, storage, out, seconds=None):
+    """Runs until done, or until killed after so many seconds; returns whether it was killed."""
+    process = context.Process(target=run, args=(SETTINGS, str(storage), str(out)))
+    process.start()
+    process.join(seconds)
+    killed = process.is_alive()
+    if killed:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    else:
+        assert process.exitcode == 0
+    return killed
+
+
+@pytest.mark.model
+def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
+    # Children start from a server that has the libraries imported but has not computed anything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "evolkv.search.loop"])
+    undisturbed, killed = tmp_path / "undisturbed.json", tmp_path / "killed.json"
+    assert not attempt(context, tmp_path / "undisturbed.db", undisturbed)
+    started = time.perf_counter()
+    assert not attempt(context, tmp_path / "timed.db", tmp_path / "timed.json")
+    whole = time.perf_counter() - started
+    moments = random.Random(0)
+    storage, kills = tmp_path / "killed.db", 0
+    while kills < KILLS:
+        # Most of a run is loading and prefill; what it then records makes the next run reach further.
+        killed.unlink(missing_ok=True)
+        if not attempt(context, storage, killed, moments.uniform(0.05, 0.95) * whole):
+            storage.unlink()
+            continue
+        kills += 1
+        if storage.exists() and storage.stat().st_size:
+            generations = _recorded(storage)
+            assert all(len(generation) == 8 for generation in generations)
+    assert not attempt(context, storage, killed)
+    assert json.loads(killed.read_text()) == json.loads(undisturbed.read_text())
+
+
+def _recorded(storage):
+    try:
+        record = read_study(str(storage), "killed")
+    except StudyError as error:
+        # Killed before the study's settings were written: there is nothing to lose yet.
+        assert "no EvolKV study" in str(error) or "no study" in str(error)
+        return []
+    return record.stages.get("budget 48", [])
+
+
+@pytest.fixture(scope="module")
+def finished(smollm2, tmp_path_factory):
+    storage = str(tmp_path_factory.mktemp("study") / "study.db")
+    settings = {**SETTINGS, "max_evals": 24}
+    return storage, settings, evolkv.search(*smollm2, storage=storage, **settings)
+
+
+@pytest.mark.model
+def test_a_study_holds_every_candidate(finished):
+    storage, _, result = finished
+    recorded = [entry for generation in read_study(storage).stages["budget 48"] for entry in generation]
+    assert len(recorded) == 24
+    for entry, row in zip(recorded, result.history, strict=True):
+        assert (entry.budgets, entry.fitness, entry.score, entry.scores) == (
+            row["budgets"],
+            row["fitness"],
+            row["score"],
+            row["scores"],
+        )
+        assert entry.seconds > 0
+
+
+@pytest.mark.model
+def test_a_finished_search_is_not_searched_again(smollm2, finished):
+    storage, settings, result = finished
+    stages = []
+    again = evolkv.search(*smollm2, storage=storage, on_progress=lambda step: stages.append(step.stage), **settings)
+    assert set(stages) == {"search"}
+    assert again.history == result.history
+    assert again.validation == result.validation
+    assert again.profile == result.profile
+
+
+@pytest.mark.model
+def test_a_finished_search_goes_on_with_more_candidates(smollm2, finished):
+    storage, settings, result = finished
+    more = evolkv.search(*smollm2, storage=storage, **{**settings, "max_evals": 40})
+    assert more.evaluations == 40
+    assert more.history[:24] == result.history
+
+
+@pytest.mark.model
+def test_an_interrupted_search_continues_to_the_same_result(smollm2, finished, tmp_path):
+    _, settings, result = finished
+
+    def stop(event: SearchProgress):
+        if event.stage == "search":
+            raise KeyboardInterrupt
+
+    storage = str(tmp_path / "study.log")
+    first = evolkv.search(*smollm2, storage=storage, on_progress=stop, **settings)
+    assert first.interrupted
+    second = evolkv.search(*smollm2, storage=storage, **settings)
+    assert (second.history, second.validation) == (result.history, result.validation)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"seed": 1}, "seed"), ({"budget": 50}, "budgets"), ({"train": 5}, "train"), ({"minibatch": 1}, "minibatch")],
+)
+def test_another_search_in_the_same_study_is_refused_by_name(smollm2, finished, changes, words):
+    storage, settings, _ = finished
+    with pytest.raises(StudyError, match=words) as caught:
+        evolkv.search(*smollm2, storage=storage, **{**settings, **changes})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.model
+def test_a_study_in_use_is_refused(smollm2, finished):
+    storage, settings, _ = finished
+    context = multiprocessing.get_context("spawn")
+    holding, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(storage, read_study(storage).settings, holding, release))
+    process.start()
+    try:
+        assert holding.wait(60)
+        with pytest.raises(StudyError, match=str(process.pid)):
+            evolkv.search(*smollm2, storage=storage, **settings)
+    finally:
+        release.set()
+        process.join()
+
+
+def _hold(storage, settings, holding, release):
+    with Study.open(storage, "search", settings):
+        holding.set()
+        release.wait(60)
+
+
+@pytest.mark.model
+def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
+    settings = {**SETTINGS, "budgets": [40, 48, 64], "max_evals": 16, "storage": str(tmp_path / "curve.db")}
+    del settings["budget"]
+    curve = search_curve(*smollm2, **settings)
+    assert [point["budget"] for point in curve.points] == [40, 48, 64]
+    assert [result.profile.total for result in curve.results] == [budget * 90 for budget in (40, 48, 64)]
+    assert [result.evaluations for result in curve.results] == [16, 8, 8]
+    names = [{row["name"] for row in result.validation} for result in curve.results]
+    assert names[1] == {"uniform", "pyramid", "best", "mean", "expanded from 40", "expanded from 64"}
+    for result, point in zip(curve.results, curve.points, strict=True):
+        assert point["score"] == max(row["score"] for row in result.validation)
+    assert curve.points[0]["on_front"]
+    again = search_curve(*smollm2, **settings)
+    assert again.points == curve.points
+    assert json.dumps(curve.to_dict(["a", "b", "c"]))
