@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from evolkv.models import loaded_from
 
 # How often a worker that has died is started again before the search gives up.
 _RESTARTS = 8
+_REACH_SECONDS = 10.0
 
 
 class RayBackend:
@@ -57,7 +59,8 @@ class RayBackend:
         if cpus <= 0 or (gpus is not None and gpus < 0):
             raise UsageError(f"a worker cannot have {cpus} cores and {gpus} GPUs; give it more than 0 cores")
         self._started = not self._ray.is_initialized()
-        self._actors: list[Any] = []
+        #: Handles of the workers.
+        self.actors: list[Any] = []
         try:
             if self._started:
                 self._connect(address, math.ceil(cpus * workers) if workers else None)
@@ -69,13 +72,20 @@ class RayBackend:
     def _connect(self, address: str | None, cpus: int | None) -> None:
         quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
         try:
+            if address is not None:
+                _check_reachable(address)
             if address is None:
                 self._ray.init(
                     address="local", num_cpus=max(cpus or 0, os.cpu_count() or 1), include_dashboard=False, **quiet
                 )
             else:
                 self._ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except self._ray.exceptions.AuthenticationError as error:
+            raise RunError(
+                "the cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the one that "
+                "`ray get-auth-token` prints on its head node"
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address!r}" if address else "a local cluster"
             raise RunError(f"cannot connect to {where}: {_first_line(error)}; is it running (ray status)?") from error
 
@@ -96,7 +106,8 @@ class RayBackend:
         origin = loaded_from(model)
         if origin is None and model.device.type != "cpu":
             model = copy.deepcopy(model).to("cpu")
-        source = self._ray.put((model, tokenizer) if origin is None else origin)
+        # Held for as long as the workers: one that is started again needs it again.
+        self._source = source = self._ray.put((model, tokenizer) if origin is None else origin)
         options = {
             "num_cpus": cpus,
             "num_gpus": gpus,
@@ -105,14 +116,15 @@ class RayBackend:
         }
         worker = self._ray.remote(_Worker).options(**options)
         device, threads = ("cuda" if gpus else "cpu"), max(1, math.floor(cpus))
-        self._actors = [worker.remote(source, device, threads) for _ in range(count)]
-        nodes = self._get([actor.node.remote() for actor in self._actors])
-        per_node = Counter(nodes)
+        self.actors = [worker.remote(source, device, threads) for _ in range(count)]
+        #: The node of each worker.
+        self.nodes = self._get([actor.node.remote() for actor in self.actors])
+        per_node = Counter(self.nodes)
         self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
 
     def sharing(self, shards: int) -> int:
         """The shards of a worker, times the workers that share its memory."""
-        return math.ceil(shards / len(self._actors)) * self._crowd
+        return math.ceil(shards / len(self.actors)) * self._crowd
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Answers requests; see `Backend.run`. Progress comes by whole shards."""
@@ -133,17 +145,17 @@ class RayBackend:
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""
-        for actor in self._actors:
+        for actor in self.actors:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
-        self._actors = []
+        self.actors = []
         if self._started:
             self._ray.shutdown()
 
     def _actor(self, key: str) -> Any:
         """The worker of a shard: neighbours go to different ones."""
         number = int(key.rpartition("/")[2])
-        return self._actors[number % len(self._actors)]
+        return self.actors[number % len(self.actors)]
 
     def _get(self, references: Sequence[Any]) -> list[Any]:
         exceptions = self._ray.exceptions
@@ -181,6 +193,9 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def serve(self, request: Request) -> np.ndarray:
         return self._server.serve(request, lambda: None)
 
@@ -196,6 +211,13 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise UsageError("backend 'ray' needs Ray; install it with: pip install 'evolkv[ray]'") from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -1,0 +1,107 @@
+"""Search on Ray workers: the same history as here, also when a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evolkv
+from evolkv.errors import RunError, UsageError
+from evolkv.evaluate.on_ray import RayBackend
+from evolkv.search import SearchProgress
+
+ray = pytest.importorskip("ray")
+
+SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 6, "val": 2, "population": 4, "max_evals": 24, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def local(smollm2):
+    return evolkv.search(*smollm2, **SETTINGS)
+
+
+@pytest.fixture
+def without_ray():
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.model
+def test_a_killed_worker_changes_nothing(smollm2, local, without_ray):
+    """Also shows that two workers give the history of the local backend."""
+    backends, killed = [], []
+
+    def start():
+        backends.append(RayBackend(*smollm2, workers=2))
+        return backends[0]
+
+    def kill(step: SearchProgress):
+        if step.stage == "search" and step.generation == 1:
+            pid = ray.get(backends[0].actors[1].pid.remote())
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    found = evolkv.search(*smollm2, backend=start, on_progress=kill, **SETTINGS)
+    assert len(killed) == 1
+    assert found.history == local.history
+    assert found.validation == local.validation
+    assert not ray.is_initialized()
+
+
+@pytest.mark.model
+def test_a_cluster_started_by_hand_with_a_second_node_serves(smollm2, local, tmp_path):
+    """The head has one core and so has the other node, so that each gets a worker."""
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+    def call(program, *words):
+        done = subprocess.run(
+            [programs / program, *map(str, words)], env=environment, text=True, capture_output=True, timeout=150
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        head = ["--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+        call("ray", "start", *head, "--num-cpus=1")
+        call("ray", "start", f"--address=127.0.0.1:{port}", "--num-cpus=1")
+        options = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
+        where = ["--backend", "ray", "--ray-address", f"127.0.0.1:{port}", "--workers", 2]
+        files = ["--out", tmp_path / "profile.json", "--json", tmp_path / "search.json"]
+        call("evolkv", "search", "smollm2-135m", "--dtype", "float32", *options, *where, *files)
+        assert json.loads((tmp_path / "search.json").read_text())["history"] == local.history
+    finally:
+        call("ray", "stop", "--force")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"workers": 0}, UsageError, "--workers is 0"),
+        ({"cpus": 0}, UsageError, "more than 0 cores"),
+        ({"workers": 2, "gpus": 1}, UsageError, "do not fit a cluster"),
+        ({"address": "127.0.0.1:1"}, RunError, "cannot connect to the cluster at '127.0.0.1:1'"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(smollm2, without_ray, arguments, error, words):
+    with pytest.raises(error) as caught:
+        RayBackend(*smollm2, **arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
