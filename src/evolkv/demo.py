@@ -13,7 +13,9 @@ from evolkv.evaluate import EvaluationProgress, Method, evaluate
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.report.files import check_folder, check_writable, write_json, write_text
+from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
+from evolkv.report.sources import read_sources
 from evolkv.search import SearchProgress, SearchResult, search
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -69,6 +71,11 @@ class DemoFiles:
     def picture(self) -> Path:
         """The budgets as a picture."""
         return self.folder / "budgets.png"
+
+    @property
+    def report(self) -> Path:
+        """The search, the budgets and the comparison as one page."""
+        return self.folder / "report.html"
 
     @property
     def prompt(self) -> Path:
@@ -162,7 +169,8 @@ def run_demo(
     )
     found.profile.save(files.profile)
     # What an earlier run left here would be taken for this profile's.
-    files.results.unlink(missing_ok=True)
+    for stale in (files.results, files.report):
+        stale.unlink(missing_ok=True)
     write_json(files.search, found.to_dict())
     budgets_heatmap(found.profile, files.picture)
     held_out = f"{task},passages={min(PASSAGES, samples)}"
@@ -184,6 +192,7 @@ def run_demo(
             )
     if rows:
         write_json(files.results, {"format": RESULTS_FORMAT, "rows": rows})
+        write_text(files.report, render(read_sources([str(files.folder)], None)))
     return DemoResult(files, task, found, rows, prompt.references[0])
 
 
@@ -196,7 +205,7 @@ def check_demo_folder(files: DemoFiles) -> None:
     if files.folder.is_file():
         raise UsageError(f"{files.folder} is a file; give --out a folder")
     check_folder(files.folder)
-    for path in (files.profile, files.search, files.results, files.picture, files.prompt):
+    for path in (files.profile, files.search, files.results, files.picture, files.report, files.prompt):
         check_writable(path)
 
 

@@ -326,6 +326,9 @@ def _fields(step: Standing, now: float) -> dict[str, Any]:
 def _plain(step: Standing, now: float) -> str:
     """A step as a line."""
     parts = [f"{step.stage} {step.done}/{step.total}"]
+    # What comes after a search goes on without changing what it found.
+    if step.stage != "search":
+        step = replace(step, budget=None, best_score=None, best_fitness=None)
     if step.budget is not None:
         parts.append(f"budget {step.budget}")
     if step.rate is not None:
