@@ -13,6 +13,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.evaluate.decode import greedy, target_log_probs
 from evolkv.evaluate.prefill import Prefiller
+from evolkv.evaluate.replay import lowest_changed
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -32,15 +33,17 @@ def rank(model, prompt, ceiling=1000):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [20, 45])
-def test_replayed_log_probs_equal_those_of_compressed_caches(family, length):
+@pytest.mark.parametrize("shared", [0, 2], ids=["", "lower layers in common"])
+def test_replayed_log_probs_equal_those_of_compressed_caches(family, length, shared):
     model = tiny_model(family)
     # Two prompts of different lengths, with answers of different lengths, in one batch.
     prompts, targets = [tokens(1, length), tokens(1, length - 9, seed=2)], [tokens(9, seed=5), tokens(4, seed=6)]
     budgets = candidates(5, length)
+    budgets[:, :shared] = budgets[0, :shared]
     ranked = [rank(model, prompt) for prompt in prompts]
     replayed = target_log_probs(
         model,
-        ReplayCache(model, ranked, budgets),
+        ReplayCache(model, ranked, budgets, shared),
         torch.cat([prompt.next_logits.expand(5, -1) for prompt in ranked]),
         [prompt.tokens for prompt in ranked for _ in budgets],
         [target for target in targets for _ in budgets],
@@ -51,6 +54,15 @@ def test_replayed_log_probs_equal_those_of_compressed_caches(family, length):
             first = model(prompt, past_key_values=cache).logits[:, -1]
             (alone,) = target_log_probs(model, cache, first, [prompt.shape[1]], [target])
             torch.testing.assert_close(replayed[5 * i + row], alone, atol=1e-5, rtol=0)
+
+
+def test_lowest_changed_layer_is_where_candidates_begin_to_differ():
+    budgets = np.full((3, 4, 2), 8)
+    assert lowest_changed(budgets) == 0
+    budgets[1, 2, 1] = 9
+    assert lowest_changed(budgets) == 2
+    budgets[2, 0, 0] = 9
+    assert lowest_changed(budgets) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])

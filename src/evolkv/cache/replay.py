@@ -6,8 +6,10 @@ only a number per head, and all candidates read the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -183,16 +185,21 @@ class ReplayCache(HookedCache):
         prompts: the ranked prompts.
         budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompts were ranked to, unless
             the prompt is shorter.
+        shared: layers below which all candidates are alike; these run with one row per prompt, inside `fanning_out`.
     """
 
     layers: list[ReplayLayer]
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray):
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray, shared: int = 0):
         layers = []
+        self.shared = shared
+        #: Rows that come out of the model for each row that goes in.
+        self.fan = len(budgets) if shared else 1
         for index, window in enumerate(sliding_windows(model)):
             parts = []
+            rows = budgets[:1] if index < shared else budgets
             for prompt in prompts:
-                counts = np.minimum(budgets[:, index], prompt.keys[index].shape[1])
+                counts = np.minimum(rows[:, index], prompt.keys[index].shape[1])
                 longest = int(counts.max())
                 parts.append(
                     _Candidates(
@@ -209,4 +216,36 @@ class ReplayCache(HookedCache):
     @property
     def num_rows(self) -> int:
         """Prompts times candidates."""
-        return self.layers[0].num_rows
+        return self.layers[-1].num_rows
+
+    @contextmanager
+    def fanning_out(self, model: PreTrainedModel) -> Iterator[None]:
+        """Has forward calls with this cache take a row per prompt and split up into candidates at layer `shared`."""
+        if not self.shared:
+            yield
+            return
+
+        def fan_out(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            # The same model may be running for other threads.
+            if kwargs.get("past_key_values") is not self:
+                return None
+            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != "past_key_values"}
+            hidden = _repeated(args[0], self.fan) if first else args[0]
+            return (hidden, *args[1:]), {**wide, "past_key_values": self}
+
+        with ExitStack() as hooks:
+            for module in model.get_decoder().layers[self.shared :]:
+                hook = partial(fan_out, first=module is model.get_decoder().layers[self.shared])
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+
+def _repeated(value: Any, times: int) -> Any:
+    """A batch, or a tuple of them, with each row so many times."""
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return value.repeat_interleave(times, dim=0)
+    if isinstance(value, tuple):
+        return tuple(_repeated(part, times) for part in value)
+    return value

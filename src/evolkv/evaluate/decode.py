@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ def target_log_probs(
     if padded.shape[1] == 1:
         return list(first)
     position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
-    with torch.inference_mode():
-        output = model(padded[:, :-1], past_key_values=cache, position_ids=position, use_cache=True)
+    fan = cache.fan if isinstance(cache, ReplayCache) else 1
+    fanning = cache.fanning_out(model) if isinstance(cache, ReplayCache) else nullcontext()
+    with torch.inference_mode(), fanning:
+        output = model(padded[::fan, :-1], past_key_values=cache, position_ids=position[::fan], use_cache=True)
         rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
         rest = rest.view(len(targets), -1)
     return [row[: len(target)] for row, target in zip(torch.cat([first, rest], dim=1), targets, strict=True)]

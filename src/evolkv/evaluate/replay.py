@@ -30,6 +30,9 @@ from evolkv.tasks import Example
 # candidate's new tokens stand in the attention mask of every other one on the same prompt, no gain goes on for ever.
 _MAX_ROWS = 96
 
+# Layers that all candidates must have in common before these are computed once for all.
+_LEAST_SHARED = 2
+
 #: Number of an example, and what its prefill left behind.
 _Ranked = tuple[int, RankedPrompt]
 
@@ -156,7 +159,9 @@ class ReplayEngine:
             return np.array(columns).T
         logits, tokens = self._starts(batch, len(budgets))
         targets = [target for column, _ in batch for target in [self.targets[column]] * len(budgets)]
-        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
+        shared = lowest_changed(budgets)
+        shared = shared if shared >= _LEAST_SHARED and hasattr(self.model.get_decoder(), "layers") else 0
+        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets, shared)
         log_probs = target_log_probs(self.model, cache, logits, tokens, [t for t in targets if t is not None])
         return np.array([mean_probability(row) for row in log_probs]).reshape(len(batch), len(budgets)).T
 
@@ -195,6 +200,12 @@ class ReplayEngine:
                 "engine 'naive'"
             )
         return int(min(room, _MAX_ROWS))
+
+
+def lowest_changed(budgets: np.ndarray) -> int:
+    """The lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if there is one or none."""
+    differs = (budgets != budgets[:1]).any(axis=(0, 2))
+    return int(differs.argmax())
 
 
 def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> int:
