@@ -3,8 +3,8 @@
     python bench/scaling.py --json FILE [--context 1600] [--max-evals 340] [--pairs 3]
 
 Candidates per second are counted over the generations of a search (prefill apart), in runs that alternate between one
-worker and two. The histories of all runs, and of a run on the local backend, are compared. Recording is the share of the
-local run's generations that goes into the study, in an SQLite file.
+worker and two. The histories of all runs, and of a run on the local backend, are compared. Recording is the share of
+the local run's generations that goes into the study, in an SQLite file.
 """
 
 from __future__ import annotations

@@ -452,7 +452,7 @@ def test_interrupted_search_keeps_its_best_and_exits_130(smollm2, tmp_path):
     assert profile.search["interrupted"] is True
     assert profile.mean_budget == 64
     assert json.loads((tmp_path / "found.json").read_text())["interrupted"] is True
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile.json", "profile.study.db"]
 
 
 def test_reader_that_leaves_early_is_no_error():

@@ -486,7 +486,7 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
             for generation in range(3):
                 entries = [Evaluation(allocation(64, i), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)]
                 study.record("budget 64", generation, entries)
-            study.put("validation 12", search(64)["validation"])
+            study.put("validation", {"64": search(64)["validation"]})
     code, _, err = run(capsys, storage, "--out", out)
     assert code == 2
     assert err.count("\n") == 1

@@ -224,6 +224,7 @@ def search(
             result: SearchResult | CurveResult = run_search(loaded, tokenizer, budget=budgets[0], **settings)
         else:
             result = search_curve(loaded, tokenizer, budgets=budgets, **settings, first=first)  # type: ignore[arg-type]
+    kept = "" if where == "none" else f", every generation to {where}"
     again = "" if where == "none" else "; the same command goes on from there"
     if isinstance(result, SearchResult):
         result.profile.save(outs[0])
@@ -237,7 +238,9 @@ def search(
         console.OUT.print(validation_table(result.validation, result.chosen))
         console.OUT.print(f"\n{_verdict(result)}", soft_wrap=True)
         took = console.duration(result.seconds)
-        console.OUT.print(f"{result.evaluations} candidates in {took}; profile written to {outs[0]}", soft_wrap=True)
+        console.OUT.print(
+            f"{result.evaluations} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
+        )
         return 0
     by_budget = dict(zip(budgets, outs, strict=True))
     found = [by_budget[each.profile.budget] for each in result.results]
@@ -252,7 +255,7 @@ def search(
     console.OUT.print(curve_table(result.points))
     console.OUT.print(
         f"\n{sum(each.evaluations for each in result.results)} candidates in {console.duration(result.seconds)}; "
-        f"profiles written to {names}",
+        f"profiles written to {names}{kept}",
         soft_wrap=True,
     )
     return 0
