@@ -66,7 +66,7 @@ def generation(number, candidates=5, layers=4, heads=2):
             rng.random() * 1e-9,
             number,
             [rng.random() / 3, None, rng.random() * 1e300],
-            rng.random(),
+            60 * rng.random(),
         )
         for _ in range(candidates)
     ]
@@ -175,6 +175,17 @@ def test_what_follows_a_missing_generation_is_left_out(path):
 def test_generations_are_recorded_in_order(path):
     with Study.open(path, "search", SETTINGS) as study, pytest.raises(ValueError, match="generation 1"):
         study.record(STAGE, 1, generation(1))
+
+
+def test_parameters_are_left_out_where_writing_them_would_slow_the_search(path):
+    with Study.open(path, "search", SETTINGS) as study:
+        for number in range(3):
+            better = [replace(entry, fitness=1.0 + number, seconds=0.0) for entry in generation(number)]
+            study.record(STAGE, number, better)
+    storage = open_storage(locate(path), create=False)
+    trials = optuna.load_study(study_name="search", storage=storage).trials
+    assert [bool(trial.params) for trial in trials] == [True, False, False]
+    close_storage(storage)
 
 
 def test_optuna_reads_a_study(path):

@@ -3,7 +3,8 @@
 One Optuna trial is one generation, written in one transaction:
 
 - value: the highest fitness of its candidates (to be maximised);
-- params: where that is the highest of its stage so far, the budgets of that candidate, as means per layer;
+- params: where that is the highest of its stage so far, the budgets of that candidate, as means per layer, as long as
+  recording has taken no more than a hundredth of what scoring has (each parameter is a row, and a slow one);
 - user attributes "stage", "generation", and "candidates_000", …: lists of candidates, as many as go into one
   attribute; the number is that of the first.
 
@@ -16,6 +17,7 @@ import contextlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +49,8 @@ _HEADER = "evolkv"
 _CANDIDATES = "candidates_"
 #: Bytes of one attribute's JSON, which is ASCII. MySQL's TEXT holds 65,535.
 _ATTRIBUTE_BYTES = 60_000
+#: Share of the time of scoring that recording may take and still spend more, on parameters.
+_AFFORDABLE = 0.01
 #: No budget is larger.
 _MAX_BUDGET = 2**31 - 1
 
@@ -113,6 +117,8 @@ class Study:
         attributes = storage.get_study_user_attrs(study_id)
         self._facts = _facts(attributes)
         self._stages = _stages(name, storage.get_all_trials(study_id, deepcopy=False))
+        #: Seconds that this process has spent on recording, and on scoring what it recorded.
+        self._recording = self._scoring = 0.0
         self._best = {
             stage: max(entry.fitness for generation in generations for entry in generation)
             for stage, generations in self._stages.items()
@@ -179,10 +185,14 @@ class Study:
             raise ValueError(f"generation {generation} of stage {stage!r} comes after {len(recorded)} recorded ones")
         fittest = max(evaluations, key=lambda entry: entry.fitness)
         improved = stage not in self._best or fittest.fitness > self._best[stage]
-        trial = _trial(stage, generation, evaluations, fittest, improved, self._span)
+        self._scoring += sum(entry.seconds for entry in evaluations)
+        affordable = self._recording <= _AFFORDABLE * self._scoring
+        started = time.perf_counter()
+        trial = _trial(stage, generation, evaluations, fittest, improved and affordable, self._span)
         with reporting(self._location, "written to"):
             self._claim.check()
             self._storage.create_new_trial(self._study_id, trial)
+        self._recording += time.perf_counter() - started
         self._stages.setdefault(stage, []).append(list(evaluations))
         if improved:
             self._best[stage] = fittest.fitness
