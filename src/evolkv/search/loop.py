@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 BackendName = Literal["local", "ray"]
 Start = str | BudgetProfile | np.ndarray | None
 #: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
-#: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse: a few
-#: examples would leave most candidates equal.
+#: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse:
+#: a few examples would leave most candidates equal.
 MINIBATCH = 2
 
 
