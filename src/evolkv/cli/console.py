@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from evolkv.report.units import duration
+
 if TYPE_CHECKING:
     from evolkv.cli.glyphs import Line
     from evolkv.cli.live import View
@@ -363,16 +365,6 @@ class _Pace:
         return (after - before) / (until - since) if after > before and until > since else None
 
 
-def duration(seconds: float) -> str:
-    """A time span for people: 42 s, 3 min 05 s, 1 h 02 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
 def speed(per_second: float) -> str:
     """A rate for people: 3.2/s, 40.0/min, 1.5/h."""
     unit, rate = "s", per_second
@@ -381,9 +373,3 @@ def speed(per_second: float) -> str:
             break
         unit, rate = slower, rate * 60
     return f"{rate:,.1f}/{unit}" if rate < 100 else f"{rate:,.0f}/{unit}"
-
-
-def mebibytes(count: float) -> str:
-    """A number of bytes in MiB."""
-    size = count / 2**20
-    return f"{size:,.2f}" if size < 10 else f"{size:,.1f}"

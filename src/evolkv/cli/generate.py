@@ -12,6 +12,7 @@ import typer
 from evolkv.cli import console
 from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, Seed, Trust
 from evolkv.errors import UsageError
+from evolkv.report.units import mebibytes
 
 
 def generate(
@@ -61,8 +62,8 @@ def generate(
     _write("\n")
     rate = (result.new_tokens - 1) / result.decode_seconds if result.new_tokens > 1 else 0.0
     console.note(
-        f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill {console.mebibytes(result.kv_bytes)} MiB, "
-        f"{result.kv_bytes / result.full_kv_bytes:.1%} of {console.mebibytes(result.full_kv_bytes)} MiB; "
+        f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill {mebibytes(result.kv_bytes)} MiB, "
+        f"{result.kv_bytes / result.full_kv_bytes:.1%} of {mebibytes(result.full_kv_bytes)} MiB; "
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0

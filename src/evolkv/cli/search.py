@@ -14,6 +14,7 @@ from evolkv.cli.arguments import selector_spec, whole_numbers
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Seed, Trust, one_of
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
+from evolkv.report.units import duration
 
 if TYPE_CHECKING:
     from evolkv.evaluate.shards import Backend
@@ -237,7 +238,7 @@ def search(
             return 130
         console.OUT.print(validation_table(result.validation, result.chosen))
         console.OUT.print(f"\n{_verdict(result)}", soft_wrap=True)
-        took = console.duration(result.seconds)
+        took = duration(result.seconds)
         console.OUT.print(
             f"{result.evaluations} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
         )
@@ -254,7 +255,7 @@ def search(
         return 130
     console.OUT.print(curve_table(result.points))
     console.OUT.print(
-        f"\n{sum(each.evaluations for each in result.results)} candidates in {console.duration(result.seconds)}; "
+        f"\n{sum(each.evaluations for each in result.results)} candidates in {duration(result.seconds)}; "
         f"profiles written to {names}{kept}",
         soft_wrap=True,
     )

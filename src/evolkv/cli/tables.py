@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from evolkv.cli.console import mebibytes
+from evolkv.report.units import mebibytes
 
 _BAR_WIDTH = 48
 #: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.

@@ -12,7 +12,8 @@ from typing import Any
 from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.records import Curve, Profile, Row, Search, mean_of
-from evolkv.report.words import interval, mebibytes, number, percent, score
+from evolkv.report.units import mebibytes
+from evolkv.report.words import interval, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6

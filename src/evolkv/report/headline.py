@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from evolkv.report.comparisons import Comparison, Entry
 from evolkv.report.records import Profile, Search, Validated, mean_of
-from evolkv.report.words import counted, duration, interval, listing, mebibytes, number, percent, short
+from evolkv.report.units import duration, mebibytes
+from evolkv.report.words import counted, interval, listing, number, percent, short
 
 #: A budget is worth naming first if its score is this close to the full cache's.
 _CLOSE = 0.95

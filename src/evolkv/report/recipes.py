@@ -9,8 +9,9 @@ from typing import Any
 from evolkv.report.comparisons import Comparison, model_name
 from evolkv.report.records import Profile, Search, mean_of
 from evolkv.report.sources import Sources
+from evolkv.report.units import duration
 from evolkv.report.views import search_title
-from evolkv.report.words import duration, eval_command, facts, search_command
+from evolkv.report.words import eval_command, facts, search_command
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,8 @@ from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.records import Search, mean_of
 from evolkv.report.sources import Sources
-from evolkv.report.words import (
-    counted,
-    mebibytes,
-    number,
-    percent,
-    short,
-)
+from evolkv.report.units import mebibytes
+from evolkv.report.words import counted, number, percent, short
 
 _PLAIN_STYLE, _EVOLVED_STYLE = 0, 1
 

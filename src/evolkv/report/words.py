@@ -57,22 +57,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if share >= 0.0995 else 1}f}\u202f%"
 
 
-def mebibytes(count: float) -> str:
-    """A number of bytes in MiB."""
-    size = count / 2**20
-    return f"{size:.2f}" if size < 10 else f"{size:,.1f}"
-
-
-def duration(seconds: float) -> str:
-    """A time span: 42 s, 3 min 05 s, 1 h 02 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}\u00a0s"
-    if whole < 3600:
-        return f"{whole // 60}\u00a0min {whole % 60:02}\u00a0s"
-    return f"{whole // 3600:,}\u00a0h {whole % 3600 // 60:02}\u00a0min"
-
-
 def listing(words: Sequence[str]) -> str:
     """Words as a sentence lists them: a, b and c."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
