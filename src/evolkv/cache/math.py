@@ -14,19 +14,18 @@ from evolkv.errors import ModelError
 _UNKNOWN_TERMS = ("s_aux", "position_bias", "alibi")
 
 
-def has_extra_terms(kwargs: dict[str, Any]) -> bool:
-    """Whether a model passes along something that changes its attention logits in a way we do not compute."""
-    return any(kwargs.get(name) is not None for name in _UNKNOWN_TERMS)
+def extra_term(kwargs: dict[str, Any]) -> str | None:
+    """The name of what a model passes along that changes its attention logits in a way we do not compute, if any."""
+    return next((name for name in _UNKNOWN_TERMS if kwargs.get(name) is not None), None)
 
 
 def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises `ModelError` if the attention of `module` adds terms (sinks, biases) that we would leave out."""
-    for name in _UNKNOWN_TERMS:
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do "
-                "not compute; use layer-wise budgets and engine 'naive'"
-            )
+    if (name := extra_term(kwargs)) is not None:
+        raise ModelError(
+            f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do "
+            "not compute; use layer-wise budgets and engine 'naive'"
+        )
 
 
 def scaling_of(query: Tensor, kwargs: dict[str, Any]) -> float:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import HookedCache, sliding_windows
 from evolkv.cache.hook import Attention, tag
-from evolkv.cache.math import attention, has_extra_terms, scaling_of
+from evolkv.cache.math import attention, extra_term, scaling_of
 from evolkv.selectors import PromptAttention, Selector
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
@@ -61,7 +61,7 @@ class RecordingLayer(DynamicLayer):
             first_query=key.shape[2] - query.shape[2],
         )
         self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
-        if prompt.first_query == 0 or len(query) > 1 or has_extra_terms(kwargs):
+        if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
             return own(module, query, key, value, mask, **kwargs)
         return _continue(prompt), None
 

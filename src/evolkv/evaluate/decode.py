@@ -49,8 +49,7 @@ def target_log_probs(
     if padded.shape[1] == 1:
         return list(first)
     position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
-    fan = cache.fan if isinstance(cache, ReplayCache) else 1
-    fanning = cache.fanning_out(model) if isinstance(cache, ReplayCache) else nullcontext()
+    fan, fanning = (cache.fan, cache.fanning_out(model)) if isinstance(cache, ReplayCache) else (1, nullcontext())
     with torch.inference_mode(), fanning:
         output = model(padded[::fan, :-1], past_key_values=cache, position_ids=position[::fan], use_cache=True)
         rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, 1:].flatten(), reduction="none")

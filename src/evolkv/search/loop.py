@@ -228,16 +228,14 @@ def _backend(
 ) -> Callable[[], Backend]:
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; use at least one")
-    if callable(name):
-        if engine == "naive":
-            raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
-        return name
     if name == "local":
         return lambda: LocalBackend(model, tokenizer, workers)
-    if name != "ray":
+    if name != "ray" and not callable(name):
         raise unknown_name("backend", name, ("local", "ray"))
     if engine == "naive":
         raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
+    if callable(name):
+        return name
     from evolkv.evaluate.on_ray import RayBackend
 
     return lambda: RayBackend(model, tokenizer, workers)
