@@ -17,6 +17,10 @@ import transformers
 
 import evolkv
 
+#: Two-sided 95 % quantiles of Student's t, by number of values.
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+MOST_SEEDS = max(_T95)
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every benchmark has."""
@@ -82,6 +86,15 @@ def matrix_rate(model: torch.nn.Module, rows: int) -> float:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and most of some runs."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def interval_over_seeds(values: list[float]) -> dict[str, Any]:
+    """Mean and 95 % t-interval over seeds."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": round(mean, 4), "ci95": None, "seeds": len(values)}
+    half = _T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": round(mean, 4), "ci95": [round(mean - half, 4), round(mean + half, 4)], "seeds": len(values)}
 
 
 def finish(result: dict[str, Any], path: Path | None) -> None:

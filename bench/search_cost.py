@@ -29,13 +29,10 @@ import torch
 import evolkv
 from common import finish, machine, parser
 from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.local import LocalBackend
-from evolkv.search import JointCMA
 from evolkv.search.evolve import Rotation, evolve
-from evolkv.search.plan import Plan
 from evolkv.search.progress import SearchProgress
-from evolkv.selectors import get_selector
-from evolkv.tasks import get_task
+from evolkv.search.settings import StrategySettings
+from trials import Trial
 
 VARIANTS = ("all", "minibatch-1", "minibatch-2", "minibatch-3", "racing", "pyramid", "neighbour", "small-step")
 
@@ -87,61 +84,39 @@ class Counting:
         self.engine.close()
 
 
-class Trial:
-    """One seed: its examples, prefilled once, and the variants over them."""
+class Race:
+    """One seed: the variants over the same examples."""
 
     def __init__(self, model: Any, tokenizer: Any, arguments: Any, seed: int):
         self.arguments, self.seed = arguments, seed
         self.thresholds = [float(value) for value in arguments.thresholds.split(",")]
-        self.backend = LocalBackend(model, tokenizer)
-        self.plan = Plan(
+        self.trial = Trial(
             model,
             tokenizer,
-            task=get_task(f"niah:context={arguments.context}"),
-            selector=get_selector("snapkv"),
-            granularity=arguments.granularity,
-            metric="logprob",
-            engine="replay",
+            task=f"niah:context={arguments.context}",
             train=arguments.train,
-            val=arguments.val,
-            floor=None,
-            ceiling=None,
-            lam=0.3,
-            gamma=0.2,
+            held_out=arguments.val,
             seed=seed,
-            backend=lambda: self.backend,
+            split="validation",
         )
-        self.train = self.plan.engine("train", lambda done, total: None)
-        # Scored after every generation, so held as the training examples are.
-        self.plan.train, train = self.plan.held_out, self.plan.train
-        self.held_out = self.plan.engine("train", lambda done, total: None)
-        self.plan.train = train
+        self.plan = self.trial.plan(arguments.granularity)
 
     def run(self, variant: str, budget: int, start: Any = None, to_the_end: bool = False) -> tuple[dict[str, Any], Any]:
         """Searches until the highest threshold is reached; returns what it cost, and the mean it ended with."""
         size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
         everything = variant in ("all", "racing")
         rotation = Rotation(self.arguments.train, self.arguments.train if everything else size, self.seed)
-        target = self.plan.target(budget)
-        head = self.arguments.granularity == "head"
-        begun = self.plan.start("pyramid" if variant == "pyramid" else start, budget)
-        strategy = JointCMA(
-            self.plan.shape,
-            budget,
-            sigma=(0.7 if head else 0.5) * (0.6 if variant == "small-step" else 1),
-            floor=target.floor,
-            ceiling=np.broadcast_to(target.ceilings[:, None], self.plan.shape) if head else target.ceilings,
-            seed=self.seed,
-            x0=begun,
-        )
-        counting = Counting(self.train, self.arguments.train, variant == "racing")
+        begun = "pyramid" if variant == "pyramid" else start
+        step = 0.6 if variant == "small-step" else 1.0
+        strategy = StrategySettings("joint", seed=self.seed).strategy(self.plan, budget, begun, step=step)
+        counting = Counting(self.trial.train, self.arguments.train, variant == "racing")
         reached: dict[str, Any] = {}
         highest = 0.0
 
         def watch(progress: SearchProgress) -> None:
             nonlocal highest
             candidates = [np.array(progress.budgets), self.plan.matrix(strategy.mean)]
-            score = float(self.held_out.score(np.stack(candidates)).mean(axis=1).max())
+            score = float(self.trial.held_out.score(np.stack(candidates)).mean(axis=1).max())
             highest = max(highest, score)
             for threshold in self.thresholds:
                 if score >= threshold and str(threshold) not in reached:
@@ -155,7 +130,7 @@ class Trial:
                 raise Reached
 
         with contextlib.suppress(Reached):
-            evolve(self.plan, target, strategy, 10**9, rotation, lambda: counting, watch)
+            evolve(self.plan, budget, strategy, 10**9, rotation, lambda: counting, watch)
         result = {
             "variant": variant,
             "seed": self.seed,
@@ -165,12 +140,6 @@ class Trial:
             "seconds": round(counting.seconds, 2),
         }
         return result, self.plan.matrix(strategy.mean)
-
-    def close(self) -> None:
-        """Frees the prefill."""
-        self.train.close()
-        self.held_out.close()
-        self.backend.close()
 
 
 def summary(runs: list[dict[str, Any]], variants: list[str], thresholds: list[str]) -> dict[str, Any]:
@@ -219,16 +188,16 @@ def main() -> None:
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     runs = []
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        trial = Trial(model, tokenizer, arguments, seed)
+        race = Race(model, tokenizer, arguments, seed)
         neighbour = None
         for variant in variants:
             if variant in ("neighbour", "small-step") and neighbour is None:
-                _, neighbour = trial.run("minibatch-2", 2 * arguments.budget)
+                _, neighbour = race.run("minibatch-2", 2 * arguments.budget)
             start = neighbour if variant in ("neighbour", "small-step") else None
-            result, _ = trial.run(variant, arguments.budget, start)
+            result, _ = race.run(variant, arguments.budget, start)
             runs.append(result)
             print(result, flush=True)
-        trial.close()
+        race.trial.close()
     finish(
         {
             "benchmark": "search_cost",

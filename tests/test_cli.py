@@ -160,6 +160,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("--out", "/dev/null", "not a regular file"),
         ("--json", "folder", "folder is a folder"),
         ("--json", "profile.json", "give two files"),
+        ("--storage", "profile.json", "a file of its own"),
     ],
 )
 def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, option, path, message):

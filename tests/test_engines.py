@@ -98,12 +98,6 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
         assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
 
 
-def test_prefill_stops_at_the_model_context():
-    model = tiny_model(max_position_embeddings=64)
-    with pytest.raises(UsageError, match="65 tokens, more than the model's context of 64"):
-        Prefiller(model, [SNAPKV])(tokens(1, 65))
-
-
 def test_greedy_stops_as_soon_as_every_row_has_ended():
     model = tiny_model()
     prompt = tokens(1, 30)

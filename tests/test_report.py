@@ -218,7 +218,7 @@ def test_headline_says_score_memory_and_what_they_compare_to(demo):
     assert "smollm2-135m scores 0.96 on niah with 8.0\u202f% of its KV cache" in title
     assert "the full cache holds 1,596 and scores 1.00" in text
     assert "snapkv 0.08 and pyramidkv 0.06" in text
-    assert "48 candidates in 1\u00a0min 24\u00a0s, scored by logprob on 6 training examples" in text
+    assert "48 candidates in 1 min 24 s, scored by logprob on 6 training examples" in text
 
 
 def test_headline_says_so_if_evolution_gained_nothing(write):

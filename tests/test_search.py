@@ -137,6 +137,18 @@ def test_interruption_during_validation_keeps_the_best_so_far(smollm2):
 
 
 @pytest.mark.model
+def test_interruption_after_validation_keeps_the_choice(smollm2, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evolkv.search.loop.kept_positions", stop)
+    found = evolkv.search(*smollm2, **{**SETTINGS, "max_evals": 14})
+    assert found.interrupted
+    assert found.kept is None
+    assert found.chosen == found.validation[0]["name"]
+
+
+@pytest.mark.model
 def test_interruption_before_the_first_score_is_passed_on(smollm2):
     def stop(event: SearchProgress):
         raise KeyboardInterrupt
@@ -166,6 +178,7 @@ def test_interruption_before_the_first_score_is_passed_on(smollm2):
         ({"train": 0}, UsageError, "--train is 0"),
         ({"val": 0}, UsageError, "--val is 0"),
         ({"max_evals": 0}, UsageError, "--max-evals is 0"),
+        ({"strategy": "evolkv", "group_size": 0}, UsageError, "--group-size is 0"),
         ({"strategy": "evolkv", "granularity": "head"}, UsageError, "layers only"),
         ({"task": "niah:context=9000"}, UsageError, "more than the model's context of 8192"),
     ],

@@ -180,6 +180,7 @@ def search(
     from evolkv.profile import BudgetProfile
     from evolkv.search import STRATEGIES, SearchResult, search_curve
     from evolkv.search import search as run_search
+    from evolkv.search.storage import locate
     from evolkv.selectors import get_selector
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
@@ -189,6 +190,9 @@ def search(
     get_selector(spec)
     check_metric(metric)
     STRATEGIES[strategy]
+    file = None if where == "none" else locate(where).path
+    if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
+        raise UsageError(f"--storage is {where}, which the result would overwrite; give the study a file of its own")
     begun = start if start in ("uniform", "pyramid") else BudgetProfile.load(start)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     settings: dict[str, Any] = {

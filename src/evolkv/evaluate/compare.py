@@ -143,7 +143,7 @@ def _evaluate_task(
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     info = describe_model(model)
-    prompts = encode_prompts(tokenizer, model, examples, info.max_context)
+    prompts = encode_prompts(tokenizer, model, examples)
     longest = max(ids.shape[1] for ids in prompts)
     for row in rows:
         if row.budget is not None and row.budget >= longest:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
+from evolkv.models import describe_model
 from evolkv.tasks import Example, encode_prompt
 from evolkv.tasks.metrics import get_metric
 
@@ -50,9 +51,7 @@ def encode_target(tokenizer: Any, example: Example) -> Tensor:
     return ids.long()
 
 
-def encode_prompts(
-    tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], max_context: int
-) -> list[Tensor]:
+def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example]) -> list[Tensor]:
     """Token ids of every prompt, ``[1, tokens]`` each.
 
     Raises:
@@ -60,6 +59,7 @@ def encode_prompts(
     """
     if not examples:
         raise UsageError("there are no examples to score; the task is empty")
+    max_context = describe_model(model).max_context
     prompts = []
     for example in examples:
         ids = encode_prompt(tokenizer, example)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from evolkv.cache.compressed import CompressedCache, compress
 from evolkv.evaluate.decode import end_tokens, target_log_probs
 from evolkv.evaluate.engine import Progress, encode_prompts, encode_target, mean_probability, text_score
-from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -46,7 +45,7 @@ class NaiveEngine:
     ):
         self.model, self.tokenizer, self.examples, self.selector = model, tokenizer, list(examples), selector
         self.metrics = [metric or example.metric for example in self.examples]
-        self.prompts = encode_prompts(tokenizer, model, self.examples, describe_model(model).max_context)
+        self.prompts = encode_prompts(tokenizer, model, self.examples)
         self.lengths = [ids.shape[1] for ids in self.prompts]
         self.end = end_tokens(model, tokenizer)
         if on_progress is not None:

@@ -10,8 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.recording import RecordingCache
-from evolkv.errors import UsageError
-from evolkv.models import describe_model
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
@@ -47,7 +45,6 @@ class Prefiller:
     def __init__(self, model: PreTrainedModel, selectors: Sequence[Selector]):
         self.model = model
         self.selectors = list(dict.fromkeys(selectors))
-        self.max_context = describe_model(model).max_context
         observed = [selector.observed_queries for selector in self.selectors]
         self._observed = None if None in observed else max((n for n in observed if n is not None), default=0)
         self._cache: RecordingCache | None = None
@@ -59,18 +56,9 @@ class Prefiller:
         """Prefills one prompt.
 
         Args:
-            input_ids: ``[1, tokens]``.
-
-        Raises:
-            UsageError: if the prompt is empty or longer than the model's context.
+            input_ids: ``[1, tokens]``, at least one token and no more than the model's context.
         """
         ids = input_ids[0].tolist()
-        if not ids:
-            raise UsageError("the prompt has no tokens; give it at least one")
-        if len(ids) > self.max_context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, more than the model's context of {self.max_context}; shorten it"
-            )
         shared = self._shared_with_last(ids)
         if self._cache is None or shared == 0:
             self._cache = RecordingCache(self.model, self.selectors)

@@ -22,7 +22,6 @@ from evolkv.evaluate.engine import (
     text_score,
 )
 from evolkv.evaluate.prefill import Prefiller
-from evolkv.models import describe_model
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -77,7 +76,7 @@ class ReplayEngine:
             raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
         self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
         self.metrics = [metric or example.metric for example in self.examples]
-        prompts = encode_prompts(tokenizer, model, self.examples, describe_model(model).max_context)
+        prompts = encode_prompts(tokenizer, model, self.examples)
         self.lengths = [ids.shape[1] for ids in prompts]
         self.targets = [
             encode_target(tokenizer, example) if name == "logprob" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
 from evolkv.report.records import Search, checked
@@ -56,10 +56,16 @@ def _search(record: StudyRecord, stage: str, several: bool) -> Search:
         "stage": stage if several else "",
         "origin": f"study {record.name}",
     }
-    # The validation of all budgets is one fact, by budget.
-    validation = record.facts.get("validation")
-    rows = validation.get(stage.rpartition(" ")[2]) if isinstance(validation, Mapping) else None
+    budget = stage.rpartition(" ")[2]
+    rows, kept = (_of_budget(record, fact, budget) for fact in ("validation", "kept"))
+    data["kept"] = kept
     if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
         data |= {"validation": rows, "chosen": rows[0].get("name", ""), "improved": bool(rows[0].get("evolved"))}
     found: Search = checked(Search, record.storage, data)
     return found
+
+
+def _of_budget(record: StudyRecord, name: str, budget: str) -> Any:
+    """What a fact that is on record by budget says of one."""
+    fact = record.facts.get(name)
+    return fact.get(budget) if isinstance(fact, Mapping) else None

@@ -105,6 +105,9 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
     for name, option in _OPTIONS.items():
         value = settings.get(name)
         value = value.get("n", selector_spec(value)) if isinstance(value, Mapping) else value
+        if name == "start" and isinstance(value, str) and value.startswith("profile "):
+            # Only the digest of a profile that a search started from is on record, not its path.
+            value = "START.json"
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and option not in words:
             words += [option, str(value)]
     return _pieces([*words, "--out", "profile.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.evolve import Evolution
-from evolkv.search.loop import Session, session
+from evolkv.search.loop import Session, search, session
 from evolkv.search.plan import HEURISTICS
 from evolkv.search.result import SearchResult
 from evolkv.selectors import Selector, get_selector
@@ -26,6 +27,13 @@ FORMAT = "evolkv.curve/1"
 Order = Literal["smallest", "largest"]
 # A neighbour's budgets are near: the step from them is smaller than from uniform ones.
 _STEP = 0.6
+
+# Of the settings that one search and several have in common.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(search).parameters.items()
+    if parameter.default is not parameter.empty and name not in ("start", "storage", "study")
+}
 
 log = logging.getLogger(__name__)
 
@@ -107,64 +115,40 @@ def search_curve(
         raise UsageError(f"a curve needs at least two budgets, got {list(budgets)}; use evolkv.search for one")
     ascending = sorted(set(budgets))
     chosen = _fitting(get_selector(selector), ascending[0]) if isinstance(selector, str) else get_selector(selector)
-    defaults: dict[str, Any] = {
-        "strategy": "joint",
-        "granularity": "layer",
-        "metric": "logprob",
-        "train": 12,
-        "val": 24,
-        "minibatch": None,
-        "population": None,
-        "sigma": None,
-        "group_size": 8,
-        "lam": 0.3,
-        "gamma": 0.2,
-        "floor": None,
-        "ceiling": None,
-        "seed": 0,
-        "engine": "replay",
-        "backend": "local",
-        "workers": None,
-        "on_progress": None,
-    }
-    with session(model, tokenizer, selector=chosen, max_evals=max_evals, **{**defaults, **settings}) as running:
-        targets = {budget: running.plan.target(budget) for budget in ascending}
+    given = {**_DEFAULTS, **settings, "selector": chosen, "max_evals": max_evals}
+    with session(model, tokenizer, **given) as running:
+        ascending = [running.plan.check(budget) for budget in ascending]
         order = ascending if first == "smallest" else ascending[::-1]
-        running.open_study(storage, study, [targets[budget] for budget in order], start)
+        running.open_study(storage, study, order, start)
         evolutions: dict[int, Evolution] = {}
-        interrupted = False
-        for at, budget in enumerate(order):
-            total = running.total(targets[order[0]])
-            try:
-                if at == 0:
-                    evolution = running.evolve(targets[budget], start)
-                elif running.settings.name == "joint":
-                    near = _evolved(evolutions[order[at - 1]])
-                    evolution = running.evolve(targets[budget], near, math.ceil(total / (len(order) - 1)), _STEP)
-                else:
-                    evolution = running.evolve(targets[budget], None, math.ceil(total / (len(order) - 1)))
-            except KeyboardInterrupt:
+        # All budgets after the first share as many candidates as that one had.
+        rest = math.ceil(running.settings.evaluations(running.plan.shape) / (len(order) - 1))
+        near: np.ndarray | None = None
+        try:
+            for budget in order:
                 if not evolutions:
-                    raise
-                interrupted = True
-                break
-            evolutions[budget] = evolution
-            if evolution.interrupted:
-                interrupted = True
-                break
+                    evolution = running.evolve(budget, start)
+                else:
+                    evolution = running.evolve(budget, near, rest, 1.0 if near is None else _STEP)
+                evolutions[budget] = evolution
+                if evolution.interrupted:
+                    break
+                near = _evolved(evolution) if running.settings.name == "joint" else None
+        except KeyboardInterrupt:
+            if not evolutions:
+                raise
         choices = {
             budget: _choices(running, budget, evolutions, ascending) for budget in ascending if budget in evolutions
         }
         validation = {}
-        if not interrupted:
+        if len(evolutions) == len(order) and not evolution.interrupted:
             validation = running.choose({str(budget): part for budget, part in choices.items()})
-            interrupted = not validation
         seconds = time.perf_counter() - started
         results = [
-            running.result(targets[budget], evolutions[budget], part, validation.get(str(budget), []), seconds)
+            running.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds)
             for budget, part in choices.items()
         ]
-        return CurveResult(results, _points(running, results), seconds, interrupted)
+        return CurveResult(results, _points(running, results), seconds, any(each.interrupted for each in results))
 
 
 def _fitting(selector: Selector, smallest: int) -> Selector:
@@ -188,7 +172,7 @@ def _choices(
 ) -> dict[str, np.ndarray]:
     """What a budget chooses from: its own search, the heuristics, and its neighbours' budgets expanded to it."""
     plan = running.plan
-    choices = running.choices(plan.target(budget), evolutions[budget])
+    choices = running.choices(budget, evolutions[budget])
     at = ascending.index(budget)
     for near in ascending[max(0, at - 1) : at] + ascending[at + 1 : at + 2]:
         if near in evolutions:

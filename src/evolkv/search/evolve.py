@@ -13,7 +13,7 @@ from evolkv.errors import StudyError
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.shards import SHARD_SIZE
 from evolkv.search.objective import cache_score, fitness
-from evolkv.search.plan import Plan, Target
+from evolkv.search.plan import Plan
 from evolkv.search.progress import OnProgress, SearchProgress
 from evolkv.search.result import Evaluation, as_lists
 from evolkv.search.strategies import Strategy
@@ -75,7 +75,7 @@ class Rotation:
 
 def evolve(
     plan: Plan,
-    target: Target,
+    budget: int,
     strategy: Strategy,
     total: int,
     rotation: Rotation,
@@ -90,7 +90,7 @@ def evolve(
 
     Args:
         plan: the search's settings.
-        target: the budget, with its bounds.
+        budget: the target, in cache entries per KV head.
         strategy: proposes candidates.
         total: candidates to evaluate.
         rotation: which examples each generation is scored on.
@@ -102,7 +102,7 @@ def evolve(
         StudyError: if what the study holds is not what the strategy proposes.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
-    stage = stage_name(target.budget)
+    stage = stage_name(budget)
     recorded = study.generations(stage) if study is not None else []
     leader = _Leader(rotation)
     interrupted = False
@@ -133,9 +133,9 @@ def evolve(
                     evaluations.append(
                         Evaluation(
                             as_lists(candidate),
-                            float(fitness(score, spent, target.budget, lam=plan.lam, gamma=plan.gamma)),
+                            float(fitness(score, spent, budget, lam=plan.lam, gamma=plan.gamma)),
                             score,
-                            float(cache_score(spent, target.budget, gamma=plan.gamma)),
+                            float(cache_score(spent, budget, gamma=plan.gamma)),
                             generation,
                             by_example,
                             took,
@@ -157,7 +157,7 @@ def evolve(
                     leader.entry.budgets,
                     max(entry.fitness for entry in evaluations),
                     generation,
-                    target.budget,
+                    budget,
                 )
             )
     except KeyboardInterrupt:

@@ -12,7 +12,8 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.profile import BudgetProfile
 from evolkv.tasks import Example, encode_prompt
 
-_BINS = 100
+# Few enough for layers × stretches to fit into one attribute of a study.
+_BINS, _CELLS = 100, 8_000
 
 
 def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, profile: BudgetProfile) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, pro
     cache = CompressedCache(model, profile)
     with torch.inference_mode():
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    size = max(1, math.ceil(tokens / _BINS))
+    size = max(1, math.ceil(tokens / min(_BINS, _CELLS // len(cache.positions))))
     bins = math.ceil(tokens / size)
     room = torch.tensor([min(size, tokens - size * i) for i in range(bins)])
     share = []

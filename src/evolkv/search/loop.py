@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,10 +24,10 @@ from evolkv.registry import unknown_name
 from evolkv.search.choose import choose, rows_from
 from evolkv.search.evolve import Evolution, Rotation, evolve
 from evolkv.search.kept import kept_positions
-from evolkv.search.plan import EngineName, Granularity, Plan, Target
+from evolkv.search.plan import EngineName, Granularity, Plan
 from evolkv.search.progress import OnProgress, SearchProgress
 from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, without_seconds
-from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
+from evolkv.search.settings import Start, StrategySettings
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Task, get_task
 
@@ -37,32 +35,6 @@ if TYPE_CHECKING:
     from evolkv.search.study import Study
 
 BackendName = Literal["local", "ray"]
-Start = str | BudgetProfile | np.ndarray | None
-#: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
-#: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse:
-#: a few examples would leave most candidates equal.
-MINIBATCH = 2
-
-
-@dataclass(frozen=True)
-class StrategySettings:
-    """How candidates are proposed; see `search`."""
-
-    name: str
-    max_evals: int | None
-    population: int | None
-    sigma: float | None
-    group_size: int
-    minibatch: int | None
-    seed: int
-
-    def describe(self) -> dict[str, Any]:
-        """What identifies the search, as plain JSON values."""
-        found = {"strategy": self.name, "population": self.population, "sigma": self.sigma}
-        if self.name == "evolkv":
-            # Here the number of candidates decides how many generations a group gets, so it is part of the search.
-            found |= {"group_size": self.group_size, "max_evals": self.max_evals}
-        return found
 
 
 def search(
@@ -168,14 +140,14 @@ def search(
         workers=workers,
         on_progress=on_progress,
     ) as running:
-        target = running.plan.target(budget)
-        running.open_study(storage, study, [target], start)
-        evolution = running.evolve(target, start)
-        choices = running.choices(target, evolution)
+        budget = running.plan.check(budget)
+        running.open_study(storage, study, [budget], start)
+        evolution = running.evolve(budget, start)
+        choices = running.choices(budget, evolution)
         validation: list[Validated] = []
         if not evolution.interrupted:
             validation = running.choose({str(budget): choices}).get(str(budget), [])
-        return running.result(target, evolution, choices, validation, time.perf_counter() - started)
+        return running.result(budget, evolution, choices, validation, time.perf_counter() - started)
 
 
 @contextmanager
@@ -198,24 +170,13 @@ def session(
     **plan: Any,
 ) -> Iterator[Session]:
     """A checked search with everything that has to be closed after it; arguments as for `search`."""
-    if strategy not in STRATEGIES:
-        raise unknown_name("strategy", strategy, STRATEGIES)
+    settings = StrategySettings(strategy, max_evals, population, sigma, group_size, minibatch, seed)
     if strategy == "evolkv" and plan["granularity"] == "head":
         raise UsageError("strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'")
-    if minibatch is not None and minibatch < 1:
-        raise UsageError(f"--minibatch is {minibatch}; use at least one example")
-    if minibatch is not None and strategy != "joint":
-        raise UsageError(
-            f"strategy {strategy!r} compares candidates of different generations, which needs them all scored on the "
-            "same examples; leave --minibatch out, or use --strategy joint"
-        )
-    if max_evals is not None and max_evals < 1:
-        raise UsageError(f"--max-evals is {max_evals}; evaluate at least one candidate")
     make = _backend(model, tokenizer, backend, workers, plan["engine"])
     checked = Plan(
         model, tokenizer, task=get_task(task), selector=get_selector(selector), seed=seed, backend=make, **plan
     )
-    settings = StrategySettings(strategy, max_evals, population, sigma, group_size, minibatch, seed)
     running = Session(checked, settings, on_progress or (lambda progress: None))
     try:
         yield running
@@ -252,11 +213,11 @@ class Session:
 
     def __init__(self, plan: Plan, settings: StrategySettings, report: OnProgress):
         self.plan, self.settings, self.report = plan, settings, report
-        joint = settings.name == "joint"
-        default = MINIBATCH if joint and plan.metric == "logprob" else len(plan.train)
-        self.rotation = Rotation(len(plan.train), settings.minibatch or default, settings.seed)
+        size = settings.examples_per_generation(plan.metric, len(plan.train))
+        self.rotation = Rotation(len(plan.train), size, settings.seed)
         self.study: Study | None = None
         self._scorer: Engine | None = None
+        self._start = "uniform"
 
     def close(self) -> None:
         """Ends the workers and lets go of the study."""
@@ -265,42 +226,44 @@ class Session:
             self.study.close()
 
     def open_study(
-        self, storage: str | None, name: str, targets: Sequence[Target], start: str | BudgetProfile | None
+        self, storage: str | None, name: str, budgets: Sequence[int], start: str | BudgetProfile | None
     ) -> None:
-        """Creates a study, or continues one with the same settings."""
+        """Creates a study, or continues one with the same settings; without a storage nothing is recorded."""
+        if isinstance(start, BudgetProfile):
+            digest = hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()
+            self._start = f"profile {digest[:16]}"
+        elif start is not None:
+            self._start = start
         if storage is None:
             return
         from evolkv.search.study import Study
 
-        begun: str | None = start if isinstance(start, str) else None
-        if isinstance(start, BudgetProfile):
-            begun = "profile " + hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]
         identity = {
             **self.plan.describe(),
             **self.settings.describe(),
             "minibatch": self.rotation.size,
-            "budgets": [target.budget for target in targets],
-            "start": begun or "uniform",
+            "budgets": list(budgets),
+            "start": self._start,
         }
-        if len(targets) > 1:
+        if len(budgets) > 1:
             identity["max_evals"] = self.settings.max_evals
         self.study = Study.open(storage, name, identity)
         if self.study.get("versions") is None:
             self.study.put("versions", versions())
 
-    def evolve(self, target: Target, start: Start, max_evals: int | None = None, step: float = 1.0) -> Evolution:
+    def evolve(self, budget: int, start: Start, max_evals: int | None = None, step: float = 1.0) -> Evolution:
         """Searches at one budget; `step` is a factor on the default sigma."""
-        total = self.total(target, max_evals)
-        strategy = self._strategy(target, start, max_evals, step)
-        return evolve(self.plan, target, strategy, total, self.rotation, self._engine, self.report, self.study)
+        total = self.settings.evaluations(self.plan.shape, max_evals)
+        strategy = self.settings.strategy(self.plan, budget, start, max_evals, step)
+        return evolve(self.plan, budget, strategy, total, self.rotation, self._engine, self.report, self.study)
 
-    def choices(self, target: Target, evolution: Evolution) -> dict[str, np.ndarray]:
+    def choices(self, budget: int, evolution: Evolution) -> dict[str, np.ndarray]:
         """The allocations to choose from, each at exactly the target total."""
         evolved = {"best": np.array(evolution.best.budgets)}
         if evolution.mean is not None:
             evolved["mean"] = evolution.mean
-        completed = {name: self.plan.completed(budgets, target.budget) for name, budgets in evolved.items()}
-        return {**self.plan.heuristics(target.budget), **completed}
+        completed = {name: self.plan.completed(budgets, budget) for name, budgets in evolved.items()}
+        return {**self.plan.heuristics(budget), **completed}
 
     def choose(self, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
         """Scores allocations on the validation examples, best first; what the study holds is not scored again.
@@ -328,7 +291,7 @@ class Session:
 
     def result(
         self,
-        target: Target,
+        budget: int,
         evolution: Evolution,
         choices: dict[str, np.ndarray],
         validation: list[Validated],
@@ -344,7 +307,8 @@ class Session:
             **plan.describe(),
             **self.settings.describe(),
             "minibatch": self.rotation.size,
-            "max_evals": self.total(target),
+            "start": self._start,
+            "max_evals": self.settings.evaluations(plan.shape),
             "evaluations": len(history),
             "example_evaluations": sum(len(entry.scores or []) - (entry.scores or []).count(None) for entry in history),
             "chosen": chosen,
@@ -357,7 +321,7 @@ class Session:
             plan.model,
             budgets,
             selector=plan.selector.to_dict(),
-            budget=target.budget,
+            budget=budget,
             granularity=plan.granularity,  # type: ignore[arg-type]
             search=settings,
             scores={
@@ -367,7 +331,10 @@ class Session:
         )
         kept = None
         if not interrupted:
-            kept = kept_positions(plan.model, plan.tokenizer, plan.held_out[0], profile)
+            try:
+                kept = self._kept(profile)
+            except KeyboardInterrupt:
+                interrupted = True
         return SearchResult(
             profile=profile,
             history=[without_seconds(row) for row in as_rows(history)],
@@ -382,60 +349,16 @@ class Session:
             kept=kept,
         )
 
+    def _kept(self, profile: BudgetProfile) -> dict[str, Any]:
+        found = kept_positions(self.plan.model, self.plan.tokenizer, self.plan.held_out[0], profile)
+        if self.study is not None:
+            self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): found})
+        return found
+
     def _engine(self) -> Engine:
         if self._scorer is None:
             self._scorer = self.plan.engine("train", lambda done, of: self.report(SearchProgress("prefill", done, of)))
         return self._scorer
-
-    def total(self, target: Target, max_evals: int | None = None) -> int:
-        """How many candidates a search at a budget evaluates."""
-        asked = max_evals or self.settings.max_evals
-        if self.settings.name == "evolkv":
-            return self._grouped(target, asked)[1]
-        return asked if asked is not None else min(1200, 16 * math.prod(self.plan.shape))
-
-    def _strategy(self, target: Target, start: Start, max_evals: int | None, step: float) -> Strategy:
-        plan, settings = self.plan, self.settings
-        if settings.name != "joint" and not (start is None or (isinstance(start, str) and start == "uniform")):
-            raise UsageError(
-                f"strategy {settings.name!r} starts from uniform budgets; leave --start out, or use 'joint'"
-            )
-        if settings.name == "evolkv":
-            return self._grouped(target, max_evals)[0]
-        head = plan.granularity == "head"
-        common: dict[str, Any] = {
-            "shape": plan.shape,
-            "budget": target.budget,
-            "population": settings.population,
-            "floor": target.floor,
-            "ceiling": np.broadcast_to(target.ceilings[:, None], plan.shape) if head else target.ceilings,
-            "seed": settings.seed,
-        }
-        if settings.sigma is not None:
-            common["sigma"] = settings.sigma
-        if settings.name == "random":
-            return RandomSearch(**common)
-        common.setdefault("sigma", step * (0.7 if head else 0.5))
-        return JointCMA(**common, x0=plan.start(start, target.budget))
-
-    def _grouped(self, target: Target, max_evals: int | None) -> tuple[GroupedCMA, int]:
-        plan, settings = self.plan, self.settings
-        size = settings.group_size
-        sizes = [min(size, plan.layers - start) for start in range(0, plan.layers, max(1, size))]
-        per_generation = sum(settings.population or 4 + math.floor(3 * math.log(n)) for n in sizes)
-        generations = 10 if max_evals is None else max(1, max_evals // per_generation)
-        strategy = GroupedCMA(
-            num_layers=plan.layers,
-            budget=target.budget,
-            group_size=size,
-            sigma=0.3 if settings.sigma is None else settings.sigma,
-            generations=generations,
-            population=settings.population,
-            floor=target.floor,
-            ceiling=target.ceilings,
-            seed=settings.seed,
-        )
-        return strategy, generations * per_generation
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -27,21 +26,6 @@ EngineName = Literal["replay", "naive"]
 Granularity = Literal["layer", "head"]
 #: Allocations that need no search.
 HEURISTICS = ("uniform", "pyramid")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A budget to search at, with its bounds.
-
-    Args:
-        budget: mean cache entries per KV head.
-        floor: the least an entry may get.
-        ceilings: the most each layer may get, ``[layers]``.
-    """
-
-    budget: int
-    floor: int
-    ceilings: np.ndarray
 
 
 class Plan:
@@ -115,7 +99,7 @@ class Plan:
         """Shape of what is searched."""
         return (self.layers, self.heads) if self.granularity == "head" else (self.layers,)
 
-    def target(self, budget: int) -> Target:
+    def check(self, budget: int) -> int:
         """A budget, checked against the examples and the bounds.
 
         Raises:
@@ -152,7 +136,7 @@ class Plan:
                 f"a budget of {budget} with floor {least} and ceiling {most} leaves one allocation "
                 "and nothing to search; change the budget, the floor or the ceiling"
             )
-        return Target(int(budget), least, self.ceilings)
+        return int(budget)
 
     def matrix(self, candidate: np.ndarray) -> np.ndarray:
         """A candidate as ``[layers, kv_heads]``."""

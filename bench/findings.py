@@ -1,0 +1,280 @@
+"""What the paper found about evolved budgets, looked at on a real model.
+
+    python bench/findings.py --json FILE [--model smollm2-135m] [--seeds 5] [--transfer SPEC ...] [--plot FILE]
+
+Every search costs the same: `--evaluations` candidate-example pairs. A seed draws its own training and held-out
+examples; the allocations of one seed are all scored on the same held-out examples (metric logprob), so differences are
+paired.
+
+    strategies  evolkv with groups of 2, 4, 8, 16 and all layers; joint over layers and, where there are several KV
+                heads per layer, over heads; uniform and pyramid: all at `--budget`
+    budgets     joint at each of `--budgets`: found there, expanded from the lowest, and uniform
+    transfer    budgets evolved on needles, on other tasks: each `--transfer` is the spec of one
+
+The JSON file is written after every seed; given the same command again, the benchmark goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import evolkv
+from common import MOST_SEEDS, finish, interval_over_seeds, machine, parser
+from evolkv.evaluate.local import LocalBackend
+from evolkv.evaluate.shards import ShardedEngine
+from evolkv.models import describe_model
+from evolkv.search.settings import StrategySettings
+from evolkv.selectors import get_selector
+from evolkv.tasks import encode_prompt, get_task
+from trials import Trial, outcome
+
+
+class Findings:
+    """The searches of one seed, and what they are scored on."""
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: Any, seed: int):
+        self.arguments, self.seed = arguments, seed
+        self.info = describe_model(model)
+        self.trial = Trial(
+            model,
+            tokenizer,
+            task=arguments.task,
+            train=arguments.train,
+            held_out=arguments.held_out,
+            seed=seed,
+        )
+        self.plan = self.trial.plan("layer")
+        self.finest = "head" if self.info.num_kv_heads > 1 else "layer"
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Runs every search, and scores what they came to."""
+        arguments, layers = self.arguments, self.info.num_layers
+        _ = self.trial.train
+        for size in (2, 4, 8, 16, layers):
+            if size <= layers:
+                name = f"evolkv, groups of {'all' if size == layers else size}"
+                self._search(name, "evolkv", arguments.budget, "layer", group_size=size)
+        for granularity in dict.fromkeys(("layer", self.finest)):
+            self._search(f"joint, {granularity}s", "joint", arguments.budget, granularity)
+        for name, budgets in self.plan.heuristics(arguments.budget).items():
+            self._add(name, arguments.budget, budgets)
+        lowest = None
+        for budget in arguments.budgets:
+            found = self._search("direct", "joint", budget, self.finest)
+            self._add("uniform", budget, self.plan.heuristics(budget)["uniform"])
+            if lowest is None:
+                lowest = found
+            else:
+                expanded = self.trial.plan(self.finest).completed(lowest, budget)
+                self._add(f"expanded from {arguments.budgets[0]}", budget, expanded)
+        full = np.full((layers, self.info.num_kv_heads), self.plan.ceiling)
+        self._add("full cache", self.plan.ceiling, full)
+        scores = self.trial.held_out.score(np.stack([row["budgets"] for row in self.rows]))
+        for row, values in zip(self.rows, scores, strict=True):
+            row["score"], row["scores"] = float(values.mean()), [round(float(value), 5) for value in values]
+            row["budgets"] = row["budgets"].tolist()
+        self.trial.close()
+        return {"seed": self.seed, "rows": self.rows}
+
+    def _search(self, name: str, strategy: str, budget: int, granularity: str, **more: Any) -> np.ndarray:
+        examples = 2 if strategy == "joint" else self.arguments.train
+        settings = StrategySettings(strategy, seed=self.seed, max_evals=self.arguments.evaluations // examples, **more)
+        started = time.perf_counter()
+        evolution = self.trial.evolve(settings, budget, granularity=granularity)
+        spent = sum(score is not None for entry in evolution.history for score in entry.scores or [])
+        budgets = outcome(self.trial.plan(granularity), evolution, budget)
+        self._add(name, budget, budgets, example_evaluations=spent, seconds=round(time.perf_counter() - started, 1))
+        return budgets
+
+    def _add(self, name: str, budget: int, budgets: np.ndarray, **facts: Any) -> None:
+        self.rows.append({"name": name, "budget": int(budget), "budgets": budgets, **facts})
+        print(f"seed {self.seed}: {name} at {budget} {facts or ''}", flush=True)
+
+
+def transfer(model: Any, tokenizer: Any, arguments: Any, seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores the budgets of every seed on other tasks, by task and example."""
+    rows = []
+    evolved = {
+        (row["name"], each["seed"]): np.array(row["budgets"])
+        for each in seeds
+        for row in each["rows"]
+        if row["budget"] == arguments.budget and not row["name"].startswith(("direct", "full"))
+    }
+    shape = next(iter(evolved.values())).shape
+    for spec in arguments.transfer:
+        examples = get_task(spec).examples("report", arguments.transfer_samples, tokenizer, arguments.seed)
+        lengths = [encode_prompt(tokenizer, example).shape[1] for example in examples]
+        fitting = [e for e, n in zip(examples, lengths, strict=True) if arguments.budget < n <= arguments.longest]
+        print(f"{spec}: {len(fitting)} of {len(examples)} prompts have at most {arguments.longest} tokens", flush=True)
+        longest = max(n for n in lengths if n <= arguments.longest)
+        candidates = np.stack([*evolved.values(), np.full(shape, longest)])
+        backend = LocalBackend(model, tokenizer)
+        engine = ShardedEngine(backend, fitting, get_selector("snapkv"), "logprob", longest, hold=False)
+        scores = engine.score(candidates)
+        backend.close()
+        for (name, seed), values in zip([*evolved, ("full cache", None)], scores, strict=True):
+            rows.append({"task": spec, "name": name, "seed": seed, "scores": values.round(5).tolist()})
+    return rows
+
+
+def interval_over_examples(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Mean and 95 % bootstrap interval over examples."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(10_000, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return {
+        "mean": round(float(values.mean()), 4),
+        "ci95": [round(float(low), 4), round(float(high), 4)],
+        "n": len(values),
+    }
+
+
+def summary(seeds: list[dict[str, Any]], transferred: list[dict[str, Any]], budget: int) -> dict[str, Any]:
+    """Scores by allocation, and the paired differences that the findings are about."""
+    table: dict[tuple[str, int], dict[int, float]] = {}
+    for each in seeds:
+        for row in each["rows"]:
+            table.setdefault((row["name"], row["budget"]), {})[each["seed"]] = row["score"]
+
+    def difference(first: tuple[str, int], second: tuple[str, int]) -> dict[str, Any]:
+        pairs = [table[first][seed] - table[second][seed] for seed in table[first] if seed in table[second]]
+        return {"what": f"{first[0]} − {second[0]}", "budget": first[1], **interval_over_seeds(pairs)}
+
+    base = ("evolkv, groups of 8", budget)
+    differences = [
+        difference(key, base) for key in table if key[1] == budget and key[0].startswith("evolkv") and key != base
+    ]
+    differences.append(difference(("joint, layers", budget), base))
+    if ("joint, heads", budget) in table:
+        differences.append(difference(("joint, heads", budget), ("joint, layers", budget)))
+    for name, at in table:
+        if name.startswith("expanded"):
+            differences.append(difference(("direct", at), (name, at)))
+        if name.startswith(("direct", "expanded")) and ("uniform", at) in table:
+            differences.append(difference((name, at), ("uniform", at)))
+    scores = [
+        {"name": name, "budget": at, **interval_over_seeds(list(values.values()))}
+        for (name, at), values in table.items()
+        if name != "full cache"
+    ]
+    full = [value for (name, _), values in table.items() if name == "full cache" for value in values.values()]
+    scores.append({"name": "full cache", "budget": None, **interval_over_seeds(full)})
+    return {"scores": scores, "differences": differences, "transfer": _transferred(transferred)}
+
+
+def _transferred(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        by_name: dict[str, list[list[float]]] = {}
+        for row in rows:
+            if row["task"] == task:
+                by_name.setdefault(row["name"], []).append(row["scores"])
+        means = {name: np.array(values).mean(axis=0) for name, values in by_name.items()}
+        for name, values in means.items():
+            entry = {"task": task, "name": name, "score": interval_over_examples(values)}
+            if name != "uniform":
+                entry["minus_uniform"] = interval_over_examples(values - means["uniform"])
+            found.append(entry)
+    return found
+
+
+def plot(found: dict[str, Any], budget: int, path: Path) -> None:
+    """Draws the strategies at one budget, and score against budget."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+
+    def error(row: dict[str, Any]) -> list[list[float]]:
+        low, high = row["ci95"] or (row["mean"], row["mean"])
+        return [[row["mean"] - low], [high - row["mean"]]]
+
+    curves = ("direct", "expanded", "full")
+    strategies = [row for row in found["scores"] if row["budget"] == budget and not row["name"].startswith(curves)]
+    for place, row in enumerate(reversed(strategies)):
+        left.errorbar(row["mean"], place, xerr=error(row), fmt="o", color="#3b528b", capsize=3)
+    left.set_yticks(range(len(strategies)), [row["name"] for row in reversed(strategies)])
+    left.set_xlabel("held-out score (mean token probability)")
+    left.set_title(f"budget {budget}, equal cost", loc="left", fontsize=10)
+    for (prefix, label), colour, mark in zip(
+        {"direct": "searched there", "expanded": "expanded from the lowest", "uniform": "uniform"}.items(),
+        ("#3b528b", "#21908d", "#b0632a"),
+        "osx",
+        strict=True,
+    ):
+        rows = sorted((row for row in found["scores"] if row["name"].startswith(prefix)), key=lambda row: row["budget"])
+        errors = np.hstack([error(row) for row in rows])
+        x, y = [row["budget"] for row in rows], [row["mean"] for row in rows]
+        right.errorbar(x, y, yerr=errors, marker=mark, color=colour, capsize=3, label=label)
+    full = next(row for row in found["scores"] if row["name"] == "full cache")
+    right.axhline(full["mean"], color="grey", linestyle=":", label="full cache")
+    right.set_xscale("log", base=2)
+    ticks = sorted({row["budget"] for row in found["scores"] if row["name"] == "direct"})
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.set_xlabel("budget (cache entries per KV head)")
+    right.set_ylabel("held-out score")
+    right.set_title("direct search, expansion, uniform", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parser(__doc__.partition("\n")[0])
+    options.add_argument("--task", default="niah:context=1600,passages=4")
+    options.add_argument("--budget", type=int, default=128)
+    options.add_argument("--budgets", type=int, nargs="*", default=[64, 128, 256, 512, 1024], metavar="C")
+    options.add_argument("--train", type=int, default=6)
+    options.add_argument("--held-out", type=int, default=16)
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--evaluations", type=int, default=1800, help="candidate-example pairs per search")
+    options.add_argument("--transfer", nargs="*", default=[], metavar="SPEC", help="other tasks to score on")
+    options.add_argument("--transfer-samples", type=int, default=40, help="examples of each at most")
+    options.add_argument("--longest", type=int, default=4600, help="longest prompt of --transfer, in tokens")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
+    arguments = options.parse_args()
+    if not 2 <= arguments.seeds <= MOST_SEEDS:
+        options.error(f"--seeds is {arguments.seeds}; use 2 to {MOST_SEEDS}")
+
+    model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    of_searches = ("model", "dtype", "task", "budget", "budgets", "train", "held_out", "evaluations")
+    settings = {name: getattr(arguments, name) for name in of_searches}
+    seeds: list[dict[str, Any]] = []
+    if arguments.json is not None and arguments.json.exists():
+        before = json.loads(arguments.json.read_text())
+        if before["settings"] != settings:
+            options.error(f"{arguments.json} was made with other settings; give another --json")
+        seeds = before["seeds"]
+    result: dict[str, Any] = {
+        "benchmark": "findings",
+        "machine": machine(model.device),
+        "settings": settings,
+        "transfer_settings": {"samples": arguments.transfer_samples, "longest": arguments.longest},
+        "seeds": seeds,
+    }
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        if seed not in [each["seed"] for each in seeds]:
+            seeds.append(Findings(model, tokenizer, arguments, seed).run())
+            if arguments.json is not None:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(result) + "\n")
+    moved = transfer(model, tokenizer, arguments, seeds)
+    result["summary"] = summary(seeds, moved, arguments.budget)
+    if arguments.plot is not None:
+        plot(result["summary"], arguments.budget, arguments.plot)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result) + "\n")
+    finish(result["summary"], None)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

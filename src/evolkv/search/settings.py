@@ -1,0 +1,119 @@
+"""How candidates are proposed: the strategy's settings, and the strategy that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evolkv.errors import UsageError
+from evolkv.profile import BudgetProfile
+from evolkv.registry import unknown_name
+from evolkv.search.plan import Plan
+from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
+
+Start = str | BudgetProfile | np.ndarray | None
+#: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
+#: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse:
+#: a few examples would leave most candidates equal.
+MINIBATCH = 2
+#: σ₀ of each strategy, in its own units, for budgets per layer and per head.
+_SIGMA = {"evolkv": (0.3, 0.3), "joint": (0.5, 0.7), "random": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """How candidates are proposed; see `evolkv.search`.
+
+    Raises:
+        UsageError: for settings that cannot be used.
+    """
+
+    name: str
+    max_evals: int | None = None
+    population: int | None = None
+    sigma: float | None = None
+    group_size: int = 8
+    minibatch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise unknown_name("strategy", self.name, STRATEGIES)
+        for option, value, what in (
+            ("--minibatch", self.minibatch, "example"),
+            ("--max-evals", self.max_evals, "candidate"),
+            ("--group-size", self.group_size, "layer"),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} is {value}; use at least one {what}")
+        if self.minibatch is not None and self.name != "joint":
+            raise UsageError(
+                f"strategy {self.name!r} compares candidates of different generations, which needs them all scored on "
+                "the same examples; leave --minibatch out, or use --strategy joint"
+            )
+
+    def examples_per_generation(self, metric: str, train: int) -> int:
+        """How many of the training examples each generation is scored on."""
+        default = MINIBATCH if self.name == "joint" and metric == "logprob" else train
+        return min(self.minibatch or default, train)
+
+    def evaluations(self, shape: tuple[int, ...], max_evals: int | None = None) -> int:
+        """How many candidates a search evaluates, for budgets of a shape; `max_evals` takes the settings' place."""
+        asked = max_evals or self.max_evals
+        if self.name == "evolkv":
+            return self._generations(shape[0], asked) * self._per_generation(shape[0])
+        return asked if asked is not None else min(1200, 16 * math.prod(shape))
+
+    def strategy(
+        self, plan: Plan, budget: int, start: Start = None, max_evals: int | None = None, step: float = 1.0
+    ) -> Strategy:
+        """The strategy for one budget.
+
+        Args:
+            plan: what all budgets share.
+            budget: the target.
+            start: where it starts from: a heuristic's name, a profile, or budgets ``[layers, kv_heads]``; None for
+                uniform.
+            max_evals: takes the settings' place.
+            step: factor on the default sigma.
+
+        Raises:
+            UsageError: if this strategy cannot start there, or a setting is out of its range.
+        """
+        if self.name != "joint" and not (start is None or (isinstance(start, str) and start == "uniform")):
+            raise UsageError(f"strategy {self.name!r} starts from uniform budgets; leave --start out, or use 'joint'")
+        head = plan.granularity == "head"
+        sigma = step * _SIGMA[self.name][head] if self.sigma is None else self.sigma
+        common: dict[str, Any] = {
+            "budget": budget,
+            "sigma": sigma,
+            "population": self.population,
+            "floor": plan.floor,
+            "ceiling": np.broadcast_to(plan.ceilings[:, None], plan.shape) if head else plan.ceilings,
+            "seed": self.seed,
+        }
+        if self.name == "evolkv":
+            generations = self._generations(plan.layers, max_evals or self.max_evals)
+            return GroupedCMA(plan.layers, group_size=self.group_size, generations=generations, **common)
+        if self.name == "random":
+            return RandomSearch(plan.shape, **common)
+        return JointCMA(plan.shape, **common, x0=plan.start(start, budget))
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the search, as plain JSON values."""
+        found = {"strategy": self.name, "population": self.population, "sigma": self.sigma}
+        if self.name == "evolkv":
+            # Here the number of candidates decides how many generations a group gets, so it is part of the search.
+            found |= {"group_size": self.group_size, "max_evals": self.max_evals}
+        return found
+
+    def _generations(self, layers: int, asked: int | None) -> int:
+        return 10 if asked is None else max(1, asked // self._per_generation(layers))
+
+    def _per_generation(self, layers: int) -> int:
+        """Candidates of one generation of every group of `evolkv`."""
+        sizes = [min(self.group_size, layers - start) for start in range(0, layers, self.group_size)]
+        return sum(self.population or 4 + math.floor(3 * math.log(n)) for n in sizes)
