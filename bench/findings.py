@@ -9,7 +9,8 @@ paired.
     strategies  evolkv with groups of 2, 4, 8, 16 and all layers; joint over layers and, where there are several KV
                 heads per layer, over heads; uniform and pyramid: all at `--budget`
     budgets     joint at each of `--budgets`: found there, expanded from the lowest, and uniform
-    transfer    budgets evolved on needles, on other tasks: each `--transfer` is the spec of one
+    transfer    budgets evolved on needles, on other tasks: each `--transfer` is the spec of one; of each reference
+                the first `--target-tokens` count
 
 The JSON file is written after every seed; given the same command again, the benchmark goes on with the next one.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,14 @@ from common import MOST_SEEDS, finish, interval_over_seeds, machine, parser
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.shards import ShardedEngine
 from evolkv.models import describe_model
+from evolkv.search.plan import HEURISTICS
 from evolkv.search.settings import StrategySettings
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks import Example, encode_prompt, get_task
 from trials import Trial, outcome
+
+#: Evolved allocations that are scored on other tasks.
+MOVED = ("evolkv, groups of 8", "joint, layers", "joint, heads")
 
 
 class Findings:
@@ -98,29 +104,48 @@ class Findings:
         print(f"seed {self.seed}: {name} at {budget} {facts or ''}", flush=True)
 
 
-def transfer(model: Any, tokenizer: Any, arguments: Any, seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores the budgets of every seed on other tasks, by task and example."""
-    rows = []
+def other_tasks(tokenizer: Any, arguments: Any) -> dict[str, list[Example]]:
+    """The examples of each `--transfer` task whose prompts are neither too long nor covered by the budget."""
+    found = {}
+    for spec in arguments.transfer:
+        examples = get_task(spec).examples("report", arguments.transfer_samples, tokenizer, arguments.seed)
+        lengths = [encode_prompt(tokenizer, example).shape[1] for example in examples]
+        found[spec] = [
+            replace(example, target=_beginning(tokenizer, example.target, arguments.target_tokens))
+            for example, length in zip(examples, lengths, strict=True)
+            if arguments.budget < length <= arguments.longest
+        ]
+        print(f"{spec}: {len(found[spec])} of {len(examples)} prompts have at most {arguments.longest} tokens")
+    return found
+
+
+def _beginning(tokenizer: Any, text: str, tokens: int) -> str:
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens]))
+
+
+def transfer(
+    model: Any, tokenizer: Any, arguments: Any, tasks: dict[str, list[Example]], seeds: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Scores the budgets of every seed on other tasks, by task, allocation and seed."""
     evolved = {
         (row["name"], each["seed"]): np.array(row["budgets"])
         for each in seeds
         for row in each["rows"]
-        if row["budget"] == arguments.budget and not row["name"].startswith(("direct", "full"))
+        if row["budget"] == arguments.budget and row["name"] in MOVED
     }
+    first = {row["name"]: np.array(row["budgets"]) for row in seeds[0]["rows"] if row["budget"] == arguments.budget}
+    evolved |= {(name, None): first[name] for name in HEURISTICS}
     shape = next(iter(evolved.values())).shape
-    for spec in arguments.transfer:
-        examples = get_task(spec).examples("report", arguments.transfer_samples, tokenizer, arguments.seed)
-        lengths = [encode_prompt(tokenizer, example).shape[1] for example in examples]
-        fitting = [e for e, n in zip(examples, lengths, strict=True) if arguments.budget < n <= arguments.longest]
-        print(f"{spec}: {len(fitting)} of {len(examples)} prompts have at most {arguments.longest} tokens", flush=True)
-        longest = max(n for n in lengths if n <= arguments.longest)
-        candidates = np.stack([*evolved.values(), np.full(shape, longest)])
+    candidates = np.stack([*evolved.values(), np.full(shape, arguments.longest)])
+    rows = []
+    for spec, examples in tasks.items():
         backend = LocalBackend(model, tokenizer)
-        engine = ShardedEngine(backend, fitting, get_selector("snapkv"), "logprob", longest, hold=False)
+        engine = ShardedEngine(backend, examples, get_selector("snapkv"), "logprob", arguments.longest, hold=False)
         scores = engine.score(candidates)
         backend.close()
         for (name, seed), values in zip([*evolved, ("full cache", None)], scores, strict=True):
             rows.append({"task": spec, "name": name, "seed": seed, "scores": values.round(5).tolist()})
+        print(f"scored {spec}", flush=True)
     return rows
 
 
@@ -239,6 +264,7 @@ def main() -> None:
     options.add_argument("--transfer", nargs="*", default=[], metavar="SPEC", help="other tasks to score on")
     options.add_argument("--transfer-samples", type=int, default=40, help="examples of each at most")
     options.add_argument("--longest", type=int, default=4600, help="longest prompt of --transfer, in tokens")
+    options.add_argument("--target-tokens", type=int, default=64, help="of a reference of --transfer, at most")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
     arguments = options.parse_args()
     if not 2 <= arguments.seeds <= MOST_SEEDS:
@@ -257,16 +283,19 @@ def main() -> None:
         "benchmark": "findings",
         "machine": machine(model.device),
         "settings": settings,
-        "transfer_settings": {"samples": arguments.transfer_samples, "longest": arguments.longest},
+        "transfer_settings": {
+            name: getattr(arguments, name) for name in ("transfer_samples", "longest", "target_tokens")
+        },
         "seeds": seeds,
     }
+    tasks = other_tasks(tokenizer, arguments)
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         if seed not in [each["seed"] for each in seeds]:
             seeds.append(Findings(model, tokenizer, arguments, seed).run())
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(result) + "\n")
-    moved = transfer(model, tokenizer, arguments, seeds)
+    moved = transfer(model, tokenizer, arguments, tasks, seeds)
     result["summary"] = summary(seeds, moved, arguments.budget)
     if arguments.plot is not None:
         plot(result["summary"], arguments.budget, arguments.plot)
