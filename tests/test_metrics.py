@@ -40,9 +40,36 @@ def test_exact_match_ignores_case_and_whitespace_only(prediction, references, sc
 
 @pytest.mark.parametrize("name", METRICS)
 def test_text_metrics_take_extra_arguments_and_score_between_0_and_1(name):
-    score = get_metric(name)("a", ("a", "b"), all_classes=["a", "b"])
+    references = ("Paragraph 1 (段落1)", "Paragraph 2 (段落2)")
+    score = get_metric(name)("Paragraph 1", references, all_classes=references, depth=0.5)
     assert isinstance(score, float)
     assert 0 <= score <= 1
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_without_references_nothing_is_right(name):
+    assert get_metric(name)("1", (), all_classes=["1"]) == 0
+
+
+def test_metrics_are_those_that_files_may_name():
+    names = {
+        "classification",
+        "code_sim",
+        "contains",
+        "count",
+        "exact_match",
+        "gsm8k",
+        "logprob",
+        "qa_f1",
+        "qa_f1_zh",
+        "retrieval",
+        "retrieval_zh",
+        "rouge_l",
+        "rouge_l_zh",
+        "ruler_all",
+        "ruler_part",
+    }
+    assert names == set(METRIC_NAMES)
 
 
 def test_logprob_is_a_name_but_not_a_text_metric():

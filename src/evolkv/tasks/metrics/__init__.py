@@ -7,8 +7,16 @@ from typing import Protocol
 
 from evolkv.errors import UsageError
 from evolkv.registry import Registry, unknown_name
+from evolkv.tasks.metrics.classification import classification
+from evolkv.tasks.metrics.code_sim import code_sim
 from evolkv.tasks.metrics.contains import contains
+from evolkv.tasks.metrics.count import count
 from evolkv.tasks.metrics.exact_match import exact_match
+from evolkv.tasks.metrics.gsm8k import gsm8k
+from evolkv.tasks.metrics.qa_f1 import qa_f1, qa_f1_zh
+from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
+from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
+from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
 __all__ = ["METRICS", "METRIC_NAMES", "Metric", "check_metric", "get_metric"]
 
@@ -20,7 +28,25 @@ class Metric(Protocol):
         """Score in [0, 1]."""
 
 
-METRICS: Registry[Metric] = Registry("metric", {"contains": contains, "exact_match": exact_match})
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {
+        "classification": classification,
+        "code_sim": code_sim,
+        "contains": contains,
+        "count": count,
+        "exact_match": exact_match,
+        "gsm8k": gsm8k,
+        "qa_f1": qa_f1,
+        "qa_f1_zh": qa_f1_zh,
+        "retrieval": retrieval,
+        "retrieval_zh": retrieval_zh,
+        "rouge_l": rouge_l,
+        "rouge_l_zh": rouge_l_zh,
+        "ruler_all": ruler_all,
+        "ruler_part": ruler_part,
+    },
+)
 
 METRIC_NAMES: tuple[str, ...] = tuple(sorted([*METRICS, "logprob"]))
 """Every name that can be asked for: the text metrics, and `logprob`, which the engine computes itself."""
