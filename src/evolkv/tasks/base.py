@@ -32,6 +32,7 @@ class Example:
             a leading space unless the prompt ends with whitespace.
         max_new_tokens: most tokens to generate for a text metric.
         metric: name of the metric that judges the answer.
+        first_line: whether a text metric judges only the first line of the answer, line breaks before it left out.
         extra: keyword arguments of that metric (`all_classes`, …) and facts for reports (`depth`, …);
             values that JSON can hold.
     """
@@ -42,6 +43,7 @@ class Example:
     target: str = ""
     max_new_tokens: int = 32
     metric: str = "contains"
+    first_line: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -139,12 +141,21 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"file {path} cannot be read: {reason}; give a readable UTF-8 file") from None
+    return decode_text(data, path)
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """The text of UTF-8 bytes (a byte-order mark is dropped) that come from `source`.
+
+    Raises:
+        TaskError: the bytes are not UTF-8.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise TaskError(
-            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8"
+            f"{source} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8"
         ) from None
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks.base import Example, Split, Task, check_request, partition, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, read_text, user_message
 from evolkv.tasks.metrics import check_metric
-
-logger = logging.getLogger(__name__)
-
-Splitting = Literal["auto", "all"]
+from evolkv.tasks.rows import (
+    Splitting,
+    check_splitting,
+    digest,
+    distinct,
+    draw,
+    get_count,
+    get_name,
+    get_text,
+    get_texts,
+    parse_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,7 @@ class JsonLines(Task):
             check_metric(self.metric)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise TaskError(f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
-        if self.split not in get_args(Splitting):
-            raise TaskError(f"jsonl: split={self.split!r} is unknown; expected one of auto, all")
+        check_splitting(self.split, self.name)
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n rows of the split in the seed's order; all of them, with a warning, if there are fewer.
@@ -69,58 +73,33 @@ class JsonLines(Task):
         check_request(split, n)
         if self.chat and not getattr(tokenizer, "chat_template", None):
             raise TaskError("jsonl: chat=true, but this tokenizer has no chat template; use chat=false")
-        rows = self._rows()
-        # Rows with the same prompt go together, so that no prompt is in two splits.
-        prompts = sorted({row.prompt for row in rows}, key=_hash)
-        share = partition(len(prompts))[split] if self.split == "auto" else slice(None)
-        chosen = set(prompts[share])
-        rows = sorted((row for row in rows if row.prompt in chosen), key=lambda row: row.content)
-        if not rows:
-            raise TaskError(
-                f"{self.path}: split {split!r} is empty: the file has {len(prompts)} different prompts; "
-                "give at least 4, or use split=all"
-            )
-        random.Random(f"jsonl/{seed}").shuffle(rows)
-        if len(rows) < n:
-            logger.warning("%s: split %r has %d rows; using all of them, not %d", self.path, split, len(rows), n)
-        return [self._example(row, tokenizer) for row in rows[:n]]
+        rows = (self._parse(fields, number) for number, fields in parse_rows(read_text(self.path), self.path))
+        drawn = draw(
+            distinct(rows, self.path),
+            split,
+            n,
+            splitting=self.split,
+            seed=f"jsonl/{seed}",
+            source=self.path,
+            groups="prompts",
+        )
+        return [self._example(row, tokenizer) for row in drawn]
 
-    def _rows(self) -> list[_Row]:
-        rows: dict[str, _Row] = {}
-        duplicates = 0
-        # Not splitlines: it would also cut at line separators that JSON allows within a string.
-        for number, line in enumerate(read_text(self.path).split("\n"), start=1):
-            if line.strip():
-                row = self._parse(line, number)
-                duplicates += row.content in rows
-                rows.setdefault(row.content, row)
-        if not rows:
-            raise TaskError(f"{self.path} has no rows; expected one JSON object on each line")
-        if duplicates:
-            logger.info("%s: dropped %d duplicate rows", self.path, duplicates)
-        return list(rows.values())
-
-    def _parse(self, line: str, number: int) -> _Row:
+    def _parse(self, fields: Mapping[str, Any], number: int) -> _Row:
         where = f"{self.path} line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
-        if not isinstance(fields, dict):
-            raise TaskError(f"{where}: expected a JSON object with 'prompt' and 'answers', not {_kind(fields)}")
-        prompt = _text(fields, "prompt", where)
+        prompt = get_text(fields, "prompt", where)
         answers = _answers(fields, where)
-        all_classes = _texts(fields, "all_classes", where) if fields.get("all_classes") is not None else None
+        all_classes = get_texts(fields, "all_classes", where) if fields.get("all_classes") is not None else None
         own = [fields.get("metric"), fields.get("max_new_tokens")]
         return _Row(
-            id=_row_id(fields, where, number, Path(self.path).stem),
+            id=get_name(fields, "id", where, default=f"{Path(self.path).stem}-{number}"),
             prompt=prompt,
             answers=answers,
             metric=self.metric or _metric(fields, where),
-            max_new_tokens=self.max_new_tokens or _positive(fields, "max_new_tokens", where, default=32),
+            max_new_tokens=self.max_new_tokens or _max_new_tokens(fields, where),
             all_classes=all_classes,
             # Of the row as it is in the file, so that overriding its settings draws the same rows.
-            content=_hash(json.dumps([prompt, answers, all_classes, own])),
+            content=digest(json.dumps([prompt, answers, all_classes, own])),
         )
 
     def _example(self, row: _Row, tokenizer: Any) -> Example:
@@ -146,49 +125,17 @@ class _Row:
     all_classes: tuple[str, ...] | None
     content: str
 
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names: dict[type, str] = {str: "a text", bool: "a truth value", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def _check_text(value: object, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise TaskError(f"{where}: {name} is {_kind(value)}; expected a text")
-    if not value.strip():
-        raise TaskError(f"{where}: {name} is empty; expected a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise TaskError(f"{where}: {name} holds half of a surrogate pair; expected valid Unicode") from None
-    return value
-
-
-def _text(fields: Mapping[str, Any], key: str, where: str) -> str:
-    if key not in fields:
-        raise TaskError(f"{where}: field {key!r} is missing; expected a text")
-    return _check_text(fields[key], repr(key), where)
-
-
-def _texts(fields: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    values = fields[key]
-    if not isinstance(values, list) or not values:
-        found = "empty" if values == [] else _kind(values)
-        raise TaskError(f"{where}: {key!r} is {found}; expected a list of texts")
-    return tuple(_check_text(value, f"an entry of {key!r}", where) for value in values)
+    @property
+    def group(self) -> str:
+        """Rows with the same prompt go together, so that no prompt is in two splits."""
+        return self.prompt
 
 
 def _answers(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if "answers" in fields:
-        return _texts(fields, "answers", where)
+        return get_texts(fields, "answers", where)
     if "answer" in fields:
-        return (_text(fields, "answer", where),)
+        return (get_text(fields, "answer", where),)
     raise TaskError(f"{where}: field 'answers' is missing; expected a list of texts, or one text as 'answer'")
 
 
@@ -203,19 +150,5 @@ def _metric(fields: Mapping[str, Any], where: str) -> str:
     return metric
 
 
-def _positive(fields: Mapping[str, Any], key: str, where: str, default: int) -> int:
-    value = fields.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TaskError(f"{where}: {key!r} is {json.dumps(value)}; expected a whole number, at least 1")
-    return value
-
-
-def _row_id(fields: Mapping[str, Any], where: str, number: int, stem: str) -> str:
-    value = fields.get("id")
-    if value is None:
-        return f"{stem}-{number}"
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TaskError(f"{where}: 'id' is {_kind(value)}; expected a text or a whole number")
-    return str(value)
+def _max_new_tokens(fields: Mapping[str, Any], where: str) -> int:
+    return 32 if fields.get("max_new_tokens") is None else get_count(fields, "max_new_tokens", where)

@@ -17,9 +17,13 @@ from evolkv.errors import TaskError
 from evolkv.registry import Registry, unknown_name
 from evolkv.tasks.base import Task
 from evolkv.tasks.jsonl import JsonLines
+from evolkv.tasks.longbench import LongBench
 from evolkv.tasks.niah import NeedleInHaystack
+from evolkv.tasks.ruler import Ruler
 
-TASKS: Registry[type[Task]] = Registry("task", {task.name: task for task in (NeedleInHaystack, JsonLines)})
+TASKS: Registry[type[Task]] = Registry(
+    "task", {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler)}
+)
 
 _COMMA = re.compile(r"(\\*),")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

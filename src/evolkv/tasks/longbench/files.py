@@ -1,0 +1,83 @@
+"""Where LongBench's files are: a folder, a file, the published archive, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import decode_text, read_text
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = "THUDM/LongBench"
+ARCHIVE = "data.zip"
+
+_HUB_TIMEOUT_SECONDS = 10
+
+
+def read_subset(name: str, path: str | None) -> tuple[str, str]:
+    """The text of a subset's file, and where it is from, for messages.
+
+    Args:
+        name: the subset; its file is `NAME.jsonl`.
+        path: a folder with that file, the file itself, or an archive (.zip) with that file in any of its folders.
+            None: the archive that LongBench publishes on the Hugging Face Hub (114 MB), fetched once.
+
+    Raises:
+        TaskError: the file is missing, cannot be read or is not UTF-8, or the Hub has no answer.
+    """
+    if path is None:
+        return _read_member(_download(name), name)
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _read_from_folder(place, name)
+    if place.suffix.lower() == ".zip":
+        return _read_member(path, name)
+    return read_text(path), path
+
+
+def _read_from_folder(folder: Path, name: str) -> tuple[str, str]:
+    file = folder / f"{name}.jsonl"
+    if not file.exists():
+        found = ", ".join(sorted(other.name for other in folder.glob("*.jsonl"))) or "no .jsonl files"
+        raise TaskError(f"folder {folder} has no {file.name}; it has {found}; give the folder of LongBench's files")
+    return read_text(str(file)), str(file)
+
+
+def _read_member(archive: str, name: str) -> tuple[str, str]:
+    wanted = f"{name}.jsonl"
+    try:
+        with zipfile.ZipFile(Path(archive).expanduser()) as members:
+            found = next((path for path in members.namelist() if PurePosixPath(path).name == wanted), None)
+            if found is None:
+                raise TaskError(f"{archive} has no {wanted}; give LongBench's {ARCHIVE} or a folder with {wanted}")
+            data = members.read(found)
+    except FileNotFoundError:
+        raise TaskError(f"file {archive} does not exist; check the path") from None
+    # What a damaged archive raises depends on where the damage is.
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise TaskError(f"{archive} cannot be read as an archive: {error}; fetch it again") from None
+    source = f"{archive}:{found}"
+    return decode_text(data, source), source
+
+
+def _download(name: str) -> str:
+    """The path of the published archive in the Hub's own cache, fetched if it is not there."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(REPOSITORY, ARCHIVE, repo_type="dataset")
+    if isinstance(cached, str):
+        return cached
+    logger.info("fetching %s of %s from the Hugging Face Hub", ARCHIVE, REPOSITORY)
+    try:
+        # Ask once, with a time limit: the download itself would try for half a minute.
+        HfApi().dataset_info(REPOSITORY, timeout=_HUB_TIMEOUT_SECONDS)
+        return hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset")
+    except Exception as error:  # the Hub client's own errors, its transport's, or the disk's
+        raise TaskError(
+            f"longbench: {ARCHIVE} of {REPOSITORY} cannot be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}); give path= a folder with {name}.jsonl, or a copy of {ARCHIVE}"
+        ) from error

@@ -1,0 +1,192 @@
+"""Examples of a LongBench subset: rows read, cut to length, asked as published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from evolkv.errors import TaskError
+from evolkv.registry import unknown_name
+from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, user_message
+from evolkv.tasks.longbench.files import read_subset
+from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
+from evolkv.tasks.rows import (
+    Splitting,
+    check_splitting,
+    digest,
+    distinct,
+    draw,
+    get_count,
+    get_name,
+    get_text,
+    get_texts,
+    parse_rows,
+)
+
+Template = Literal["auto", "plain"]
+
+
+@dataclass(frozen=True)
+class LongBench(Task):
+    """One subset of LongBench or LongBench-E, asked and judged as published.
+
+    Prompts, answer lengths, metrics, truncation and the use of chat templates are those of LongBench's `pred.py`
+    and `eval.py`. `Example.extra` has each row's `length` as the file gives it (words, or characters of Chinese);
+    for LongBench-E also its `bin`: "0-4k", "4-8k" or "8k+".
+
+    Two differences. For samsum the official script ends an answer at its first line break and forbids the answer
+    to begin with one or to be empty. Here, as in the other few-shot subsets, the model goes on and only the first
+    line is judged; the score is the same unless the model would have begun with a line break or said nothing.
+    And rows that differ in nothing but `_id` count as one (multifieldqa_zh has two such rows among its 200).
+
+    Args:
+        subset: one of the 21 subsets (`lcc`, …), or with `_e` one of the 13 of LongBench-E (`lcc_e`, …).
+        path: a folder with `SUBSET.jsonl`, that file, or LongBench's data.zip. Default None: data.zip from the
+            Hugging Face Hub dataset THUDM/LongBench, fetched once.
+        context: most tokens of a prompt before the chat template; of a longer one the middle is cut out, and its
+            first and last `context // 2` tokens stay (where the halves meet, tokens may merge or split). The
+            template's own tokens and up to 512 new ones come on top, so stay that much below the model's context.
+            Default 3500, LongBench's own value for models with 4k; it takes 7500 for 8k, 15500 for 16k and 31500
+            for 32k.
+        split: "auto" (default) gives a quarter of the documents to train, a quarter to validation and half to
+            report. Which ones depends on the rows alone, and rows about one document stay together. "all" uses
+            every row for any split. A subset and its `_e` namesake are split independently, so examples
+            of one may be in another split of the other.
+        template: "auto" (default) puts the prompt in the chat template, where the tokenizer has one, of all
+            subsets but trec, triviaqa, samsum, lsht, lcc and repobench-p; "plain" of none.
+
+    Raises:
+        UsageError: an unknown subset.
+        TaskError: another setting out of its range.
+    """
+
+    name: ClassVar[str] = "longbench"
+
+    subset: str
+    path: str | None = None
+    context: int = 3500
+    split: Splitting = "auto"
+    template: Template = "auto"
+
+    def __post_init__(self) -> None:
+        if self.subset not in NAMES:
+            raise unknown_name("longbench subset", self.subset, NAMES)
+        if self.context < 2:
+            raise TaskError(f"longbench: context={self.context} is out of range; expected at least 2 tokens")
+        check_splitting(self.split, self.name)
+        if self.template not in get_args(Template):
+            raise TaskError(
+                f"longbench: template={self.template!r} is unknown; expected one of {', '.join(get_args(Template))}"
+            )
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n rows of the split; all of them, with a warning, if there are fewer. Rows of a document are neighbours.
+
+        Raises:
+            TaskError: the data cannot be found, fetched or read, a row is malformed (the message names file and
+                line), or the split has no rows.
+        """
+        check_request(split, n)
+        text, source = read_subset(self.subset, self.path)
+        rows = (self._parse(fields, number, source) for number, fields in parse_rows(text, source))
+        drawn = draw(
+            distinct(rows, source),
+            split,
+            n,
+            splitting=self.split,
+            seed=f"longbench/{seed}",
+            source=source,
+            groups="documents",
+        )
+        place: dict[str, int] = {}
+        for row in drawn:
+            place.setdefault(row.context, len(place))
+        drawn.sort(key=lambda row: place[row.context])
+        return [self._example(row, tokenizer) for row in drawn]
+
+    @property
+    def _work(self) -> Subset:
+        return SUBSETS[_work_name(self.subset)]
+
+    def _parse(self, fields: Mapping[str, Any], number: int, source: str) -> _Row:
+        where = f"{source} line {number}"
+        dataset = fields.get("dataset")
+        if dataset in NAMES and _work_name(dataset) != _work_name(self.subset):
+            raise TaskError(f"{where}: the row is of dataset {dataset!r}, not {self.subset!r}; give subset={dataset}")
+        question = get_text(fields, "input", where, blank=True)
+        context = get_text(fields, "context", where)
+        answers = get_texts(fields, "answers", where, blank=True)
+        all_classes = get_texts(fields, "all_classes", where) if self._work.metric == "classification" else None
+        return _Row(
+            id=f"{self.subset}-{get_name(fields, '_id', where, default=str(number))}",
+            question=question,
+            context=context,
+            answers=answers,
+            all_classes=all_classes,
+            length=get_count(fields, "length", where),
+            content=digest(json.dumps([question, context, answers, all_classes])),
+        )
+
+    def _example(self, row: _Row, tokenizer: Any) -> Example:
+        work = self._work
+        prompt = _cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
+        if work.chat and self.template == "auto" and getattr(tokenizer, "chat_template", None):
+            prompt = user_message(tokenizer, prompt)
+        extra: dict[str, Any] = {"length": row.length}
+        if self.subset in EXTENDED:
+            extra["bin"] = _length_bin(row.length)
+        if row.all_classes is not None:
+            extra["all_classes"] = row.all_classes
+        return Example(
+            id=row.id,
+            prompt=prompt,
+            references=row.answers,
+            target=row.answers[0] if work.chinese else "",
+            max_new_tokens=work.max_new_tokens,
+            metric=work.metric,
+            first_line=work.first_line,
+            extra=extra,
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the file, checked; `content` is a hash of all but its id."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    all_classes: tuple[str, ...] | None
+    length: int
+    content: str
+
+    @property
+    def group(self) -> str:
+        """Several questions may be asked about one document."""
+        return self.context
+
+
+def _work_name(subset: str) -> str:
+    return subset.removesuffix("_e")
+
+
+def _length_bin(length: int) -> str:
+    if length < 4000:
+        return "0-4k"
+    return "4-8k" if length < 8000 else "8k+"
+
+
+def _cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
+    ids = encode_text(tokenizer, prompt)
+    if len(ids) <= limit:
+        return prompt
+    half = limit // 2
+    # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
+    start, end = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids[:half], ids[-half:])
+    )
+    return start + end

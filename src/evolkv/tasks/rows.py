@@ -1,0 +1,180 @@
+"""Rows of JSON Lines data: read, checked field by field, and drawn for a split.
+
+Every error about a row begins with `where`: the file and the line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import Split, partition
+
+logger = logging.getLogger(__name__)
+
+Splitting = Literal["auto", "all"]
+"""How the rows of a file serve the splits: "auto" shares them out, "all" gives every row to every split."""
+
+
+class Row(Protocol):
+    """A row, checked. Rows of one `group` are never shared out to two splits; `content` tells rows apart."""
+
+    @property
+    def group(self) -> str:
+        """What must not be in two splits: the prompt, or the document that it is about."""
+
+    @property
+    def content(self) -> str:
+        """A hash of all that makes the row what it is, its name excepted."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def check_splitting(splitting: str, task: str) -> None:
+    """Raise TaskError unless `splitting` is one of `Splitting`."""
+    if splitting not in get_args(Splitting):
+        raise TaskError(f"{task}: split={splitting!r} is unknown; expected one of {', '.join(get_args(Splitting))}")
+
+
+def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and fields of every row; blank lines are passed over.
+
+    Args:
+        text: JSON Lines: an object on each line.
+        source: the file, for messages.
+
+    Raises:
+        TaskError: a line that is not a JSON object, or no rows at all.
+    """
+    empty = True
+    # Not splitlines: it would also cut at line separators that JSON allows within a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        empty = False
+        where = f"{source} line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
+        if not isinstance(fields, dict):
+            raise TaskError(f"{where}: expected a JSON object on the line, not {kind_of(fields)}")
+        yield number, fields
+    if empty:
+        raise TaskError(f"{source} has no rows; expected one JSON object on each line")
+
+
+def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
+    """The rows without those whose content came before; how many were dropped is logged."""
+    kept: dict[str, AnyRow] = {}
+    total = 0
+    for row in rows:
+        total += 1
+        kept.setdefault(row.content, row)
+    if total > len(kept):
+        logger.info("%s: dropped %d duplicate rows", source, total - len(kept))
+    return list(kept.values())
+
+
+def draw(
+    rows: Sequence[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
+) -> list[AnyRow]:
+    """n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
+
+    With "auto" a quarter of the groups serves train, a quarter validation and half report. Which ones depends on
+    the rows alone, neither on their order nor on seed or n.
+
+    Args:
+        rows: distinct rows.
+        split: the split to draw for.
+        n: how many.
+        splitting: see `Splitting`.
+        seed: orders the rows.
+        source: the file, for messages.
+        groups: what the groups are ("prompts", …), for messages.
+
+    Raises:
+        TaskError: the split has no rows.
+    """
+    order = sorted({row.group for row in rows}, key=digest)
+    share = partition(len(order))[split] if splitting == "auto" else slice(None)
+    chosen = set(order[share])
+    drawn = sorted((row for row in rows if row.group in chosen), key=lambda row: row.content)
+    if not drawn:
+        raise TaskError(
+            f"{source}: split {split!r} is empty: the file has {len(order)} different {groups}; "
+            "give at least 4, or use split=all"
+        )
+    random.Random(seed).shuffle(drawn)
+    if len(drawn) < n:
+        logger.warning("%s: split %r has %d rows; using all of them, not %d", source, split, len(drawn), n)
+    return drawn[:n]
+
+
+def digest(text: str) -> str:
+    """A hash of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words: "a text", "a list", …"""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {str: "a text", bool: "a truth value", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def get_text(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
+    """The text in a field; TaskError if it is missing or no text, or has only whitespace and may not (`blank`)."""
+    if key not in fields:
+        raise TaskError(f"{where}: field {key!r} is missing; expected a text")
+    return _check_text(fields[key], repr(key), where, blank)
+
+
+def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> tuple[str, ...]:
+    """The texts in a field, at least one; TaskError as for `get_text`."""
+    if key not in fields:
+        raise TaskError(f"{where}: field {key!r} is missing; expected a list of texts")
+    values = fields[key]
+    if not isinstance(values, list) or not values:
+        found = "empty" if values == [] else kind_of(values)
+        raise TaskError(f"{where}: {key!r} is {found}; expected a list of texts")
+    return tuple(_check_text(value, f"an entry of {key!r}", where, blank) for value in values)
+
+
+def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
+    """The whole number in a field, at least 1; TaskError if it is missing or anything else."""
+    if key not in fields:
+        raise TaskError(f"{where}: field {key!r} is missing; expected a whole number, at least 1")
+    value = fields[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TaskError(f"{where}: {key!r} is {json.dumps(value)}; expected a whole number, at least 1")
+    return value
+
+
+def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> str:
+    """What a field calls the row, a text or a whole number; `default` if it is missing or null."""
+    value = fields.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TaskError(f"{where}: {key!r} is {kind_of(value)}; expected a text or a whole number")
+    return str(value)
+
+
+def _check_text(value: object, name: str, where: str, blank: bool) -> str:
+    if not isinstance(value, str):
+        raise TaskError(f"{where}: {name} is {kind_of(value)}; expected a text")
+    if not blank and not value.strip():
+        raise TaskError(f"{where}: {name} is empty; expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TaskError(f"{where}: {name} holds half of a surrogate pair; expected valid Unicode") from None
+    return value

@@ -1,0 +1,221 @@
+"""The task `ruler`: one of RULER's thirteen tasks, at any length and for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, ClassVar
+
+from evolkv.errors import TaskError
+from evolkv.registry import unknown_name
+from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, user_message
+from evolkv.tasks.rows import Splitting, check_splitting
+from evolkv.tasks.ruler import needles, questions, variable_tracking, words
+from evolkv.tasks.ruler.haystack import passages
+from evolkv.tasks.ruler.prepared import prepared_rows
+from evolkv.tasks.ruler.puzzle import Family, Puzzle, largest
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(needles.TASKS, needles.FAMILY),
+    "vt": variable_tracking.FAMILY,
+    "cwe": words.COMMON,
+    "fwe": words.CODED,
+    "qa_1": questions.FAMILY,
+    "qa_2": questions.FAMILY,
+}
+QUESTIONS = {
+    "qa_1": ("SQuAD's dev-v2.0.json", questions.squad),
+    "qa_2": ("HotpotQA's hotpot_dev_distractor_v1.json", questions.hotpotqa),
+}
+
+
+@dataclass(frozen=True)
+class Ruler(Task):
+    """RULER's synthetic long-context tasks, generated at any length.
+
+    C.-P. Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?" (arXiv
+    2404.06654), with the templates, parameters, answer lengths and metrics of its code. An answer prefix follows
+    the chat template, as there.
+
+    Every example has as much haystack as fits: one more word (essay), line of noise, needle, uncommon word (three
+    times, in `cwe`), coded word or document would be more than `context` tokens. What is asked for in one example
+    is asked for in no other, and in no other split whatever the seed: each key, number, UUID, variable and word
+    serves one split alone. Exceptions are `cwe`, whose words come back when all have been asked for (after 270
+    examples), and `qa_*`, whose splits share no question (and no article of SQuAD) but may share an answer.
+
+    An example depends on (seed, split, its index) and the settings alone, not on how many are asked for; only its
+    place in the list does: examples are in the order of their prompts' text, so that neighbours share the most.
+
+    Differences from RULER's code: haystacks are filled up to the last unit, while RULER finds one size for all
+    examples of a file; the demonstration of `vt` is shorter than 500 tokens where `context` is under 2,000;
+    `qa_*` fill up with documents of the same split alone, and `qa_2` leaves out documents that the question does not
+    need where `context` cannot hold all ten.
+
+    Args:
+        task: niah_single_1 to niah_single_3, niah_multikey_1 to niah_multikey_3, niah_multivalue, niah_multiquery,
+            vt, cwe, fwe, qa_1 or qa_2.
+        context: most tokens of a prompt, chat template and answer prefix included, together with the tokens that are
+            generated (RULER's `max_seq_length`). Default 4096.
+        path: for qa_1 SQuAD's `dev-v2.0.json`, for qa_2 HotpotQA's `hotpot_dev_distractor_v1.json`. For any task a
+            file ending in .jsonl that RULER's scripts prepared, whose rows are used as they are. Default None.
+        haystack: a UTF-8 text file instead of the generated prose, for the five tasks with an essay. The first
+            quarter serves train, the second validation, the second half report. Default None.
+        chat: whether to put the question in the model's chat template. Default None: where the tokenizer has one.
+            Say false for prepared rows that are in a chat template already.
+        split: "auto" (default) shares the questions or rows of `path` out to the splits; "all" uses every one for any
+            split.
+
+    Raises:
+        UsageError: an unknown task.
+        TaskError: a setting out of its range, missing, or of no use to the task.
+    """
+
+    name: ClassVar[str] = "ruler"
+    default_metric: ClassVar[str] = "ruler_all"
+
+    task: str
+    context: int = 4096
+    path: str | None = None
+    haystack: str | None = None
+    chat: bool | None = None
+    split: Splitting = "auto"
+
+    def __post_init__(self) -> None:
+        if self.task not in FAMILIES:
+            raise unknown_name("ruler task", self.task, FAMILIES)
+        if self.context < 1:
+            raise TaskError(f"ruler: context={self.context} is not a length; give the prompt's length in tokens")
+        if self.task in QUESTIONS and self.path is None:
+            raise TaskError(
+                f"ruler: task={self.task} needs {QUESTIONS[self.task][0]}; write ruler:task={self.task},path=FILE"
+            )
+        if self.path is not None and self.task not in QUESTIONS and not self._is_prepared:
+            raise TaskError(
+                f"ruler: task={self.task} reads no file but one that RULER prepared, named *.jsonl, not {self.path}; "
+                "leave path out"
+            )
+        if self.haystack is not None and (self._is_prepared or not self._has_essay):
+            raise TaskError(f"ruler: haystack={self.haystack} is of no use to task={self.task} here; leave it out")
+        check_splitting(self.split, self.name)
+        if self.path is None and self.split != "auto":
+            raise TaskError(f"ruler: split={self.split} is about the rows of a file; give path=FILE or leave split out")
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n examples, in the order of their prompts' text; fewer, with a warning, if a file has no more.
+
+        Raises:
+            TaskError: `context` is too small for the task or a prepared row, a file cannot be read or is malformed
+                (the message names the place), a split of it is empty, or chat=true and the tokenizer has no chat
+                template.
+        """
+        check_request(split, n)
+        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context - FAMILIES[self.task].max_new_tokens)
+        if self._is_prepared:
+            examples = self._prepared(split, n, prompts, seed)
+        else:
+            examples = self._generated(split, n, prompts, seed)
+        # Of all orders this one has neighbours share the longest prefixes.
+        return sorted(examples, key=lambda example: example.prompt)
+
+    @property
+    def _is_prepared(self) -> bool:
+        return self.path is not None and self.path.lower().endswith(".jsonl")
+
+    @property
+    def _has_essay(self) -> bool:
+        return self.task in needles.TASKS and needles.TASKS[self.task].haystack == "essay"
+
+    def _uses_chat(self, tokenizer: Any) -> bool:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if self.chat and not has_template:
+            raise TaskError("ruler: chat=true, but this tokenizer has no chat template; use chat=false")
+        return has_template if self.chat is None else self.chat
+
+    def _prepared(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
+        assert self.path is not None
+        # As far as RULER's own scripts look: it holds no field of the template.
+        opening = FAMILIES[self.task].prefix[:10]
+        rows = prepared_rows(self.path, opening, split, n, self.split, seed)
+        texts = [prompts.render(row.input, row.prefix) for row in rows]
+        rooms = [prompts.room(text) for text in texts]
+        if min(rooms) < 0:
+            where, length = rows[rooms.index(min(rooms))].where, self.context - min(rooms)
+            raise TaskError(
+                f"{where}: prompt and answer take {length} tokens, more than context={self.context}; "
+                f"give context={length} or more"
+            )
+        return [
+            self._example(f"ruler-{self.task}-{row.id}", text, row.outputs, room)
+            for row, text, room in zip(rows, texts, rooms, strict=True)
+        ]
+
+    def _generated(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
+        examples: list[Example] = []
+        size, shortest = None, 0
+        for index, puzzle in enumerate(islice(self._puzzles(split, n, prompts, seed), n)):
+            room = partial(_room, prompts, puzzle)
+            spare = room(puzzle.least)
+            shortest = min(shortest, spare)
+            # Once one does not fit, the others need only say how much they lack.
+            if shortest < 0:
+                continue
+            size = largest(room, puzzle.least, spare, size, puzzle.least + self.context)
+            text = prompts.render(puzzle.text(size), puzzle.prefix)
+            identifier = f"ruler-{self.task}-{split}-{seed}-{index}"
+            examples.append(self._example(identifier, text, puzzle.answers, prompts.room(text)))
+        if shortest < 0:
+            raise TaskError(
+                f"ruler: context={self.context} is too small for task={self.task} and "
+                f"{FAMILIES[self.task].max_new_tokens} tokens of answer; give at least {self.context - shortest} tokens"
+            )
+        return examples
+
+    def _puzzles(self, split: Split, n: int, prompts: _Prompts, seed: int) -> Iterable[Puzzle]:
+        if self.task == "vt":
+            return variable_tracking.chain_puzzles(split, seed, self.context, prompts.tokens)
+        if self.task == "cwe":
+            return words.common_word_puzzles(split, seed, self.context)
+        if self.task == "fwe":
+            return words.coded_word_puzzles(split, seed, self.context)
+        if self.task in QUESTIONS:
+            assert self.path is not None
+            return questions.question_puzzles(QUESTIONS[self.task][1], self.path, split, n, self.split, seed)
+        passage = passages(self.haystack, self.context, split, seed) if self._has_essay else None
+        return needles.needle_puzzles(needles.TASKS[self.task], split, seed, passage)
+
+    def _example(self, identifier: str, prompt: str, answers: tuple[str, ...], room: int) -> Example:
+        family = FAMILIES[self.task]
+        return Example(
+            id=identifier,
+            prompt=prompt,
+            references=answers,
+            target=family.target(answers),
+            max_new_tokens=family.max_new_tokens,
+            metric=family.metric,
+            # As in RULER's files: with the tokens that are generated.
+            extra={"length": self.context - room},
+        )
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Puts prompts together and measures them, against `most` tokens."""
+
+    tokenizer: Any
+    chat: bool
+    most: int
+
+    def render(self, text: str, prefix: str) -> str:
+        return (user_message(self.tokenizer, text) if self.chat else text) + prefix
+
+    def tokens(self, text: str) -> int:
+        return len(encode_text(self.tokenizer, text))
+
+    def room(self, prompt: str) -> int:
+        return self.most - self.tokens(prompt)
+
+
+def _room(prompts: _Prompts, puzzle: Puzzle, size: int) -> int:
+    return prompts.room(prompts.render(puzzle.text(size), puzzle.prefix))
