@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from evolkv.errors import ModelError, RunError
@@ -413,6 +413,23 @@ def test_gemma3_is_whole(gemma3):
     assert tokenizer.bos_token_id not in ids[1:]
     assert tokenizer.decode(ids, skip_special_tokens=True) == PROSE
     assert "blue" in answer(model, tokenizer, "Roses are red, violets are", 4)
+
+
+@pytest.mark.gemma
+def test_gemma3_tokenizer_is_that_of_its_own_class(gemma3, tmp_path):
+    _, tokenizer = gemma3
+    entry = ALIASES["gemma3-270m"]
+    converted = gguf.converted(entry.paths("gemma3-270m"), "gemma3-270m", entry.sha256)
+    shutil.copy(converted / "tokenizer.json", tmp_path)
+    config = json.loads((converted / "tokenizer_config.json").read_text("utf-8"))
+    del config["tokenizer_class"], config["padding_side"], config["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    own = GemmaTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is not GemmaTokenizer
+    assert tokenizer.backend_tokenizer.to_str() == own.backend_tokenizer.to_str()
+    assert tokenizer(PROSE).input_ids == own(PROSE).input_ids
+    for field in ("special_tokens_map", "all_special_ids", "padding_side", "chat_template", "model_max_length"):
+        assert getattr(tokenizer, field) == getattr(own, field), field
 
 
 @pytest.mark.model
