@@ -18,6 +18,7 @@ import torch
 
 import evolkv
 from common import finish, interval_over_seeds, machine, parser, spread
+from evolkv.search import search_curve
 from trials import Trial
 
 
@@ -49,9 +50,7 @@ def main() -> None:
             "seed": seed,
         }
         started = time.perf_counter()
-        curve = evolkv.search_curve(
-            model, tokenizer, budgets=budgets, max_evals=most, first=arguments.first, **settings
-        )
+        curve = search_curve(model, tokenizer, budgets=budgets, max_evals=most, first=arguments.first, **settings)
         took = time.perf_counter() - started
         started = time.perf_counter()
         evolkv.search(model, tokenizer, budget=budgets[len(budgets) // 2], max_evals=most, **settings)
