@@ -75,7 +75,9 @@ def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Ex
 
 
 def text_score(metric: str, prediction: str, example: Example) -> float:
-    """A text metric's score of one prediction; of its first line alone where the example says so."""
+    """A text metric's score of one prediction, as far as the example's `stop` and `first_line` let it count."""
+    for text in example.stop:
+        prediction = prediction.partition(text)[0]
     if example.first_line:
         prediction = prediction.lstrip("\n").partition("\n")[0]
     return float(get_metric(metric)(prediction, example.references, **dict(example.extra)))

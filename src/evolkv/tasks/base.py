@@ -33,6 +33,7 @@ class Example:
         max_new_tokens: most tokens to generate for a text metric.
         metric: name of the metric that judges the answer.
         first_line: whether a text metric judges only the first line of the answer, line breaks before it left out.
+        stop: texts that end the answer; what follows the first of them is not judged by a text metric.
         extra: keyword arguments of that metric (`all_classes`, …) and facts for reports (`depth`, …);
             values that JSON can hold.
     """
@@ -44,6 +45,7 @@ class Example:
     max_new_tokens: int = 32
     metric: str = "contains"
     first_line: bool = False
+    stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

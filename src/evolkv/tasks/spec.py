@@ -16,13 +16,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from evolkv.errors import TaskError
 from evolkv.registry import Registry, unknown_name
 from evolkv.tasks.base import Task
+from evolkv.tasks.code import CodeCompletion
+from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.longbench import LongBench
 from evolkv.tasks.niah import NeedleInHaystack
 from evolkv.tasks.ruler import Ruler
 
 TASKS: Registry[type[Task]] = Registry(
-    "task", {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler)}
+    "task", {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler, Gsm8k, CodeCompletion)}
 )
 
 _COMMA = re.compile(r"(\\*),")

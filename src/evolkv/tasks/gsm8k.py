@@ -1,0 +1,192 @@
+"""Grade-school maths: worked examples, then a problem.
+
+The data is that of Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv 2110.14168; the form is that
+of lm-evaluation-harness's task `gsm8k`, version 3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import Example, Split, Task, check_request, partition, read_text, user_message
+from evolkv.tasks.rows import Splitting, check_splitting, digest, distinct, draw, get_name, get_text, parse_rows
+
+Mode = Literal["flexible", "strict"]
+Template = Literal["auto", "chat", "plain"]
+
+STOP = ("Question:", "</s>", "<|im_end|>")
+"""Where the harness ends a generation."""
+
+_NUMBER = re.compile(r"#### (-?[$0-9.,]*[0-9][0-9.,]*)\s*\Z")
+
+
+@dataclass(frozen=True)
+class Gsm8k(Task):
+    """Solve a grade-school maths problem after a few worked examples (GSM8K).
+
+    Prompts, answer length, stop texts and metric are those of lm-evaluation-harness. A row of the file is an object
+    with `question` and `answer`, a worked solution that ends in "#### " and the final number. The reference is that
+    number. The target of the `logprob` metric is the whole solution, "#### " and number included: right after
+    "Answer:" the number alone would measure guessing. Rows with the same question and answer count as one.
+
+    The worked examples ("shots") are the same for every example of a file, whatever split, seed and n, so that
+    prompts share them as a prefix, and no problem that serves as a shot is drawn. The harness draws fresh shots for
+    each problem, from the dataset's train file.
+
+    Args:
+        path: the file, UTF-8, JSON Lines: train.jsonl or test.jsonl of github.com/openai/grade-school-math. It has
+            to be given: the Hugging Face Hub has the data as parquet only.
+        shots: how many worked examples come before the problem. Default 5, as in the harness.
+        shots_path: the file whose first rows are the shots. Default None: rows of `path` itself, from those that
+            serve train.
+        mode: which number of the answer counts. "flexible" (default) is the last, "strict" the first after "#### ".
+        template: "plain" (default, as in the harness) continues a text, "chat" puts shots and problem into the
+            tokenizer's chat template as one user message, "auto" does where the tokenizer has one.
+        split: "auto" (default) gives a quarter of the questions to train, a quarter to validation and half to
+            report. Which ones depends on the rows alone, not on seed, n or shots. "all" uses every row for any split.
+        max_new_tokens: most tokens to generate. Default 256, as in the harness.
+
+    Raises:
+        TaskError: a setting out of its range, or no path.
+    """
+
+    name: ClassVar[str] = "gsm8k"
+    default_metric: ClassVar[str] = "gsm8k"
+
+    path: str | None = None
+    shots: int = 5
+    shots_path: str | None = None
+    mode: Mode = "flexible"
+    template: Template = "plain"
+    split: Splitting = "auto"
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        self._file()
+        if self.shots < 0:
+            raise TaskError(f"gsm8k: shots={self.shots} is out of range; expected 0 or more")
+        if self.max_new_tokens < 1:
+            raise TaskError(f"gsm8k: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
+        for key, choices in (("mode", get_args(Mode)), ("template", get_args(Template))):
+            value = getattr(self, key)
+            if value not in choices:
+                raise TaskError(f"gsm8k: {key}={value!r} is unknown; expected one of {', '.join(choices)}")
+        check_splitting(self.split, self.name)
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n problems of the split in the seed's order; all of them, with a warning, if there are fewer.
+
+        Raises:
+            TaskError: a file cannot be read, a row is malformed (the message names file and line), there are too few
+                rows for the shots or none besides them, or template="chat" and the tokenizer has no chat template.
+        """
+        check_request(split, n)
+        template = tokenizer if self._uses_chat(tokenizer) else None
+        path = self._file()
+        problems = _read(path)
+        shots = self._shots(problems)
+        shown = {shot.question for shot in shots}
+        left = [problem for problem in self._share(problems, split) if problem.question not in shown]
+        if not left:
+            raise TaskError(
+                f"{path}: split {split!r} is empty: the file has {len(problems)} problems, of which {len(shots)} "
+                "may be shots; give a file with more, fewer shots, or use split=all"
+            )
+        drawn = draw(left, split, n, splitting="all", seed=f"gsm8k/{seed}", source=path, groups="questions")
+        shared = "".join(f"{_question(shot)} {shot.answer}\n\n" for shot in shots)
+        return [self._example(problem, shared, template) for problem in drawn]
+
+    def _file(self) -> str:
+        if self.path is None:
+            raise TaskError(
+                "gsm8k: path is missing; give path= a JSON Lines file of questions and answers, such as test.jsonl of "
+                "github.com/openai/grade-school-math (what the Hugging Face Hub has is parquet)"
+            )
+        return self.path
+
+    def _uses_chat(self, tokenizer: Any) -> bool:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if self.template == "chat" and not has_template:
+            raise TaskError("gsm8k: template=chat, but this tokenizer has no chat template; use template=plain")
+        return has_template and self.template != "plain"
+
+    def _shots(self, problems: Sequence[_Problem]) -> Sequence[_Problem]:
+        if self.shots_path is None:
+            pool, source = self._share(problems, "train"), f"{self.path} (what of it serves train)"
+        else:
+            pool, source = _read(self.shots_path), self.shots_path
+        if len(pool) < self.shots:
+            raise TaskError(
+                f"gsm8k: shots={self.shots}, but {source} has {len(pool)} problems; give fewer shots or "
+                "shots_path= a file with more"
+            )
+        return pool[: self.shots]
+
+    def _share(self, problems: Sequence[_Problem], split: Split) -> list[_Problem]:
+        """The problems that serve a split, in an order that depends on them alone."""
+        order = sorted({problem.question for problem in problems}, key=digest)
+        share = partition(len(order))[split] if self.split == "auto" else slice(None)
+        place = {question: index for index, question in enumerate(order[share])}
+        own = (problem for problem in problems if problem.question in place)
+        return sorted(own, key=lambda problem: (place[problem.question], problem.content))
+
+    def _example(self, problem: _Problem, shots: str, template: Any) -> Example:
+        text = shots + _question(problem)
+        prompt = text if template is None else user_message(template, text)
+        gap = "" if prompt[-1:].isspace() else " "
+        return Example(
+            id=problem.id,
+            prompt=prompt,
+            references=(problem.number,),
+            target=gap + problem.answer,
+            max_new_tokens=self.max_new_tokens,
+            metric=self.default_metric,
+            stop=STOP,
+            extra={"mode": self.mode},
+        )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A row of the file, checked; `answer` is the worked solution, `content` a hash of all but the id."""
+
+    id: str
+    question: str
+    answer: str
+    number: str
+    content: str
+
+    @property
+    def group(self) -> str:
+        """No question is in two splits."""
+        return self.question
+
+
+def _question(problem: _Problem) -> str:
+    return f"Question: {problem.question}\nAnswer:"
+
+
+def _read(path: str) -> list[_Problem]:
+    rows = parse_rows(read_text(path), path)
+    return distinct((_parse(fields, number, path) for number, fields in rows), path)
+
+
+def _parse(fields: Mapping[str, Any], number: int, path: str) -> _Problem:
+    where = f"{path} line {number}"
+    question, answer = get_text(fields, "question", where), get_text(fields, "answer", where)
+    final = _NUMBER.search(answer)
+    if final is None:
+        raise TaskError(f"{where}: 'answer' does not end in a number after '#### '; expected one, as in '#### 18'")
+    return _Problem(
+        id=get_name(fields, "id", where, default=f"{Path(path).stem}-{number}"),
+        question=question,
+        answer=answer,
+        number=final[1],
+        content=digest(json.dumps([question, answer])),
+    )
