@@ -15,6 +15,7 @@ import typer
 import evolkv
 from evolkv.cli import console
 from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
+from evolkv.cli.compare import compare
 from evolkv.cli.demo import demo
 from evolkv.cli.evaluate import evaluate
 from evolkv.cli.generate import generate
@@ -63,6 +64,7 @@ def _globals(
 app.command()(demo)
 app.command()(search)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(generate)
 app.command()(report)
 app.add_typer(profile, name="profile")

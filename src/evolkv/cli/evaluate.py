@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import whole_numbers
-from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, Seed, Trust
-from evolkv.cli.tables import results_table
+from evolkv.cli.arguments import names, whole_numbers
+from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Seed, Trust
+from evolkv.cli.tables import print_table
+from evolkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from evolkv.evaluate import EvaluationProgress
 
 
 def evaluate(
@@ -28,22 +34,42 @@ def evaluate(
         typer.Option("--budget", metavar="C...", help="Mean cache entries per KV head; profiles have their own."),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Examples per task.")] = 50,
+    sample_ids: Annotated[
+        list[str] | None,
+        typer.Option("--sample-ids", metavar="ID...", help="Only these of the examples that --samples draws."),
+    ] = None,
     seed: Seed = 0,
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
     json_out: Annotated[str | None, typer.Option("--json", metavar="RESULTS.json", help="Where the rows go.")] = None,
+    records: Annotated[
+        str | None,
+        typer.Option(
+            "--records",
+            metavar="FILE.jsonl",
+            help="Where every example goes, or none. (default: RESULTS.records.jsonl beside --json)",
+        ),
+    ] = None,
+    markdown: Markdown = None,
     dtype: Dtype = None,
     device: Device = None,
     attn_implementation: Attention = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Compare methods on the same held-out examples. Options with ... take several values."""
+    """Compare methods on the same held-out examples. Options with ... take several values.
+
+    Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
+    """
     from evolkv.report.files import check_writable, write_json
 
-    if json_out is not None:
-        check_writable(json_out)
+    beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
+    kept = None if records == "none" else records or beside
+    outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
+    for path in outs:
+        check_writable(path)
+    if len({os.path.realpath(path) for path in outs}) < len(outs):
+        raise UsageError(f"--json, --records and --markdown go to {', '.join(outs)}; give each a file of its own")
     budgets = whole_numbers("--budget", budget or [])
-    from evolkv.evaluate import evaluate as run_evaluation
-    from evolkv.evaluate import get_method
+    from evolkv.evaluate import get_method, run_evaluation
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
@@ -52,7 +78,7 @@ def evaluate(
         check_metric(metric)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     with console.Progress() as progress:
-        rows = run_evaluation(
+        found = run_evaluation(
             loaded,
             tokenizer,
             task=tasks,
@@ -61,9 +87,25 @@ def evaluate(
             samples=samples,
             seed=seed,
             metric=metric,
-            on_progress=lambda step: progress("examples", step.done, step.total),
+            sample_ids=None if sample_ids is None else names(sample_ids),
+            records=kept,
+            on_progress=lambda step: _show(progress, step, kept),
         )
-    if json_out is not None:
-        write_json(json_out, {"format": "evolkv.results/1", "rows": rows})
-    console.OUT.print(results_table(rows))
+    if json_out is not None and found.rows:
+        unfinished = {"interrupted": True} if found.interrupted else {}
+        write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": found.rows})
+    if found.rows:
+        from evolkv.report.tables import results_table
+
+        print_table(results_table(found.rows), markdown)
+    if found.interrupted:
+        again = "" if kept is None else f"; they are in {kept}, and the same command goes on from there"
+        console.say(f"evolkv: interrupted after {found.finished} of {found.total} examples{again}")
+        return 130
     return 0
+
+
+def _show(progress: console.Progress, step: EvaluationProgress, records: str | None) -> None:
+    if step.recorded and step.done == step.recorded:
+        console.note(f"evolkv: {step.recorded} of {step.total} examples are on record in {records}; they are kept")
+    progress("examples", step.done, step.total)

@@ -28,6 +28,10 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0)]
+Markdown = Annotated[
+    str | None,
+    typer.Option("--markdown", metavar="FILE|-", help="Where the table goes as Markdown; - is standard output."),
+]
 Granularity = Annotated[
     str,
     typer.Option(

@@ -17,7 +17,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="STUDY_OR_RESULTS...",
-            help="Searches, results, profiles and curves (JSON), folders of them, studies (file or storage URL).",
+            help="Searches, results, profiles, curves and records, folders of them, studies (file or storage URL).",
         ),
     ],
     out: Annotated[str, typer.Option("--out", metavar="REPORT.html", help="Where the page goes.")] = "report.html",

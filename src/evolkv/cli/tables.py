@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from evolkv.report.units import mebibytes
+from evolkv.cli import console
+from evolkv.report.units import mebibytes, with_interval
 
+if TYPE_CHECKING:
+    from evolkv.report.axes import Table as TextTable
+
+#: Columns whose texts may be longer than there is room for, and matter to their end.
+_FOLDED = frozenset({"task", "method"})
 _BAR_WIDTH = 48
 #: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
 _RAMP = [
@@ -30,37 +36,36 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     Args:
         rows: as `evolkv.evaluate` returns them.
     """
-    several_tasks = len({row["task"] for row in rows}) > 1
-    several_budgets = len({row["budget"] for row in rows if row["budget"] is not None}) > 1
-    full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
+    from evolkv.report import tables
+
+    return shown(tables.results_table(rows))
+
+
+def print_table(table: TextTable, markdown: str | None = None) -> None:
+    """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file beside what is printed."""
+    if markdown is not None:
+        from evolkv.report.files import write_text
+        from evolkv.report.markdown import markdown as as_markdown
+
+        if markdown == "-":
+            console.OUT.print(as_markdown(table), end="", soft_wrap=True)
+            return
+        write_text(markdown, as_markdown(table))
+    console.OUT.print(shown(table))
+
+
+def shown(found: TextTable) -> Table:
+    """A table of text, its numbers right-aligned."""
+    from evolkv.report.tables import NUMERIC
+
     table = _table()
-    if several_tasks:
-        table.add_column("task", overflow="fold")
-    table.add_column("method", overflow="fold")
-    if several_budgets:
-        table.add_column("budget", justify="right")
-    table.add_column("mean budget", justify="right")
-    table.add_column("n", justify="right")
-    table.add_column("metric")
-    table.add_column("score (95 % interval)")
-    table.add_column("KV MiB", justify="right")
-    if full:
-        table.add_column("of full", justify="right")
-    for row in rows:
-        cells = [row["task"]] if several_tasks else []
-        cells.append(row["method"])
-        if several_budgets:
-            cells.append("–" if row["budget"] is None else str(row["budget"]))
-        cells += [
-            f"{row['mean_budget']:,.1f}",
-            str(row["n"]),
-            row["metric"],
-            with_interval(row["score"], row["ci95"]),
-            mebibytes(row["kv_bytes"]),
-        ]
-        if full:
-            cells.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
-        table.add_row(*cells)
+    for column in found.columns:
+        if column in NUMERIC:
+            table.add_column(column, justify="right")
+        else:
+            table.add_column(column, overflow="fold" if column in _FOLDED else "ellipsis")
+    for row in found.rows:
+        table.add_row(*row)
     return table
 
 
@@ -110,11 +115,6 @@ def list_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     return table
-
-
-def with_interval(score: float, interval: Sequence[float]) -> str:
-    """A score with its interval."""
-    return f"{score:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
 
 
 def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int) -> Text:

@@ -6,20 +6,25 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evolkv.evaluate.compare import EvaluationProgress, evaluate
+from evolkv.evaluate.compare import Evaluation, EvaluationProgress, evaluate, run_evaluation
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.methods import Method, get_method
 from evolkv.evaluate.naive import NaiveEngine
+from evolkv.evaluate.paired import PairedComparison, paired_comparison
 from evolkv.evaluate.replay import ReplayEngine
 
 __all__ = [
     "Engine",
+    "Evaluation",
     "EvaluationProgress",
     "Method",
     "NaiveEngine",
+    "PairedComparison",
     "ReplayEngine",
     "evaluate",
     "get_method",
+    "paired_comparison",
+    "run_evaluation",
 ]
 
 

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-import itertools
+import difflib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import encode_prompts, encode_target, free_memory, mean_probability, text_score
+from evolkv.evaluate.engine import encode_prompts
 from evolkv.evaluate.intervals import ci95
+from evolkv.evaluate.measure import Questions, Row, measure
 from evolkv.evaluate.methods import Method, get_method
-from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
-from evolkv.evaluate.workers import Workers
+from evolkv.evaluate.records import AWARE, ModelSettings, RecordLog, Records, Settings, TaskSettings, versions
 from evolkv.models import describe_model
 from evolkv.registry import unknown_name
-from evolkv.selectors import Selector, get_selector
-from evolkv.tasks import Example, Task, format_spec, get_task
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import METRIC_NAMES
-
-# Rows decoded at once; more gains little, since the weights are then read for enough rows.
-_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Where an evaluation stands: examples `done` of `total`, over all tasks."""
+    """Where an evaluation stands: examples `done` of `total`, over all tasks; `recorded` ones were done before."""
 
     done: int
     total: int
+    recorded: int = 0
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One line of the result: a method at a budget."""
+class Evaluation:
+    """What an evaluation found.
 
-    method: Method
-    budget: int | None
-    budgets: np.ndarray
-    selector: Selector
+    Args:
+        rows: see `evaluate`; of an interrupted one, over the examples that were finished.
+        interrupted: whether KeyboardInterrupt ended it early.
+        recorded: number of examples that were on record before.
+        total: number of examples, over all tasks.
+    """
+
+    rows: list[dict[str, Any]]
+    interrupted: bool
+    recorded: int
+    total: int
+
+    @property
+    def finished(self) -> int:
+        """Number of examples that all methods are done with, over all tasks."""
+        return sum({row["task"]: row["n"] for row in self.rows}.values())
 
 
 def evaluate(
@@ -59,6 +65,8 @@ def evaluate(
     samples: int = 50,
     seed: int = 0,
     metric: str | None = None,
+    sample_ids: Sequence[str] | None = None,
+    records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Scores methods at several budgets on held-out examples.
@@ -76,16 +84,54 @@ def evaluate(
         samples: examples per task.
         seed: of the examples.
         metric: a text metric or "logprob"; default: the task's own.
-        on_progress: called after each example.
+        sample_ids: ids of the examples to evaluate, of those that `samples` draws; default: all.
+        records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
+            the file is there, examples that it holds are not evaluated again.
+        on_progress: called after each example, and first with what is on record already, if anything is.
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
-        mean_budget, seed``; `score` and `ci95` in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after
-        prefill, averaged over examples (and heads).
+        mean_budget, seed, protocol``; `score` and `ci95` in [0, 1]; `kv_bytes` and `mean_budget` are what the cache
+        held after prefill, averaged over examples (and heads).
 
     Raises:
-        UsageError: for settings that cannot be used.
+        UsageError: for settings that cannot be used, or that are not those of the records.
+        RunError: if the records cannot be written.
+        KeyboardInterrupt: if interrupted; what was finished is on record.
     """
+    found = run_evaluation(
+        model,
+        tokenizer,
+        task=task,
+        methods=methods,
+        budgets=budgets,
+        samples=samples,
+        seed=seed,
+        metric=metric,
+        sample_ids=sample_ids,
+        records=records,
+        on_progress=on_progress,
+    )
+    if found.interrupted:
+        raise KeyboardInterrupt
+    return found.rows
+
+
+def run_evaluation(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    task: str | Task | Sequence[str | Task],
+    methods: Sequence[str | Method],
+    budgets: Sequence[int] = (),
+    samples: int = 50,
+    seed: int = 0,
+    metric: str | None = None,
+    sample_ids: Sequence[str] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
+) -> Evaluation:
+    """As `evaluate`, but an interrupted evaluation returns what it has finished."""
     tasks = [get_task(t) for t in ([task] if isinstance(task, (str, Task)) else task)]
     chosen = [get_method(m) if isinstance(m, str) else m for m in methods]
     if not tasks or not chosen:
@@ -95,28 +141,85 @@ def evaluate(
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
     rows = _rows(model, chosen, budgets)
-    examples = [t.examples("report", samples, tokenizer, seed) for t in tasks]
-    total = sum(len(part) for part in examples)
-    results: list[dict[str, Any]] = []
-    done = 0
-    for each, part in zip(tasks, examples, strict=True):
+    drawn = {format_spec(each): each.examples("report", samples, tokenizer, seed) for each in tasks}
+    named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
+    if sample_ids is not None:
+        named = _only(named, sample_ids)
+    asked = []
+    for spec, part in named.items():
+        examples = list(part.values())
+        asked.append(Questions(spec, list(part), examples, encode_prompts(tokenizer, model, examples)))
+        _check_budgets(asked[-1], rows)
+    settings = Settings(
+        model=_describe(model),
+        metric=metric,
+        protocol=AWARE,
+        seed=seed,
+        samples=samples,
+        sample_ids=None if sample_ids is None else list(sample_ids),
+        methods={row.label: row.describe() for row in rows},
+        tasks={each.task: TaskSettings(fingerprint=fingerprint(each.examples), examples=each.names) for each in asked},
+        versions=versions(),
+    )
+    total = sum(len(each.names) for each in asked)
+    log = RecordLog.open(records, settings)
+    recorded = sum(log.has(each.task, name) for each in asked for name in each.names)
+    done, interrupted = recorded, False
 
-        def advance(count: int, before: int = done) -> None:
-            if on_progress is not None:
-                on_progress(EvaluationProgress(before + count, total))
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(EvaluationProgress(done, total, recorded))
 
-        results += _evaluate_task(model, tokenizer, each, part, rows, metric, seed, advance)
-        done += len(part)
+    try:
+        if recorded and on_progress is not None:
+            on_progress(EvaluationProgress(recorded, total, recorded))
+        for each in asked:
+            measure(model, tokenizer, each, rows, metric, settings.protocol, log, advance)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        log.close()
+    return Evaluation(summarise(log.records), interrupted, recorded, total)
+
+
+def summarise(records: Records) -> list[dict[str, Any]]:
+    """The rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
+    settings = records.settings
+    results = []
+    for task in settings.tasks:
+        finished = records.complete(task)
+        for name, method in settings.methods.items() if finished else ():
+            column = [example[name] for example in finished]
+            scores = np.array([record.score for record in column])
+            result = {
+                "model": settings.model.name,
+                "task": task,
+                "method": method.method,
+                "budget": method.budget,
+                "n": len(column),
+                "metric": column[0].metric,
+                "score": float(scores.mean()),
+                "ci95": list(ci95(scores)),
+                "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
+                "mean_budget": float(np.mean([record.mean_budget for record in column])),
+                "seed": settings.seed,
+                "protocol": settings.protocol,
+            }
+            if method.expanded_from is not None:
+                result["expanded_from"] = method.expanded_from
+            results.append(result)
     return results
 
 
-def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[_Row]:
+def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:
     info = describe_model(model)
     everything = np.full((info.num_layers, info.num_kv_heads), np.iinfo(np.int32).max, dtype=np.int64)
-    rows = []
+    rows: dict[str, Row] = {}
     for method in methods:
         if method.selector is None:
-            rows.append(_Row(method, None, everything, get_selector("streaming_llm")))
+            _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
             continue
         if method.profile is not None:
             method.profile.check_model(model)
@@ -128,164 +231,64 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
                 raise BudgetError(
                     f"the budget is {budget}, above the model's context of {info.max_context} tokens; use a smaller one"
                 )
-            rows.append(_Row(method, int(budget), method.budgets(model, int(budget)), method.selector))
-    return rows
+            _add(rows, Row(method, int(budget), method.budgets(model, int(budget)), method.selector))
+    return list(rows.values())
 
 
-def _evaluate_task(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    examples: list[Example],
-    rows: list[_Row],
-    metric: str | None,
-    seed: int,
-    advance: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    info = describe_model(model)
-    prompts = encode_prompts(tokenizer, model, examples)
-    longest = max(ids.shape[1] for ids in prompts)
-    for row in rows:
-        if row.budget is not None and row.budget >= longest:
-            raise BudgetError(
-                f"the budget is {row.budget}, but the longest prompt of {format_spec(task)} has {longest} tokens: "
-                f"nothing would be evicted; use a --budget below {longest}"
+def _add(rows: dict[str, Row], row: Row) -> None:
+    """Take a row, once; two that differ cannot go by one name."""
+    known = rows.setdefault(row.label, row)
+    if known.selector != row.selector or not np.array_equal(known.budgets, row.budgets):
+        raise UsageError(f"two different methods are called {row.label}; give one of them another name")
+
+
+def _distinct(examples: Sequence[Example]) -> list[str]:
+    """A name for each example: its id, with a number where others before it have the same."""
+    names: dict[str, None] = {}
+    for example in examples:
+        name, number = example.id, 1
+        while name in names:
+            number += 1
+            name = f"{example.id}#{number}"
+        names[name] = None
+    return list(names)
+
+
+def _only(named: dict[str, dict[str, Example]], ids: Sequence[str]) -> dict[str, dict[str, Example]]:
+    """Of each task's examples, those of these ids; tasks that have none are left out.
+
+    Raises:
+        UsageError: for an id that no task has.
+    """
+    known = {name for part in named.values() for name in part}
+    for wanted in ids:
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0)
+            raise UsageError(
+                f"unknown example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(known)}, "
+                "and --sample-ids chooses among these"
             )
-    prompt_bytes = longest * info.num_layers * info.num_kv_heads * info.head_dim * 2 * model.dtype.itemsize
-    workers = Workers(model.device, min(len(examples), free_memory(model.device) // (8 * prompt_bytes)))
-    # Neighbours share prefill, so each worker gets a stretch.
-    stretches = [part.tolist() for part in np.array_split(np.arange(len(examples)), workers.count)]
-    run = _Run(model, tokenizer, examples, prompts, rows, metric, workers.count)
-    steps = itertools.count(1)
-    parts = workers.run([partial(run, columns) for columns in stretches], lambda: advance(next(steps)))
-    workers.close()
-    scores = np.concatenate([part.scores for part in parts], axis=1)
-    held = np.concatenate([part.held for part in parts], axis=1)
-    heads = info.num_layers * info.num_kv_heads
-    results = []
-    for i, row in enumerate(rows):
-        result = {
-            "model": info.name,
-            "task": format_spec(task),
-            "method": row.method.name,
-            "budget": row.budget,
-            "n": len(examples),
-            "metric": metric or examples[0].metric,
-            "score": float(scores[i].mean()),
-            "ci95": list(ci95(scores[i])),
-            "kv_bytes": float(held[i].mean()),
-            "mean_budget": float(held[i].mean() / parts[0].entry_bytes / heads),
-            "seed": seed,
-        }
-        if row.method.profile is not None and row.method.profile.budget != row.budget:
-            result["expanded_from"] = row.method.profile.budget
-        results.append(result)
-    return results
+    if not ids:
+        raise UsageError("no examples are chosen; give --sample-ids at least one id")
+    chosen = {spec: {name: each for name, each in part.items() if name in ids} for spec, part in named.items()}
+    return {spec: part for spec, part in chosen.items() if part}
 
 
-@dataclass(frozen=True)
-class _Prefilled:
-    """An example whose rows wait to be decoded with others."""
-
-    column: int
-    cache: CompressedCache
-    next_logits: Tensor
-    tokens: int
-    max_new_tokens: int
+def _check_budgets(questions: Questions, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.budget is not None and row.budget >= questions.longest:
+            raise BudgetError(
+                f"the budget is {row.budget}, but the longest prompt of {questions.task} has {questions.longest} "
+                f"tokens: nothing would be evicted; use a --budget below {questions.longest}"
+            )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What a run found, by row and example: scores, and bytes held after prefill."""
-
-    scores: np.ndarray
-    held: np.ndarray
-    entry_bytes: int
-
-
-class _Run:
-    """Evaluates all rows on some of the examples, one after another; `side_by_side` such calls share the memory."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        examples: list[Example],
-        prompts: list[Tensor],
-        rows: list[_Row],
-        metric: str | None,
-        side_by_side: int,
-    ):
-        self.model, self.tokenizer, self.rows, self.metric = model, tokenizer, rows, metric
-        self.examples, self.prompts, self.side_by_side = examples, prompts, side_by_side
-        self.end = end_tokens(model, tokenizer)
-
-    def __call__(self, columns: list[int], step: Callable[[], None]) -> _Measured:
-        """Scores the examples `columns`, calling `step` after each."""
-        prefill = Prefiller(self.model, [row.selector for row in self.rows])
-        scores: dict[int, list[float]] = {}
-        held, entry_bytes = [], 0
-        waiting: list[_Prefilled] = []
-        for column in columns:
-            example = self.examples[column]
-            recorded = prefill(self.prompts[column])
-            forced = self._metric_of(example) == "logprob"
-            cache = self._cut(recorded, 0 if forced else example.max_new_tokens)
-            held.append([cache.kv_bytes_of(i) for i in range(len(self.rows))])
-            key, value = recorded.cache.layers[0].held()
-            entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
-            if forced:
-                scores[column] = self._force(example, recorded, cache)
-            else:
-                waiting.append(_Prefilled(column, cache, recorded.next_logits, recorded.tokens, example.max_new_tokens))
-                if self._enough(waiting):
-                    scores |= self._generate(waiting)
-                    waiting.clear()
-            step()
-        if waiting:
-            scores |= self._generate(waiting)
-        return _Measured(np.array([scores[column] for column in columns]).T, np.array(held).T, entry_bytes)
-
-    def _metric_of(self, example: Example) -> str:
-        return self.metric or example.metric
-
-    def _cut(self, recorded: RecordedPrompt, room: int) -> CompressedCache:
-        """A compressed cache with one sequence per row, cut from one recorded prompt."""
-        layers = recorded.cache.layers
-        keys_values = [layer.held() for layer in layers]
-        rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
-        budgets = np.stack([row.budgets for row in self.rows])
-        selector = self.rows[0].selector
-        return CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room)
-
-    def _force(self, example: Example, recorded: RecordedPrompt, cache: CompressedCache) -> list[float]:
-        """The metric logprob, by row."""
-        rows = len(self.rows)
-        target = encode_target(self.tokenizer, example)
-        logits = recorded.next_logits.expand(rows, -1)
-        log_probs = target_log_probs(self.model, cache, logits, [recorded.tokens] * rows, [target] * rows)
-        return [mean_probability(row) for row in log_probs]
-
-    def _enough(self, waiting: list[_Prefilled]) -> bool:
-        """Whether what waits should be decoded now: enough rows for one batch, or a quarter of the memory in use."""
-        if len(waiting) * len(self.rows) >= _MAX_ROWS:
-            return True
-        held = sum(item.cache.kv_bytes for item in waiting)
-        return held > free_memory(self.model.device) // (4 * self.side_by_side)
-
-    def _generate(self, waiting: list[_Prefilled]) -> dict[int, list[float]]:
-        """Scores of greedy texts, by example and row."""
-        rows = len(self.rows)
-        room = max(item.max_new_tokens for item in waiting)
-        cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
-        logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
-        tokens = [item.tokens for item in waiting for _ in range(rows)]
-        limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        scores = {}
-        for i, item in enumerate(waiting):
-            example = self.examples[item.column]
-            answers = texts[i * rows : (i + 1) * rows]
-            scores[item.column] = [text_score(self._metric_of(example), text, example) for text in answers]
-        return scores
+def _describe(model: PreTrainedModel) -> ModelSettings:
+    info = describe_model(model)
+    return ModelSettings(
+        name=info.name,
+        fingerprint=info.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(model.config._attn_implementation),
+        device=model.device.type,
+    )

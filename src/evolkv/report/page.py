@@ -13,6 +13,7 @@ from evolkv.report import views
 from evolkv.report.comparisons import comparisons, model_name
 from evolkv.report.headline import headline
 from evolkv.report.heatmaps import LEVELS
+from evolkv.report.needles import needle_grids
 from evolkv.report.recipes import recipes
 from evolkv.report.sources import Sources
 from evolkv.report.words import counted, interval, score, short
@@ -22,7 +23,7 @@ def render(sources: Sources) -> str:
     """Make the page.
 
     Args:
-        sources: at least one search, result, profile or curve.
+        sources: at least one search, result, file of records, profile or curve.
 
     Returns:
         HTML that makes no request: styles, charts and script are in it. The script only adds reading of values by
@@ -40,6 +41,7 @@ def render(sources: Sources) -> str:
             [views.methods(each) for each in groups],
         ),
         ("memory", "Score against memory", list(filter(None, in_memory))),
+        ("needles", "Needles found, by depth and context", needle_grids(sources.records)),
         ("budgets", "Budgets by layer" + " and head" * any(item.by_head for item in budgets), budgets),
         ("kept", "Prompt positions that are kept", [views.positions(s) for s in sources.searches if s.kept]),
         ("fitness", "Fitness over evaluations", [views.evolution(s) for s in sources.searches if s.history]),

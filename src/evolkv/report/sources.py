@@ -8,16 +8,20 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
 from evolkv.report.records import Curve, Profile, Results, Row, Search, checked
 from evolkv.report.studies import study_searches
 
+if TYPE_CHECKING:
+    from evolkv.evaluate.records import Records
+
 #: A search of ten thousand candidates on a large model stays below it: a larger file is something else.
 MAX_FILE_BYTES = 512 * 2**20
 _SQLITE = b"SQLite format 3\0"
+_RECORDS = b'{"format": "evolkv.records/'
 
 _KINDS: dict[str, type[Search | Results | Profile | Curve]] = {
     "evolkv.search/1": Search,
@@ -33,9 +37,10 @@ class Sources:
 
     Args:
         searches: of all files, also those within curves.
-        rows: of all results.
+        rows: of all results, also those that follow from records.
         profiles: also those that curves name.
         curves: without their searches' profiles.
+        records: of every example, as read.
         names: where it all came from.
         files: what was read, by its real path.
         studies: number of studies among it.
@@ -45,6 +50,7 @@ class Sources:
     rows: list[Row] = field(default_factory=list)
     profiles: list[Profile] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    records: list[Records] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
     studies: int = 0
@@ -54,7 +60,7 @@ class Sources:
         if isinstance(found, Search):
             self._add_search(found.model_copy(update={"origin": origin}))
         elif isinstance(found, Results):
-            self.rows += found.rows
+            self._add_rows(found.rows)
         elif isinstance(found, Profile):
             self.profiles.append(found)
         else:
@@ -70,6 +76,24 @@ class Sources:
         for search in searches:
             self._add_search(search)
 
+    def add_records(self, path: Path) -> None:
+        """Take a file of records, and the rows that follow from it."""
+        # Takes seconds to import, and no other input needs it.
+        from evolkv.evaluate.compare import summarise
+        from evolkv.evaluate.records import read_records
+
+        found = read_records(path)
+        rows = summarise(found)
+        if not rows:
+            raise UsageError(f"{path}: no example is finished yet; try again when one is")
+        self.records.append(found)
+        self._add_rows(checked(Results, path, {"rows": rows}).rows)
+        self.names.append(str(path))
+
+    def _add_rows(self, rows: Iterable[Row]) -> None:
+        """Take rows once, though they may be in results and follow from records, too."""
+        self.rows += [row for row in rows if row not in self.rows]
+
     def _add_search(self, found: Search) -> None:
         """Take a search once, though it may be recorded in a study, a result and a curve; what was chosen wins."""
         for i, known in enumerate(self.searches):
@@ -83,8 +107,9 @@ def read_sources(inputs: Iterable[str | os.PathLike[str]], study: str | None = N
     """Read result files, folders of result files, and studies.
 
     Args:
-        inputs: paths of search results, results, profiles and curves (JSON); folders that hold such files; SQLite or
-            journal files, or storage URLs, that hold a study. What a file is, its content says.
+        inputs: paths of search results, results, profiles and curves (JSON), and of records (JSON Lines); folders that
+            hold such files; SQLite or journal files, or storage URLs, that hold a study. What a file is, its content
+            says.
         study: name of the study, where a storage holds several.
 
     Raises:
@@ -99,7 +124,7 @@ def read_sources(inputs: Iterable[str | os.PathLike[str]], study: str | None = N
             _add_file(sources, Path(path), study)
         else:
             # Others' files may lie there, too.
-            files = [file for file in sorted(Path(path).glob("*.json")) if file.is_file() and _is_ours(file)]
+            files = [file for file in sorted(Path(path).glob("*.json*")) if file.is_file() and _is_ours(file)]
             if not files:
                 raise UsageError(f"{path}: no results in this folder; expected files of evolkv, such as search.json")
             for file in files:
@@ -114,8 +139,12 @@ def _add_file(sources: Sources, path: Path, study: str | None) -> None:
     if real in sources.files:
         return
     sources.files.add(real)
-    if _is_study(path):
+    start = _start(path)
+    if start.startswith(_SQLITE) or (start.startswith(b"{") and b'"op_code"' in start.split(b"\n")[0]):
         sources.add_study(str(path), study)
+        return
+    if start.startswith(_RECORDS):
+        sources.add_records(path)
         return
     found = _checked(path, _read_json(path))
     sources.add(found, str(path))
@@ -125,11 +154,13 @@ def _add_file(sources: Sources, path: Path, study: str | None) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return (_format(_read_json(path)) or "").startswith("evolkv.")
+    if path.suffix == ".json":
+        return (_format(_read_json(path)) or "").startswith("evolkv.")
+    return path.suffix == ".jsonl" and _start(path).startswith(_RECORDS)
 
 
-def _is_study(path: Path) -> bool:
-    """Whether a file is an SQLite database, or a journal: one JSON operation per line."""
+def _start(path: Path) -> bytes:
+    """The first bytes of a file: an SQLite database has its own, a journal has an operation on each line."""
     try:
         # Others may have no end, or wait for a writer.
         regular = stat.S_ISREG(path.stat().st_mode)
@@ -142,7 +173,7 @@ def _is_study(path: Path) -> bool:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not regular:
         raise UsageError(f"{path}: not a regular file; expected results made by evolkv")
-    return start.startswith(_SQLITE) or (start.startswith(b"{") and b'"op_code"' in start.split(b"\n")[0])
+    return start
 
 
 def _add_profiles(sources: Sources, curve: Path, found: Curve) -> None:

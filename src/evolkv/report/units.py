@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def duration(seconds: float) -> str:
     """A time span: 42 s, 3 min 05 s, 1 h 02 min."""
@@ -17,3 +19,8 @@ def mebibytes(count: float) -> str:
     """A number of bytes in MiB, without the unit."""
     size = count / 2**20
     return f"{size:,.2f}" if size < 10 else f"{size:,.1f}"
+
+
+def with_interval(score: float, interval: Sequence[float]) -> str:
+    """A score with its 95 % interval."""
+    return f"{score:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"

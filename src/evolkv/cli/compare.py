@@ -1,0 +1,55 @@
+"""`evolkv compare`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.options import Markdown
+from evolkv.cli.tables import print_table
+from evolkv.errors import UsageError
+
+
+def compare(
+    records: Annotated[
+        list[str],
+        typer.Argument(metavar="RECORDS...", help="Records of one model, as eval writes them (--records)."),
+    ],
+    a: Annotated[str | None, typer.Option("--a", metavar="METHOD[@C]", help="A method that is on record.")] = None,
+    b: Annotated[str | None, typer.Option("--b", metavar="METHOD[@C]", help="The one to compare it with.")] = None,
+    budget: Annotated[
+        int | None, typer.Option("--budget", metavar="C", help="Of methods that are on record at several.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of resamples and flips.", min=0)] = 0,
+    json_out: Annotated[
+        str | None, typer.Option("--json", metavar="COMPARISON.json", help="Where the numbers go.")
+    ] = None,
+    markdown: Markdown = None,
+) -> None:
+    """Compare two methods on the same examples: mean difference, its interval, and how likely chance alone is."""
+    from evolkv.report.files import check_writable, write_json
+
+    outs = [path for path in (json_out, None if markdown == "-" else markdown) if path is not None]
+    for path in outs:
+        check_writable(path)
+    places = [os.path.realpath(path) for path in [*records, *outs]]
+    if len(set(places[len(records) :]) - set(places[: len(records)])) < len(outs):
+        raise UsageError(
+            f"--json and --markdown go to {', '.join(outs)}; give each a file of its own, not one of RECORDS"
+        )
+    with console.busy("comparing"):
+        from evolkv.evaluate.pairs import compare_records
+        from evolkv.report.tables import comparison_note, comparison_table
+
+        found = compare_records(records, a, b, budget, seed)
+    if json_out is not None:
+        write_json(json_out, found.to_dict())
+    table = comparison_table(found)
+    if markdown != "-":
+        console.OUT.print(f"{table.caption}\n", soft_wrap=True)
+    print_table(table, markdown)
+    if markdown != "-":
+        console.OUT.print(f"\n{comparison_note(found)}", soft_wrap=True)

@@ -1,0 +1,267 @@
+"""All methods on a task's examples, each prompt prefilled once; what is on record already is not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evolkv.cache.compressed import CompressedCache
+from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.engine import encode_target, free_memory, mean_probability, text_score
+from evolkv.evaluate.methods import Method
+from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
+from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
+from evolkv.evaluate.workers import Workers
+from evolkv.models import describe_model
+from evolkv.selectors import Selector
+from evolkv.tasks import Example
+
+# Rows decoded at once; more gains little, since the weights are then read for enough rows.
+_MAX_ROWS = 64
+# Examples that are computed together. What is computed together decides the last bits of a score, so a shard of which
+# some examples are on record is computed whole: few enough that little is lost, and half of the sixteen neighbours that
+# share a passage in `niah`, whose common prefix is computed once within a shard.
+_SHARD_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: a method at a budget; `budgets` are ``[layers, kv_heads]``."""
+
+    method: Method
+    budget: int | None
+    budgets: np.ndarray
+    selector: Selector
+
+    @property
+    def label(self) -> str:
+        """See `evolkv.evaluate.records.label`."""
+        return label(self.method.name, self.budget)
+
+    def describe(self) -> MethodSettings:
+        """What identifies it."""
+        if self.budget is None:
+            return MethodSettings(
+                method=self.method.name, budget=None, budgets_sha256=None, selector=None, expanded_from=None
+            )
+        profile = self.method.profile
+        return MethodSettings(
+            method=self.method.name,
+            budget=self.budget,
+            budgets_sha256=sha256(json.dumps(self.budgets.tolist())),
+            selector=self.selector.to_dict(),
+            expanded_from=profile.budget if profile is not None and profile.budget != self.budget else None,
+        )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task's examples, ready to be asked.
+
+    Args:
+        task: its spec.
+        names: of the examples, each once.
+        examples: in order.
+        prompts: token ids ``[1, tokens]`` of each.
+    """
+
+    task: str
+    names: list[str]
+    examples: list[Example]
+    prompts: list[Tensor]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(ids.shape[1] for ids in self.prompts)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Questions,
+    rows: list[Row],
+    metric: str | None,
+    protocol: str,
+    log: RecordLog,
+    on_step: Callable[[], None],
+) -> None:
+    """Puts all rows on all examples on record.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        questions: the examples.
+        rows: the methods.
+        metric: "logprob", a text metric, or None for each example's own.
+        protocol: what the records say of it.
+        log: where the records go; examples that it has are left out.
+        on_step: called after each example that was prefilled and is not on record.
+    """
+    info = describe_model(model)
+    size = len(questions.examples)
+    prompt_bytes = questions.longest * info.num_layers * info.num_kv_heads * info.head_dim * 2 * model.dtype.itemsize
+    # Not by the memory that is free, which is not the same in a run that continues another.
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    step = max(1, min(_SHARD_SIZE, -(-size // threads)))
+    shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
+    workers = Workers(model.device, min(len(shards), free_memory(model.device) // (8 * prompt_bytes)))
+    shard = _Shard(model, tokenizer, questions, rows, metric, protocol, log, workers.count)
+    try:
+        # Those on record, too: the number of jobs decides how many cores each of them gets.
+        workers.run([partial(shard, columns) for columns in shards], on_step)
+    finally:
+        workers.close()
+
+
+@dataclass(frozen=True)
+class _Prefilled:
+    """An example that has been prefilled; its rows wait to be decoded with others."""
+
+    column: int
+    cache: CompressedCache
+    entry_bytes: int
+    next_logits: Tensor
+    tokens: int
+    max_new_tokens: int
+
+
+class _Shard:
+    """Measures all rows on examples computed together; `side_by_side` such calls share the memory."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        questions: Questions,
+        rows: list[Row],
+        metric: str | None,
+        protocol: str,
+        log: RecordLog,
+        side_by_side: int,
+    ):
+        self.model, self.tokenizer, self.questions, self.rows = model, tokenizer, questions, rows
+        self.metric, self.protocol, self.log, self.side_by_side = metric, protocol, log, side_by_side
+        self.end = end_tokens(model, tokenizer)
+        info = describe_model(model)
+        self.heads = info.num_layers * info.num_kv_heads
+
+    def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
+        """Puts the examples `columns` on record, calling `step` after the prefill of each that is not yet."""
+        missing = {column for column in columns if not self._has(column)}
+        if not missing:
+            return
+        prefill = Prefiller(self.model, [row.selector for row in self.rows])
+        waiting: list[_Prefilled] = []
+        for column in columns:
+            example = self.questions.examples[column]
+            recorded = prefill(self.questions.prompts[column])
+            if self._metric_of(example) == "logprob":
+                if column in missing:
+                    self._force(self._cut(column, recorded, 0))
+            else:
+                waiting.append(self._cut(column, recorded, example.max_new_tokens))
+                if self._enough(waiting):
+                    self._generate(waiting, missing)
+                    waiting.clear()
+            if column in missing:
+                step()
+        if waiting:
+            self._generate(waiting, missing)
+
+    def _has(self, column: int) -> bool:
+        return self.log.has(self.questions.task, self.questions.names[column])
+
+    def _metric_of(self, example: Example) -> str:
+        return self.metric or example.metric
+
+    def _cut(self, column: int, recorded: RecordedPrompt, room: int) -> _Prefilled:
+        """A compressed cache with one sequence per row, cut from one recorded prompt."""
+        layers = recorded.cache.layers
+        keys_values = [layer.held() for layer in layers]
+        rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
+        budgets = np.stack([row.budgets for row in self.rows])
+        selector = self.rows[0].selector
+        cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room)
+        key, value = keys_values[0]
+        entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
+        return _Prefilled(column, cache, entry_bytes, recorded.next_logits, recorded.tokens, room)
+
+    def _force(self, item: _Prefilled) -> None:
+        """The metric logprob."""
+        rows = len(self.rows)
+        target = encode_target(self.tokenizer, self.questions.examples[item.column])
+        held = self._held(item)
+        logits = item.next_logits.expand(rows, -1)
+        log_probs = target_log_probs(self.model, item.cache, logits, [item.tokens] * rows, [target] * rows)
+        self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
+
+    def _enough(self, waiting: list[_Prefilled]) -> bool:
+        """Whether what waits should be decoded now: enough rows for one batch, or a quarter of the memory in use."""
+        if len(waiting) * len(self.rows) >= _MAX_ROWS:
+            return True
+        held = sum(item.cache.kv_bytes for item in waiting)
+        return held > free_memory(self.model.device) // (4 * self.side_by_side)
+
+    def _generate(self, waiting: list[_Prefilled], missing: set[int]) -> None:
+        """Greedy texts and their scores, unless all that waits is on record."""
+        if not any(item.column in missing for item in waiting):
+            return
+        rows = len(self.rows)
+        held = [self._held(item) for item in waiting]
+        room = max(item.max_new_tokens for item in waiting)
+        cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
+        logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
+        tokens = [item.tokens for item in waiting for _ in range(rows)]
+        limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        for i, item in enumerate(waiting):
+            example = self.questions.examples[item.column]
+            answers = texts[i * rows : (i + 1) * rows]
+            scored = [(text, text_score(self._metric_of(example), text, example)) for text in answers]
+            self._record(item, held[i], scored)
+
+    def _held(self, item: _Prefilled) -> list[int]:
+        """Bytes that each row's cache holds."""
+        return [item.cache.kv_bytes_of(i) for i in range(len(self.rows))]
+
+    def _record(self, item: _Prefilled, held: list[int], answers: Sequence[tuple[str | None, float]]) -> None:
+        """Puts one example on record; `answers` are (prediction, score) of each row."""
+        questions, column = self.questions, item.column
+        example = questions.examples[column]
+        common = {
+            "task": questions.task,
+            "example": questions.names[column],
+            "prompt_sha256": sha256(example.prompt),
+            "prompt_tokens": item.tokens,
+            "metric": self._metric_of(example),
+            "protocol": self.protocol,
+            "first_line": example.first_line,
+            "stop": list(example.stop),
+            "references": list(example.references),
+            # As a reader will get it: tuples become lists.
+            "extra": json.loads(json.dumps(dict(example.extra))),
+        }
+        self.log.add(
+            [
+                Record(
+                    **common,
+                    method=row.method.name,
+                    budget=row.budget,
+                    prediction=prediction,
+                    score=score,
+                    kv_bytes=size,
+                    mean_budget=size / item.entry_bytes / self.heads,
+                )
+                for row, size, (prediction, score) in zip(self.rows, held, answers, strict=True)
+            ]
+        )

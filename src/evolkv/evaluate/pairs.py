@@ -1,0 +1,167 @@
+"""Two methods that are on record, compared task by task on the examples that both have answered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evolkv.errors import UsageError
+from evolkv.evaluate.paired import PairedComparison, paired_comparison
+from evolkv.evaluate.records import ByMethod, MethodSettings, Record, Records, read_records
+from evolkv.registry import unknown_name
+
+FORMAT = "evolkv.comparison/1"
+#: Scores of one prompt and method that differ by more than rounding were not measured alike.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """Two methods on one task; `unpaired` examples are on record for only one of them."""
+
+    task: str
+    metric: str
+    unpaired: int
+    result: PairedComparison
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """Two methods, by their labels, on every task that is on record for both; `overall` is over all their examples."""
+
+    model: str
+    a: str
+    b: str
+    tasks: list[TaskComparison]
+    overall: PairedComparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        rows = [
+            {"task": each.task, "metric": each.metric, **each.result.to_dict(), "unpaired": each.unpaired}
+            for each in self.tasks
+        ]
+        names = {"model": self.model, "a": self.a, "b": self.b}
+        return {"format": FORMAT, **names, "rows": rows, "all": self.overall.to_dict()}
+
+
+def compare_records(
+    paths: Sequence[str | os.PathLike[str]],
+    a: str | None = None,
+    b: str | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+) -> MethodComparison:
+    """Compares two methods on the same examples.
+
+    Args:
+        paths: files of records, of one model and protocol.
+        a: name of a method, or ``METHOD@BUDGET``. May be left out, as `b`, where only one choice is left.
+        b: the other one.
+        budget: of methods that are on record at several.
+        seed: of resamples and flips; see `paired_comparison`.
+
+    Raises:
+        UsageError: files that do not belong together, an unknown or ambiguous method, or no examples in common.
+    """
+    if not paths:
+        raise UsageError("nothing to compare; give at least one file of records")
+    methods, examples, model = _merged(paths)
+    first, second = _pair(methods, a, b, budget)
+    by_task: dict[str, list[tuple[Record | None, Record | None]]] = {}
+    for (task, _), found in examples.items():
+        if first in found or second in found:
+            by_task.setdefault(task, []).append((found.get(first), found.get(second)))
+    tasks: list[TaskComparison] = []
+    scores: list[tuple[float, float]] = []
+    for task, pairs in by_task.items():
+        both = [(x, y) for x, y in pairs if x is not None and y is not None]
+        for x, y in both:
+            if x.prompt_sha256 != y.prompt_sha256 or x.metric != y.metric:
+                raise UsageError(
+                    f"{first} and {second} were not asked the same on {x.example} of {task}: "
+                    f"{'their prompts differ' if x.metric == y.metric else f'metric {x.metric}, then {y.metric}'}; "
+                    "evaluate them with the same settings"
+                )
+        if both:
+            column = [(x.score, y.score) for x, y in both]
+            tasks.append(TaskComparison(task, both[0][0].metric, len(pairs) - len(both), _compared(column, seed)))
+            scores += column
+    if not tasks:
+        raise UsageError(f"{first} and {second} have no example in common; evaluate both on the same examples")
+    return MethodComparison(model, first, second, tasks, _compared(scores, seed))
+
+
+def _compared(scores: list[tuple[float, float]], seed: int) -> PairedComparison:
+    return paired_comparison([a for a, _ in scores], [b for _, b in scores], seed)
+
+
+def _merged(
+    paths: Sequence[str | os.PathLike[str]],
+) -> tuple[dict[str, MethodSettings], dict[tuple[str, str], ByMethod], str]:
+    """Methods by label, records by task and example, and the model, of all files."""
+    methods: dict[str, MethodSettings] = {}
+    examples: dict[tuple[str, str], ByMethod] = {}
+    files = [(path, read_records(path)) for path in paths]
+    start = files[0][1].settings
+    for path, records in files:
+        settings = records.settings
+        for name, before, now in (
+            ("model", start.model.fingerprint, settings.model.fingerprint),
+            ("dtype", start.model.dtype, settings.model.dtype),
+            ("protocol", start.protocol, settings.protocol),
+        ):
+            if before != now:
+                raise UsageError(
+                    f"{paths[0]} and {path} cannot be compared: {name} {before} there, {now} here; "
+                    "give files that share it"
+                )
+        for label, method in settings.methods.items():
+            if methods.setdefault(label, method).budgets_sha256 != method.budgets_sha256:
+                raise UsageError(f"{path}: {label} has other budgets than in the files before; give files that agree")
+        _merge(path, records, examples)
+    return methods, examples, start.model.name
+
+
+def _merge(path: str | os.PathLike[str], records: Records, examples: dict[tuple[str, str], ByMethod]) -> None:
+    for key, found in records.examples.items():
+        known = examples.setdefault(key, {})
+        for label, record in found.items():
+            before = known.setdefault(label, record)
+            if before.prompt_sha256 != record.prompt_sha256 or abs(before.score - record.score) > _ROUNDING:
+                raise UsageError(
+                    f"{path}: {label} on {record.example} of {record.task} is not as in the files before; "
+                    "give only one of them"
+                )
+
+
+def _pair(methods: dict[str, MethodSettings], a: str | None, b: str | None, budget: int | None) -> tuple[str, str]:
+    """Labels of the two methods that are meant."""
+    at = {label: each for label, each in methods.items() if budget is None or each.budget in (budget, None)}
+    first = None if a is None else _label(methods, at, a)
+    second = None if b is None else _label(methods, at, b)
+    left = [label for label in at if label not in (first, second)]
+    missing = (first is None) + (second is None)
+    if missing and len(left) != missing:
+        raise UsageError(
+            f"which two methods to compare is open: on record are {', '.join(at) or 'none at this budget'}; "
+            "give --a and --b"
+        )
+    first = first or left.pop(0)
+    second = second or left.pop(0)
+    if first == second:
+        raise UsageError(f"--a and --b are both {first}; give two methods")
+    return first, second
+
+
+def _label(methods: dict[str, MethodSettings], at: dict[str, MethodSettings], word: str) -> str:
+    if word in methods:
+        return word
+    found = [label for label, each in at.items() if each.method == word]
+    if not found:
+        raise unknown_name("method", word, at)
+    if len(found) > 1:
+        raise UsageError(f"{word} is on record as {', '.join(found)}; give one of these, or --budget")
+    return found[0]

@@ -1,0 +1,396 @@
+"""Every example of an evaluation on record: what was asked, answered and held, one line of JSON each.
+
+The first line of a file is its header, ``{"format": "evolkv.records/1", "settings": {…}}``; each other line is a
+`Record`. Lines are appended as examples finish, and a last line that a killed program left incomplete is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import evolkv
+from evolkv.errors import RunError, UsageError
+
+FORMAT = "evolkv.records/1"
+#: The protocol of every record: the prompt is compressed with the question in it.
+AWARE = "aware"
+
+_START = f'{{"format": "{FORMAT}"'.encode()
+_MOST_DIFFERENCES = 3
+
+Name = Annotated[str, Field(min_length=1)]
+Budget = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class _Checked(BaseModel):
+    # Settings and facts of later versions are kept: whoever continues a file must share them.
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Checked):
+    """The model, and how it was run."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    attention: str
+    device: str
+
+
+class MethodSettings(_Checked):
+    """A method at a budget.
+
+    Args:
+        method: its name.
+        budget: mean budget; None for the full cache.
+        budgets_sha256: of the allocation, as JSON; None for the full cache.
+        selector: name and parameters; None for the full cache.
+        expanded_from: the budget that a profile was found at, if it is another.
+    """
+
+    method: Name
+    budget: Budget | None
+    budgets_sha256: str | None
+    selector: dict[str, Any] | None
+    expanded_from: Budget | None
+
+
+class TaskSettings(_Checked):
+    """The examples of a task: their names in order, and a hash of all that is in them."""
+
+    fingerprint: str
+    examples: Annotated[list[Name], Field(min_length=1)]
+
+
+class Settings(_Checked):
+    """What identifies an evaluation. Methods go by `label`, tasks by their spec."""
+
+    model: ModelSettings
+    metric: str | None
+    protocol: Name
+    seed: int
+    samples: int
+    sample_ids: list[str] | None
+    methods: Annotated[dict[str, MethodSettings], Field(min_length=1)]
+    tasks: Annotated[dict[str, TaskSettings], Field(min_length=1)]
+    versions: dict[str, str]
+
+
+class Record(_Checked):
+    """One method at one budget on one example.
+
+    Args:
+        task: spec of the task.
+        example: name of the example.
+        prompt_sha256: of the prompt's text.
+        prompt_tokens: length of the prompt.
+        method: name of the method.
+        budget: mean budget; None for the full cache.
+        metric: name of the metric.
+        protocol: whether the question was seen when the prompt was compressed; see `AWARE`.
+        prediction: the text generated; None for the metric logprob.
+        first_line: whether the metric judges only the first line of the prediction.
+        stop: texts that end what the metric judges of the prediction.
+        references: the acceptable answers.
+        score: in [0, 1].
+        kv_bytes: what the cache held after prefill.
+        mean_budget: the same as entries per KV head.
+        extra: facts about the example (depth, length, …) and keyword arguments of the metric.
+    """
+
+    task: str
+    example: Name
+    prompt_sha256: str
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    method: Name
+    budget: Budget | None
+    metric: Name
+    protocol: Name
+    prediction: str | None
+    first_line: bool
+    stop: list[str]
+    references: list[str]
+    score: Annotated[float, Field(ge=0, le=1)]
+    kv_bytes: Annotated[int, Field(ge=1, le=2**53)]
+    mean_budget: Annotated[float, Field(gt=0)]
+    extra: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        """Method and budget in one word; see `label`."""
+        return label(self.method, self.budget)
+
+
+#: Records of one example by label of the method.
+ByMethod = dict[str, Record]
+
+
+@dataclass
+class Records:
+    """An evaluation's settings, and what is on record: by task and example, then by label of the method."""
+
+    settings: Settings
+    examples: dict[tuple[str, str], ByMethod] = field(default_factory=dict)
+
+    def complete(self, task: str) -> list[ByMethod]:
+        """The examples of a task that all methods are done with, in the order of the settings."""
+        known = [self.examples.get((task, name), {}) for name in self.settings.tasks[task].examples]
+        return [found for found in known if len(found) == len(self.settings.methods)]
+
+    def put(self, record: Record) -> None:
+        """Add a record, or let the one that is there stand."""
+        self.examples.setdefault((record.task, record.example), {}).setdefault(record.label, record)
+
+
+class RecordLog:
+    """The records of an evaluation that is going on, in memory and, where there is a path, in a file. Use `open`."""
+
+    def __init__(self, records: Records, path: Path | None = None, undo: contextlib.ExitStack | None = None):
+        self.records = records
+        self._path, self._undo = path, undo or contextlib.ExitStack()
+        self._file = -1
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None, settings: Settings) -> RecordLog:
+        """Begin a file of records, or continue the one that is there. No other process can until it is closed.
+
+        Args:
+            path: of the file; missing folders are made. None keeps the records in memory.
+            settings: of the evaluation, which a file that is continued must share.
+
+        Raises:
+            UsageError: the file is not one of records, has other settings, or is in use.
+            RunError: it cannot be written.
+        """
+        if path is None:
+            return cls(Records(settings))
+        with contextlib.ExitStack() as undo, _reporting(path):
+            target = Path(os.path.realpath(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(_claim(path, target))
+            whole, records = _recorded(path, target)
+            if records is not None:
+                _check_settings(path, records.settings, settings)
+            log = cls(records or Records(settings), Path(path))
+            log._file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+            undo.callback(os.close, log._file)
+            os.ftruncate(log._file, whole)
+            if records is None:
+                log._append([{"format": FORMAT, "settings": settings.model_dump()}])
+            log._undo = undo.pop_all()
+            return log
+
+    def has(self, task: str, example: str) -> bool:
+        """Whether all methods are done with an example."""
+        return len(self.records.examples.get((task, example), {})) == len(self.records.settings.methods)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Put records on record that are not yet, unless the log is closed. May be called from any thread.
+
+        Raises:
+            RunError: they cannot be written; what was recorded before is kept.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            known = self.records.examples
+            fresh = [each for each in records if each.label not in known.get((each.task, each.example), {})]
+            if self._path is not None and fresh:
+                with _reporting(self._path):
+                    self._append(record.model_dump() for record in fresh)
+            for record in fresh:
+                self.records.put(record)
+
+    def close(self) -> None:
+        """Let go of the file, so that others may open it."""
+        with self._lock:
+            self._closed = True
+            self._undo.close()
+
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        # All at once, so that a program that is killed leaves at most one line incomplete. Halves of characters, which
+        # UTF-8 cannot hold, become JSON's escapes.
+        texts = [json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines]
+        data = "".join(texts).encode("utf-8", "backslashreplace")
+        while data:
+            data = data[os.write(self._file, data) :]
+
+
+def label(method: str, budget: int | None) -> str:
+    """A method at a budget in one word: ``snapkv@64``; the full cache has no budget."""
+    return method if budget is None else f"{method}@{budget}"
+
+
+def sha256(text: str) -> str:
+    """Of a text in UTF-8, hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the scores."""
+    import torch
+    import transformers
+
+    return {"evolkv": evolkv.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def is_records(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as one of records does."""
+    with open(path, "rb") as file:
+        return file.read(len(_START)) == _START
+
+
+def read_records(path: str | os.PathLike[str]) -> Records:
+    """Read a file of records, which may be in use, and change nothing.
+
+    Raises:
+        UsageError: it cannot be read, is not a file of records, or a line of it is damaged.
+    """
+    try:
+        _, records = _recorded(path, Path(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if records is None:
+        raise UsageError(f"{path}: no records in this file; expected what evolkv eval --records writes")
+    return records
+
+
+def _recorded(path: str | os.PathLike[str], target: Path) -> tuple[int, Records | None]:
+    """Bytes of whole lines, and what they hold: None for a file that is missing, empty or was not begun properly."""
+    if not target.exists():
+        return 0, None
+    if not target.is_file():
+        raise UsageError(f"{path}: not a regular file; give the name of a file of records")
+    whole = 0
+    records: Records | None = None
+    with target.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                if records is None and not (line.startswith(_START) or _START.startswith(line)):
+                    raise _not_records(path)
+                break
+            whole += len(line)
+            if records is None:
+                records = Records(_header(path, line))
+            else:
+                _take(f"{path} line {number}", line, records)
+    return whole, records
+
+
+def _header(path: str | os.PathLike[str], line: bytes) -> Settings:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _not_records(path) from None
+    form = found.get("format") if isinstance(found, dict) else None
+    if isinstance(form, str) and form.startswith("evolkv.records/") and form != FORMAT:
+        raise UsageError(f"{path}: has the format {form[:80]!r}, this EvolKV reads {FORMAT!r}; update EvolKV")
+    if form != FORMAT:
+        raise _not_records(path)
+    settings: Settings = _checked(Settings, f"{path} line 1: settings", found.get("settings"))
+    return settings
+
+
+def _take(where: str, line: bytes, records: Records) -> None:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON ({error}); delete the line, and its example is evaluated again") from None
+    record: Record = _checked(Record, where, data)
+    settings = records.settings
+    if record.task not in settings.tasks or record.example not in settings.tasks[record.task].examples:
+        raise UsageError(f"{where}: example {record.example!r} of {record.task!r} is not among those of the header")
+    if record.label not in settings.methods:
+        raise UsageError(f"{where}: method {record.label!r} is not among those of the header")
+    known = records.examples.get((record.task, record.example), {}).get(record.label)
+    if known is not None and known != record:
+        raise UsageError(f"{where}: {record.label} on {record.example} was on record before, and not the same")
+    records.put(record)
+
+
+def _checked(kind: type[Any], where: str, data: Any) -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{where}{place and f': {place}'}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def _not_records(path: str | os.PathLike[str]) -> UsageError:
+    return UsageError(f"{path}: not a file of records; expected what evolkv eval --records writes, or another name")
+
+
+def _check_settings(path: str | os.PathLike[str], before: Settings, now: Settings) -> None:
+    different = differences(before, now)
+    if different:
+        shown = [f"{key}: the records have {old}, now {new}" for key, old, new in different[:_MOST_DIFFERENCES]]
+        more = f"; and {len(different) - len(shown)} more" if len(different) > len(shown) else ""
+        raise UsageError(
+            f"{path} was begun with other settings ({'; '.join(shown)}{more}); use the same settings to continue it, "
+            "or give another --records, or delete it to begin anew"
+        )
+
+
+def differences(before: Settings, now: Settings) -> list[tuple[str, str, str]]:
+    """Settings that differ: their name, and what they are in each, "nothing" where they are missing."""
+    old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
+    keys = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+    return [(key, _shown(old, key), _shown(new, key)) for key in keys]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        # A method or task that is missing altogether is one difference.
+        if isinstance(value, dict) and value and prefix not in ("methods.", "tasks."):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "nothing"
+    text = json.dumps(settings[key], ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+@contextlib.contextmanager
+def _claim(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
+    """The right to write to a file of records. The operating system ends it with the process."""
+    file = target.with_name(f"{target.name}.lock")
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=0.3)
+    except Timeout:
+        raise UsageError(f"{path} is in use by another evaluation; wait for it, or give another --records") from None
+    try:
+        yield
+    finally:
+        # While the lock is held: one who opened the file before finds that it is gone, and begins anew.
+        with contextlib.suppress(OSError):
+            file.unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
+def _reporting(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"records {path} cannot be written: {error.strerror or error}; what was recorded before is kept"
+        ) from None

@@ -1,0 +1,71 @@
+"""Results as tables of text, for a terminal or Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evolkv.report.axes import Table
+from evolkv.report.units import mebibytes, with_interval
+from evolkv.report.words import counted
+
+if TYPE_CHECKING:
+    from evolkv.evaluate.paired import PairedComparison
+    from evolkv.evaluate.pairs import MethodComparison
+
+#: Columns of numbers, which stand right-aligned.
+NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "p"})
+_LEAST_P = 1e-4
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of an evaluation, with their intervals and what they cost.
+
+    Args:
+        rows: as `evolkv.evaluate` returns them.
+    """
+    several_tasks = len({row["task"] for row in rows}) > 1
+    several_budgets = len({row["budget"] for row in rows if row["budget"] is not None}) > 1
+    full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
+    columns = ["task"] * several_tasks + ["method"] + ["budget"] * several_budgets
+    columns += ["mean budget", "n", "metric", "score (95 % interval)", "KV MiB"] + ["of full"] * bool(full)
+    cells = []
+    for row in rows:
+        line = [row["task"]] * several_tasks + [row["method"]]
+        line += ["–" if row["budget"] is None else str(row["budget"])] * several_budgets
+        line += [f"{row['mean_budget']:,.1f}", str(row["n"]), row["metric"], with_interval(row["score"], row["ci95"])]
+        line.append(mebibytes(row["kv_bytes"]))
+        if full:
+            line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
+        cells.append(line)
+    return Table("Scores of methods on the same held-out examples", columns, cells)
+
+
+def comparison_table(found: MethodComparison) -> Table:
+    """Two methods, task by task, and all tasks together where there are several."""
+    columns = ["task", "metric", "n", "a", "b", "a − b (95 % interval)", "p", "wins / ties / losses of a"]
+    rows = [_compared(each.task, each.metric, each.result) for each in found.tasks]
+    if len(found.tasks) > 1:
+        metrics = {each.metric for each in found.tasks}
+        rows.append(_compared("all", metrics.pop() if len(metrics) == 1 else "several", found.overall))
+    return Table(f"{found.model}: a is {found.a}, b is {found.b}", columns, rows)
+
+
+def comparison_note(found: MethodComparison) -> str:
+    """How the numbers of a comparison come about, in a line."""
+    results = [each.result for each in found.tasks] + [found.overall] * (len(found.tasks) > 1)
+    counts = {True: "all ways to flip the signs", False: "20,000 random flips"}
+    how = " or ".join(counts[exact] for exact in sorted({each.exact for each in results}, reverse=True))
+    note = f"Intervals: BCa bootstrap over examples, 10,000 resamples. p: sign-flip test, {how}, two-sided."
+    if any(each.ci95[0] == each.ci95[1] for each in results):
+        note += " An interval without width: all examples differ alike, and resampling cannot tell how others would."
+    unpaired = sum(each.unpaired for each in found.tasks)
+    return f"{note} Left out: {counted(unpaired, 'example')} on record for only one." if unpaired else note
+
+
+def _compared(task: str, metric: str, result: PairedComparison) -> list[str]:
+    low, high = result.ci95
+    difference = f"{result.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+    p = f"{result.p:.4f}" if result.p >= _LEAST_P else f"<{_LEAST_P:.4f}"
+    counts = f"{result.wins} / {result.ties} / {result.losses}"
+    return [task, metric, str(result.n), f"{result.mean_a:.3f}", f"{result.mean_b:.3f}", difference, p, counts]
