@@ -32,6 +32,14 @@ PAIRS = {
     "knorm": ({"name": "knorm"}, "KnormPress", {}),
     "tova": ({"name": "tova"}, "TOVAPress", {}),
     "streaming_llm": ({"name": "streaming_llm", "sinks": 4}, "StreamingLLMPress", {"n_sink": 4}),
+    "keydiff": ({"name": "keydiff"}, "KeyDiffPress", {}),
+    "expected_attention": ({"name": "expected_attention"}, "ExpectedAttentionPress", {}),
+    # There without reuse of indices, and with another chunk size by default.
+    "chunkkv": (
+        {"name": "chunkkv", "chunk": 10, "window": 32, "kernel": 5, "reuse": 1},
+        "ChunkKVPress",
+        {"chunk_length": 10, "press": ["SnapKVPress", {"window_size": 32, "kernel_size": 5}]},
+    ),
 }
 
 # Runs under the other environment's Python: records the indices that each press keeps.
@@ -44,10 +52,7 @@ torch.set_grad_enabled(False)
 model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
 ids = torch.tensor([job["ids"]])
 kept = {}
-for name, (press_name, arguments) in job["presses"].items():
-    ratio = 1 - (job["budget"] + 0.5) / ids.shape[1]
-    press = getattr(kvpress, press_name)(compression_ratio=ratio, **arguments)
-    layers = {}
+def recording_scores(press, layers):
     score = press.score
     def record(module, *args, **kwargs):
         scores = score(module, *args, **kwargs)
@@ -55,6 +60,26 @@ for name, (press_name, arguments) in job["presses"].items():
         layers[module.layer_idx] = scores.topk(count, dim=-1).indices[0].sort(-1).values.tolist()
         return scores
     press.score = record
+def recording_chunks(press, layers):
+    compress = press.compress
+    def record(module, hidden_states, keys, values, *rest):
+        # What is kept of values that are their own positions.
+        positions = torch.arange(keys.shape[2], dtype=values.dtype)[None, None, :, None].expand_as(values)
+        kept = compress(module, hidden_states, keys, positions, *rest)[1]
+        layers[module.layer_idx] = kept[0, ..., 0].long().tolist()
+        return compress(module, hidden_states, keys, values, *rest)
+    press.compress = record
+for name, (press_name, arguments) in job["presses"].items():
+    ratio = 1 - (job["budget"] + 0.5) / ids.shape[1]
+    layers = {}
+    if "press" in arguments:
+        inner, settings = arguments.pop("press")
+        scorer = getattr(kvpress, inner)(compression_ratio=ratio, **settings)
+        press = getattr(kvpress, press_name)(press=scorer, **arguments)
+        recording_chunks(press, layers)
+    else:
+        press = getattr(kvpress, press_name)(compression_ratio=ratio, **arguments)
+        recording_scores(press, layers)
     with press(model):
         model(ids, use_cache=True)
     kept[name] = [layers[i] for i in range(len(layers))]
@@ -101,7 +126,9 @@ def main() -> None:
     theirs = kept_by_kvpress(kvpress_python(arguments.kvpress_env), model, ids[0].tolist(), arguments.budget)
     rows = {}
     for name, (selector, press, _) in PAIRS.items():
-        profile = evolkv.BudgetProfile.uniform(model, arguments.budget, selector=selector)
+        # Whole chunks need not come to the budget.
+        budget = len(theirs[name][0][0])
+        profile = evolkv.BudgetProfile.uniform(model, budget, selector=selector)
         cache = evolkv.CompressedCache(model, profile)
         with torch.inference_mode():
             model(ids, past_key_values=cache, logits_to_keep=1)
@@ -110,7 +137,12 @@ def main() -> None:
             for head, kept in zip(mine, other, strict=True):
                 ours = set(head.tolist())
                 indices.append(len(ours & set(kept)) / len(ours | set(kept)))
-        rows[name] = {"press": press, "jaccard_mean": sum(indices) / len(indices), "jaccard_min": min(indices)}
+        rows[name] = {
+            "press": press,
+            "budget": budget,
+            "jaccard_mean": sum(indices) / len(indices),
+            "jaccard_min": min(indices),
+        }
         cache.release()
     finish(
         {

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from evolkv import BudgetProfile, CompressedCache
-from evolkv.errors import UsageError
-from evolkv.selectors import SELECTORS, PromptAttention, get_selector
-from tiny import tokens
+from evolkv.errors import ModelError, UsageError
+from evolkv.evaluate.prefill import Prefiller
+from evolkv.models.rotary import rotary_of
+from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
+from tiny import FAMILIES, HEAD_DIM, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
 
 
-def prompt(sliding_window=None, softcap=None, length=LENGTH):
+ROTARY = rotary_of(tiny_model(head_dim=DIM), 0)
+
+
+def prompt(sliding_window=None, softcap=None, length=LENGTH, layer=0):
     return PromptAttention(
         torch.randn(BATCH, HEADS, length, DIM),
         torch.randn(BATCH, KV_HEADS, length, DIM),
@@ -23,6 +31,7 @@ def prompt(sliding_window=None, softcap=None, length=LENGTH):
         scaling=DIM**-0.5,
         softcap=softcap,
         sliding_window=sliding_window,
+        layer=LayerContext(layer, lambda: ROTARY),
     )
 
 
@@ -65,6 +74,159 @@ def test_snapkv_keeps_what_the_window_attends_to(pooling):
     scores = selector.score(of)
     torch.testing.assert_close(scores[..., :-4], pooled.mean(2))
     assert torch.isinf(scores[..., -4:]).all()
+
+
+def test_snapkv_can_take_the_query_head_that_attends_most():
+    of = prompt()
+    selector = get_selector({"name": "snapkv", "window": 4, "kernel": 1, "gqa": "max"})
+    expected = full_attention(of)[..., -4:, :-4].mean(-2).amax(2)
+    torch.testing.assert_close(selector.score(of)[..., :-4], expected)
+
+
+def test_keydiff_keeps_keys_unlike_the_mean():
+    of = prompt()
+    scores = get_selector("keydiff").score(of)
+    for row, found in zip(of.key.flatten(0, 1), scores.flatten(0, 1), strict=True):
+        unit = row / row.norm(dim=-1, keepdim=True)
+        anchor = unit.mean(0) / unit.mean(0).norm()
+        torch.testing.assert_close(found, -(unit @ anchor))
+
+
+def test_chunkkv_scores_whole_chunks_alike_for_all_heads():
+    of = prompt()
+    selector = get_selector({"name": "chunkkv", "chunk": 8, "window": 4})
+    # 50 tokens: chunks 0-7, …, 40-47 and 48-49; the window is 46-49.
+    votes = full_attention(of)[..., -4:, :].mean((1, 2, 3))
+    by_head = full_attention(of)[..., -4:, :].mean((2, 3))
+    scores = selector.score(of)
+    for start in (0, 8, 16, 24, 32):
+        expected = votes[:, start : start + 8].mean(-1)
+        torch.testing.assert_close(scores[..., start : start + 8], expected[:, None, None].expand(-1, KV_HEADS, 8))
+    # The window's two tokens of its chunk count as the most attended older token of each head.
+    highest = by_head[..., :46].amax(-1).mean(1)
+    last = (votes[:, 40:46].sum(-1) + 2 * highest) / 8
+    torch.testing.assert_close(scores[..., 40:46], last[:, None, None].expand(-1, KV_HEADS, 6))
+    assert torch.isinf(scores[..., 46:]).all()
+
+
+def test_chunkkv_keeps_the_first_tokens_of_a_chunk_that_a_budget_cuts():
+    ranking = get_selector({"name": "chunkkv", "chunk": 8, "window": 4}).rank(prompt())
+    chunks = ranking[0, 0, 4:].tolist()
+    assert all(b == a + 1 or b % 8 == 0 for a, b in itertools.pairwise(chunks))
+
+
+def test_chunkkv_uses_a_choice_for_several_layers():
+    selector = get_selector({"name": "chunkkv", "window": 4, "reuse": 2})
+    memory = {}
+    first, second, third = (replace(prompt(), layer=LayerContext(i, lambda: ROTARY, memory)) for i in range(3))
+    assert torch.equal(selector.score(first), selector.score(second))
+    assert not torch.equal(selector.score(second), selector.score(third))
+    # A next prompt is not judged by what is remembered of the last one.
+    again = replace(prompt(), layer=first.layer)
+    assert not torch.equal(selector.score(again), selector.score(first))
+    assert torch.equal(selector.score(first), selector.score(second))
+    # Layers that see a window only decide for themselves.
+    sliding = replace(second, sliding_window=20)
+    assert not torch.equal(selector.score(sliding), selector.score(second))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_chunkkv_keeps_the_same_in_a_cache_of_its_own_as_in_a_recorded_prompt(family):
+    model = tiny_model(family)
+    selector = get_selector({"name": "chunkkv", "chunk": 4, "window": 4})
+    prefill = Prefiller(model, [selector])
+    for seed in range(2):
+        ids = tokens(1, 60, seed=seed)
+        recorded = prefill(ids)
+        # The first layer keeps everything, and decides for the second all the same.
+        budgets = [[60, 60], [20, 12], [20, 12], [20, 12]]
+        cache = CompressedCache(model, BudgetProfile.from_budgets(model, budgets, selector=selector.to_dict()))
+        model(ids, past_key_values=cache)
+        for layer, heads, row in zip(recorded.cache.layers, cache.positions, budgets, strict=True):
+            for ranking, kept, budget in zip(layer.rankings[selector][0], heads, row, strict=True):
+                window = min(budget, layer.sliding_window or budget)
+                assert kept.tolist() == sorted(ranking[:window].tolist())
+
+
+def test_chunkkv_remembers_each_sequence_of_a_padded_batch_on_its_own():
+    model = tiny_model()
+    profile = BudgetProfile.uniform(model, 12, selector={"name": "chunkkv", "chunk": 4, "window": 4})
+    rows = [tokens(1, length, seed=length) for length in (30, 50)]
+    ids = torch.cat([torch.nn.functional.pad(row, (50 - row.shape[1], 0)) for row in rows])
+    both = CompressedCache(model, profile)
+    model(ids, attention_mask=(ids != 0).long(), past_key_values=both)
+    for i, row in enumerate(rows):
+        alone = CompressedCache(model, profile)
+        model(row, past_key_values=alone)
+        for together, single in zip(both.positions, alone.positions, strict=True):
+            assert [head[i].tolist() for head in together] == [head.tolist() for head in single]
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_attention_is_that_of_normally_distributed_queries(covariance):
+    of = prompt()
+    selector = get_selector(
+        {"name": "expected_attention", "future": 3, "sinks": 2, "covariance": covariance, "value_norm": False}
+    )
+    scores = selector.score(of)
+    assert torch.isinf(scores[..., :2]).all()
+    # One future position after another: turn each query by hand, then average the turned ones.
+    positions = torch.arange(2, LENGTH)
+    before = ROTARY.undo(of.query[:, :, 2:], positions)
+    turned = sum(before @ ROTARY.mean_turn(torch.tensor([p]), DIM) for p in range(LENGTH, LENGTH + 3)) / 3
+    logits = []
+    for head in range(HEADS):
+        q, k = turned[:, head], of.key[:, head // (HEADS // KV_HEADS), 2:]
+        value = torch.einsum("bd,bnd->bn", q.mean(1), k) / math.sqrt(DIM)
+        if covariance:
+            spread = torch.stack([torch.cov(row.T, correction=0) for row in q])
+            value = value + torch.einsum("bni,bij,bnj->bn", k, spread, k) / DIM / 2
+        logits.append(value.softmax(-1))
+    expected = torch.stack(logits, 1).unflatten(1, (KV_HEADS, -1)).mean(2)
+    torch.testing.assert_close(scores[..., 2:], expected)
+    with_values = get_selector(selector.to_dict() | {"value_norm": True}).score(of)
+    torch.testing.assert_close(with_values[..., 2:], expected * of.value[:, :, 2:].norm(dim=-1))
+
+
+def test_expected_attention_needs_a_model():
+    with pytest.raises(ModelError, match="rotary"):
+        get_selector("expected_attention").score(replace(prompt(), layer=None))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_rotary_embedding_is_undone(family, layer):
+    model = tiny_model(family)
+    attention = model.model.layers[layer].self_attn
+    before, after = {}, {}
+
+    def record(module, args, kwargs):
+        before["x"] = kwargs.get("hidden_states", args[0] if args else None)
+
+    handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+    profile = BudgetProfile.uniform(model, 39, selector="knorm")
+    cache = CompressedCache(model, profile)
+    original = cache.layers[layer].store_prompt
+    cache.layers[layer].store_prompt = lambda of, padding: (after.update(query=of.query), original(of, padding))
+    model(tokens(1, 40), past_key_values=cache)
+    handle.remove()
+    if family == "phi3":
+        projected = attention.qkv_proj(before["x"])[..., : 8 * HEAD_DIM]
+    else:
+        projected = attention.q_proj(before["x"])
+    projected = projected.view(1, 40, 8, HEAD_DIM).transpose(1, 2)
+    if hasattr(attention, "q_norm"):
+        projected = attention.q_norm(projected)
+    rotary, positions = rotary_of(model, layer), torch.arange(40)
+    torch.testing.assert_close(rotary.undo(after["query"], positions), projected, atol=1e-5, rtol=1e-4)
+    turned = projected[:, :, 7] @ rotary.mean_turn(torch.tensor([7]), HEAD_DIM)
+    torch.testing.assert_close(turned, after["query"][:, :, 7], atol=1e-5, rtol=1e-4)
+
+
+def test_model_without_rotary_embedding_is_named():
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=128)
+    with pytest.raises(ModelError, match="no rotary position embedding"):
+        rotary_of(GPT2LMHeadModel(config), 0)
 
 
 def test_h2o_sums_attention_over_all_queries():
@@ -112,7 +274,7 @@ def test_rankings_are_permutations_with_protected_tokens_first(name):
     selector = get_selector(name)
     ranking = selector.rank(prompt())
     assert torch.equal(ranking.sort(-1).values, torch.arange(LENGTH).expand(BATCH, KV_HEADS, LENGTH))
-    if name in ("snapkv", "h2o"):
+    if name in ("snapkv", "h2o", "chunkkv"):
         assert (ranking[..., :32] >= LENGTH - 32).all()
 
 
@@ -144,6 +306,11 @@ def test_ties_are_broken_alike_at_every_budget():
         ({"name": "snapkv", "window": True}, "expected int"),
         ({"name": "snapkv", "kernel": 4}, "odd"),
         ({"name": "snapkv", "pooling": "median"}, "'max' or 'mean'"),
+        ({"name": "snapkv", "gqa": "sum"}, "'mean' or 'max'"),
+        ({"name": "chunkkv", "chunk": 0}, "chunk is 0"),
+        ({"name": "chunkkv", "window": 0}, "at least 1"),
+        ({"name": "expected_attention", "future": 0}, "future is 0"),
+        ({"name": "expected_attention", "sinks": -1}, "must not be negative"),
         ({"window": 3}, "with a 'name'"),
         (7, "name or a mapping"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import ModelError, UsageError
+from evolkv.models.rotary import rotary_of
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import Selector, get_selector
+from evolkv.selectors import LayerContext, Selector, get_selector
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
@@ -41,6 +43,13 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
                 "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
             )
     return windows
+
+
+def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
+    """For each layer of a new cache, where it is; all share one memory."""
+    memory: dict[Any, Any] = {}
+    layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
+    return [LayerContext(index, functools.partial(rotary_of, model, index), memory) for index in layers]
 
 
 class HookedCache(Cache):
@@ -168,8 +177,8 @@ class CompressedCache(HookedCache):
 
 
 def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[CompressedLayer]:
-    windows = sliding_windows(model)
-    return [CompressedLayer(row, selector, window) for row, window in zip(budgets, windows, strict=True)]
+    places = zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
+    return [CompressedLayer(row, selector, window, context) for row, window, context in places]
 
 
 @contextmanager

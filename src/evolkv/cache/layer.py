@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
 from evolkv.cache.math import attention, check_plain_logits, scaling_of
 from evolkv.errors import RunError
-from evolkv.selectors import PromptAttention, Selector
+from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Entries above which copying a row costs more than attending to it apart from others of its length.
 _LONG = 512
@@ -127,13 +127,21 @@ class CompressedLayer(CacheLayerMixin):
         selector: decides which entries.
         sliding_window: how many tokens a query of this layer sees, or None for all. Such a layer keeps
             ``min(budget, sliding_window)`` of the last `sliding_window` tokens, and never more than the window.
+        context: where the layer is in a model, for selectors that need to know.
     """
 
     # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
     is_sliding = False
 
-    def __init__(self, budgets: np.ndarray, selector: Selector, sliding_window: int | None = None):
+    def __init__(
+        self,
+        budgets: np.ndarray,
+        selector: Selector,
+        sliding_window: int | None = None,
+        context: LayerContext | None = None,
+    ):
         super().__init__()
+        self.context = context
         self.budgets = np.asarray(budgets, dtype=np.int64)
         self.selector = selector
         self.sliding_window = sliding_window
@@ -279,7 +287,13 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
             prompt = PromptAttention(
-                query, key, value, scaling_of(query, kwargs), kwargs.get("softcap"), self.sliding_window
+                query,
+                key,
+                value,
+                scaling_of(query, kwargs),
+                kwargs.get("softcap"),
+                self.sliding_window,
+                layer=self.context,
             )
             self.store_prompt(prompt, padding_of(mask))
             return output
@@ -315,7 +329,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def _rank(self, prompt: PromptAttention) -> Tensor | None:
         """The selector's ranking ``[batch, kv_heads, tokens]``, or None where every token is kept anyway."""
-        if int(self.budgets.min()) >= prompt.num_tokens and not self._outgrows_window(prompt.num_tokens):
+        covered = int(self.budgets.min()) >= prompt.num_tokens and not self._outgrows_window(prompt.num_tokens)
+        # A layer that keeps everything may still have to tell the others what to keep.
+        if covered and not self.selector.looks_at_other_layers:
             return None
         return self.selector.rank(prompt)
 
@@ -476,4 +492,5 @@ def _sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAtte
         prompt.scaling,
         prompt.softcap,
         prompt.sliding_window,
+        layer=None if prompt.layer is None else prompt.layer.of_sequence(index),
     )

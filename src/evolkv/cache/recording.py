@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from evolkv.cache.compressed import HookedCache, sliding_windows
+from evolkv.cache.compressed import HookedCache, layer_contexts, sliding_windows
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, extra_term, scaling_of
-from evolkv.selectors import PromptAttention, Selector
+from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
 _BLOCK = 200
@@ -25,11 +25,13 @@ class RecordingLayer(DynamicLayer):
         selectors: whose rankings to record.
         sliding_window: how many tokens a query of this layer sees, or None for all. The layer holds the whole prompt
             all the same, so that it can be cut back to a prefix.
+        context: where the layer is.
     """
 
-    def __init__(self, selectors: list[Selector], sliding_window: int | None):
+    def __init__(self, selectors: list[Selector], sliding_window: int | None, context: LayerContext):
         super().__init__()
         self.selectors = selectors
+        self.context = context
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         #: By selector, ``[1, kv_heads, tokens]``.
@@ -59,6 +61,7 @@ class RecordingLayer(DynamicLayer):
             kwargs.get("softcap"),
             self.sliding_window,
             first_query=key.shape[2] - query.shape[2],
+            layer=self.context,
         )
         self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
@@ -114,7 +117,8 @@ class RecordingCache(HookedCache):
     layers: list[RecordingLayer]
 
     def __init__(self, model: PreTrainedModel, selectors: list[Selector]):
-        super().__init__(model, [RecordingLayer(selectors, window) for window in sliding_windows(model)])
+        places = zip(sliding_windows(model), layer_contexts(model), strict=True)
+        super().__init__(model, [RecordingLayer(selectors, window, context) for window, context in places])
 
     def cut(self, tokens: int) -> None:
         """Forgets everything from position `tokens` on, in every layer."""

@@ -10,15 +10,19 @@ from typing import Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import Registry, unknown_name
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import LayerContext, PromptAttention, Selector
+from evolkv.selectors.chunkkv import ChunkKV
+from evolkv.selectors.expected_attention import ExpectedAttention
 from evolkv.selectors.h2o import H2O
+from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
 
 SELECTORS: Registry[type[Selector]] = Registry(
-    "selector", {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm)}
+    "selector",
+    {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention)},
 )
 
 
@@ -57,7 +61,11 @@ __all__ = [
     "H2O",
     "SELECTORS",
     "TOVA",
+    "ChunkKV",
+    "ExpectedAttention",
     "KNorm",
+    "KeyDiff",
+    "LayerContext",
     "PromptAttention",
     "Selector",
     "SnapKV",

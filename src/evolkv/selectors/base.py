@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from evolkv.models.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Where a layer is, for selectors that look beyond it.
+
+    Args:
+        index: its number in the model, from 0.
+        rotary: gives its rotary position embedding; raises `ModelError` if it has none.
+        memory: what selectors remember of the same prompt from layer to layer.
+    """
+
+    index: int
+    rotary: Callable[[], Rotary]
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    def of_sequence(self, number: int) -> LayerContext:
+        """The same for one sequence of a batch, with a memory of its own."""
+        return replace(self, memory=self.memory.setdefault(number, {}))
 
 
 @dataclass(frozen=True)
@@ -23,6 +45,7 @@ class PromptAttention:
         sliding_window: how many tokens (itself included) a query of this layer sees, or None for all.
         first_query: position of the first query. Above 0 where the head of the prompt was computed earlier, for
             another prompt that shares it; the queries are then the last ``tokens - first_query``.
+        layer: where the layer is in the model, if it is in one.
     """
 
     query: Tensor
@@ -32,6 +55,7 @@ class PromptAttention:
     softcap: float | None = None
     sliding_window: int | None = None
     first_query: int = 0
+    layer: LayerContext | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +116,11 @@ class Selector(ABC):
     def observed_queries(self) -> int | None:
         """How many of the prompt's last queries the score looks at; None for all of them."""
         return 0
+
+    @property
+    def looks_at_other_layers(self) -> bool:
+        """Whether the score of a layer depends on what was found in another."""
+        return False
 
     def rank(self, prompt: PromptAttention) -> Tensor:
         """Token positions from the first to be kept to the last, ``[batch, kv_heads, tokens]``.

@@ -18,8 +18,8 @@ class SnapKV(Selector):
     """Keeps the tokens that the observation window at the end of the prompt attends to.
 
     The attention of the window's queries is averaged over the window, pooled over neighbouring positions so
-    that tokens are kept in clusters, and averaged over the query heads that share a KV head. The window
-    itself is always kept.
+    that tokens are kept in clusters, and averaged over the query heads that share a KV head (or their maximum is
+    taken). The window itself is always kept.
 
     Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469,
     section 4 and listing 1.
@@ -28,12 +28,15 @@ class SnapKV(Selector):
         window: number of last prompt tokens that vote and are always kept.
         kernel: width of the pooling over positions, odd; 1 turns pooling off.
         pooling: "max" (the paper's ablation favours it for retrieval) or "mean".
+        gqa: how the query heads that share a KV head are combined, "mean" or "max" (the two choices of Ada-KV's code,
+            arXiv 2407.11550).
     """
 
     name: ClassVar[str] = "snapkv"
     window: int = 32
     kernel: int = 7
     pooling: Literal["max", "mean"] = "max"
+    gqa: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -42,6 +45,8 @@ class SnapKV(Selector):
             raise UsageError(f"snapkv: kernel is {self.kernel}; it must be a positive odd number")
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"snapkv: pooling is {self.pooling!r}; it must be 'max' or 'mean'")
+        if self.gqa not in ("mean", "max"):
+            raise UsageError(f"snapkv: gqa is {self.gqa!r}; it must be 'mean' or 'max'")
 
     @property
     def min_budget(self) -> int:
@@ -62,4 +67,5 @@ class SnapKV(Selector):
         if older and self.kernel > 1:
             pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
             votes = pool(votes.flatten(0, 1), self.kernel, stride=1, padding=self.kernel // 2).view_as(votes)
-        return F.pad(votes.mean(dim=2), (0, window), value=torch.inf)
+        votes = votes.mean(dim=2) if self.gqa == "mean" else votes.amax(dim=2)
+        return F.pad(votes, (0, window), value=torch.inf)

@@ -1,0 +1,95 @@
+"""ChunkKV: whole phrases instead of single tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from evolkv.errors import UsageError
+from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class ChunkKV(Selector):
+    """Keeps chunks of neighbouring tokens, those that the observation window attends to most, alike for all heads.
+
+    Every token of a chunk has the chunk's score, its mean attention from the window's queries over tokens and heads.
+    The window is always kept. Where a budget ends within a chunk, the chunk's first tokens are kept. Of every `reuse`
+    layers the first decides for all of them.
+
+    Liu et al. 2025, "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference",
+    arXiv 2502.00299, section 3 (algorithms 1 and 2). Layers with a sliding window and layers without do not decide for
+    each other.
+
+    Args:
+        chunk: tokens of a chunk.
+        window: number of last prompt tokens that vote and are always kept.
+        kernel: width of mean pooling over positions before chunks are scored, odd; 1 (default) turns it off, as in
+            the paper.
+        reuse: for how many layers a choice is used, 1 for each on its own.
+    """
+
+    name: ClassVar[str] = "chunkkv"
+    chunk: int = 10
+    window: int = 32
+    kernel: int = 1
+    reuse: int = 2
+
+    def __post_init__(self) -> None:
+        for field, value in (("chunk", self.chunk), ("reuse", self.reuse)):
+            if value < 1:
+                raise UsageError(f"chunkkv: {field} is {value}; it must be at least 1")
+        # Window and kernel are checked there.
+        _ = self._votes
+
+    @property
+    def _votes(self) -> SnapKV:
+        return SnapKV(self.window, self.kernel, "mean")
+
+    @property
+    def min_budget(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def observed_queries(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def looks_at_other_layers(self) -> bool:
+        """Where layers share a choice."""
+        return self.reuse > 1
+
+    def score(self, prompt: PromptAttention) -> Tensor:
+        """The score of each token's chunk, ``[batch, kv_heads, tokens]``."""
+        if prompt.layer is None or not self.looks_at_other_layers:
+            return self._chunk_scores(prompt)
+        index, memory = prompt.layer.index, prompt.layer.memory
+        group = (self, index // self.reuse, prompt.sliding_window)
+        decided = memory.get(group)
+        # What this layer or a later one remembers is of the prompt before.
+        if decided is None or decided[0] >= index:
+            decided = memory[group] = index, self._chunk_scores(prompt)
+        scores: Tensor = decided[1]
+        return scores.to(prompt.key.device)
+
+    def _chunk_scores(self, prompt: PromptAttention) -> Tensor:
+        votes = self._votes.score(prompt)
+        tokens, window = prompt.num_tokens, min(self.window, prompt.num_tokens)
+        older = votes[..., : tokens - window]
+        if older.shape[-1] == 0:
+            return votes
+        # Tokens of the window count as much as the most attended one in the chunk that they share with older ones.
+        highest = older.amax(dim=-1, keepdim=True)
+        votes = F.pad(older, (0, window)).where(votes.isfinite(), highest).mean(dim=1, keepdim=True)
+        sums = F.pad(votes, (0, -tokens % self.chunk)).unflatten(-1, (-1, self.chunk)).sum(dim=-1)
+        sizes = votes.new_full((sums.shape[-1],), self.chunk)
+        sizes[-1] = tokens - self.chunk * (len(sizes) - 1)
+        scores = (sums / sizes).repeat_interleave(self.chunk, dim=-1)[..., : tokens - window]
+        scores = F.pad(scores, (0, window), value=float("inf"))
+        return scores.expand(-1, prompt.key.shape[1], -1)
