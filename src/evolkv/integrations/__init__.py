@@ -1,0 +1,1 @@
+"""EvolKV inside other people's programs. Each module needs the program it is for, and none is imported unasked."""
