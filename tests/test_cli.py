@@ -13,9 +13,10 @@ import pytest
 
 import evolkv.models
 from evolkv.cli import main
-from evolkv.cli.arguments import for_typer, selector_spec, whole_numbers
+from evolkv.cli.arguments import for_typer, whole_numbers
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
+from evolkv.selectors import parse_selector
 
 MODEL = "smollm2-135m"
 TASK = "niah:context=300"
@@ -488,9 +489,9 @@ def test_lists_are_spelt_out_for_eval_alone():
 
 def test_numbers_and_selectors_are_parsed_or_refused():
     assert whole_numbers("--budget", ["64,128", "64"]) == [64, 128]
-    assert selector_spec("snapkv:window=16,pooling=mean") == {"name": "snapkv", "window": 16, "pooling": "mean"}
+    assert parse_selector("snapkv:window=16,pooling=mean") == {"name": "snapkv", "window": 16, "pooling": "mean"}
     for bad in ("snapkv:window", "snapkv:=1", "snapkv:window=1,window=2"):
         with pytest.raises(UsageError):
-            selector_spec(bad)
+            parse_selector(bad)
     with pytest.raises(UsageError, match="whole numbers"):
         whole_numbers("--budget", ["64;128"])

@@ -1,7 +1,8 @@
 """How many entries each layer (and KV head) keeps, decided without search.
 
-`ALLOCATORS` maps a name to the function that lays out budgets under a mean budget; `complete`, `expand`
-and `project` bring budgets that are already there, or weights, to an exact total.
+`ALLOCATORS` maps a name to the function that lays out budgets under a mean budget, the same for every prompt;
+`complete`, `expand` and `project` bring budgets that are already there, or weights, to an exact total. Allocators that
+decide for each prompt anew are in `evolkv.allocators.adaptive`.
 """
 
 from __future__ import annotations

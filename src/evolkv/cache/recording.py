@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from evolkv.allocators.adaptive import AdaptiveAllocator
 from evolkv.cache.compressed import HookedCache, layer_contexts, sliding_windows
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, extra_term, scaling_of
 from evolkv.selectors import LayerContext, PromptAttention, Selector
+
+#: An allocator, and the selector whose scores it looks at.
+Observer = tuple[AdaptiveAllocator, Selector]
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
 _BLOCK = 200
@@ -23,19 +30,27 @@ class RecordingLayer(DynamicLayer):
 
     Args:
         selectors: whose rankings to record.
+        observers: allocators, each with the selector whose scores it looks at; what they observe is recorded.
         sliding_window: how many tokens a query of this layer sees, or None for all. The layer holds the whole prompt
             all the same, so that it can be cut back to a prefix.
         context: where the layer is.
     """
 
-    def __init__(self, selectors: list[Selector], sliding_window: int | None, context: LayerContext):
+    def __init__(
+        self,
+        selectors: list[Selector],
+        observers: list[Observer],
+        sliding_window: int | None,
+        context: LayerContext,
+    ):
         super().__init__()
-        self.selectors = selectors
+        self.selectors, self.observers = selectors, observers
         self.context = context
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
+        self.observations: dict[Observer, NDArray[np.float64]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and marks the keys for `attend`."""
@@ -63,10 +78,21 @@ class RecordingLayer(DynamicLayer):
             first_query=key.shape[2] - query.shape[2],
             layer=self.context,
         )
-        self.rankings = {selector: selector.rank(prompt) for selector in self.selectors}
+        self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
             return own(module, query, key, value, mask, **kwargs)
         return _continue(prompt), None
+
+    def _record(self, prompt: PromptAttention) -> None:
+        self.rankings, self.observations = {}, {}
+        for selector in self.selectors:
+            scores = selector.score(prompt)
+            ranking = self.rankings[selector] = selector.order(prompt, scores)
+            mine = [observer for observer in self.observers if observer[1] == selector]
+            if mine:
+                visible = min(prompt.num_tokens, self.sliding_window or prompt.num_tokens)
+                best = scores.gather(-1, ranking[..., :visible])[0]
+                self.observations |= {observer: observer[0].observe(prompt, best) for observer in mine}
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
@@ -112,13 +138,16 @@ class RecordingCache(HookedCache):
     Args:
         model: a transformers decoder-only model.
         selectors: whose rankings to record.
+        observers: see `RecordingLayer`; their selectors must be among `selectors`.
     """
 
     layers: list[RecordingLayer]
 
-    def __init__(self, model: PreTrainedModel, selectors: list[Selector]):
+    def __init__(self, model: PreTrainedModel, selectors: list[Selector], observers: Sequence[Observer] = ()):
         places = zip(sliding_windows(model), layer_contexts(model), strict=True)
-        super().__init__(model, [RecordingLayer(selectors, window, context) for window, context in places])
+        super().__init__(
+            model, [RecordingLayer(selectors, list(observers), window, context) for window, context in places]
+        )
 
     def cut(self, tokens: int) -> None:
         """Forgets everything from position `tokens` on, in every layer."""

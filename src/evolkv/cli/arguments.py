@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from evolkv.errors import UsageError
 
@@ -69,21 +68,3 @@ def whole_numbers(option: str, values: Iterable[str]) -> list[int]:
 def names(values: Iterable[str]) -> list[str]:
     """The names in values such as ``["a,b", "c"]``, each once, in their order."""
     return list(dict.fromkeys(part.strip() for value in values for part in value.split(",") if part.strip()))
-
-
-def selector_spec(text: str) -> dict[str, Any]:
-    """A selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
-
-    Raises:
-        UsageError: a part that is not parameter=value, or a parameter given twice.
-    """
-    name, _, rest = text.partition(":")
-    spec: dict[str, Any] = {"name": name.strip()}
-    for part in filter(str.strip, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key:
-            raise UsageError(f"selector {text!r}: {part!r} is not parameter=value; write for example snapkv:window=16")
-        if key in spec:
-            raise UsageError(f"selector {text!r}: {key} is given twice; give it once")
-        spec[key] = int(value) if value.lstrip("-").isdecimal() else value
-    return spec

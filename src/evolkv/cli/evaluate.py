@@ -26,7 +26,7 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="METHOD...",
-            help="full, a selector, ALLOCATOR+SELECTOR, pyramidkv, or the path of a profile.",
+            help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a profile.",
         ),
     ],
     budget: Annotated[

@@ -59,10 +59,11 @@ def selectors(as_json: AsJson = False) -> None:
 
 @app.command()
 def allocators(as_json: AsJson = False) -> None:
-    """Allocators."""
+    """Allocators: uniform and pyramid for all prompts alike, the others for each prompt anew."""
     from evolkv.allocators import ALLOCATORS
+    from evolkv.allocators.adaptive import ADAPTIVE
 
-    _print([_row(name, allocator) for name, allocator in ALLOCATORS.items()], as_json)
+    _print([_row(name, allocator) for name, allocator in {**ALLOCATORS, **ADAPTIVE}.items()], as_json)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import selector_spec, whole_numbers
+from evolkv.cli.arguments import whole_numbers
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Seed, Trust, one_of
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
@@ -181,12 +181,12 @@ def search(
     from evolkv.search import STRATEGIES, SearchResult, search_curve
     from evolkv.search import search as run_search
     from evolkv.search.storage import locate
-    from evolkv.selectors import get_selector
+    from evolkv.selectors import get_selector, parse_selector
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     # What can be judged without the model is, before it is loaded.
-    chosen_task, spec = get_task(task), selector_spec(selector)
+    chosen_task, spec = get_task(task), parse_selector(selector)
     get_selector(spec)
     check_metric(metric)
     STRATEGIES[strategy]

@@ -34,7 +34,10 @@ _SHARD_SIZE = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result: a method at a budget; `budgets` are ``[layers, kv_heads]``."""
+    """One line of the result: a method at a budget.
+
+    `budgets` are ``[layers, kv_heads]``, before any allocator that goes by the prompt.
+    """
 
     method: Method
     budget: int | None
@@ -159,7 +162,8 @@ class _Shard:
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
-        prefill = Prefiller(self.model, [row.selector for row in self.rows])
+        observers = [observer for row in self.rows for observer in row.method.observers]
+        prefill = Prefiller(self.model, [row.selector for row in self.rows], observers)
         waiting: list[_Prefilled] = []
         for column in columns:
             example = self.questions.examples[column]
@@ -188,12 +192,18 @@ class _Shard:
         layers = recorded.cache.layers
         keys_values = [layer.held() for layer in layers]
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
-        budgets = np.stack([row.budgets for row in self.rows])
+        budgets = np.stack([self._budgets(row, recorded) for row in self.rows])
         selector = self.rows[0].selector
         cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room)
         key, value = keys_values[0]
         entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
         return _Prefilled(column, cache, entry_bytes, recorded.next_logits, recorded.tokens, room)
+
+    @staticmethod
+    def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
+        if row.budget is None or not row.method.observers:
+            return row.budgets
+        return row.method.budgets_for(recorded.cache.layers, row.budgets, row.budget, recorded.tokens)
 
     def _force(self, item: _Prefilled) -> None:
         """The metric logprob."""

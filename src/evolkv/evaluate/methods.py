@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import ALLOCATORS, complete, pyramid, uniform
+from evolkv.allocators.adaptive import ADAPTIVE, HeadAllocator, LayerAllocator
 from evolkv.cache.compressed import sliding_windows
+from evolkv.cache.recording import Observer, RecordingLayer
 from evolkv.errors import BudgetError, UsageError
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import SELECTORS, Selector, get_selector
+from evolkv.selectors import SELECTORS, Selector, get_selector, parse_selector
 
 _ALIASES = {"pyramidkv": "pyramid+snapkv"}
 
@@ -27,17 +31,53 @@ class Method:
     Args:
         name: as it was asked for.
         selector: which tokens are kept; None for the full cache.
-        allocator: name of the allocator, or None for a profile or the full cache.
+        allocator: name of the allocator that lays out the layers' budgets, the same for every prompt; None for a
+            profile or the full cache.
         profile: the profile, or None.
+        layers: an allocator that does it for each prompt instead, starting from nothing.
+        heads: an allocator that shares each layer's budget out among its heads, for each prompt.
     """
 
     name: str
     selector: Selector | None = None
     allocator: str | None = None
     profile: BudgetProfile | None = None
+    layers: LayerAllocator | None = None
+    heads: HeadAllocator | None = None
+
+    @property
+    def observers(self) -> list[Observer]:
+        """The allocators that have to see a prompt."""
+        if self.selector is None:
+            return []
+        return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
+
+    def budgets_for(
+        self, recorded: Sequence[RecordingLayer], budgets: np.ndarray, budget: int, tokens: int
+    ) -> np.ndarray:
+        """The allocation for a prompt, ``[layers, kv_heads]``.
+
+        Args:
+            recorded: the layers that hold it, with what `observers` saw.
+            budgets: as `budgets` returns them.
+            budget: the mean budget.
+            tokens: length of the prompt.
+        """
+        ceilings = np.array([min(tokens, layer.sliding_window or tokens) for layer in recorded])
+        if self.selector is None or budget * len(recorded) >= ceilings.sum():
+            return budgets
+        floor = self.selector.min_budget
+        if self.layers is not None:
+            seen = [layer.observations[self.layers, self.selector] for layer in recorded]
+            row = self.layers.layers(seen, budget, floor, ceilings)
+            budgets = np.repeat(row[:, None], budgets.shape[1], axis=1)
+        if self.heads is not None:
+            seen = [layer.observations[self.heads, self.selector] for layer in recorded]
+            budgets = self.heads.heads(seen, budgets[:, 0], floor, ceilings)
+        return budgets
 
     def budgets(self, model: PreTrainedModel, budget: int) -> np.ndarray:
-        """The allocation at a mean budget, ``[layers, kv_heads]``.
+        """The allocation at a mean budget, ``[layers, kv_heads]``; what `budgets_for` starts from.
 
         A profile that was found at another budget is expanded to this one.
 
@@ -70,8 +110,9 @@ def get_method(name: str) -> Method:
     """The method that a name stands for.
 
     Args:
-        name: ``full``; a selector (uniform budgets); ``allocator+selector``; ``pyramidkv`` (= ``pyramid+snapkv``); or
-            the path of a profile.
+        name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
+            selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake+adakv+snapkv``); ``pyramidkv``
+            (= ``pyramid+snapkv``); or the path of a profile.
 
     Raises:
         UsageError: for a name that is none of these.
@@ -80,15 +121,32 @@ def get_method(name: str) -> Method:
     spec = _ALIASES.get(name, name)
     if spec == "full":
         return Method(name)
-    if spec in SELECTORS:
-        return Method(name, get_selector(spec), "uniform")
-    allocator, plus, selector = spec.partition("+")
-    if plus and allocator in ALLOCATORS:
-        return Method(name, get_selector(selector), allocator)
+    *allocators, selector = spec.split("+")
+    known = {*ALLOCATORS, *ADAPTIVE}
+    if selector.partition(":")[0] in SELECTORS and all(each in known for each in allocators):
+        return _combined(name, allocators, get_selector(parse_selector(selector)))
     if os.sep in spec or spec.endswith(".json") or Path(spec).exists():
         profile = BudgetProfile.load(spec)
         return Method(name, get_selector(profile.selector), profile=profile)
-    if plus:
-        raise unknown_name("allocator", allocator, ALLOCATORS)
-    known = ["full", *SELECTORS, *_ALIASES, *(f"{a}+{s}" for a in ALLOCATORS for s in SELECTORS)]
-    raise UsageError(f"{unknown_name('method', name, known)}; or give the path of a profile")
+    for each in allocators:
+        if each not in known:
+            raise unknown_name("allocator", each, known)
+    if allocators:
+        raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
+    names = ["full", *SELECTORS, *_ALIASES, *(f"{a}+{s}" for a in known for s in SELECTORS)]
+    raise UsageError(f"{unknown_name('method', name, names)}; or give the path of a profile")
+
+
+def _combined(name: str, allocators: list[str], selector: Selector) -> Method:
+    """At most one allocator for the layers, then at most one for the heads."""
+    chosen: list[Any] = [ADAPTIVE[each]() if each in ADAPTIVE else each for each in allocators]
+    heads = chosen.pop() if chosen and isinstance(chosen[-1], HeadAllocator) else None
+    layers = chosen.pop() if chosen else "uniform"
+    if chosen or isinstance(layers, HeadAllocator):
+        raise UsageError(
+            f"method {name!r} has more than one allocator of a kind; give at most one for the layers, then at most one "
+            "for the heads, such as cake+adakv+snapkv"
+        )
+    if isinstance(layers, LayerAllocator):
+        return Method(name, selector, "uniform", layers=layers, heads=heads)
+    return Method(name, selector, layers, heads=heads)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.recording import RecordingCache
+from evolkv.cache.recording import Observer, RecordingCache
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
@@ -40,12 +40,15 @@ class Prefiller:
     Args:
         model: the model.
         selectors: whose rankings to record.
+        observers: allocators that are to see the prompts, each with the selector (one of `selectors`) it goes by.
     """
 
-    def __init__(self, model: PreTrainedModel, selectors: Sequence[Selector]):
+    def __init__(self, model: PreTrainedModel, selectors: Sequence[Selector], observers: Sequence[Observer] = ()):
         self.model = model
         self.selectors = list(dict.fromkeys(selectors))
+        self.observers = list(dict.fromkeys(observers))
         observed = [selector.observed_queries for selector in self.selectors]
+        observed += [allocator.observed_queries for allocator, _ in self.observers]
         self._observed = None if None in observed else max((n for n in observed if n is not None), default=0)
         self._cache: RecordingCache | None = None
         self._last: list[int] = []
@@ -61,7 +64,7 @@ class Prefiller:
         ids = input_ids[0].tolist()
         shared = self._shared_with_last(ids)
         if self._cache is None or shared == 0:
-            self._cache = RecordingCache(self.model, self.selectors)
+            self._cache = RecordingCache(self.model, self.selectors, self.observers)
             shared = 0
         self._cache.cut(shared)
         with torch.inference_mode():

@@ -230,6 +230,11 @@ def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str 
     if method is None and budget is not None:
         raise UsageError(f"budget={budget} says nothing about what to keep; add method=snapkv or profile=PATH")
     chosen = get_method("full" if method is None else str(method))
+    if chosen.observers:
+        raise UsageError(
+            f"method {chosen.name!r} lays out budgets for each prompt anew, which only 'evolkv eval' does; "
+            "give a selector, pyramidkv or a profile"
+        )
     if chosen.allocator is not None and budget is None:
         raise UsageError(f"method {chosen.name!r} needs a budget; add budget=128")
     return chosen

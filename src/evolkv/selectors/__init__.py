@@ -57,6 +57,24 @@ def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
     return cls(**values)
 
 
+def parse_selector(text: str) -> dict[str, Any]:
+    """A selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
+
+    Raises:
+        UsageError: a part that is not parameter=value, or a parameter given twice.
+    """
+    name, _, rest = text.partition(":")
+    spec: dict[str, Any] = {"name": name.strip()}
+    for part in filter(str.strip, rest.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key:
+            raise UsageError(f"selector {text!r}: {part!r} is not parameter=value; write for example snapkv:window=16")
+        if key in spec:
+            raise UsageError(f"selector {text!r}: {key} is given twice; give it once")
+        spec[key] = int(value) if value.lstrip("-").isdecimal() else value
+    return spec
+
+
 __all__ = [
     "H2O",
     "SELECTORS",
@@ -71,4 +89,5 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "get_selector",
+    "parse_selector",
 ]

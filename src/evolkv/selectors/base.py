@@ -128,7 +128,11 @@ class Selector(ABC):
         Ties go to the older token, always in the same way, so that budgets are nested. In a sliding-window layer
         the tokens that the next query no longer sees come last.
         """
-        ranking = self.score(prompt).argsort(dim=-1, descending=True, stable=True)
+        return self.order(prompt, self.score(prompt))
+
+    def order(self, prompt: PromptAttention, scores: Tensor) -> Tensor:
+        """The ranking that follows from scores; see `rank`."""
+        ranking = scores.argsort(dim=-1, descending=True, stable=True)
         window = prompt.sliding_window
         if window is not None and prompt.num_tokens > window:
             outside = ranking < prompt.num_tokens - window

@@ -1,0 +1,78 @@
+"""What allocators share that lay out budgets anew for each prompt, from its attention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evolkv.selectors import PromptAttention
+
+
+@dataclass(frozen=True)
+class AdaptiveAllocator(ABC):
+    """Decides budgets for one prompt. A subclass is a frozen dataclass whose fields are the method's parameters.
+
+    While a prompt is prefilled, `observe` notes of each layer what `LayerAllocator.layers` or `HeadAllocator.heads`
+    later needs. The total is always met exactly, within floor and ceilings.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def observed_queries(self) -> int:
+        """How many of the prompt's last queries `observe` looks at."""
+        return 0
+
+    @abstractmethod
+    def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
+        """What matters about a layer.
+
+        Args:
+            prompt: the layer's attention inputs, of a single prompt.
+            scores: the selector's scores of what the layer may keep, highest first, ``[kv_heads, entries]``; protected
+                tokens score ``+inf``.
+        """
+
+
+class LayerAllocator(AdaptiveAllocator):
+    """Shares a budget out among the layers."""
+
+    @abstractmethod
+    def layers(
+        self, observed: Sequence[NDArray[np.float64]], budget: int, floor: int, ceilings: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Budgets ``[layers]`` with mean `budget`.
+
+        Args:
+            observed: of each layer.
+            budget: mean entries per KV head.
+            floor: the least a layer may get.
+            ceilings: the most each layer may get, ``[layers]``; together more than the budget.
+        """
+
+
+class HeadAllocator(AdaptiveAllocator):
+    """Shares each layer's budget out among its heads."""
+
+    @abstractmethod
+    def heads(
+        self,
+        observed: Sequence[NDArray[np.float64]],
+        layers: NDArray[np.int64],
+        floor: int,
+        ceilings: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Budgets ``[layers, kv_heads]``, whose mean over the heads of each layer is that of `layers`.
+
+        Args:
+            observed: of each layer.
+            layers: budgets of the layers, ``[layers]``.
+            floor: the least a head may get.
+            ceilings: the most a head of each layer may get, ``[layers]``.
+        """

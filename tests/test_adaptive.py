@@ -1,0 +1,163 @@
+"""Allocators that decide for each prompt: what they give, and that the memory is what they say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evolkv
+from evolkv.allocators.adaptive import ADAPTIVE, CAKE, AdaKV, DynamicKV
+from evolkv.errors import UsageError
+from evolkv.evaluate import get_method
+from evolkv.evaluate.prefill import Prefiller
+from evolkv.selectors import SELECTORS, PromptAttention, get_selector
+from tiny import KV_HEADS, LAYERS, tiny_model, tokens
+
+INF = math.inf
+
+
+def test_adakv_gives_heads_what_they_have_among_the_highest_scores():
+    scores = np.array([[INF, 9, 8, 7, 6, 1, 0.5], [INF, 5, 4, 0.4, 0.3, 0.2, 0.1]])
+    # Budget 4: one protected token each, 6 others. Of the 6 highest scores the heads own 4 and 2.
+    assert AdaKV(safeguard=0).heads([scores], np.array([4]), 1, np.array([7])).tolist() == [[5, 3]]
+    # A safeguard of 1 shares equally; one of a half goes half of the way.
+    assert AdaKV(safeguard=1).heads([scores], np.array([4]), 1, np.array([7])).tolist() == [[4, 4]]
+    steep = np.array([[INF, 9, 8, 7, 6, 5.5, 5.1], [INF, 5, 4, 0.4, 0.3, 0.2, 0.1]])
+    assert AdaKV(safeguard=0).heads([steep], np.array([4]), 1, np.array([7])).tolist() == [[7, 1]]
+    assert AdaKV(safeguard=0.5).heads([steep], np.array([4]), 1, np.array([7])).tolist() in ([[5, 3]], [[6, 2]])
+
+
+def test_adakv_keeps_equal_shares_where_nothing_is_left_to_decide():
+    scores = np.full((2, 6), INF)
+    assert AdaKV().heads([scores], np.array([4]), 1, np.array([6])).tolist() == [[4, 4]]
+    assert AdaKV().heads([np.ones((2, 6))], np.array([6]), 1, np.array([6])).tolist() == [[6, 6]]
+
+
+def test_cake_prefers_layers_whose_attention_is_spread_and_shifts():
+    torch.manual_seed(0)
+    of = PromptAttention(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8), scaling=8**-0.5)
+    cake = CAKE(tau1=1.6, tau2=0.4, window=8)
+    entropy = variance = 0.0
+    for head in range(4):
+        logits = of.query[0, head, 32:] @ of.key[0, head // 2].T / 8**0.5
+        hidden = torch.arange(40) > torch.arange(32, 40)[:, None]
+        attention = logits.masked_fill(hidden, -INF).softmax(-1)[:, :32]
+        entropy += -(attention * attention.log()).sum().item()
+        variance += attention.var(dim=0).sum().item()
+    expected = entropy ** (1 / 1.6) * variance ** (1 / 0.4)
+    assert float(cake.observe(of, torch.empty(0))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_cake_shares_out_what_is_beyond_the_window_in_proportion():
+    seen = [np.array(3.0), np.array(1.0)]
+    assert CAKE(window=4).layers(seen, 12, 4, np.array([100, 100])).tolist() == [4 + 12, 4 + 4]
+    # What a ceiling takes goes to the others.
+    assert CAKE(window=4).layers(seen, 12, 4, np.array([14, 100])).tolist() == [14, 10]
+    assert CAKE(window=4).layers([np.array(0.0)] * 2, 12, 4, np.array([100, 100])).tolist() == [12, 12]
+
+
+def test_dynamickv_gives_layers_what_they_have_among_the_highest_scores():
+    first = np.array([[INF, 9, 8, 7, 0.1], [INF, 6, 5, 0.1, 0.1]])
+    second = np.array([[INF, 4, 0.3, 0.2, 0.1], [INF, 0.4, 0.3, 0.2, 0.1]])
+    # Budget 3: 2 beyond the protected token, 8 in all, of which the first layer owns 5 and the second 3 (4, 0.4, 0.3).
+    budgets = DynamicKV().layers([first, second], 3, 1, np.array([5, 5]))
+    assert budgets.sum() == 6
+    assert budgets.tolist() in ([4, 2], [3, 3])
+    # No more than `most` times the mean may come from one layer.
+    assert DynamicKV(most=1).layers([first, second], 3, 1, np.array([5, 5])).tolist() == [3, 3]
+
+
+@given(
+    scores=st.lists(st.lists(st.floats(0, 1), min_size=24, max_size=24), min_size=3, max_size=3),
+    protected=st.integers(0, 6),
+    budget=st.integers(6, 11),
+    name=st.sampled_from(sorted(ADAPTIVE)),
+)
+def test_totals_are_exact_and_bounds_are_kept(scores, protected, budget, name):
+    ceilings = np.array([12, 12, 10])
+    observed = []
+    for row, ceiling in zip(scores, ceilings, strict=True):
+        layer = -np.sort(-np.array(row).reshape(2, 12))[:, :ceiling]
+        layer[:, :protected] = INF
+        observed.append(np.array(layer[0, -1]) if name == "cake" else layer)
+    allocator = ADAPTIVE[name]()
+    if name == "adakv":
+        budgets = allocator.heads(observed, np.array([budget, budget, 9]), 6, ceilings)
+        assert budgets.sum(axis=1).tolist() == [2 * budget, 2 * budget, 18]
+        assert (budgets <= ceilings[:, None]).all()
+    else:
+        budgets = allocator.layers(observed, budget, 6, ceilings)
+        assert budgets.sum() == 3 * budget
+        assert (budgets <= ceilings).all()
+    assert (budgets >= 6).all()
+
+
+METHODS = [
+    "+".join(filter(None, parts))
+    for parts in itertools.product(("", "uniform", "pyramid", "cake", "dynamickv"), ("", "adakv"), SELECTORS)
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", METHODS)
+def test_allocators_and_selectors_go_together(family, name):
+    model = tiny_model(family)
+    method = get_method(name)
+    window = {"window": 4} if "window" in method.selector.parameters() else {}
+    method = replace(method, selector=get_selector({**method.selector.to_dict(), **window}))
+    budget, length = 12, 40
+    start = method.budgets(model, budget)
+    recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
+    budgets = method.budgets_for(recorded.cache.layers, start, budget, recorded.tokens)
+    assert budgets.shape == (LAYERS, KV_HEADS)
+    assert budgets.sum() == budget * LAYERS * KV_HEADS
+    assert (budgets >= method.selector.min_budget).all()
+    ceilings = [min(length, layer.sliding_window or length) for layer in recorded.cache.layers]
+    assert (budgets <= np.array(ceilings)[:, None]).all()
+    # Nothing is cut from a prompt that fits.
+    assert (method.budgets_for(recorded.cache.layers, start, length, recorded.tokens) == start).all()
+
+
+@pytest.mark.model
+def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    methods = ["snapkv", "adakv+snapkv", "cake+snapkv", "cake+adakv+chunkkv", "dynamickv+expected_attention"]
+    rows = evolkv.evaluate(
+        model, tokenizer, task="niah:context=300", methods=methods, budgets=[64], samples=2, metric="logprob"
+    )
+    entry = 2 * 64 * 4
+    assert [row["kv_bytes"] for row in rows] == [64 * 30 * 3 * entry] * len(methods)
+    # And they do not keep the same.
+    assert len({round(row["score"], 6) for row in rows}) == len(methods)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adakv+cake+snapkv", "more than one allocator"),
+        ("cake+pyramid+snapkv", "more than one allocator"),
+        ("adakv+adakv+snapkv", "more than one allocator"),
+        ("cak+snapkv", "Did you mean 'cake'"),
+        ("cake+snapvk", "Did you mean 'snapkv'"),
+        ("cake", "unknown method"),
+        ("snapkv:gqa=sum", "'mean' or 'max'"),
+        ("snapkv:gqua=max", "Did you mean 'gqa'"),
+    ],
+)
+def test_unusable_combinations_are_refused(name, words):
+    with pytest.raises(UsageError) as caught:
+        get_method(name)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_selector_may_have_parameters():
+    method = get_method("cake+snapkv:window=16,gqa=max")
+    assert method.selector == get_selector({"name": "snapkv", "window": 16, "gqa": "max"})
