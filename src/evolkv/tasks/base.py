@@ -34,6 +34,9 @@ class Example:
         metric: name of the metric that judges the answer.
         first_line: whether a text metric judges only the first line of the answer, line breaks before it left out.
         stop: texts that end the answer; what follows the first of them is not judged by a text metric.
+        question_at: where in the prompt the question begins, in characters; None where it does not stand apart at the
+            end.
+        later: text that the model reads after the prompt was compressed, before it answers; see `under_protocol`.
         extra: keyword arguments of that metric (`all_classes`, …) and facts for reports (`depth`, …);
             values that JSON can hold.
     """
@@ -46,13 +49,15 @@ class Example:
     metric: str = "contains"
     first_line: bool = False
     stop: tuple[str, ...] = ()
+    question_at: int | None = None
+    later: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.references:
             raise TaskError(f"example {self.id!r} has no reference answer; give at least one")
         if not self.target:
-            gap = "" if self.prompt[-1:].isspace() else " "
+            gap = "" if (self.later or self.prompt)[-1:].isspace() else " "
             object.__setattr__(self, "target", gap + self.references[0])
 
 
@@ -109,6 +114,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
     """Token ids of an example's prompt: LongTensor [1, T]."""
     return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
+
+
+def question_at(prompt: str, question: str) -> int | None:
+    """Where in a prompt its last occurrence of a question begins; None if it is not there, or nothing is before it."""
+    place = prompt.rfind(question.strip())
+    return place if place > 0 else None
 
 
 def user_message(tokenizer: Any, content: str) -> str:

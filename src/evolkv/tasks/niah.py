@@ -1,7 +1,7 @@
 """Needle in a haystack: a number hidden in a long text, asked for at the end.
 
 The test is G. Kamradt's ("Needle In A Haystack", 2023) in the wording of RULER (Hsieh et al.,
-arXiv 2404.06654, task `niah_single`).
+arXiv 2404.06654, task `niah_single`), and in translations of it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from evolkv.tasks.base import (
     check_request,
     encode_text,
     partition,
+    question_at,
     read_text,
     user_message,
 )
-from evolkv.tasks.prose import prose
+from evolkv.tasks.prose import gap, prose
+from evolkv.tasks.wording import WORDINGS, Wording
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -37,25 +39,6 @@ SLACK = 8
 
 # Eight tokens where every digit is one; the rest lets the model stop by itself.
 MAX_NEW_TOKENS = 10
-
-# None of these occurs in the generated prose.
-_WORDS = """
-    crystal harbor violet engine maple cobalt lantern saffron granite willow ember quartz orchid
-    falcon meadow copper velvet anchor thunder pebble amber basil canyon cedar comet coral desert
-    dragon eagle emerald fable feather fossil galaxy ginger glacier hazel indigo island ivory
-    jasmine jungle kingdom lagoon lemon lotus marble mercury nebula nectar ocean olive onyx opal
-    panther paprika pearl phoenix planet prism puzzle raven rocket ruby sapphire silver sparrow
-    spiral summit sunset thistle tiger topaz tulip turtle vanilla volcano walnut zebra
-"""
-WORDS = tuple(_WORDS.split())
-
-INSTRUCTION = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
-    "I will quiz you about the numbers afterwards."
-)
-NEEDLE = "One of the special magic numbers for {word} is: {number}."
-QUESTION = "What is the special magic number for {word} mentioned in the provided text?"
-ANSWER = "The special magic number for {word} mentioned in the provided text is"
 
 _SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*\s+|[。！？]["'”’」』）]*\s*|\n\s*\n""")
 _SPACE = re.compile(r"\s+")
@@ -79,14 +62,17 @@ class NeedleInHaystack(Task):
         depth: where the asked needle is, from 0 (start of the text) to 1 (end). Default None: 16
             consecutive examples are spaced evenly over [0, 1]. Other needles are anywhere. Each
             needle stands at the sentence boundary nearest to its depth.
-        haystack: path of a UTF-8 text file. Default None: generated English prose. The first quarter of a
-            file serves train, the second validation, the second half report.
+        haystack: path of a UTF-8 text file. Default None: generated prose. The first quarter of a file serves
+            train, the second validation, the second half report.
         passages: how many different stretches of text a split draws on. Default None: one per 16 examples.
         template: "chat" puts the prompt in the tokenizer's chat template, "plain" does not, "auto" (default)
             does where the tokenizer has one.
+        language: of needles, question and generated prose: "en" (default), "de", "fr", "es" or "zh". An example
+            asks for the same number, for the same thing and at the same depth in every language.
 
     Raises:
         TaskError: a setting out of its range.
+        UsageError: an unknown language; the message suggests the nearest.
     """
 
     name: ClassVar[str] = "niah"
@@ -97,12 +83,14 @@ class NeedleInHaystack(Task):
     haystack: str | None = None
     passages: int | None = None
     template: Template = "auto"
+    language: str = "en"
 
     def __post_init__(self) -> None:
+        words = WORDINGS[self.language].words
         if self.context < 1:
             raise TaskError(f"niah: context={self.context} is not a length; give the prompt's length in tokens")
-        if not 1 <= self.needles <= len(WORDS):
-            raise TaskError(f"niah: needles={self.needles} is out of range; expected 1 to {len(WORDS)}")
+        if not 1 <= self.needles <= len(words):
+            raise TaskError(f"niah: needles={self.needles} is out of range; expected 1 to {len(words)}")
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise TaskError(f"niah: depth={self.depth} is out of range; expected 0 (start) to 1 (end)")
         if self.passages is not None and self.passages < 1:
@@ -118,7 +106,7 @@ class NeedleInHaystack(Task):
                 or is too short; template="chat" and the tokenizer has no chat template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context)
+        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context, self.language)
         sample = prompts.largest_needles(self.needles)
         self._check_room(prompts, sample)
         plans = [self._plan(split, index, seed) for index in range(n)]
@@ -151,7 +139,7 @@ class NeedleInHaystack(Task):
 
     def _plan(self, split: Split, index: int, seed: int) -> _Plan:
         rng = random.Random(f"niah/{seed}/{split}/{index}")
-        words = rng.sample(WORDS, self.needles)
+        words = rng.sample(WORDINGS[self.language].words, self.needles)
         numbers: list[int] = []
         while len(numbers) < self.needles:
             number = 3 * rng.randint(333_334, 3_333_332) + SPLITS.index(split)
@@ -180,7 +168,7 @@ class NeedleInHaystack(Task):
         """Passage index → text, long enough for a prompt of `context` tokens."""
         if self.haystack is None:
             # No tokenizer packs more than 10 characters of such prose into a token, on average.
-            return lambda passage: prose(f"{seed}/{split}/{passage}", 10 * self.context)
+            return lambda passage: prose(f"{seed}/{split}/{passage}", 10 * self.context, self.language)
         text = read_text(self.haystack).replace("\r\n", "\n")
         share = partition(len(text))[split]
         start, stop = (_nearest_break(text, edge, len(text)) for edge in (share.start, share.stop))
@@ -207,13 +195,16 @@ class NeedleInHaystack(Task):
         word, number = plan.needles[0]
         positions = [_nearest_break(text, round(depth * end), end) for depth in plan.depths]
         cut = prompts.longest_cut(text, plan.needles, positions, word, guess=end)
+        place = split if self.language == "en" else f"{self.language}-{split}"
+        prompt = prompts.render(text, cut, plan.needles, positions, word)
         return Example(
-            id=f"niah-{split}-{seed}-{plan.index}",
-            prompt=prompts.render(text, cut, plan.needles, positions, word),
+            id=f"niah-{place}-{seed}-{plan.index}",
+            prompt=prompt,
             references=(str(number),),
-            target=f" {number}",
+            target=f"{gap(self.language)}{number}",
             max_new_tokens=MAX_NEW_TOKENS,
             metric=self.default_metric,
+            question_at=question_at(prompt, prompts.wording.question.format(word=word)),
             extra={"depth": round(min(1.0, positions[0] / max(1, cut)), 4), "passage": plan.passage},
         )
 
@@ -239,22 +230,28 @@ class _Prompts:
     tokenizer: Any
     chat: bool
     context: int
+    language: str
+
+    @property
+    def wording(self) -> Wording:
+        return WORDINGS[self.language]
 
     def render(
         self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
     ) -> str:
+        space = gap(self.language)
         parts, done = [], 0
         for position, (key, number) in sorted(zip(positions, needles, strict=True)):
             position = min(position, cut)
             parts.append(text[done:position])
             if position and not text[position - 1].isspace():
-                parts.append(" ")
-            parts.append(NEEDLE.format(word=key, number=number) + " ")
+                parts.append(space)
+            parts.append(self.wording.needle.format(word=key, number=number) + space)
             done = position
         body = ("".join(parts) + text[done:cut]).rstrip()
-        user = f"{INSTRUCTION}\n{body}\n{QUESTION.format(word=word)}"
+        user = f"{self.wording.instruction}\n{body}\n{self.wording.question.format(word=word)}"
         prompt = user_message(self.tokenizer, user) if self.chat else f"{user}\n"
-        return prompt + ANSWER.format(word=word)
+        return prompt + self.wording.answer.format(word=word)
 
     def length(
         self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
@@ -264,8 +261,9 @@ class _Prompts:
 
     def largest_needles(self, count: int) -> list[tuple[str, int]]:
         """The `count` needles that take the most tokens."""
-        sizes = {word: len(encode_text(self.tokenizer, f" {word}")) for word in WORDS}
-        words = sorted(WORDS, key=lambda word: (-sizes[word], word))
+        space = gap(self.language)
+        sizes = {word: len(encode_text(self.tokenizer, f"{space}{word}")) for word in self.wording.words}
+        words = sorted(sizes, key=lambda word: (-sizes[word], word))
         return [(word, 9_999_999) for word in words[:count]]
 
     def longest_cut(

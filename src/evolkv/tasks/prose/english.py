@@ -1,13 +1,11 @@
-"""Plain English prose, made up from a grammar: a haystack that needs no file and never runs out.
-
-Simple past-tense sentences about people, things and places. Small models read such text without trouble,
-so what a compressed cache loses on it is the cache's doing. It contains no digits.
-"""
+"""The English grammar."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from evolkv.tasks.prose.words import phrases
 
 _PEOPLE = """
     baker|carpenter|schoolteacher|ferryman|postman|doctor|shepherd|tailor|widow|innkeeper|fisherman
@@ -85,38 +83,16 @@ _DRIFTED = """
     hung over|moved slowly past
 """
 
-
-def _phrases(block: str) -> tuple[str, ...]:
-    return tuple(phrase.strip() for line in block.strip().splitlines() for phrase in line.split("|"))
-
-
-PEOPLE, THINGS, PLACES = _phrases(_PEOPLE), _phrases(_THINGS), _phrases(_PLACES)
-PERSON_QUALITIES, THING_QUALITIES = _phrases(_PERSON_QUALITIES), _phrases(_THING_QUALITIES)
-PLACE_QUALITIES = _phrases(_PLACE_QUALITIES)
-TO_PEOPLE, TO_THINGS, TO_PLACES = _phrases(_TO_PEOPLE), _phrases(_TO_THINGS), _phrases(_TO_PLACES)
-OPENERS, CLOSERS = _phrases(_OPENERS), _phrases(_CLOSERS)
-WEATHER, DRIFTED = _phrases(_WEATHER), _phrases(_DRIFTED)
+PEOPLE, THINGS, PLACES = phrases(_PEOPLE), phrases(_THINGS), phrases(_PLACES)
+PERSON_QUALITIES, THING_QUALITIES = phrases(_PERSON_QUALITIES), phrases(_THING_QUALITIES)
+PLACE_QUALITIES = phrases(_PLACE_QUALITIES)
+TO_PEOPLE, TO_THINGS, TO_PLACES = phrases(_TO_PEOPLE), phrases(_TO_THINGS), phrases(_TO_PLACES)
+OPENERS, CLOSERS = phrases(_OPENERS), phrases(_CLOSERS)
+WEATHER, DRIFTED = phrases(_WEATHER), phrases(_DRIFTED)
 
 
-def sentences(seed: int | str) -> Iterator[str]:
-    """An endless stream of sentences, each with its full stop; the same for the same seed."""
-    rng = random.Random(f"prose/{seed}")
-    while True:
-        yield _sentence(rng)
-
-
-def prose(seed: int | str, characters: int) -> str:
-    """Sentences of `sentences(seed)`, joined by spaces, until there are at least `characters` characters."""
-    parts, length = [], 0
-    for sentence in sentences(seed):
-        parts.append(sentence)
-        length += len(sentence) + 1
-        if length > characters:
-            break
-    return " ".join(parts)
-
-
-def _sentence(rng: random.Random) -> str:
+def sentence(rng: random.Random) -> str:
+    """One sentence, drawn with `rng`."""
     text = _clause(rng)
     shape = rng.random()
     if shape < 0.35:
