@@ -10,7 +10,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import names, whole_numbers
-from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Seed, Trust
+from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Protocol, Seed, Trust
 from evolkv.cli.tables import print_table
 from evolkv.errors import UsageError
 
@@ -40,6 +40,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
+    protocol: Protocol = "aware",
     json_out: Annotated[str | None, typer.Option("--json", metavar="RESULTS.json", help="Where the rows go.")] = None,
     records: Annotated[
         str | None,
@@ -87,6 +88,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             metric=metric,
+            protocol=protocol,
             sample_ids=None if sample_ids is None else names(sample_ids),
             records=kept,
             on_progress=lambda step: _show(progress, step, kept),

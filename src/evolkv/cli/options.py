@@ -32,6 +32,15 @@ Markdown = Annotated[
     str | None,
     typer.Option("--markdown", metavar="FILE|-", help="Where the table goes as Markdown; - is standard output."),
 ]
+Protocol = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        metavar="aware|agnostic",
+        callback=one_of("protocol", ("aware", "agnostic")),
+        help="Whether the question is in the prompt that is compressed, or is read after the context was.",
+    ),
+]
 Granularity = Annotated[
     str,
     typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import whole_numbers
-from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Seed, Trust, one_of
+from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Protocol, Seed, Trust, one_of
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
 from evolkv.report.units import duration
@@ -38,6 +38,7 @@ def search(
     ] = "joint",
     granularity: Granularity = "layer",
     metric: Annotated[str, typer.Option("--metric", help="What to maximise.", rich_help_panel=_OBJECTIVE)] = "logprob",
+    protocol: Protocol = "aware",
     train: Annotated[
         int, typer.Option("--train", help="Examples that candidates are scored on.", rich_help_panel=_OBJECTIVE)
     ] = 12,
@@ -202,6 +203,7 @@ def search(
         "strategy": strategy,
         "granularity": granularity,
         "metric": metric,
+        "protocol": protocol,
         "train": train,
         "val": val,
         "max_evals": max_evals,

@@ -16,12 +16,13 @@ from evolkv.evaluate.engine import encode_prompts
 from evolkv.evaluate.intervals import ci95
 from evolkv.evaluate.measure import Questions, Row, measure
 from evolkv.evaluate.methods import Method, get_method
-from evolkv.evaluate.records import AWARE, ModelSettings, RecordLog, Records, Settings, TaskSettings, versions
+from evolkv.evaluate.records import ModelSettings, RecordLog, Records, Settings, TaskSettings, versions
 from evolkv.models import describe_model
 from evolkv.registry import unknown_name
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import METRIC_NAMES
+from evolkv.tasks.protocol import AWARE, under_protocol
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def evaluate(
     samples: int = 50,
     seed: int = 0,
     metric: str | None = None,
+    protocol: str = AWARE,
     sample_ids: Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
@@ -84,6 +86,8 @@ def evaluate(
         samples: examples per task.
         seed: of the examples.
         metric: a text metric or "logprob"; default: the task's own.
+        protocol: "aware" (the question is in the prompt that is compressed) or "agnostic" (the context is compressed
+            before the question is seen); see `evolkv.tasks.protocol`.
         sample_ids: ids of the examples to evaluate, of those that `samples` draws; default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
             the file is there, examples that it holds are not evaluated again.
@@ -108,6 +112,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         metric=metric,
+        protocol=protocol,
         sample_ids=sample_ids,
         records=records,
         on_progress=on_progress,
@@ -127,6 +132,7 @@ def run_evaluation(
     samples: int = 50,
     seed: int = 0,
     metric: str | None = None,
+    protocol: str = AWARE,
     sample_ids: Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
@@ -141,7 +147,9 @@ def run_evaluation(
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
     rows = _rows(model, chosen, budgets)
-    drawn = {format_spec(each): each.examples("report", samples, tokenizer, seed) for each in tasks}
+    drawn = {
+        format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
+    }
     named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
     if sample_ids is not None:
         named = _only(named, sample_ids)
@@ -153,7 +161,7 @@ def run_evaluation(
     settings = Settings(
         model=_describe(model),
         metric=metric,
-        protocol=AWARE,
+        protocol=protocol,
         seed=seed,
         samples=samples,
         sample_ids=None if sample_ids is None else list(sample_ids),

@@ -29,6 +29,7 @@ def target_log_probs(
     next_logits: Tensor,
     tokens: Sequence[int],
     targets: Sequence[Tensor],
+    later: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Log-probability of each token of given continuations, teacher-forced in one forward pass.
 
@@ -38,23 +39,36 @@ def target_log_probs(
         next_logits: logits of the first new token, ``[rows, vocabulary]``.
         tokens: length of each row's prompt.
         targets: each row's continuation, ``[target]`` int64, at least one token.
+        later: what each row reads between its prompt and its continuation, ``[question]`` int64; None for nothing.
 
     Returns:
         By row, ``[target]`` float32.
     """
     device = next_logits.device
-    # What stands behind a shorter target is never looked at: attention is causal.
-    padded = torch.nn.utils.rnn.pad_sequence([target.to(device) for target in targets], batch_first=True)
+    skipped = [0] * len(targets) if later is None else [len(question) for question in later]
+    texts = targets if later is None else [torch.cat(pair) for pair in zip(later, targets, strict=True)]
+    # What stands behind a shorter text is never looked at: attention is causal.
+    padded = torch.nn.utils.rnn.pad_sequence([text.to(device) for text in texts], batch_first=True)
     first = -F.cross_entropy(next_logits, padded[:, 0], reduction="none")[:, None]
-    if padded.shape[1] == 1:
+    width, least = padded.shape[1], min(skipped)
+    if width == 1:
         return list(first)
     position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
     fan, fanning = (cache.fan, cache.fanning_out(model)) if isinstance(cache, ReplayCache) else (1, nullcontext())
     with torch.inference_mode(), fanning:
-        output = model(padded[::fan, :-1], past_key_values=cache, position_ids=position[::fan], use_cache=True)
-        rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
+        # No logits for questions: over the vocabulary they would be most of the memory.
+        kept = min(width - 1, width - least)
+        output = model(
+            padded[::fan, :-1],
+            past_key_values=cache,
+            position_ids=position[::fan],
+            use_cache=True,
+            logits_to_keep=kept,
+        )
+        rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, -kept:].flatten(), reduction="none")
         rest = rest.view(len(targets), -1)
-    return [row[: len(target)] for row, target in zip(torch.cat([first, rest], dim=1), targets, strict=True)]
+    scored = torch.cat([first, rest], dim=1) if least == 0 else rest
+    return [row[skip - least :][: len(target)] for row, skip, target in zip(scored, skipped, targets, strict=True)]
 
 
 def greedy(
@@ -64,6 +78,7 @@ def greedy(
     tokens: Sequence[int],
     max_new_tokens: Sequence[int],
     end: Collection[int],
+    later: Tensor | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of every row, stopping as soon as all rows have ended.
 
@@ -74,14 +89,21 @@ def greedy(
         tokens: length of each row's prompt.
         max_new_tokens: the most tokens to generate, for each row.
         end: token ids that end a row; they are not part of the result.
+        later: what all rows read between prompt and continuation, ``[question]`` int64; None for nothing.
 
     Returns:
         Token ids by row.
     """
     texts: list[list[int]] = [[] for _ in tokens]
     running = [limit > 0 for limit in max_new_tokens]
+    position = torch.tensor(tokens, device=next_logits.device)
+    if later is not None and len(later):
+        question = later.to(position.device).expand(len(texts), -1)
+        places = position[:, None] + torch.arange(len(later), device=position.device)
+        with torch.inference_mode():
+            output = model(question, past_key_values=cache, position_ids=places, use_cache=True, logits_to_keep=1)
+        next_logits, position = output.logits[:, -1], position + len(later)
     newest = next_logits.argmax(-1)
-    position = torch.tensor(tokens, device=newest.device)
     while True:
         for row, token in enumerate(newest.tolist()):
             if running[row] and token in end:

@@ -51,6 +51,14 @@ def encode_target(tokenizer: Any, example: Example) -> Tensor:
     return ids.long()
 
 
+def encode_later(tokenizer: Any, example: Example) -> Tensor:
+    """Token ids of what is read after the prompt was compressed, ``[question]``; most often none."""
+    if not example.later:
+        return torch.empty(0, dtype=torch.long)
+    ids: Tensor = tokenizer(example.later, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    return ids.long()
+
+
 def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example]) -> list[Tensor]:
     """Token ids of every prompt, ``[1, tokens]`` each.
 
@@ -65,9 +73,10 @@ def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Ex
         ids = encode_prompt(tokenizer, example)
         if ids.shape[1] == 0:
             raise UsageError(f"example {example.id}: the prompt has no tokens; give it a text")
-        if ids.shape[1] > max_context:
+        length = ids.shape[1] + len(encode_later(tokenizer, example))
+        if length > max_context:
             raise UsageError(
-                f"example {example.id}: the prompt has {ids.shape[1]} tokens, more than the model's context of "
+                f"example {example.id}: the prompt has {length} tokens, more than the model's context of "
                 f"{max_context}; use a shorter context or a model with a longer one"
             )
         prompts.append(ids.to(model.device))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import encode_target, free_memory, mean_probability, text_score
+from evolkv.evaluate.engine import encode_later, encode_target, free_memory, mean_probability, text_score
 from evolkv.evaluate.methods import Method
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
@@ -172,6 +172,9 @@ class _Shard:
                 if column in missing:
                     self._force(self._cut(column, recorded, 0))
             else:
+                if example.later and waiting:
+                    self._generate(waiting, missing)
+                    waiting.clear()
                 waiting.append(self._cut(column, recorded, example.max_new_tokens))
                 if self._enough(waiting):
                     self._generate(waiting, missing)
@@ -211,12 +214,18 @@ class _Shard:
         target = encode_target(self.tokenizer, self.questions.examples[item.column])
         held = self._held(item)
         logits = item.next_logits.expand(rows, -1)
-        log_probs = target_log_probs(self.model, item.cache, logits, [item.tokens] * rows, [target] * rows)
+        later = encode_later(self.tokenizer, self.questions.examples[item.column])
+        tokens = [item.tokens] * rows
+        log_probs = target_log_probs(self.model, item.cache, logits, tokens, [target] * rows, [later] * rows)
         self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
-        """Whether what waits should be decoded now: enough rows for one batch, or a quarter of the memory in use."""
-        if len(waiting) * len(self.rows) >= _MAX_ROWS:
+        """Whether what waits should be decoded now.
+
+        That is with enough rows for one batch, a quarter of the memory in use, or a question to be read first, which
+        only rows of one example do together.
+        """
+        if len(waiting) * len(self.rows) >= _MAX_ROWS or self.questions.examples[waiting[-1].column].later:
             return True
         held = sum(item.cache.kv_bytes for item in waiting)
         return held > free_memory(self.model.device) // (4 * self.side_by_side)
@@ -232,7 +241,8 @@ class _Shard:
         logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
         tokens = [item.tokens for item in waiting for _ in range(rows)]
         limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
+        later = encode_later(self.tokenizer, self.questions.examples[waiting[0].column])
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         for i, item in enumerate(waiting):
             example = self.questions.examples[item.column]
@@ -251,7 +261,7 @@ class _Shard:
         common = {
             "task": questions.task,
             "example": questions.names[column],
-            "prompt_sha256": sha256(example.prompt),
+            "prompt_sha256": sha256(example.prompt + example.later),
             "prompt_tokens": item.tokens,
             "metric": self._metric_of(example),
             "protocol": self.protocol,

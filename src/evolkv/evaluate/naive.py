@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache, compress
-from evolkv.evaluate.decode import end_tokens, target_log_probs
-from evolkv.evaluate.engine import Progress, encode_prompts, encode_target, mean_probability, text_score
+from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.engine import (
+    Progress,
+    encode_later,
+    encode_prompts,
+    encode_target,
+    mean_probability,
+    text_score,
+)
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -65,17 +73,28 @@ class NaiveEngine:
         return BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
 
     def _mean_probability(self, column: int, budgets: np.ndarray) -> float:
-        ids = self.prompts[column]
+        cache, logits = self._prefill(column, budgets)
+        target, later = encode_target(self.tokenizer, self.examples[column]), self._later(column)
+        tokens = [self.lengths[column]]
+        return mean_probability(target_log_probs(self.model, cache, logits, tokens, [target], [later])[0])
+
+    def _later(self, column: int) -> Tensor:
+        return encode_later(self.tokenizer, self.examples[column])
+
+    def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
         cache = CompressedCache(self.model, self._profile(budgets))
         with torch.inference_mode():
-            output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        target = encode_target(self.tokenizer, self.examples[column])
-        logits = output.logits[:, -1].float()
-        return mean_probability(target_log_probs(self.model, cache, logits, [ids.shape[1]], [target])[0])
+            output = self.model(self.prompts[column], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache, output.logits[:, -1].float()
 
     def generate(self, column: int, budgets: np.ndarray) -> str:
         """The greedy text that a candidate gives for example number `column`."""
-        ids = self.prompts[column]
+        ids, later = self.prompts[column], self._later(column)
+        if len(later):
+            cache, logits = self._prefill(column, budgets)
+            limit = self.examples[column].max_new_tokens
+            (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later)
+            return str(self.tokenizer.decode(text, skip_special_tokens=True))
         with compress(self.model, self._profile(budgets)):
             output = self.model.generate(
                 ids,

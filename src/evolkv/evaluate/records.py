@@ -23,9 +23,6 @@ import evolkv
 from evolkv.errors import RunError, UsageError
 
 FORMAT = "evolkv.records/1"
-#: The protocol of every record: the prompt is compressed with the question in it.
-AWARE = "aware"
-
 _START = f'{{"format": "{FORMAT}"'.encode()
 _MOST_DIFFERENCES = 3
 
@@ -93,12 +90,12 @@ class Record(_Checked):
     Args:
         task: spec of the task.
         example: name of the example.
-        prompt_sha256: of the prompt's text.
-        prompt_tokens: length of the prompt.
+        prompt_sha256: of the prompt's text, the question included.
+        prompt_tokens: length of what was compressed.
         method: name of the method.
         budget: mean budget; None for the full cache.
         metric: name of the metric.
-        protocol: whether the question was seen when the prompt was compressed; see `AWARE`.
+        protocol: whether the question was seen when the prompt was compressed; see `evolkv.tasks.protocol`.
         prediction: the text generated; None for the metric logprob.
         first_line: whether the metric judges only the first line of the prediction.
         stop: texts that end what the metric judges of the prediction.

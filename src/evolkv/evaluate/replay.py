@@ -15,6 +15,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import (
     Progress,
+    encode_later,
     encode_prompts,
     encode_target,
     free_memory,
@@ -82,6 +83,7 @@ class ReplayEngine:
             encode_target(tokenizer, example) if name == "logprob" else None
             for example, name in zip(self.examples, self.metrics, strict=True)
         ]
+        self.later = [encode_later(tokenizer, example) for example in self.examples]
         self.end = end_tokens(model, tokenizer)
         self._limit = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
         self._selector, self._ceiling = selector, ceiling or max(self.lengths)
@@ -115,7 +117,10 @@ class ReplayEngine:
                 self._on_progress(done, len(columns))
             forced = self.targets[column] is not None
             limit = self._rows_at_once(column, prompt)
-            if batch and ((len(batch) + 1) * candidates > limit or forced != (self.targets[batch[0][0]] is not None)):
+            alike = not batch or forced == (self.targets[batch[0][0]] is not None)
+            # Rows that generate read their question together, so it must be one.
+            alike = alike and (forced or not batch or len(self.later[column]) == len(self.later[batch[0][0]]) == 0)
+            if batch and ((len(batch) + 1) * candidates > limit or not alike):
                 yield batch
                 batch = []
             batch.append((column, prompt))
@@ -158,10 +163,11 @@ class ReplayEngine:
             return np.array(columns).T
         logits, tokens = self._starts(batch, len(budgets))
         targets = [target for column, _ in batch for target in [self.targets[column]] * len(budgets)]
+        later = [question for column, _ in batch for question in [self.later[column]] * len(budgets)]
         shared = lowest_changed(budgets)
         shared = shared if shared >= _LEAST_SHARED and hasattr(self.model.get_decoder(), "layers") else 0
         cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets, shared)
-        log_probs = target_log_probs(self.model, cache, logits, tokens, [t for t in targets if t is not None])
+        log_probs = target_log_probs(self.model, cache, logits, tokens, [t for t in targets if t is not None], later)
         return np.array([mean_probability(row) for row in log_probs]).reshape(len(batch), len(budgets)).T
 
     def _generate(self, batch: list[_Ranked], budgets: np.ndarray) -> list[list[str]]:
@@ -170,7 +176,7 @@ class ReplayEngine:
         logits, tokens = self._starts(batch, rows)
         limits = [self.examples[column].max_new_tokens for column, _ in batch for _ in range(rows)]
         cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end)
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end, self.later[batch[0][0]])
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return [texts[start : start + rows] for start in range(0, len(texts), rows)]
 
@@ -187,8 +193,9 @@ class ReplayEngine:
             RunError: if not even one does.
         """
         target = self.targets[column]
-        new = len(target) if target is not None else self.examples[column].max_new_tokens
-        queries = new if target is not None else 1
+        asked = len(self.later[column])
+        new = asked + (len(target) if target is not None else self.examples[column].max_new_tokens)
+        queries = new if target is not None else max(1, asked)
         need = _candidate_bytes(self.model, prompt, queries, new)
         shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
         room = (self._limit - shared) // need

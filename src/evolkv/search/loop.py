@@ -30,6 +30,7 @@ from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, wit
 from evolkv.search.settings import Start, StrategySettings
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Task, get_task
+from evolkv.tasks.protocol import AWARE
 
 if TYPE_CHECKING:
     from evolkv.search.study import Study
@@ -47,6 +48,7 @@ def search(
     strategy: str = "joint",
     granularity: Granularity = "layer",
     metric: str = "logprob",
+    protocol: str = AWARE,
     train: int = 12,
     val: int = 24,
     max_evals: int | None = None,
@@ -78,6 +80,8 @@ def search(
         strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
         metric: what to maximise: "logprob" (smooth; the default) or a text metric.
+        protocol: "aware" (the question is in the prompt that is compressed; the default) or "agnostic" (the context is
+            compressed before the question is seen); see `evolkv.tasks.protocol`.
         train: examples that candidates are scored on.
         val: examples, none of them seen in training, that the result is chosen on.
         max_evals: candidates to evaluate at most, in whole generations. Default: 16 per variable, at most 1,200; for
@@ -123,6 +127,7 @@ def search(
         strategy=strategy,
         granularity=granularity,
         metric=metric,
+        protocol=protocol,
         train=train,
         val=val,
         max_evals=max_evals,

@@ -21,6 +21,7 @@ from evolkv.search.objective import fitness
 from evolkv.selectors import Selector
 from evolkv.tasks import Task, encode_prompt, fingerprint, format_spec
 from evolkv.tasks.metrics import METRIC_NAMES
+from evolkv.tasks.protocol import AWARE, under_protocol
 
 EngineName = Literal["replay", "naive"]
 Granularity = Literal["layer", "head"]
@@ -38,6 +39,7 @@ class Plan:
         selector: which tokens a budget keeps.
         granularity: "layer" or "head".
         metric: what to maximise.
+        protocol: whether questions are known when prompts are compressed; see `evolkv.tasks.protocol`.
         engine: "replay" or "naive".
         train: examples that candidates are scored on.
         val: examples that the result is chosen on.
@@ -70,6 +72,7 @@ class Plan:
         gamma: float,
         seed: int,
         backend: Callable[[], Backend],
+        protocol: str = AWARE,
     ):
         if granularity not in ("layer", "head"):
             raise unknown_name("granularity", granularity, ("layer", "head"))
@@ -84,8 +87,11 @@ class Plan:
         self.lam, self.gamma, self.seed = lam, gamma, seed
         info = describe_model(model)
         self.layers, self.heads = info.num_layers, info.num_kv_heads
-        self.train = task.examples("train", _at_least_one("train", train), tokenizer, seed)
-        self.held_out = task.examples("validation", _at_least_one("val", val), tokenizer, seed)
+        self.protocol = protocol
+        self.train = under_protocol(protocol, task.examples("train", _at_least_one("train", train), tokenizer, seed))
+        self.held_out = under_protocol(
+            protocol, task.examples("validation", _at_least_one("val", val), tokenizer, seed)
+        )
         self.longest = max(encode_prompt(tokenizer, example).shape[1] for example in self.train)
         self.floor = floor if floor is not None else selector.min_budget + 1
         self.ceiling = ceiling if ceiling is not None else self.longest
@@ -200,6 +206,7 @@ class Plan:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "task": format_spec(self.task),
             "metric": self.metric,
+            "protocol": self.protocol,
             "selector": self.selector.to_dict(),
             "granularity": self.granularity,
             "seed": self.seed,

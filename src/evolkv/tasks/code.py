@@ -39,7 +39,8 @@ RECENT = 32
 LENGTHS = range(10, 121)
 """Characters of an asked line, without indentation."""
 
-PROMPT = "Please complete the code given below. \n{code}Next line of code:\n"
+QUESTION = "Next line of code:\n"
+PROMPT = f"Please complete the code given below. \n{{code}}{QUESTION}"
 MAX_NEW_TOKENS = 64
 
 # Tests and what is generated or not Python's own; `encodings` and `pydoc_data` are tables.
@@ -251,13 +252,15 @@ def _lines(folder: Path, name: str, prompts: _Prompts, seed: str) -> Iterator[Ex
         start = prompts.start(source, line.index, guess)
         if start is None or not line.reaches_back(start):
             continue
+        prompt = PROMPT.format(code=source.between(start, line.index))
         yield Example(
             id=f"code-{name}:{line.index + 1}",
-            prompt=PROMPT.format(code=source.between(start, line.index)),
+            prompt=prompt,
             references=(lines[line.index].rstrip(),),
             target=lines[line.index].rstrip(),
             max_new_tokens=MAX_NEW_TOKENS,
             metric=CodeCompletion.default_metric,
+            question_at=len(prompt) - len(QUESTION),
             extra={"file": name, "line": line.index + 1, "python": ".".join(platform.python_version_tuple()[:2])},
         )
 

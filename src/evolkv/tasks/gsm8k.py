@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Example, Split, Task, check_request, partition, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, partition, question_at, read_text, user_message
 from evolkv.tasks.rows import Splitting, check_splitting, digest, distinct, draw, get_name, get_text, parse_rows
 
 Mode = Literal["flexible", "strict"]
@@ -148,6 +148,7 @@ class Gsm8k(Task):
             max_new_tokens=self.max_new_tokens,
             metric=self.default_metric,
             stop=STOP,
+            question_at=question_at(prompt, _question(problem)),
             extra={"mode": self.mode},
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks.base import Example, Split, Task, check_request, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, question_at, read_text, user_message
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.rows import (
     Splitting,
@@ -30,8 +30,9 @@ class JsonLines(Task):
     """Prompts and answers from a JSON Lines file.
 
     A row is an object with `prompt` (text) and `answers` (a list of texts) or `answer` (one text), and
-    optionally `metric`, `max_new_tokens`, `all_classes` (a list of texts) and `id`. Other fields are ignored,
-    blank lines too. Rows that differ in nothing but `id` count as one.
+    optionally `metric`, `max_new_tokens`, `all_classes` (a list of texts), `question` (a text that ends the prompt,
+    which the protocol "agnostic" leaves out of what it compresses) and `id`. Other fields are ignored, blank lines
+    too. Rows that differ in nothing but `id` and `question` count as one.
 
     Args:
         path: the file, UTF-8.
@@ -98,17 +99,20 @@ class JsonLines(Task):
             metric=self.metric or _metric(fields, where),
             max_new_tokens=self.max_new_tokens or _max_new_tokens(fields, where),
             all_classes=all_classes,
+            question=_question(fields, prompt, where),
             # Of the row as it is in the file, so that overriding its settings draws the same rows.
             content=digest(json.dumps([prompt, answers, all_classes, own])),
         )
 
     def _example(self, row: _Row, tokenizer: Any) -> Example:
+        prompt = user_message(tokenizer, row.prompt) if self.chat else row.prompt
         return Example(
             id=row.id,
-            prompt=user_message(tokenizer, row.prompt) if self.chat else row.prompt,
+            prompt=prompt,
             references=row.answers,
             max_new_tokens=row.max_new_tokens,
             metric=row.metric,
+            question_at=None if row.question is None else question_at(prompt, row.question),
             extra={} if row.all_classes is None else {"all_classes": row.all_classes},
         )
 
@@ -123,6 +127,7 @@ class _Row:
     metric: str
     max_new_tokens: int
     all_classes: tuple[str, ...] | None
+    question: str | None
     content: str
 
     @property
@@ -137,6 +142,15 @@ def _answers(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if "answer" in fields:
         return (get_text(fields, "answer", where),)
     raise TaskError(f"{where}: field 'answers' is missing; expected a list of texts, or one text as 'answer'")
+
+
+def _question(fields: Mapping[str, Any], prompt: str, where: str) -> str | None:
+    if fields.get("question") is None:
+        return None
+    question = get_text(fields, "question", where)
+    if not prompt.rstrip().endswith(question.rstrip()):
+        raise TaskError(f"{where}: 'prompt' does not end with 'question'; give the prompt whole, question included")
+    return question
 
 
 def _metric(fields: Mapping[str, Any], where: str) -> str:

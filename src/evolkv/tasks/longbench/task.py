@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, question_at, user_message
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
 from evolkv.tasks.rows import (
@@ -147,6 +147,7 @@ class LongBench(Task):
             max_new_tokens=work.max_new_tokens,
             metric=work.metric,
             first_line=work.first_line,
+            question_at=question_at(prompt, work.prompt.partition("{context}")[2].format(input=row.question)),
             extra=extra,
         )
 

@@ -1,0 +1,224 @@
+"""Questions that are read after the context was compressed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evolkv
+from evolkv.errors import TaskError, UsageError
+from evolkv.evaluate import NaiveEngine, ReplayEngine
+from evolkv.evaluate.decode import greedy, target_log_probs
+from evolkv.evaluate.engine import encode_later, encode_prompts, encode_target
+from evolkv.evaluate.prefill import Prefiller
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, get_task
+from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol
+from tiny import tiny_model, tokens
+
+FACTS = {
+    "Lena": "a red bicycle",
+    "Oskar": "two grey cats",
+    "Marta": "an old piano",
+    "Jonas": "a wooden boat",
+}
+CONTEXT = " ".join(
+    f"{name} owns {thing}, and on most evenings the neighbours hear about it." for name, thing in FACTS.items()
+)
+
+
+def people(tokenizer):
+    """Several questions about one context, in the chat template."""
+    examples = []
+    for name, thing in FACTS.items():
+        question = f"What does {name} own?"
+        messages = [{"role": "user", "content": f"{CONTEXT * 3}\n{question}"}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        at = prompt.rindex(question)
+        examples.append(
+            Example(name, prompt, (thing,), target=f"{name} owns {thing}", max_new_tokens=6, question_at=at)
+        )
+    return examples
+
+
+def test_the_prompt_ends_where_the_question_begins():
+    example = Example("a", "Some text. What?\nAnswer:", ("b",), question_at=11)
+    (asked,) = under_protocol(AGNOSTIC, [example])
+    assert (asked.prompt, asked.later) == ("Some text. ", "What?\nAnswer:")
+    assert asked.target == " b"
+    assert under_protocol(AWARE, [example]) == [example]
+
+
+@pytest.mark.parametrize("at", [None, 0])
+def test_examples_without_a_context_apart_are_refused(at):
+    with pytest.raises(TaskError, match="example a: its question does not stand apart"):
+        under_protocol(AGNOSTIC, [Example("a", "What?", ("b",), question_at=at)])
+
+
+def test_unknown_protocol_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'agnostic'"):
+        under_protocol("agnostik", [])
+
+
+def gsm8k_file(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return f"gsm8k:path={path},shots=2"
+
+
+def longbench_file(tmp_path):
+    path = tmp_path / "qasper.jsonl"
+    row = {"length": 5, "dataset": "qasper", "language": "en", "all_classes": None, "answers": ["x"]}
+    rows = [
+        {**row, "context": f"An article about {i}. " * 9, "input": f"What about {i}?", "_id": str(i)} for i in range(8)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return f"longbench:subset=qasper,path={path},context=400"
+
+
+def jsonl_file(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"Text {i}. Why {i}?", "question": f"Why {i}?", "answer": "so"} for i in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return f"jsonl:path={path},chat=true"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("spec", "opening", "inside"),
+    [
+        ("niah:context=300,needles=2", "What is the special magic number for", "hidden within"),
+        ("niah:context=300,language=zh,template=plain", "上面的文字", "。"),
+        *((f"ruler:task={task},context=900", "What", "") for task in ("niah_single_1", "niah_multivalue")),
+        ("ruler:task=vt,context=900", "Question: Find all variables", "VAR "),
+        ("ruler:task=cwe,context=1200", "Question: What are the 10", "1. "),
+        ("ruler:task=fwe,context=900", "Question: Do not provide", "coded text"),
+        ("code:context=300", "Next line of code:", "Please complete"),
+        (gsm8k_file, "Question: What is", "#### "),
+        (longbench_file, "Answer the question based on the above article", "An article about"),
+        (jsonl_file, "Why ", "Text "),
+    ],
+)
+def test_tasks_know_where_their_question_begins(smollm2, tmp_path, spec, opening, inside):
+    _, tokenizer = smollm2
+    spec = spec if isinstance(spec, str) else spec(tmp_path)
+    examples = get_task(spec).examples("report", 2, tokenizer)
+    for before, after in zip(examples, under_protocol(AGNOSTIC, examples), strict=True):
+        assert after.prompt + after.later == before.prompt
+        assert after.later.startswith(opening)
+        assert inside in after.prompt
+        assert len(after.later) < len(after.prompt)
+        assert (after.references, after.target) == (before.references, before.target)
+
+
+def test_question_of_a_jsonl_row_must_end_its_prompt(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "What? Some text.", "question": "What?", "answer": "so"}))
+    with pytest.raises(TaskError, match=r"rows.jsonl line 1: 'prompt' does not end with 'question'"):
+        get_task(f"jsonl:path={path},split=all").examples("train", 1, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reading_a_question_first_is_part_of_the_continuation(family):
+    """Log-probabilities and texts after a question are those of one plain text."""
+    model = tiny_model(family)
+    context, questions, targets = tokens(1, 30), [tokens(5, seed=3), tokens(8, seed=4)], [tokens(4), tokens(6, seed=1)]
+    recorded = Prefiller(model, [get_selector("knorm")])(context)
+    everything = np.full((2, 4, 2), 30)
+    rankings = [layer.rankings[get_selector("knorm")].expand(2, -1, -1) for layer in recorded.cache.layers]
+
+    def cache():
+        held = [layer.held() for layer in recorded.cache.layers]
+        return evolkv.CompressedCache.from_rankings(model, held, rankings, everything, get_selector("knorm"))
+
+    logits = recorded.next_logits.expand(2, -1)
+    found = target_log_probs(model, cache(), logits, [30, 30], targets, questions)
+    for row, question, target in zip(found, questions, targets, strict=True):
+        whole = torch.cat([context[0], question, target])
+        plain = model(whole[None]).logits[0].log_softmax(-1)
+        start = 30 + len(question)
+        expected = plain[torch.arange(start - 1, len(whole) - 1), target]
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    texts = greedy(model, cache(), logits, [30, 30], [5, 5], (), questions[0])
+    whole = torch.cat([context[0], questions[0]])[None]
+    expected = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=5, do_sample=False)
+    assert texts == [expected[0, whole.shape[1] :].tolist()] * 2
+
+
+@pytest.mark.model
+def test_replay_equals_naive_when_the_question_comes_later(smollm2):
+    model, tokenizer = smollm2
+    examples = under_protocol(AGNOSTIC, people(tokenizer))
+    selector = get_selector({"name": "snapkv", "window": 8})
+    budgets = np.random.default_rng(0).integers(9, 200, size=(3, 30, 3))
+    replay, naive = (engine(model, tokenizer, examples, selector) for engine in (ReplayEngine, NaiveEngine))
+    scores = replay.score(budgets)
+    assert np.abs(scores - naive.score(budgets)).max() <= 1e-4
+    assert np.ptp(scores) > 0.01
+    for column in range(2):
+        assert replay.generate(column, budgets) == [naive.generate(column, candidate) for candidate in budgets]
+
+
+@pytest.mark.model
+def test_what_is_kept_does_not_depend_on_the_question(smollm2):
+    model, tokenizer = smollm2
+    examples = under_protocol(AGNOSTIC, people(tokenizer))
+    prefill = Prefiller(model, [get_selector("snapkv")])
+    prompts = encode_prompts(tokenizer, model, examples)
+    kept = []
+    for ids in prompts:
+        recorded = prefill(ids)
+        kept.append([layer.rankings[get_selector("snapkv")][..., :64].sort().values for layer in recorded.cache.layers])
+    for other in kept[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(kept[0], other, strict=True))
+    # One context is read once: of every further question's prompt only the window's queries are computed again.
+    tokens_of_context = prompts[0].shape[1]
+    assert prefill.tokens_computed == tokens_of_context + 32 * (len(prompts) - 1)
+
+
+@pytest.mark.model
+def test_evaluation_names_its_protocol_and_compresses_the_context(smollm2):
+    model, tokenizer = smollm2
+    settings = {"task": "niah:context=300", "methods": ["full", "snapkv"], "budgets": [48], "samples": 2}
+    aware = evolkv.evaluate(model, tokenizer, **settings)
+    agnostic = evolkv.evaluate(model, tokenizer, protocol="agnostic", **settings)
+    assert {row["protocol"] for row in aware} == {"aware"}
+    assert {row["protocol"] for row in agnostic} == {"agnostic"}
+    examples = under_protocol(AGNOSTIC, get_task("niah:context=300").examples("report", 2, tokenizer))
+    contexts = [ids.shape[1] for ids in encode_prompts(tokenizer, model, examples)]
+    assert agnostic[0]["mean_budget"] == np.mean(contexts) < aware[0]["mean_budget"]
+    assert agnostic[1]["mean_budget"] == 48
+    # The whole context with the question after it is the same text.
+    assert agnostic[0]["score"] == aware[0]["score"] == 1
+
+
+@pytest.mark.model
+def test_search_can_evolve_for_questions_that_come_later(smollm2):
+    model, tokenizer = smollm2
+    result = evolkv.search(
+        model,
+        tokenizer,
+        task="niah:context=200",
+        budget=64,
+        protocol="agnostic",
+        train=2,
+        val=2,
+        max_evals=8,
+        population=4,
+    )
+    assert result.profile.search["protocol"] == "agnostic"
+    assert len(result.history) >= 8
+
+
+@pytest.mark.model
+def test_question_and_prompt_together_must_fit_the_model(smollm2):
+    model, tokenizer = smollm2
+    example = Example("long", "a " * 8000, ("b",), later=" b" * 300)
+    with pytest.raises(UsageError, match="more than the model's context"):
+        encode_prompts(tokenizer, model, [example])
+    assert len(encode_later(tokenizer, example)) == 300
+    assert len(encode_target(tokenizer, example)) >= 1
