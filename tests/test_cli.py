@@ -431,7 +431,7 @@ def test_selector_parameters_reach_the_profile(run, tmp_path):
     )
     assert code == 0
     selector = BudgetProfile.load(tmp_path / "profile.json").selector
-    assert selector == {"name": "snapkv", "window": 8, "kernel": 7, "pooling": "mean"}
+    assert selector == {"name": "snapkv", "window": 8, "kernel": 7, "pooling": "mean", "gqa": "mean"}
 
 
 def test_interrupted_search_keeps_its_best_and_exits_130(smollm2, tmp_path):

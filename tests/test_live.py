@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -385,6 +386,12 @@ except (KeyboardInterrupt, RuntimeError):
 """
 
 
+def _take_terminal():
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    # Tests that run in the background may have inherited that it is ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("end", ["interrupt", "fail"])
 def test_real_terminal_is_clean_after_the_end(end):
     master, slave = pty.openpty()
@@ -397,7 +404,7 @@ def test_real_terminal_is_clean_after_the_end(end):
         env=environment,
         # Its own session, with this terminal: Ctrl-C is then a key like on any other.
         start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        preexec_fn=_take_terminal,
     )
     os.close(slave)
     output, shown = b"", ""
