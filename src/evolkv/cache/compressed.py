@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import ModelError, UsageError
-from evolkv.models.rotary import rotary_of
+from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
 
@@ -48,8 +48,16 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
 def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
     """For each layer of a new cache, where it is; all share one memory."""
     memory: dict[Any, Any] = {}
+    # A cache must not keep its model alive. Who asks is the model, at work.
+    reference = weakref.ref(model)
+
+    def rotary(index: int) -> Rotary:
+        held = reference()
+        assert held is not None
+        return rotary_of(held, index)
+
     layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
-    return [LayerContext(index, functools.partial(rotary_of, model, index), memory) for index in layers]
+    return [LayerContext(index, functools.partial(rotary, index), memory) for index in layers]
 
 
 class HookedCache(Cache):
