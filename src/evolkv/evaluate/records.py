@@ -256,6 +256,8 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     Raises:
         UsageError: it cannot be read, is not a file of records, or a line of it is damaged.
     """
+    if not Path(path).exists():
+        raise UsageError(f"{path}: no such file; give a file that evolkv eval --records wrote")
     try:
         _, records = _recorded(path, Path(path))
     except OSError as error:
