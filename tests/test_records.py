@@ -161,6 +161,16 @@ def test_a_file_cut_anywhere_leads_to_the_same_rows(tiny, task, tmp_path, thread
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """One shard after another, so that the first has ended before the last example is begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_evaluation_says_what_it_has_and_goes_on_from_there(tiny, task, whole, tmp_path):
     path = tmp_path / "r.jsonl"
 
@@ -411,6 +421,7 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_program_prints_what_is_finished_and_exits_130(run, folder, task, tmp_path, monkeypatch):
     show = console.Progress.__call__
 

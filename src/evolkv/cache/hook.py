@@ -151,6 +151,11 @@ class _Attachment:
             config._attn_implementation_internal = name
 
 
+def own_attention(model: PreTrainedModel) -> str:
+    """Name of the attention implementation that a model was loaded with, whether or not the hook is installed."""
+    return str(model.config._attn_implementation).removeprefix(_PREFIX)
+
+
 _attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
 # Reentrant: a cache may be collected, and so detached, while another one attaches.
 _lock = threading.RLock()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.engine import encode_prompts
 from evolkv.evaluate.intervals import ci95
@@ -297,6 +298,6 @@ def _describe(model: PreTrainedModel) -> ModelSettings:
         name=info.name,
         fingerprint=info.fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),
-        attention=str(model.config._attn_implementation),
+        attention=own_attention(model),
         device=model.device.type,
     )
