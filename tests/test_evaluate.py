@@ -8,7 +8,7 @@ import torch
 
 import evolkv
 from evolkv import BudgetProfile, CompressedCache
-from evolkv.errors import BudgetError, UsageError
+from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.evaluate import NaiveEngine, get_method
 from evolkv.evaluate.compare import EvaluationProgress
 from evolkv.evaluate.intervals import ci95
@@ -82,6 +82,30 @@ def test_scores_equal_those_of_each_method_run_by_itself(rows, smollm2):
     alone = engine.score(np.full((1, 30, 3), 100)).mean()
     row = next(row for row in result if row["method"] == "snapkv" and row["budget"] == 100)
     assert row["score"] == pytest.approx(alone)
+
+
+@pytest.mark.model
+def test_a_profile_for_each_budget_is_one_method(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    for budget in (60, 90):
+        budgets = np.random.default_rng(budget).integers(40, 2 * budget - 40, size=(30, 3))
+        BudgetProfile.from_budgets(model, budgets, budget=budget).save(tmp_path / f"p-{budget}.json")
+    pattern = f"{tmp_path}/p-{{}}.json"
+    alone = [f"{tmp_path}/p-{budget}.json" for budget in (60, 90)]
+    found = evolkv.evaluate(
+        model, tokenizer, task=TASK, methods=[pattern, *alone], budgets=[60, 90], samples=1, metric="logprob"
+    )
+    by_name = {(row["method"], row["budget"]): row["score"] for row in found}
+    assert {budget: by_name[pattern, budget] for budget in (60, 90)} == {
+        budget: by_name[f"{tmp_path}/p-{budget}.json", budget] for budget in (60, 90)
+    }
+    with pytest.raises(ProfileError, match=r"p-70\.json"):
+        evolkv.evaluate(model, tokenizer, task=TASK, methods=[pattern], budgets=[70], samples=1)
+    (tmp_path / "p-70.json").write_bytes((tmp_path / "p-60.json").read_bytes())
+    with pytest.raises(UsageError, match=r"p-70\.json has the budget 60, not 70"):
+        get_method(pattern).at(70)
+    with pytest.raises(UsageError, match="needs a budget"):
+        evolkv.evaluate(model, tokenizer, task=TASK, methods=[pattern], samples=1)
 
 
 @pytest.mark.model

@@ -202,3 +202,18 @@ def test_settings_out_of_range_are_refused():
         get_task("jsonl:path=x,metric=exact")
     with pytest.raises(TaskError, match="split='some' is unknown"):
         JsonLines("x", split="some")
+    with pytest.raises(TaskError, match="context=1 is out of range"):
+        JsonLines("x", context=1)
+
+
+@pytest.mark.model
+def test_long_prompts_lose_their_middle_where_a_length_is_given(write, smollm2):
+    _, tokenizer = smollm2
+    path = write({"prompt": "start " + "more " * 100 + "end", "answer": "a"}, {"prompt": "short", "answer": "a"})
+    cut, short = sorted(
+        JsonLines(path, context=20, split="all").examples("train", 2, tokenizer), key=lambda e: -len(e.prompt)
+    )
+    assert cut.prompt.startswith("start more")
+    assert cut.prompt.endswith("more end")
+    assert len(tokenizer(cut.prompt)["input_ids"]) == 20
+    assert short.prompt == "short"

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks import TASKS, Example, encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks import TASKS, Example, Mixture, encode_prompt, fingerprint, format_spec, get_task
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.niah import NeedleInHaystack
 
@@ -88,6 +88,7 @@ def test_spec_of_a_task_is_plain_data():
         "max_new_tokens": None,
         "split": "auto",
         "chat": False,
+        "context": None,
     }
 
 
@@ -168,3 +169,41 @@ def test_fingerprint_changes_with_every_part_and_with_the_order():
     ]
     assert len({fingerprint([example]) for example in [first, *others]}) == 8
     assert fingerprint([first, others[0]]) != fingerprint([others[0], first])
+
+
+def test_several_specs_are_a_mixture_however_they_are_given():
+    mixture = Mixture((NeedleInHaystack(context=600), JsonLines("a, b.jsonl", chat=True)))
+    spec = r"niah:context=600 && jsonl:path=a\, b.jsonl,chat=true"
+    assert format_spec(mixture) == spec
+    assert get_task(spec) == get_task(["niah:context=600", mixture.tasks[1]]) == mixture
+    assert get_task(["niah"]) == NeedleInHaystack()
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ([], "no task is given"),
+        (["niah", "niah:context=1600"], "twice"),
+        (["niah", "nyah"], "Did you mean 'niah'"),
+    ],
+)
+def test_unusable_mixtures_are_refused(specs, words):
+    with pytest.raises(UsageError, match=words):
+        get_task(specs)
+
+
+def test_a_mixture_draws_as_many_examples_of_each_task(tmp_path):
+    specs = []
+    for name in ("one", "two", "three"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{name} {i}", "answer": "b"}}\n' for i in range(20)))
+        specs.append(f"jsonl:path={path}")
+    drawn = {
+        split: [e.id.partition("-")[0] for e in get_task(specs).examples(split, 5, None)]
+        for split in ("train", "validation", "report")
+    }
+    assert list(drawn.values()) == [["one"] * 2 + ["two"] * 2 + ["three"]] * 3
+    alone = get_task(specs[1]).examples("train", 2, None, seed=3)
+    assert get_task(specs).examples("train", 6, None, seed=3)[2:4] == alone
+    with pytest.raises(TaskError, match="2 train examples cannot cover a mixture of 3 tasks"):
+        get_task(specs).examples("train", 2, None)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from evolkv.errors import UsageError
 
 #: They may stand anywhere.
 GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
-_SEVERAL_VALUES = {"--task", "--method", "--budget", "--sample-ids"}
+#: Options that take several values, by command.
+_SEVERAL_VALUES = {"eval": {"--task", "--method", "--budget", "--sample-ids"}, "search": {"--task"}}
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}
 
 
 def for_typer(argv: Sequence[str]) -> list[str]:
-    """Bring global flags to the front, where Typer expects them, and spell out the lists of `eval`.
+    """Bring global flags to the front, where Typer expects them, and spell out the lists of options.
 
     Typer takes an option's values one by one: ``--method full snapkv`` becomes ``--method full --method snapkv``.
 
@@ -31,10 +32,10 @@ def for_typer(argv: Sequence[str]) -> list[str]:
         is_flag = token in GLOBAL_FLAGS and previous not in _FREE_TEXT
         (front if is_flag else rest).append(token)
         previous = token
-    return front + (_repeated(rest) if rest[:1] == ["eval"] else rest)
+    return front + _repeated(rest, _SEVERAL_VALUES.get("".join(rest[:1]), set()))
 
 
-def _repeated(argv: Sequence[str]) -> list[str]:
+def _repeated(argv: Sequence[str], several: Collection[str]) -> list[str]:
     result: list[str] = []
     option, filled = "", False
     for index, token in enumerate(argv):
@@ -42,7 +43,7 @@ def _repeated(argv: Sequence[str]) -> list[str]:
             return result + list(argv[index:])
         name, equals, _ = token.partition("=")
         if name.startswith("--"):
-            option, filled = (name if name in _SEVERAL_VALUES else ""), bool(equals)
+            option, filled = (name if name in several else ""), bool(equals)
             result.append(token)
         else:
             result += [option, token] if option and filled else [token]

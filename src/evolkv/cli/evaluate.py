@@ -26,7 +26,8 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="METHOD...",
-            help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a profile.",
+            help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a "
+            "profile (profile-{}.json: one for each budget).",
         ),
     ],
     budget: Annotated[
@@ -75,6 +76,9 @@ def evaluate(
     from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
+    for each in methods:
+        for number in budgets:
+            each.at(number)
     if metric is not None:
         check_metric(metric)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)

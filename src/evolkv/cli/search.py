@@ -25,7 +25,14 @@ _STRATEGY, _OBJECTIVE, _WHERE, _STUDY = "Strategy", "Objective", "Where it runs"
 
 def search(
     model: Model,
-    task: Annotated[str, typer.Option("--task", help="What to evolve for, such as niah:context=1600.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task",
+            metavar="TASK...",
+            help="What to evolve for, such as niah:context=1600; several take turns.",
+        ),
+    ],
     budget: Annotated[
         str,
         typer.Option("--budget", metavar="C[,C...]", help="Mean cache entries per KV head; several make a curve."),

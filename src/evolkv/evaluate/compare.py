@@ -227,11 +227,9 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
     everything = np.full((info.num_layers, info.num_kv_heads), np.iinfo(np.int32).max, dtype=np.int64)
     rows: dict[str, Row] = {}
     for method in methods:
-        if method.selector is None:
+        if method.is_full:
             _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
             continue
-        if method.profile is not None:
-            method.profile.check_model(model)
         at = list(budgets) or ([method.profile.budget] if method.profile is not None else [])
         if not at:
             raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
@@ -240,7 +238,11 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
                 raise BudgetError(
                     f"the budget is {budget}, above the model's context of {info.max_context} tokens; use a smaller one"
                 )
-            _add(rows, Row(method, int(budget), method.budgets(model, int(budget)), method.selector))
+            chosen = method.at(int(budget))
+            if chosen.profile is not None:
+                chosen.profile.check_model(model)
+            assert chosen.selector is not None
+            _add(rows, Row(chosen, int(budget), chosen.budgets(model, int(budget)), chosen.selector))
     return list(rows.values())
 
 

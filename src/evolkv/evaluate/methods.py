@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Method:
         allocator: name of the allocator that lays out the layers' budgets, the same for every prompt; None for a
             profile or the full cache.
         profile: the profile, or None.
+        profiles: path of the profiles of several budgets, with ``{}`` where the budget stands, or None; see `at`.
         layers: an allocator that does it for each prompt instead, starting from nothing.
         heads: an allocator that shares each layer's budget out among its heads, for each prompt.
     """
@@ -42,8 +43,29 @@ class Method:
     selector: Selector | None = None
     allocator: str | None = None
     profile: BudgetProfile | None = None
+    profiles: str | None = None
     layers: LayerAllocator | None = None
     heads: HeadAllocator | None = None
+
+    def at(self, budget: int) -> Method:
+        """The method at a budget: where there is a profile for each budget, with that of this one.
+
+        Raises:
+            ProfileError: if there is none, or it is no profile.
+            UsageError: if it was made for another budget.
+        """
+        if self.profiles is None:
+            return self
+        path = self.profiles.replace("{}", str(budget))
+        profile = BudgetProfile.load(path)
+        if profile.budget != budget:
+            raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
+        return replace(self, selector=get_selector(profile.selector), profile=profile, profiles=None)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is evicted."""
+        return self.selector is None and self.profiles is None
 
     @property
     def observers(self) -> list[Observer]:
@@ -112,7 +134,8 @@ def get_method(name: str) -> Method:
     Args:
         name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
             selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake+adakv+snapkv``); ``pyramidkv``
-            (= ``pyramid+snapkv``); or the path of a profile.
+            (= ``pyramid+snapkv``); the path of a profile; or, with ``{}`` in place of the budget, that of one profile
+            for each budget (``profile-{}.json``).
 
     Raises:
         UsageError: for a name that is none of these.
@@ -125,6 +148,8 @@ def get_method(name: str) -> Method:
     known = {*ALLOCATORS, *ADAPTIVE}
     if selector.partition(":")[0] in SELECTORS and all(each in known for each in allocators):
         return _combined(name, allocators, get_selector(parse_selector(selector)))
+    if "{}" in spec:
+        return Method(name, profiles=spec)
     if os.sep in spec or spec.endswith(".json") or Path(spec).exists():
         profile = BudgetProfile.load(spec)
         return Method(name, get_selector(profile.selector), profile=profile)

@@ -235,9 +235,9 @@ def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str 
             f"method {chosen.name!r} lays out budgets for each prompt anew, which only 'evolkv eval' does; "
             "give a selector, pyramidkv or a profile"
         )
-    if chosen.allocator is not None and budget is None:
+    if (chosen.allocator is not None or chosen.profiles is not None) and budget is None:
         raise UsageError(f"method {chosen.name!r} needs a budget; add budget=128")
-    return chosen
+    return chosen if budget is None else chosen.at(budget)
 
 
 def _resolve(method: Method, budget: int | None, model: Any) -> BudgetProfile | None:

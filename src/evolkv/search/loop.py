@@ -42,7 +42,7 @@ def search(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
-    task: str | Task,
+    task: str | Task | Sequence[str | Task],
     budget: int,
     selector: str | dict[str, Any] | Selector = "snapkv",
     strategy: str = "joint",
@@ -74,7 +74,7 @@ def search(
     Args:
         model: a transformers decoder-only model.
         tokenizer: its tokenizer.
-        task: a task or its spec, such as ``"niah:context=1600"``.
+        task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         budget: target, in cache entries per KV head, averaged over layers and heads.
         selector: which tokens a budget keeps; a name, or a mapping with the name and parameters.
         strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
@@ -160,7 +160,7 @@ def session(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
-    task: str | Task,
+    task: str | Task | Sequence[str | Task],
     selector: str | dict[str, Any] | Selector,
     strategy: str,
     max_evals: int | None,

@@ -1,12 +1,14 @@
 """Tasks: where examples come from."""
 
 from evolkv.tasks.base import SPLITS, Example, Split, Task, encode_prompt, fingerprint
+from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.spec import TASKS, format_spec, get_task
 
 __all__ = [
     "SPLITS",
     "TASKS",
     "Example",
+    "Mixture",
     "Split",
     "Task",
     "encode_prompt",

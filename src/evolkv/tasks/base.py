@@ -116,6 +116,20 @@ def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
     return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
 
 
+def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
+    """A prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them."""
+    ids = encode_text(tokenizer, prompt)
+    if len(ids) <= limit:
+        return prompt
+    half = limit // 2
+    # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
+    start, end = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids[:half], ids[-half:])
+    )
+    return start + end
+
+
 def question_at(prompt: str, question: str) -> int | None:
     """Where in a prompt its last occurrence of a question begins; None if it is not there, or nothing is before it."""
     place = prompt.rfind(question.strip())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks.base import Example, Split, Task, check_request, question_at, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, cut_middle, question_at, read_text, user_message
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.rows import (
     Splitting,
@@ -43,6 +43,8 @@ class JsonLines(Task):
             evaluations of one file never share a prompt across splits. "all" uses every row for any
             split: for different files in search and evaluation.
         chat: whether to put the prompt in the model's chat template as a user message. Default False.
+        context: most tokens of a prompt before the chat template; of a longer one the middle is cut out, as LongBench
+            does. Default None: prompts are left as they are.
 
     Raises:
         TaskError: a setting out of its range.
@@ -56,12 +58,15 @@ class JsonLines(Task):
     max_new_tokens: int | None = None
     split: Splitting = "auto"
     chat: bool = False
+    context: int | None = None
 
     def __post_init__(self) -> None:
         if self.metric is not None:
             check_metric(self.metric)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise TaskError(f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
+        if self.context is not None and self.context < 2:
+            raise TaskError(f"jsonl: context={self.context} is out of range; expected at least 2 tokens")
         check_splitting(self.split, self.name)
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
@@ -105,7 +110,9 @@ class JsonLines(Task):
         )
 
     def _example(self, row: _Row, tokenizer: Any) -> Example:
-        prompt = user_message(tokenizer, row.prompt) if self.chat else row.prompt
+        prompt = row.prompt if self.context is None else cut_middle(tokenizer, row.prompt, self.context)
+        if self.chat:
+            prompt = user_message(tokenizer, prompt)
         return Example(
             id=row.id,
             prompt=prompt,

@@ -1,6 +1,6 @@
-r"""Task specs: `name` or `name:key=value,key=value`, as on the command line.
+r"""Task specs: `name` or `name:key=value,key=value`, as on the command line; several with ` && ` between them.
 
-A value may contain anything. A comma in it is written `\,`. Backslashes are literal (Windows paths need no
+A value may contain anything but ` && `. A comma in it is written `\,`. Backslashes are literal (Windows paths need no
 care) except in a run directly before a comma: there each pair stands for one backslash and an odd one out
 escapes the comma.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 import types
+from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from evolkv.errors import TaskError
@@ -20,6 +21,7 @@ from evolkv.tasks.code import CodeCompletion
 from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.longbench import LongBench
+from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.niah import NeedleInHaystack
 from evolkv.tasks.ruler import Ruler
 
@@ -27,15 +29,17 @@ TASKS: Registry[type[Task]] = Registry(
     "task", {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler, Gsm8k, CodeCompletion)}
 )
 
+_AND = " && "
 _COMMA = re.compile(r"(\\*),")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def get_task(spec: str | Task) -> Task:
+def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
     """The task that a spec describes; a task is returned as it is.
 
     Args:
-        spec: `name` or `name:key=value,key=value`, e.g. `niah:context=1600,needles=1`.
+        spec: `name` or `name:key=value,key=value`, e.g. `niah:context=1600,needles=1`. Several, as a list or with
+            ` && ` between them, are a `Mixture`.
 
     Raises:
         UsageError: unknown task or key; the message suggests the nearest one.
@@ -43,6 +47,13 @@ def get_task(spec: str | Task) -> Task:
     """
     if isinstance(spec, Task):
         return spec
+    several = spec.split(_AND) if isinstance(spec, str) else list(spec)
+    if len(several) > 1:
+        return Mixture(tuple(get_task(each) for each in several))
+    if not several:
+        raise TaskError("no task is given; expected a spec such as 'niah:context=1600'")
+    if not isinstance(spec, str):
+        return get_task(several[0])
     name, texts = parse_spec(spec)
     task = TASKS[name]
     fields = {f.name: f for f in dataclasses.fields(task)}  # type: ignore[arg-type]
@@ -79,6 +90,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 def format_spec(task: Task) -> str:
     """The spec that `get_task` turns back into `task`; settings at their defaults are left out."""
+    if isinstance(task, Mixture):
+        return _AND.join(format_spec(each) for each in task.tasks)
     parts = []
     for field in dataclasses.fields(task):  # type: ignore[arg-type]
         value = getattr(task, field.name)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, question_at, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, cut_middle, question_at, user_message
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
 from evolkv.tasks.rows import (
@@ -131,7 +131,7 @@ class LongBench(Task):
 
     def _example(self, row: _Row, tokenizer: Any) -> Example:
         work = self._work
-        prompt = _cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
+        prompt = cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
         if work.chat and self.template == "auto" and getattr(tokenizer, "chat_template", None):
             prompt = user_message(tokenizer, prompt)
         extra: dict[str, Any] = {"length": row.length}
@@ -178,16 +178,3 @@ def _length_bin(length: int) -> str:
     if length < 4000:
         return "0-4k"
     return "4-8k" if length < 8000 else "8k+"
-
-
-def _cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
-    ids = encode_text(tokenizer, prompt)
-    if len(ids) <= limit:
-        return prompt
-    half = limit // 2
-    # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
-    start, end = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (ids[:half], ids[-half:])
-    )
-    return start + end

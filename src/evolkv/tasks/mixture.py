@@ -1,0 +1,57 @@
+"""Several tasks as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import Example, Split, Task, check_request
+
+
+@dataclass(frozen=True)
+class Mixture(Task):
+    """Examples of several tasks, the same number of each: budgets evolved on it serve them all.
+
+    Each example keeps its own task's metric. Where the number asked for is not a multiple of the number of tasks, the
+    first tasks give one more.
+
+    Args:
+        tasks: at least two, each of them once.
+
+    Raises:
+        TaskError: fewer tasks, or one given twice.
+    """
+
+    name: ClassVar[str] = "mixture"
+
+    tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tasks) < 2:
+            raise TaskError("a mixture needs at least two tasks; give the one task itself")
+        for index, task in enumerate(self.tasks):
+            if task in self.tasks[:index]:
+                raise TaskError(f"a mixture has the task {task.spec()} twice; give each task once")
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n examples, task after task; fewer, with a warning, where a task has no more.
+
+        Raises:
+            TaskError: `n` is less than the number of tasks, or a task cannot draw its examples.
+        """
+        check_request(split, n)
+        if n < len(self.tasks):
+            raise TaskError(
+                f"{n} {split} examples cannot cover a mixture of {len(self.tasks)} tasks; ask for {len(self.tasks)} "
+                "or more"
+            )
+        share, more = divmod(n, len(self.tasks))
+        found: list[Example] = []
+        for index, task in enumerate(self.tasks):
+            found += task.examples(split, share + (index < more), tokenizer, seed)
+        return found
+
+    def spec(self) -> dict[str, Any]:
+        """The tasks' own specs under ``tasks``."""
+        return {"name": self.name, "tasks": [task.spec() for task in self.tasks]}
