@@ -18,7 +18,9 @@ from evolkv.errors import UsageError
 from evolkv.evaluate import get_method
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
-from tiny import KV_HEADS, LAYERS, tiny_model, tokens
+from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks.metrics import get_metric
+from tiny import KV_HEADS, LAYERS, padded, tiny_model, tokens
 
 INF = math.inf
 
@@ -115,14 +117,98 @@ def test_allocators_and_selectors_go_together(family, name):
     budget, length = 12, 40
     start = method.budgets(model, budget)
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
-    budgets = method.budgets_for(recorded.cache.layers, start, budget, recorded.tokens)
+    layers = recorded.cache.layers
+    seen, ceilings = [layer.observations for layer in layers], np.array([layer.most_held(length) for layer in layers])
+    budgets = method.budgets_for(seen, start, ceilings)
     assert budgets.shape == (LAYERS, KV_HEADS)
     assert budgets.sum() == budget * LAYERS * KV_HEADS
     assert (budgets >= method.selector.min_budget).all()
-    ceilings = [min(length, layer.sliding_window or length) for layer in recorded.cache.layers]
-    assert (budgets <= np.array(ceilings)[:, None]).all()
-    # Nothing is cut from a prompt that fits.
-    assert (method.budgets_for(recorded.cache.layers, start, length, recorded.tokens) == start).all()
+    assert (budgets <= ceilings[:, None]).all()
+    # A cache that is filled by the prompt itself holds just that.
+    cache = evolkv.CompressedCache(model, method, budget)
+    for _ in range(2):
+        with torch.no_grad():
+            model(tokens(1, length), past_key_values=cache)
+        held = [[len(positions) for positions in layer] for layer in cache.positions]
+        assert held == budgets.tolist()
+        cache.reset()
+    # Nothing is cut from a prompt that fits, unless a fixed shape gives some layer less.
+    if "pyramid" not in name:
+        everything = np.full_like(start, length)
+        assert (method.budgets_for(seen, everything, ceilings) == everything).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["adakv+snapkv:window=4", "cake+snapkv:window=4", "dynamickv+adakv+keydiff"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_prompt_of_a_padded_batch_gets_the_budgets_that_it_has_alone(family, name, side):
+    model, budget = tiny_model(family), 12
+    method = get_method(name)
+    if "cake" in name:
+        # Temperatures that tell apart even the layers of a random model.
+        method = replace(method, layers=CAKE(window=4, tau1=0.05, tau2=0.05))
+    rows, ids, mask = padded([70, 48, 53], side)
+    cache = evolkv.CompressedCache(model, method, budget)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert len({str([[len(p) for p in head] for head in layer]) for layer in cache.positions}) > 1
+    for number, row in enumerate(rows):
+        alone = evolkv.CompressedCache(model, method, budget)
+        with torch.no_grad():
+            model(row[None], past_key_values=alone)
+        for mine, its in zip(cache.positions, alone.positions, strict=True):
+            assert [head[number].tolist() for head in mine] == [head.tolist() for head in its]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["adakv+snapkv", "cake+snapkv", "dynamickv+adakv+chunkkv"])
+def test_generating_under_a_method_gives_the_answers_of_an_evaluation(smollm2, name):
+    model, tokenizer = smollm2
+    example = get_task("niah:context=300").examples("report", 1, tokenizer, 0)[0]
+    ids = encode_prompt(tokenizer, example)
+    with evolkv.compress(model, name, budget=100):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=example.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    cache = output.past_key_values
+    new = output.sequences.shape[1] - ids.shape[1]
+    # The last token generated was never fed to the model.
+    assert cache.kv_bytes == (100 + new - 1) * 90 * 2 * 64 * 4
+    text = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    score = evolkv.evaluate(model, tokenizer, task="niah:context=300", methods=[name], budgets=[100], samples=1)
+    assert score[0]["score"] == get_metric(example.metric)(text, list(example.references))
+
+
+@pytest.mark.parametrize(
+    ("profile", "budget", "words"),
+    [("full", 8, "evicts nothing"), ("snapkv", None, "needs a budget"), ("snapk", 8, "Did you mean 'snapkv'")],
+)
+def test_methods_that_cannot_compress_are_refused_before_anything_runs(profile, budget, words):
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match=words), evolkv.compress(model, profile, budget):
+        pass
+    with pytest.raises(UsageError, match=words):
+        evolkv.CompressedCache(model, profile, budget)
+
+
+def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
+    model = tiny_model("llama")
+    method = get_method("pyramid+snapkv:window=4")
+    profile = evolkv.BudgetProfile.from_budgets(model, method.budgets(model, 12), method.selector.to_dict(), budget=12)
+    expanded = evolkv.CompressedCache(model, profile, 20)
+    by_name, by_profile = (
+        evolkv.CompressedCache(model, "pyramid+snapkv:window=4", 12),
+        evolkv.CompressedCache(model, profile),
+    )
+    with torch.no_grad():
+        for cache in (by_name, by_profile, expanded):
+            model(tokens(1, 40), past_key_values=cache)
+    assert str(by_name.positions) == str(by_profile.positions)
+    assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 
 
 @pytest.mark.model

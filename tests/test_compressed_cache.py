@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import ProfileError, UsageError
-from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, tiny_model, tokens
+from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
@@ -47,16 +47,6 @@ def run(model, prompt, mask=None, cache=None):
         )
         logits += list(output.logits.unbind(1))
     return torch.stack(logits, 1), cache
-
-
-def padded(lengths, side):
-    rows = [tokens(length, seed=i) for i, length in enumerate(lengths)]
-    batch = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(batch)
-    for i, row in enumerate(rows):
-        where = slice(max(lengths) - len(row), None) if side == "left" else slice(0, len(row))
-        batch[i, where], mask[i, where] = row, 1
-    return rows, batch, mask
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

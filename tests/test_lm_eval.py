@@ -221,12 +221,18 @@ def test_profile_file_is_expanded_to_a_budget_and_named_in_the_results(make, smo
     model, _ = smollm2
     path = tmp_path / "profile.json"
     BudgetProfile.uniform(model, 64).save(path)
-    assert make(profile=str(path)).profile.mean_budget == 64
+    assert make(profile=str(path)).get_model_info()["evolkv"]["mean_budget"] == 64
     lm = make(profile=str(path), budget=48)
-    assert lm.profile.mean_budget == 48
     told = lm.get_model_info()["evolkv"]
     assert (told["method"], told["mean_budget"], told["selector"]["name"]) == (str(path), 48, "snapkv")
     assert "evolkv" not in make().get_model_info()
+
+
+@pytest.mark.model
+def test_methods_that_go_by_the_prompt_run_too(harness, make, pairs):
+    lm = make(method="adakv+snapkv", budget=36)
+    assert lm.get_model_info()["evolkv"]["mean_budget"] == 36
+    assert harness.score(lm, pairs) != harness.score(make(**SMALL), pairs)
 
 
 @pytest.mark.model

@@ -68,3 +68,14 @@ def tiny_model(family="llama", attention=None, seed=0, **changes):
 def tokens(*shape, seed=0):
     """Random token ids without the special ones."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths, side):
+    """Random prompts of these lengths: each alone, as one batch padded on a side, and its attention mask."""
+    rows = [tokens(length, seed=i) for i, length in enumerate(lengths)]
+    batch = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(batch)
+    for i, row in enumerate(rows):
+        where = slice(max(lengths) - len(row), None) if side == "left" else slice(0, len(row))
+        batch[i, where], mask[i, where] = row, 1
+    return rows, batch, mask

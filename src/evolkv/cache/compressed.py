@@ -11,38 +11,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
-from evolkv.errors import ModelError, UsageError
+from evolkv.errors import UsageError
+from evolkv.methods import Method, get_method
+from evolkv.models import sliding_windows
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
-
-
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer in tokens, None where a layer sees everything.
-
-    Raises:
-        ModelError: if some layer keeps something other than keys and values per token.
-    """
-    windows: list[int | None] = []
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    if len(layers) != config.num_hidden_layers:
-        raise ModelError(f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed")
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
-            raise ModelError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per "
-                "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
-            )
-    return windows
 
 
 def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
@@ -93,18 +71,20 @@ class CompressedCache(HookedCache):
 
     Args:
         model: a transformers decoder-only model.
-        profile: budgets and selector; must belong to the model.
+        profile: budgets and selector, belonging to the model; or a method (see `evolkv.methods.get_method`) or its
+            name, such as ``"adakv+snapkv"``.
+        budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
+        UsageError: for an unknown method, or one without a budget.
     """
 
     layers: list[CompressedLayer]
 
-    def __init__(self, model: PreTrainedModel, profile: BudgetProfile):
-        profile.check_model(model)
-        super().__init__(model, _layers(model, profile.budgets, get_selector(profile.selector)))
+    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None):
+        super().__init__(model, _LayerMaker(model, profile, budget)())
 
     @classmethod
     def _with_layers(cls, model: PreTrainedModel, layers: list[CompressedLayer]) -> CompressedCache:
@@ -184,14 +164,54 @@ class CompressedCache(HookedCache):
         return cls._with_layers(model, [CompressedLayer.merge(list(column), room) for column in columns])
 
 
+def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:
+    return zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
+
+
 def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[CompressedLayer]:
-    places = zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
-    return [CompressedLayer(row, selector, window, context) for row, window, context in places]
+    return [CompressedLayer(row, selector, window, context) for row, window, context in _places(model, budgets)]
+
+
+class _LayerMaker:
+    """Makes the layers of new caches, for settings that have been checked."""
+
+    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None):
+        self.model = model
+        if isinstance(profile, BudgetProfile):
+            method = Method("profile", get_selector(profile.selector), profile=profile)
+        else:
+            method = get_method(profile) if isinstance(profile, str) else profile
+        if method.is_full:
+            raise UsageError("method 'full' evicts nothing; call the model without a compressed cache")
+        if budget is None and method.profile is None:
+            raise UsageError(f"method {method.name!r} needs a budget; add budget=128")
+        if budget is not None:
+            method = method.at(budget)
+        assert method.selector is not None
+        self.method, self.selector = method, method.selector
+        if method.profile is not None:
+            method.profile.check_model(model)
+        if method.profile is not None and budget in (None, method.profile.budget):
+            self.budgets = method.profile.budgets
+        else:
+            assert budget is not None
+            self.budgets = method.budgets(model, budget)
+        sliding_windows(model)
+
+    def __call__(self) -> list[Any]:
+        if not self.method.observers:
+            return _layers(self.model, self.budgets, self.selector)
+        layers: list[AdaptiveLayer] = []
+        for row, window, context in _places(self.model, self.budgets):
+            layers.append(AdaptiveLayer(self.method, row, layers, window, context))
+        return layers
 
 
 @contextmanager
-def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
-    """Runs every `generate` and forward call inside the ``with`` block under a profile.
+def compress(
+    model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None
+) -> Iterator[None]:
+    """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
     Each prompt gets a fresh `CompressedCache`, which the output holds as ``past_key_values``. Calls that pass a
     cache which already holds tokens, or ``use_cache=False``, go on as they would. Blocks may be nested; the inner
@@ -199,20 +219,20 @@ def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
 
     Args:
         model: a transformers decoder-only model.
-        profile: budgets and selector; must belong to the model.
+        profile: as for `CompressedCache`.
+        budget: as for `CompressedCache`.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
-        UsageError: inside the block, if a call asks for another kind of cache (static, quantized, offloaded).
+        UsageError: for an unknown method, or one without a budget; inside the block, if a call asks for another kind of
+            cache (static, quantized, offloaded).
 
     Example:
         >>> with evolkv.compress(model, profile):
         ...     model.generate(**inputs)
     """
-    profile.check_model(model)
-    selector = get_selector(profile.selector)
-    sliding_windows(model)
+    make_layers = _LayerMaker(model, profile, budget)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         given = kwargs.get("past_key_values")
@@ -228,7 +248,7 @@ def compress(model: PreTrainedModel, profile: BudgetProfile) -> Iterator[None]:
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
                 "call it without cache_implementation and without past_key_values"
             )
-        kwargs["past_key_values"] = CompressedCache._with_layers(model, _layers(model, profile.budgets, selector))
+        kwargs["past_key_values"] = CompressedCache._with_layers(model, make_layers())
         kwargs["use_cache"] = True
         return args, kwargs
 

@@ -311,7 +311,7 @@ class CompressedLayer(CacheLayerMixin):
                 self._store(prompt.key, prompt.value, self._rank(prompt))
             else:
                 real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
-                rankings = [self._rank(_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
+                rankings = [self._rank(one_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
                 self._store_padded(prompt.key, prompt.value, rankings, real)
 
     def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
@@ -482,7 +482,7 @@ class CompressedLayer(CacheLayerMixin):
         return shown
 
 
-def _sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAttention:
+def one_sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAttention:
     """One sequence of a padded batch, cut down to its real tokens."""
     at = slice(index, index + 1)
     return PromptAttention(

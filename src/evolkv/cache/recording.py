@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from evolkv.allocators.adaptive import AdaptiveAllocator
-from evolkv.cache.compressed import HookedCache, layer_contexts, sliding_windows
+from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
+from evolkv.cache.compressed import HookedCache, layer_contexts
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, extra_term, scaling_of
+from evolkv.models import sliding_windows
 from evolkv.selectors import LayerContext, PromptAttention, Selector
-
-#: An allocator, and the selector whose scores it looks at.
-Observer = tuple[AdaptiveAllocator, Selector]
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
 _BLOCK = 200
@@ -50,7 +46,7 @@ class RecordingLayer(DynamicLayer):
         self.is_sliding = sliding_window is not None
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
-        self.observations: dict[Observer, NDArray[np.float64]] = {}
+        self.observations: Observations = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and marks the keys for `attend`."""
@@ -86,13 +82,12 @@ class RecordingLayer(DynamicLayer):
     def _record(self, prompt: PromptAttention) -> None:
         self.rankings, self.observations = {}, {}
         for selector in self.selectors:
-            scores = selector.score(prompt)
-            ranking = self.rankings[selector] = selector.order(prompt, scores)
-            mine = [observer for observer in self.observers if observer[1] == selector]
-            if mine:
-                visible = min(prompt.num_tokens, self.sliding_window or prompt.num_tokens)
-                best = scores.gather(-1, ranking[..., :visible])[0]
-                self.observations |= {observer: observer[0].observe(prompt, best) for observer in mine}
+            self.rankings[selector], observed = rank_and_observe(prompt, selector, self.observers)
+            self.observations |= observed
+
+    def most_held(self, tokens: int) -> int:
+        """The most entries that a head may keep of a prompt."""
+        return min(tokens, self.sliding_window or tokens)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.compressed import HookedCache, sliding_windows
+from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, check_plain_logits, scaling_of
 from evolkv.cache.recording import RecordingCache
+from evolkv.models import sliding_windows
 from evolkv.selectors import Selector
 
 

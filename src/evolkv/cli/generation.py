@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
-from evolkv.cache.compressed import CompressedCache, sliding_windows
+from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
-from evolkv.models import describe_model
+from evolkv.models import describe_model, sliding_windows
 from evolkv.profile import BudgetProfile
 from evolkv.tasks.base import encode_text, user_message
 

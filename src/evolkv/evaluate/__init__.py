@@ -8,10 +8,10 @@ from typing import Any
 
 from evolkv.evaluate.compare import Evaluation, EvaluationProgress, evaluate, run_evaluation
 from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.methods import Method, get_method
 from evolkv.evaluate.naive import NaiveEngine
 from evolkv.evaluate.paired import PairedComparison, paired_comparison
 from evolkv.evaluate.replay import ReplayEngine
+from evolkv.methods import Method, get_method
 
 __all__ = [
     "Engine",

@@ -16,8 +16,8 @@ from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.engine import encode_prompts
 from evolkv.evaluate.intervals import ci95
 from evolkv.evaluate.measure import Questions, Row, measure
-from evolkv.evaluate.methods import Method, get_method
 from evolkv.evaluate.records import ModelSettings, RecordLog, Records, Settings, TaskSettings, versions
+from evolkv.methods import Method, get_method
 from evolkv.models import describe_model
 from evolkv.registry import unknown_name
 from evolkv.selectors import get_selector

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import encode_later, encode_target, free_memory, mean_probability, text_score
-from evolkv.evaluate.methods import Method
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
 from evolkv.evaluate.workers import Workers
+from evolkv.methods import Method
 from evolkv.models import describe_model
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -206,7 +206,9 @@ class _Shard:
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None or not row.method.observers:
             return row.budgets
-        return row.method.budgets_for(recorded.cache.layers, row.budgets, row.budget, recorded.tokens)
+        layers = recorded.cache.layers
+        ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
+        return row.method.budgets_for([layer.observations for layer in layers], row.budgets, ceilings)
 
     def _force(self, item: _Prefilled) -> None:
         """The metric logprob."""

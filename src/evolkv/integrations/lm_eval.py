@@ -31,7 +31,7 @@ from evolkv.cache import CompressedCache, compress
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluate import get_method
 from evolkv.evaluate.decode import target_log_probs
-from evolkv.evaluate.methods import Method
+from evolkv.methods import Method
 from evolkv.models import ALIASES, gguf
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -91,13 +91,12 @@ class EvolKVLM(HFLM):
         if isinstance(pretrained, str):
             pretrained = _folder_of(pretrained)
         super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
-        self.profile = _resolve(chosen, budget, self.model)
-        self.method = chosen.name
+        self.method, self.budget = chosen, budget
         with self._compressed():  # a model that cannot be compressed is refused here, at once
             pass
 
     def _compressed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.profile is None else compress(self.model, self.profile)
+        return nullcontext() if self.method.is_full else compress(self.model, self.method, self.budget)
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._compressed():
@@ -109,7 +108,7 @@ class EvolKVLM(HFLM):
         Raises:
             UsageError: under a profile or method.
         """
-        if self.profile is not None:
+        if not self.method.is_full:
             raise UsageError(
                 "this task scores every token of a text after all tokens before it (loglikelihood_rolling): it has no "
                 "prompt that could be compressed; run it without profile and method, or choose a task that generates "
@@ -120,20 +119,21 @@ class EvolKVLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the results say about the model: as in the harness, and what the cache was compressed to."""
         info = super().get_model_info()
-        if self.profile is None:
+        if self.method.selector is None:
             return info
+        profile = self.method.profile
         compression = {
             "version": evolkv.__version__,
-            "method": self.method,
-            "selector": self.profile.selector,
-            "mean_budget": self.profile.mean_budget,
+            "method": self.method.name,
+            "selector": self.method.selector.to_dict(),
+            "mean_budget": self.budget if self.budget is not None or profile is None else profile.mean_budget,
         }
         return {**info, "evolkv": compression}
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        if self.profile is None or not requests:
+        if self.method.is_full or not requests:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         pairs = self._fitted(requests)
         waiting: dict[Context, list[int]] = defaultdict(list)
@@ -230,25 +230,9 @@ def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str 
     if method is None and budget is not None:
         raise UsageError(f"budget={budget} says nothing about what to keep; add method=snapkv or profile=PATH")
     chosen = get_method("full" if method is None else str(method))
-    if chosen.observers:
-        raise UsageError(
-            f"method {chosen.name!r} lays out budgets for each prompt anew, which only 'evolkv eval' does; "
-            "give a selector, pyramidkv or a profile"
-        )
     if (chosen.allocator is not None or chosen.profiles is not None) and budget is None:
         raise UsageError(f"method {chosen.name!r} needs a budget; add budget=128")
     return chosen if budget is None else chosen.at(budget)
-
-
-def _resolve(method: Method, budget: int | None, model: Any) -> BudgetProfile | None:
-    """The profile of a method for a model; None for the full cache."""
-    if method.selector is None:
-        return None
-    if method.profile is not None:
-        method.profile.check_model(model)
-        return method.profile if budget in (None, method.profile.budget) else method.profile.expand(budget)
-    assert budget is not None
-    return BudgetProfile.from_budgets(model, method.budgets(model, budget), method.selector.to_dict(), budget=budget)
 
 
 def _folder_of(pretrained: str) -> str:

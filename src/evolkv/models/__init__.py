@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.info import ModelInfo, describe_model
+from evolkv.models.info import ModelInfo, describe_model, sliding_windows
 from evolkv.models.loading import Origin, load_model, loaded_from
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "list_models",
     "load_model",
     "loaded_from",
+    "sliding_windows",
 ]

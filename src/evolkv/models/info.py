@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evolkv.errors import ModelError
 
@@ -74,6 +76,30 @@ def describe_model(model: nn.Module) -> ModelInfo:
         fingerprint=fingerprint(model, {"type": text.model_type, **info}),
         **info,
     )
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer in tokens, None where a layer sees everything.
+
+    Raises:
+        ModelError: if some layer keeps something other than keys and values per token.
+    """
+    windows: list[int | None] = []
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if len(layers) != config.num_hidden_layers:
+        raise ModelError(f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed")
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            windows.append(int(layer.sliding_window))
+        elif type(layer) is DynamicLayer:
+            windows.append(None)
+        else:
+            raise ModelError(
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per "
+                "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
+            )
+    return windows
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import complete, pyramid, uniform
-from evolkv.cache.compressed import sliding_windows
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.naive import NaiveEngine
 from evolkv.evaluate.shards import Backend, ShardedEngine
-from evolkv.models import describe_model
+from evolkv.models import describe_model, sliding_windows
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.objective import fitness

@@ -62,6 +62,11 @@ class PromptAttention:
         """Length of the prompt."""
         return self.key.shape[2]
 
+    @property
+    def most_held(self) -> int:
+        """Tokens that the next query may see: all, or those in the sliding window."""
+        return min(self.num_tokens, self.sliding_window or self.num_tokens)
+
     def probabilities(self, start: int, stop: int) -> Tensor:
         """Attention of the queries at positions ``start`` to ``stop - 1`` to all keys, in float32.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evolkv.selectors import PromptAttention
+from evolkv.selectors import PromptAttention, Selector
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,22 @@ class HeadAllocator(AdaptiveAllocator):
             floor: the least a head may get.
             ceilings: the most a head of each layer may get, ``[layers]``.
         """
+
+
+#: An allocator, and the selector whose scores it looks at.
+Observer = tuple[AdaptiveAllocator, Selector]
+#: What each observer noted of one layer.
+Observations = dict[Observer, NDArray[np.float64]]
+
+
+def rank_and_observe(
+    prompt: PromptAttention, selector: Selector, observers: Sequence[Observer]
+) -> tuple[Tensor, Observations]:
+    """A selector's ranking ``[1, kv_heads, tokens]`` of a single prompt, and what those note who go by its scores."""
+    scores = selector.score(prompt)
+    ranking = selector.order(prompt, scores)
+    mine = [observer for observer in observers if observer[1] == selector]
+    if not mine:
+        return ranking, {}
+    best = scores.gather(-1, ranking[..., : prompt.most_held])[0]
+    return ranking, {observer: observer[0].observe(prompt, best) for observer in mine}

@@ -50,7 +50,8 @@ class CAKE(LayerAllocator):
         attention = prompt.probabilities(older, tokens)[..., :older]
         # What a sliding window hides has probability 0, and 0 · log 0 counts as 0.
         entropy = torch.special.entr(attention).sum().double()
-        variance = attention.var(dim=3).sum().double() if tokens - older > 1 else entropy.new_zeros(())
+        spread = tokens - older > 1 and older > 0
+        variance = attention.var(dim=3).sum().double() if spread else entropy.new_zeros(())
         return (entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)).cpu().numpy()
 
     def layers(

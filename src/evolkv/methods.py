@@ -1,4 +1,4 @@
-"""The methods that an evaluation compares: what each keeps, at a given budget."""
+"""Methods: what each keeps of a prompt, at a given budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import ALLOCATORS, complete, pyramid, uniform
-from evolkv.allocators.adaptive import ADAPTIVE, HeadAllocator, LayerAllocator
-from evolkv.cache.compressed import sliding_windows
-from evolkv.cache.recording import Observer, RecordingLayer
+from evolkv.allocators.adaptive import ADAPTIVE, HeadAllocator, LayerAllocator, Observations, Observer
 from evolkv.errors import BudgetError, UsageError
-from evolkv.models import describe_model
+from evolkv.models import describe_model, sliding_windows
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import SELECTORS, Selector, get_selector, parse_selector
@@ -74,27 +72,23 @@ class Method:
             return []
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
-    def budgets_for(
-        self, recorded: Sequence[RecordingLayer], budgets: np.ndarray, budget: int, tokens: int
-    ) -> np.ndarray:
+    def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
         """The allocation for a prompt, ``[layers, kv_heads]``.
 
         Args:
-            recorded: the layers that hold it, with what `observers` saw.
+            observed: what each of `observers` saw in each layer.
             budgets: as `budgets` returns them.
-            budget: the mean budget.
-            tokens: length of the prompt.
+            ceilings: the most entries that a head of each layer can hold of the prompt, ``[layers]``.
         """
-        ceilings = np.array([min(tokens, layer.sliding_window or tokens) for layer in recorded])
-        if self.selector is None or budget * len(recorded) >= ceilings.sum():
+        if self.selector is None:
             return budgets
         floor = self.selector.min_budget
-        if self.layers is not None:
-            seen = [layer.observations[self.layers, self.selector] for layer in recorded]
-            row = self.layers.layers(seen, budget, floor, ceilings)
+        if self.layers is not None and budgets[:, 0].sum() < ceilings.sum():
+            seen = [layer[self.layers, self.selector] for layer in observed]
+            row = self.layers.layers(seen, int(budgets[:, 0].mean()), floor, ceilings)
             budgets = np.repeat(row[:, None], budgets.shape[1], axis=1)
         if self.heads is not None:
-            seen = [layer.observations[self.heads, self.selector] for layer in recorded]
+            seen = [layer[self.heads, self.selector] for layer in observed]
             budgets = self.heads.heads(seen, budgets[:, 0], floor, ceilings)
         return budgets
 

@@ -1,0 +1,116 @@
+"""Layers whose budgets are laid out for each prompt anew, from its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evolkv.allocators.adaptive import Observations, rank_and_observe
+from evolkv.cache.layer import CompressedLayer, one_sequence
+from evolkv.methods import Method
+from evolkv.selectors import LayerContext, PromptAttention
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A layer's prompts, whole, until their budgets are known; the lists have an entry for each sequence."""
+
+    key: Tensor
+    value: Tensor
+    rankings: list[Tensor]
+    observed: list[Observations]
+    ceilings: list[int]
+    real: list[Tensor] | None
+
+
+class AdaptiveLayer(CompressedLayer):
+    """A layer of a cache whose budgets a method such as ``adakv+snapkv`` decides for each prompt.
+
+    Where only the heads of a layer share its budget (Ada-KV), a layer is cut down as soon as it has seen the prompt.
+    Where layers compete (CAKE, DynamicKV) none is cut before the last one has seen it: until then the whole prompt's
+    keys and values are in memory.
+
+    Args:
+        method: the method; it has an allocator that goes by the prompt.
+        start: what the method starts from in this layer, ``[kv_heads]``.
+        layers: all layers of the cache in order; the caller adds this one to them.
+        sliding_window: the layer's window in tokens, or None.
+        context: where the layer is in the model.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        start: np.ndarray,
+        layers: Sequence[AdaptiveLayer],
+        sliding_window: int | None,
+        context: LayerContext,
+    ):
+        assert method.selector is not None
+        self._method, self._start, self._layers = method, start, layers
+        self._waiting: _Waiting | None = None
+        super().__init__(start, method.selector, sliding_window, context)
+
+    def reset(self) -> None:
+        """Empties the layer, which is then ready for another prompt."""
+        super().reset()
+        self._waiting = None
+
+    def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
+        """See `CompressedLayer.store_prompt`; what layers compete for is stored with the last of them."""
+        with torch.no_grad():
+            self._waiting = self._see(prompt, padding)
+            if self._method.layers is None:
+                _decide(self._method, [self])
+            elif self is self._layers[-1]:
+                _decide(self._method, self._layers)
+
+    def _see(self, prompt: PromptAttention, padding: Tensor | None) -> _Waiting:
+        real, batch = None, len(prompt.key)
+        if padding is not None and not bool(padding.all()):
+            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+        if real is None and batch == 1:
+            prompts = [prompt]
+        else:
+            everything = torch.arange(prompt.num_tokens, device=prompt.key.device)
+            prompts = [one_sequence(prompt, i, everything if real is None else real[i]) for i in range(batch)]
+        seen = [rank_and_observe(each, self.selector, self._method.observers) for each in prompts]
+        rankings, observed = [ranking for ranking, _ in seen], [noted for _, noted in seen]
+        return _Waiting(prompt.key, prompt.value, rankings, observed, [each.most_held for each in prompts], real)
+
+    def waiting(self) -> _Waiting:
+        """The prompts that await their budgets."""
+        assert self._waiting is not None
+        return self._waiting
+
+    def cut(self, budgets: np.ndarray) -> None:
+        """Keeps of the prompts that wait what ``[batch, kv_heads]`` budgets allow."""
+        held = self.waiting()
+        self.budgets, self._waiting = budgets, None
+        if held.real is None:
+            self._store(held.key, held.value, torch.cat(held.rankings))
+        else:
+            self._store_padded(held.key, held.value, list(held.rankings), held.real)
+
+    @property
+    def start(self) -> np.ndarray:
+        """What the method starts from, ``[kv_heads]``."""
+        return self._start
+
+
+def _decide(method: Method, layers: Sequence[AdaptiveLayer]) -> None:
+    """Lays out the budgets of layers that are decided together, and cuts these down."""
+    waiting = [layer.waiting() for layer in layers]
+    start = np.stack([layer.start for layer in layers])
+    budgets = [
+        method.budgets_for(
+            [held.observed[i] for held in waiting], start, np.array([held.ceilings[i] for held in waiting])
+        )
+        for i in range(len(waiting[0].rankings))
+    ]
+    for number, layer in enumerate(layers):
+        layer.cut(np.stack([rows[number] for rows in budgets]))
