@@ -92,8 +92,9 @@ TABLES = {
         val=24,
         protocols=("aware",),
     ),
-    "ruler": Table(_ruler(RULER), (None, "logprob"), 32),
-    "ruler-more": Table(_ruler(RULER_MORE), ("logprob", None), 24),
+    "ruler": Table(_ruler(RULER), ("logprob", None), 24, protocols=("aware",)),
+    "ruler-agnostic": Table(_ruler(RULER), ("logprob",), 24, protocols=("agnostic",)),
+    "ruler-more": Table(_ruler(RULER_MORE), ("logprob",), 24),
     "minilongbench": Table(
         tuple(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=4000" for name in ENGLISH),
         ("logprob",),

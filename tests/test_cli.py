@@ -112,6 +112,9 @@ def test_version_is_printed(run):
         (["generate", MODEL], "--prompt"),
         (["generate", MODEL, "-", "--prompt", "x"], "once"),
         (["generate", MODEL, "--prompt", "  "], "empty"),
+        (["generate", MODEL, "--prompt", "x", "--method", "cake+snapkv"], "--budget 128"),
+        (["generate", MODEL, "--prompt", "x", "--method", "snapkv", "--profile", "p.json"], "give one of them"),
+        (["generate", MODEL, "--prompt", "x", "--budget", 8], "--method snapkv"),
     ],
 )
 def test_bad_usage_is_one_line_that_says_what_to_do(run, tmp_path, argv, hint):
@@ -283,6 +286,14 @@ def test_generate_reports_what_the_profile_saved(run, demo):
     assert answer["kv_bytes"] == 64 * 30 * 3 * 2 * 64 * 4
     assert answer["full_kv_bytes"] == answer["prompt_tokens"] * 30 * 3 * 2 * 64 * 4
     assert 1 <= answer["new_tokens"] <= 4
+
+
+def test_generate_takes_a_method_with_a_budget_and_expands_a_profile_to_it(run, demo):
+    prompt = ("generate", MODEL, "--prompt-file", demo / "prompt.txt", "--raw", "--json", "--max-new-tokens", 2)
+    for given in (("--method", "adakv+snapkv"), ("--profile", demo / "profile.json")):
+        code, out, _ = run(*prompt, *given, "--budget", 48)
+        assert code == 0
+        assert json.loads(out)["kv_bytes"] == 48 * 30 * 3 * 2 * 64 * 4
 
 
 def test_generate_streams_the_same_text_that_json_holds(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,12 +14,25 @@ from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, Se
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
 
+if TYPE_CHECKING:
+    from evolkv.methods import Method
+
 
 def generate(
     model: Model,
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="P.json", help="How much cache to keep. Default: all of it.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", metavar="METHOD", help="Instead of a profile, a method of eval: snapkv, adakv+snapkv."
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", metavar="C", help="Mean cache entries per KV head; a profile has its own."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: Annotated[
@@ -35,11 +48,9 @@ def generate(
     attn_implementation: Attention = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Answer a prompt, with as much cache as a profile allows."""
+    """Answer a prompt, with as much cache as a profile or another method allows."""
     text = _prompt(stdin, prompt, prompt_file)
-    from evolkv.profile import BudgetProfile
-
-    chosen = None if profile is None else BudgetProfile.load(profile)
+    chosen = _method(profile, method, budget)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     from evolkv.cli.generation import generate_text
 
@@ -48,6 +59,7 @@ def generate(
         tokenizer,
         text,
         chosen,
+        budget,
         max_new_tokens=max_new_tokens,
         raw=raw,
         temperature=temperature,
@@ -67,6 +79,31 @@ def generate(
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0
+
+
+def _method(profile: str | None, method: str | None, budget: int | None) -> Method | None:
+    """What to compress with; None for the full cache."""
+    if profile is not None and method is not None:
+        raise UsageError("--profile and --method are both given; give one of them")
+    name = profile or method
+    if name is None or name == "full":
+        if budget is not None:
+            raise UsageError(
+                f"--budget {budget} says nothing about what to keep; add --method snapkv or --profile FILE"
+            )
+        return None
+    from evolkv.methods import Method, get_method
+
+    if profile is not None:
+        from evolkv.profile import BudgetProfile
+        from evolkv.selectors import get_selector
+
+        loaded = BudgetProfile.load(profile)
+        return Method(profile, get_selector(loaded.selector), profile=loaded)
+    chosen = get_method(name)
+    if budget is None and chosen.profile is None:
+        raise UsageError(f"--method {name} needs a budget; add --budget 128")
+    return chosen
 
 
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:

@@ -1,4 +1,4 @@
-"""One prompt, answered with or without a profile, and what its cache weighed."""
+"""One prompt, answered with the full or a compressed cache, and what its cache weighed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import DynamicCache, TextStreamer
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
+from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
-from evolkv.profile import BudgetProfile
 from evolkv.tasks.base import encode_text, user_message
 
 
@@ -28,7 +28,7 @@ class Generated:
         prompt_tokens: length of the prompt, chat template included.
         new_tokens: tokens generated.
         kv_bytes: what keys and values held right after prefill.
-        full_kv_bytes: what they would have held without a profile.
+        full_kv_bytes: what they would have held uncompressed.
         seconds: wall-clock time, prefill included.
         decode_seconds: of that, the time after the first new token.
     """
@@ -46,7 +46,8 @@ def generate_text(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    profile: BudgetProfile | None = None,
+    method: Method | None = None,
+    budget: int | None = None,
     *,
     max_new_tokens: int = 64,
     raw: bool = False,
@@ -60,7 +61,8 @@ def generate_text(
         model: a transformers decoder-only model.
         tokenizer: its tokenizer.
         prompt: the user's message; put in the tokenizer's chat template where there is one.
-        profile: how much cache to keep; None for all of it.
+        method: what to keep of the prompt; None for all of it.
+        budget: mean cache entries per KV head; None for that of the method's profile.
         max_new_tokens: most tokens to generate.
         raw: take the prompt as it is, without chat template.
         temperature: 0 for greedy, above 0 to sample.
@@ -83,7 +85,7 @@ def generate_text(
             f"the prompt has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
             "shorten the prompt or use a model with a longer context"
         )
-    cache = DynamicCache(config=model.config) if profile is None else CompressedCache(model, profile)
+    cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -110,7 +112,7 @@ def generate_text(
         prompt_tokens=len(ids),
         new_tokens=len(new),
         kv_bytes=meter.kv_bytes,
-        full_kv_bytes=meter.kv_bytes if profile is None else _full_bytes(model, len(ids)),
+        full_kv_bytes=meter.kv_bytes if method is None else _full_bytes(model, len(ids)),
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
