@@ -45,8 +45,11 @@ PUBLISHED = (
     "keydiff",
     "expected_attention",
 )
-RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
-RULER_MORE = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
+#: What budgets are evolved under: the published ranking that finds needles best under the protocol.
+SELECTORS = {"aware": "snapkv", "agnostic": "keydiff"}
+SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3")
+MULTIKEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
+OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
 ENGLISH = ("narrativeqa", "qasper", "hotpotqa", "musique", "gov_report", "qmsum", "multi_news", "trec", "samsum", "lcc")
 
 
@@ -92,9 +95,9 @@ TABLES = {
         val=24,
         protocols=("aware",),
     ),
-    "ruler": Table(_ruler(RULER), ("logprob", None), 24, protocols=("aware",)),
-    "ruler-agnostic": Table(_ruler(RULER), ("logprob",), 24, protocols=("agnostic",)),
-    "ruler-more": Table(_ruler(RULER_MORE), ("logprob",), 24),
+    "ruler-single": Table(_ruler(SINGLE), ("logprob",), 24),
+    "ruler-multikey": Table(_ruler(MULTIKEY), ("logprob",), 24),
+    "ruler-others": Table(_ruler(OTHERS), ("logprob",), 24),
     "minilongbench": Table(
         tuple(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=4000" for name in ENGLISH),
         ("logprob",),
@@ -120,7 +123,7 @@ class Runner:
     def run(self, name: str, table: Table) -> dict[str, Any]:
         """All rows and comparisons of a table."""
         result: dict[str, Any] = {"table": name, "rows": [], "comparisons": []}
-        for protocol in table.protocols:
+        for protocol in (each for each in table.protocols if each in self.arguments.protocol):
             groups = [table.tasks] if table.together or table.evolve_on else [(task,) for task in table.tasks]
             for number, tasks in enumerate(groups):
                 stem = f"{name}-{protocol}" + f"-{number}" * (len(groups) > 1)
@@ -148,7 +151,7 @@ class Runner:
             self.model,
             self.tokenizer,
             task=tasks,
-            methods=["full", *PUBLISHED, profiles],
+            methods=["full", *self.arguments.methods, profiles],
             budgets=self.budgets,
             samples=table.samples,
             seed=self.arguments.seed,
@@ -180,7 +183,7 @@ class Runner:
             self.tokenizer,
             task=get_task(tasks),
             budgets=self.budgets,
-            selector=self.arguments.selector,
+            selector=self.arguments.selector or SELECTORS[protocol],
             granularity=self.granularity,
             protocol=protocol,
             train=table.train * len(tasks),
@@ -259,7 +262,9 @@ def main() -> None:
     options.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
     options.add_argument("--data", type=Path, default=Path("data"), help="folder with gsm8k_test.jsonl, minilongbench/")
     options.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512])
-    options.add_argument("--selector", default="snapkv")
+    options.add_argument("--protocol", nargs="+", choices=SELECTORS, default=list(SELECTORS))
+    options.add_argument("--methods", nargs="+", default=list(PUBLISHED), help="published methods to compare with")
+    options.add_argument("--selector", help="what budgets are evolved under; default: by protocol")
     options.add_argument("--max-evals", type=int, default=900, help="candidates at the first budget")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()
