@@ -38,7 +38,7 @@ PRESSES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "KeyDiff": ("KeyDiffPress", {}, "keydiff"),
     "ExpectedAttention": ("ExpectedAttentionPress", {}, "expected_attention"),
     "ChunkKV": ("ChunkKVPress", {"chunk_length": 10, "press": ["SnapKVPress", {"window_size": 32}]}, "chunkkv"),
-    "Ada-KV": ("AdaKVPress", {"press": ["SnapKVPress", {"window_size": 32}]}, None),
+    "Ada-KV": ("AdaKVPress", {"press": ["SnapKVPress", {"window_size": 32}]}, "adakv+snapkv:kernel=5,pooling=mean"),
     "KVzip": ("KVzipPress", {}, None),
 }
 
@@ -112,7 +112,6 @@ for line in sys.stdin:
 """
 OURS = """
 import evolkv
-from evolkv.evaluate import get_method
 
 job = json.load(open(sys.argv[1]))
 model, _ = evolkv.load_model(job["model"], dtype=job["dtype"], device="cpu")
@@ -132,11 +131,7 @@ for line in sys.stdin:
         if not name:
             yield Opened(DynamicCache(config=model.config))
             return
-        method = get_method(name)
-        profile = method.profile or evolkv.BudgetProfile.from_budgets(
-            model, method.budgets(model, job["budget"]), method.selector.to_dict(), budget=job["budget"]
-        )
-        cache = evolkv.CompressedCache(model, profile)
+        cache = evolkv.CompressedCache(model, name, job["budget"])
         yield Opened(cache)
         cache.release()
 
