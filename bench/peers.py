@@ -1,6 +1,6 @@
 """kvpress and EvolKV side by side: the same prompts at the same budget.
 
-    python bench/peers.py --json FILE [--task niah:context=1600] [--budget 128] [--samples 32] [--profile PROFILE]
+    python bench/peers.py --json FILE [--task niah:context=1600] [--budget 128] [--samples 32] [--profile FILE ...]
 
 Both are given the same weights, token ids and budget, prefill each prompt under each method, and decode greedily.
 kvpress needs an older transformers, so it runs in an environment of its own (made on first use), and plain transformers
@@ -181,7 +181,7 @@ def main() -> None:
     options.add_argument("--budget", type=int, default=128)
     options.add_argument("--samples", type=int, default=32)
     options.add_argument("--steps", type=int, default=12, help="tokens decoded for every prompt")
-    options.add_argument("--profile", help="evolved budgets, as one more method of ours")
+    options.add_argument("--profile", nargs="+", default=[], help="evolved budgets, as more methods of ours")
     options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()
@@ -205,8 +205,9 @@ def main() -> None:
         methods: dict[str, dict[str, Any]] = {
             name: {"kvpress": (press, given), "evolkv": ours} for name, (press, given, ours) in PRESSES.items()
         }
-        if arguments.profile:
-            methods["evolved"] = {"evolkv": str(Path(arguments.profile).resolve())}
+        for path in arguments.profile:
+            ranking = evolkv.BudgetProfile.load(path).selector["name"]
+            methods[f"evolved under {ranking}"] = {"evolkv": str(Path(path).resolve())}
         for number, ids in enumerate([prompts[0], *prompts]):
             for method, given in methods.items():
                 for side, asked in given.items():
