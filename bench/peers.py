@@ -46,9 +46,11 @@ PRESSES: dict[str, tuple[str, dict[str, Any], str | None]] = {
 SIDE = """
 import contextlib, json, sys, time
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 torch.set_grad_enabled(False)
+disable_progress_bar()
 
 def held(cache):
     storages = {}
