@@ -491,11 +491,13 @@ def test_global_flags_may_stand_anywhere_but_in_free_text():
     assert for_typer(["generate", "m", "--prompt", "--quiet"]) == ["generate", "m", "--prompt", "--quiet"]
 
 
-def test_lists_are_spelt_out_for_eval_alone():
+def test_lists_are_spelt_out_for_the_options_that_take_several_values():
     assert for_typer(["eval", "m", "--method", "a", "b", "--budget=1", "2", "--seed", "0"]) == (
         ["eval", "m", "--method", "a", "--method", "b", "--budget=1", "--budget", "2", "--seed", "0"]
     )
-    assert for_typer(["search", "m", "--task", "a", "b"]) == ["search", "m", "--task", "a", "b"]
+    searching = ["search", "m", "--task", "a", "b", "--budget", "1", "2"]
+    assert for_typer(searching) == ["search", "m", "--task", "a", "--task", "b", "--budget", "1", "2"]
+    assert for_typer(["generate", "m", "--task", "a", "b"]) == ["generate", "m", "--task", "a", "b"]
 
 
 def test_numbers_and_selectors_are_parsed_or_refused():

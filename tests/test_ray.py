@@ -52,7 +52,12 @@ def test_a_killed_worker_changes_nothing(smollm2, local, without_ray):
     found = evolkv.search(*smollm2, backend=start, on_progress=kill, **SETTINGS)
     assert len(killed) == 1
     assert found.history == local.history
-    assert found.validation == local.validation
+    # Two validation examples are one shard, which has all cores here and one there: on some machines the last bits of
+    # a matrix product depend on that.
+    assert found.chosen == local.chosen
+    for mine, its in zip(found.validation, local.validation, strict=True):
+        assert (mine["name"], mine["budgets"]) == (its["name"], its["budgets"])
+        assert mine["scores"] == pytest.approx(its["scores"], abs=1e-5)
     assert not ray.is_initialized()
 
 
