@@ -18,6 +18,7 @@ from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import sliding_windows
+from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
@@ -50,11 +51,17 @@ class HookedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, layers: list[Any]):
         super().__init__(layers=layers)
+        self._keyword = cache_keyword(model)
         self._detach = weakref.finalize(self, attach(model))
 
     def release(self) -> None:
         """Gives the model's attention back now rather than when this object goes."""
         self._detach()
+
+    @property
+    def as_argument(self) -> dict[str, Any]:
+        """This cache under the name that the model's forward call has for it: ``model(ids, **cache.as_argument)``."""
+        return {self._keyword: self}
 
     @property
     def is_compileable(self) -> bool:
@@ -65,9 +72,10 @@ class HookedCache(Cache):
 class CompressedCache(HookedCache):
     """A key-value cache that keeps, of each prompt, only what a profile allows.
 
-    Pass it to ``generate(past_key_values=...)`` or to a forward call. The first forward call is the prompt: it
-    attends to all of itself and is then cut down layer by layer, so that its full keys and values never exist for
-    more than one layer at a time. Later tokens are appended. `reset` makes it ready for another prompt.
+    Pass it to ``generate(cache=...)`` (``past_key_values=`` before transformers 5.24) or to a forward call. The first
+    forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
+    and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
+    another prompt.
 
     Args:
         model: a transformers decoder-only model.
@@ -213,9 +221,10 @@ def compress(
 ) -> Iterator[None]:
     """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
-    Each prompt gets a fresh `CompressedCache`, which the output holds as ``past_key_values``. Calls that pass a
-    cache which already holds tokens, or ``use_cache=False``, go on as they would. Blocks may be nested; the inner
-    profile counts. On leaving the block the model is as it was, also after an exception.
+    Each prompt gets a fresh `CompressedCache`, which the output holds as ``cache`` (``past_key_values`` before
+    transformers 5.24). Calls that pass a cache which already holds tokens, or ``use_cache=False``, go on as they
+    would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
+    exception.
 
     Args:
         model: a transformers decoder-only model.
@@ -235,7 +244,7 @@ def compress(
     make_layers = _LayerMaker(model, profile, budget)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        given = kwargs.get("past_key_values")
+        name, given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.get_text_config(decoder=True).use_cache
@@ -246,9 +255,9 @@ def compress(
         if given is not None and (type(given) is not DynamicCache or given.offloading):
             raise UsageError(
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
-                "call it without cache_implementation and without past_key_values"
+                "call it without cache_implementation and without a cache"
             )
-        kwargs["past_key_values"] = CompressedCache._with_layers(model, make_layers())
+        kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
         kwargs["use_cache"] = True
         return args, kwargs
 

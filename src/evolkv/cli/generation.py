@@ -16,6 +16,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
+from evolkv.models.forward import cache_keyword
 from evolkv.tasks.base import encode_text, user_message
 
 
@@ -97,7 +98,7 @@ def generate_text(
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
+            **{cache_keyword(model): cache},
             max_new_tokens=min(max_new_tokens, limit - len(ids)),
             eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
             streamer=meter,
