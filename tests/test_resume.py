@@ -186,3 +186,17 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
     again = search_curve(*smollm2, **settings)
     assert again.points == curve.points
     assert json.dumps(curve.to_dict(["a", "b", "c"]))
+
+
+@pytest.mark.model
+def test_a_curve_takes_for_each_budget_the_selector_that_does_best(smollm2, tmp_path):
+    settings = {**SETTINGS, "budgets": [36, 48], "max_evals": 8, "storage": str(tmp_path / "curve.db")}
+    del settings["budget"]
+    curve = search_curve(*smollm2, selector=["knorm", "keydiff"], **settings)
+    scores = [{row["selector"]["name"]: row["score"] for row in result.rivals} for result in curve.results]
+    for result, point, row in zip(curve.results, curve.points, scores, strict=True):
+        assert point["selector"] == result.profile.selector["name"] == max(row, key=row.get)
+        assert point["score"] == row[point["selector"]]
+    assert curve.points[0]["on_front"]
+    assert curve.points[1]["on_front"] == (curve.points[1]["score"] > curve.points[0]["score"])
+    assert search_curve(*smollm2, selector=["knorm", "keydiff"], **settings).points == curve.points

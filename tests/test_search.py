@@ -188,3 +188,37 @@ def test_unusable_settings_are_refused_in_one_line(smollm2, changes, error, word
         evolkv.search(*smollm2, **{**SETTINGS, **changes})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.model
+def test_of_several_selectors_the_best_on_unseen_examples_wins(smollm2, tmp_path):
+    selectors = ["knorm", {"name": "snapkv", "window": 8}]
+    progress = []
+    found = evolkv.search(
+        *smollm2, **SETTINGS, selector=selectors, storage=str(tmp_path / "s.db"), on_progress=progress.append
+    )
+    assert [row["selector"]["name"] for row in found.rivals] == ["knorm", "snapkv"]
+    best = max(found.rivals, key=lambda row: row["score"])
+    assert found.profile.selector == best["selector"]
+    assert found.validation[0]["score"] == best["score"]
+    assert found.profile.search["rivals"] == found.rivals
+    assert {step.selector for step in progress} == {"knorm", "snapkv:window=8"}
+    alone = evolkv.search(*smollm2, **SETTINGS, selector=best["selector"])
+    assert alone.history == found.history
+    assert alone.profile.budgets.tolist() == found.profile.budgets.tolist()
+    again = evolkv.search(*smollm2, **SETTINGS, selector=selectors, storage=str(tmp_path / "s.db"))
+    assert again.profile.budgets.tolist() == found.profile.budgets.tolist()
+
+
+@pytest.mark.model
+def test_interruption_of_a_later_selector_keeps_what_the_first_found(smollm2):
+    def stop(event: SearchProgress):
+        if event.selector == "keydiff" and event.stage == "search":
+            raise KeyboardInterrupt
+
+    found = evolkv.search(*smollm2, **SETTINGS, selector=["knorm", "keydiff"], on_progress=stop)
+    assert found.interrupted
+    assert found.profile.selector["name"] == "knorm"
+    assert found.validation
+    with pytest.raises(UsageError, match="no selector"):
+        evolkv.search(*smollm2, **SETTINGS, selector=[])

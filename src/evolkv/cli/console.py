@@ -210,6 +210,7 @@ class Standing:
     fitnesses: tuple[float, ...] = ()
     budgets: tuple[tuple[int, ...], ...] | None = None
     budget: int | None = None
+    selector: str | None = None
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds that the rest of the stage takes at this rate, or None while unknown."""
@@ -262,6 +263,7 @@ class Progress:
         fitness: float | None = None,
         generation: int | None = None,
         budget: int | None = None,
+        selector: str | None = None,
     ) -> None:
         """Show a step.
 
@@ -276,17 +278,19 @@ class Progress:
             generation: the latest generation. What a search has found so far stays on show when later steps, of
                 another stage, say nothing about it.
             budget: what the search aims at. Another one means another search.
+            selector: what the search is under. Another one means another search.
         """
         if settings.quiet:
             return
         now = time.monotonic()
         last = self._standing or Standing(stage, 0, total, now)
         is_other = generation is not None and (generation < (last.generation or 0) or budget != (last.budget or budget))
+        is_other = is_other or selector != last.selector
         if is_other:
             last = Standing(stage, 0, total, now)
         is_new = is_other or stage not in self._paces
         rate = self._paces.setdefault(stage, _Pace()).add(now, done)
-        step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate)
+        step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate, selector=selector)
         bred = generation is not None and generation != last.generation
         if generation is not None or best_score is not None:
             rows = tuple(map(tuple, budgets)) if budgets is not None else last.budgets
@@ -322,6 +326,7 @@ def _fields(step: Standing, now: float) -> dict[str, Any]:
         "best_score": step.best_score,
         "generation": step.generation,
         "budget": step.budget,
+        "selector": step.selector,
     }
 
 
@@ -331,6 +336,8 @@ def _plain(step: Standing, now: float) -> str:
     # What comes after a search goes on without changing what it found.
     if step.stage != "search":
         step = replace(step, budget=None, best_score=None, best_fitness=None)
+    if step.selector is not None:
+        parts.append(f"under {step.selector}")
     if step.budget is not None:
         parts.append(f"budget {step.budget}")
     if step.rate is not None:

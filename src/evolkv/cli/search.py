@@ -38,8 +38,13 @@ def search(
         typer.Option("--budget", metavar="C[,C...]", help="Mean cache entries per KV head; several make a curve."),
     ],
     selector: Annotated[
-        str, typer.Option("--selector", help="Which tokens are kept: snapkv, or snapkv:window=16.")
-    ] = "snapkv",
+        list[str],
+        typer.Option(
+            "--selector",
+            metavar="S...",
+            help="Which tokens are kept: snapkv, or snapkv:window=16; of several the best on unseen examples.",
+        ),
+    ] = ["snapkv"],  # noqa: B006
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="joint|evolkv|random", help="Who proposes the candidates.")
     ] = "joint",
@@ -194,8 +199,9 @@ def search(
     from evolkv.tasks.metrics import check_metric
 
     # What can be judged without the model is, before it is loaded.
-    chosen_task, spec = get_task(task), parse_selector(selector)
-    get_selector(spec)
+    chosen_task, specs = get_task(task), [parse_selector(each) for each in selector]
+    for spec in specs:
+        get_selector(spec)
     check_metric(metric)
     STRATEGIES[strategy]
     file = None if where == "none" else locate(where).path
@@ -206,7 +212,7 @@ def search(
     settings: dict[str, Any] = {
         "task": chosen_task,
         # A bare name leaves its window to the smallest budget of a curve.
-        "selector": spec["name"] if len(spec) == 1 else spec,
+        "selector": [spec["name"] if len(spec) == 1 else spec for spec in specs],
         "strategy": strategy,
         "granularity": granularity,
         "metric": metric,
@@ -237,7 +243,7 @@ def search(
         if len(budgets) == 1:
             result: SearchResult | CurveResult = run_search(loaded, tokenizer, budget=budgets[0], **settings)
         else:
-            result = search_curve(loaded, tokenizer, budgets=budgets, **settings, first=first)  # type: ignore[arg-type]
+            result = search_curve(loaded, tokenizer, budgets=budgets, **settings, first=first)
     kept = "" if where == "none" else f", every generation to {where}"
     again = "" if where == "none" else "; the same command goes on from there"
     if isinstance(result, SearchResult):
@@ -250,7 +256,7 @@ def search(
             )
             return 130
         console.OUT.print(validation_table(result.validation, result.chosen))
-        console.OUT.print(f"\n{_verdict(result)}", soft_wrap=True)
+        console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         took = duration(result.seconds)
         console.OUT.print(
             f"{result.evaluations} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
@@ -299,7 +305,19 @@ def show_search(progress: console.Progress, step: SearchProgress) -> None:
         fitness=step.fitness,
         generation=step.generation,
         budget=step.budget,
+        selector=step.selector,
     )
+
+
+def _among_rivals(result: SearchResult) -> str:
+    """How the other selectors did, where there were several."""
+    if not result.rivals:
+        return ""
+    from evolkv.selectors import get_selector
+
+    scores = sorted(((row["score"] or 0.0, get_selector(row["selector"]).spec) for row in result.rivals), reverse=True)
+    listed = ", ".join(f"{name} {score:.3f}" for score, name in scores)
+    return f" By selector: {listed}; the profile is under {get_selector(result.profile.selector).spec}."
 
 
 def _verdict(result: SearchResult) -> str:

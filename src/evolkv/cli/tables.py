@@ -99,11 +99,15 @@ def curve_table(points: Sequence[dict[str, Any]]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("KV MiB", justify="right")
     table.add_column("from", overflow="fold")
+    several = len({point["selector"] for point in points}) > 1
+    if several:
+        table.add_column("under", overflow="fold")
     table.add_column("")
     for point in points:
         mark = "" if point["on_front"] else "a smaller budget does as well"
         cells = [str(point["budget"]), str(point["n"]), with_interval(point["score"], point["ci95"])]
-        table.add_row(*cells, mebibytes(point["kv_bytes"]), point["source"], mark)
+        under = [point["selector"]] if several else []
+        table.add_row(*cells, mebibytes(point["kv_bytes"]), point["source"], *under, mark)
     return table
 
 

@@ -55,6 +55,7 @@ def progress_picture(
         best += [(f"fitness {step.best_fitness:.4f}", PLAIN)] if step.best_fitness is not None else []
         best += [(f"generation {step.generation}", DIM)] if step.generation is not None else []
         best += [(f"budget {step.budget}", DIM)] if step.budget is not None else []
+        best += [(f"under {step.selector}", DIM)] if step.selector is not None else []
         lines.append(glyphs.facts(best, columns))
     if step.fitnesses and rows > 3:
         lines.append(_sparkline(step.fitnesses, columns, glyphs))

@@ -77,6 +77,8 @@ def facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = {name: value for name, value in settings.items() if value is not None}
     if isinstance(selector := settings.get("selector"), Mapping):
         shown["selector"] = selector_spec(selector)
+    if rivals := _rivals(settings):
+        shown["rivals"] = ", ".join(f"{spec} {score:.3f}" if score is not None else spec for spec, score in rivals)
     return [(short(str(name).replace("_", " ")), short(_value(value))) for name, value in shown.items()]
 
 
@@ -104,6 +106,9 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
     words = ["evolkv", "search", model]
     for name, option in _OPTIONS.items():
         value = settings.get(name)
+        if name == "selector" and (rivals := _rivals(settings)):
+            words += [option, *(spec for spec, _ in rivals)]
+            continue
         value = value.get("n", selector_spec(value)) if isinstance(value, Mapping) else value
         if name == "start" and isinstance(value, str) and value.startswith("profile "):
             # Only the digest of a profile that a search started from is on record, not its path.
@@ -111,6 +116,16 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and option not in words:
             words += [option, str(value)]
     return _pieces([*words, "--out", "profile.json"])
+
+
+def _rivals(settings: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """The selectors that a search was run under and the validation score of each, if there were several."""
+    found = []
+    for row in rows if isinstance(rows := settings.get("rivals"), list) else []:
+        if isinstance(row, Mapping) and isinstance(selector := row.get("selector"), Mapping):
+            score = row.get("score")
+            found.append((str(selector_spec(selector)), float(score) if isinstance(score, (int, float)) else None))
+    return found
 
 
 def selector_spec(selector: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from evolkv.search.evolve import Evolution
 from evolkv.search.loop import Session, search, session
 from evolkv.search.plan import HEURISTICS
 from evolkv.search.result import SearchResult
+from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
 from evolkv.selectors import Selector, get_selector
 
 FORMAT = "evolkv.curve/1"
@@ -44,7 +45,7 @@ class CurveResult:
 
     Args:
         results: one per budget, smallest first. After an interruption: of the budgets that were searched.
-        points: for each of them ``budget, score, ci95, n, metric, kv_bytes, mean_budget, source, evaluations,
+        points: for each of them ``budget, score, ci95, n, metric, kv_bytes, mean_budget, source, evaluations, selector,
             on_front``; `source` is "search", a heuristic or "expanded from …"; `on_front` says that no smaller budget
             does as well.
         seconds: wall-clock time of everything.
@@ -70,12 +71,25 @@ class CurveResult:
         }
 
 
+def _best_of_each(found: list[CurveResult], interrupted: bool) -> CurveResult:
+    """For each budget the best of several selectors' results; see `under_each_selector`."""
+    complete = [curve for curve in found if not curve.interrupted] or found[:1]
+    results, points = [], []
+    for number, row in enumerate(zip(*(curve.results for curve in complete), strict=True)):
+        best = best_of(list(row), interrupted)
+        winner = next(i for i, result in enumerate(row) if result.profile.selector == best.profile.selector)
+        results.append(best)
+        points.append(dict(complete[winner].points[number]))
+    return CurveResult(results, _with_front(points), sum(curve.seconds for curve in found), interrupted)
+
+
+@under_each_selector(_best_of_each)
 def search_curve(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
     budgets: Sequence[int],
-    selector: str | dict[str, Any] | Selector = "snapkv",
+    selector: SelectorSpec | Sequence[SelectorSpec] = "snapkv",
     first: Order = "smallest",
     max_evals: int | None = None,
     start: str | BudgetProfile | None = None,
@@ -113,6 +127,8 @@ def search_curve(
         raise unknown_name("order", first, ("smallest", "largest"))
     if len(set(budgets)) < 2:
         raise UsageError(f"a curve needs at least two budgets, got {list(budgets)}; use evolkv.search for one")
+    # Of several, `under_each_selector` passes one.
+    assert isinstance(selector, (str, Mapping, Selector))
     ascending = sorted(set(budgets))
     chosen = _fitting(get_selector(selector), ascending[0]) if isinstance(selector, str) else get_selector(selector)
     given = {**_DEFAULTS, **settings, "selector": chosen, "max_evals": max_evals}
@@ -197,8 +213,15 @@ def _points(running: Session, results: list[SearchResult]) -> list[dict[str, Any
             "mean_budget": result.profile.mean_budget,
             "source": result.chosen if result.chosen in HEURISTICS or " " in result.chosen else "search",
             "evaluations": result.evaluations,
+            "selector": plan.selector.spec,
         }
-        smaller = [other["score"] for other in points if other["score"] is not None]
-        point["on_front"] = point["score"] is not None and all(point["score"] > score for score in smaller)
         points.append(point)
+    return _with_front(points)
+
+
+def _with_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points, smallest budget first, that say whether no smaller budget does as well."""
+    for number, point in enumerate(points):
+        smaller = [other["score"] for other in points[:number] if other["score"] is not None]
+        point["on_front"] = point["score"] is not None and all(point["score"] > score for score in smaller)
     return points

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from evolkv.search.kept import kept_positions
 from evolkv.search.plan import EngineName, Granularity, Plan
 from evolkv.search.progress import OnProgress, SearchProgress
 from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, without_seconds
+from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
 from evolkv.search.settings import Start, StrategySettings
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Task, get_task
@@ -38,13 +39,14 @@ if TYPE_CHECKING:
 BackendName = Literal["local", "ray"]
 
 
+@under_each_selector(best_of)
 def search(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
     task: str | Task | Sequence[str | Task],
     budget: int,
-    selector: str | dict[str, Any] | Selector = "snapkv",
+    selector: SelectorSpec | Sequence[SelectorSpec] = "snapkv",
     strategy: str = "joint",
     granularity: Granularity = "layer",
     metric: str = "logprob",
@@ -76,7 +78,8 @@ def search(
         tokenizer: its tokenizer.
         task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         budget: target, in cache entries per KV head, averaged over layers and heads.
-        selector: which tokens a budget keeps; a name, or a mapping with the name and parameters.
+        selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
+            a search of its own, and what does best on the validation examples is returned, with `rivals`.
         strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
         metric: what to maximise: "logprob" (smooth; the default) or a text metric.
@@ -119,6 +122,8 @@ def search(
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
     started = time.perf_counter()
+    # Of several, `under_each_selector` passes one.
+    assert isinstance(selector, (str, Mapping, Selector))
     with session(
         model,
         tokenizer,
@@ -161,7 +166,7 @@ def session(
     tokenizer: Any,
     *,
     task: str | Task | Sequence[str | Task],
-    selector: str | dict[str, Any] | Selector,
+    selector: SelectorSpec,
     strategy: str,
     max_evals: int | None,
     minibatch: int | None,

@@ -24,6 +24,7 @@ class SearchProgress:
         fitness: highest fitness in the latest generation, or None.
         generation: the latest generation, or None.
         budget: the target, where several are searched.
+        selector: the ranking under which is searched, where there are several.
     """
 
     stage: Stage
@@ -35,6 +36,7 @@ class SearchProgress:
     fitness: float | None = None
     generation: int | None = None
     budget: int | None = None
+    selector: str | None = None
 
 
 OnProgress = Callable[[SearchProgress], None]

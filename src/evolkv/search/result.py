@@ -76,6 +76,9 @@ class SearchResult:
         settings: task, strategy, seed, … as the profile records them.
         kept: which parts of one validation prompt the profile keeps; see `evolkv.search.kept.kept_positions`. None
             after an interruption.
+        rivals: of a search under several selectors, one row for each: ``selector, chosen, score`` (on the validation
+            examples; None after an interruption)``, evaluations, seconds``. `evaluations` and `history` are those of
+            the winner alone.
     """
 
     profile: BudgetProfile
@@ -89,6 +92,7 @@ class SearchResult:
     interrupted: bool
     settings: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] | None = None
+    rivals: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``--json`` file."""
@@ -103,6 +107,7 @@ class SearchResult:
             "settings": self.settings,
             "profile": self.profile.to_dict(),
             "kept": self.kept,
+            "rivals": self.rivals,
             "history": self.history,
             "validation": self.validation,
         }

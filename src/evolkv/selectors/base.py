@@ -148,6 +148,13 @@ class Selector(ABC):
         """Name and parameters, as a profile records them."""
         return {"name": self.name, **asdict(self)}
 
+    @property
+    def spec(self) -> str:
+        """The selector as a command line takes it, without what is default: ``snapkv:window=8``."""
+        defaults = self.parameters()
+        changed = [f"{key}={value}" for key, value in asdict(self).items() if value != defaults[key]]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
     @classmethod
     def parameters(cls) -> dict[str, Any]:
         """The hyper-parameters and their defaults."""
