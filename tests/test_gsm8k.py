@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 
 from evolkv.errors import TaskError
@@ -190,8 +191,6 @@ def test_file_too_small_for_its_shots_is_refused(write, tokenizer):
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(TaskError, match="path is missing; give path= a JSON Lines file of questions and answers"):
-        get_task("gsm8k")
     with pytest.raises(TaskError, match="shots=-1 is out of range"):
         get_task("gsm8k:path=x,shots=-1")
     with pytest.raises(TaskError, match="max_new_tokens=0 is out of range"):
@@ -208,3 +207,53 @@ def test_spec_is_read_and_written():
     task = get_task("gsm8k:path=DIR/test.jsonl,shots=8,mode=strict")
     assert task == Gsm8k("DIR/test.jsonl", shots=8, mode="strict")
     assert get_task(format_spec(task)) == task
+
+
+def parquet(path, rows):
+    """Rows as the Hub keeps them."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    write_table(
+        arrow.Table.from_pylist(rows, arrow.schema([("question", arrow.string()), ("answer", arrow.string())])), path
+    )
+    return str(path)
+
+
+def test_parquet_gives_what_json_lines_gives(write, tmp_path, tokenizer):
+    rows = [row(number) for number in range(12)]
+    lines, table = write(*rows), parquet(tmp_path / "maths.parquet", rows)
+    first, second = (Gsm8k(path, 2).examples("report", 9, tokenizer) for path in (lines, table))
+    assert [example.prompt for example in first] == [example.prompt for example in second]
+    assert [example.id for example in first] == [example.id for example in second]
+
+
+def test_bad_parquet_is_named_with_its_row(tmp_path, tokenizer):
+    path = parquet(tmp_path / "bad.parquet", [row(0), {"question": "Why?", "answer": None}])
+    with pytest.raises(TaskError, match=r"bad\.parquet row 2: 'answer' is null; expected a text"):
+        Gsm8k(path).examples("report", 1, tokenizer)
+    with pytest.raises(TaskError, match=r"none\.parquet has no rows"):
+        Gsm8k(parquet(tmp_path / "none.parquet", [])).examples("report", 1, tokenizer)
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "bad.parquet").read_bytes()[:-9])
+    with pytest.raises(TaskError, match=r"cut\.parquet cannot be read as Parquet: .*; fetch it again") as error:
+        Gsm8k(str(tmp_path / "cut.parquet")).examples("report", 1, tokenizer)
+    assert "\n" not in str(error.value)
+    with pytest.raises(TaskError, match=r"gone\.parquet does not exist"):
+        Gsm8k(str(tmp_path / "gone.parquet")).examples("report", 1, tokenizer)
+
+
+def test_without_a_path_the_hubs_copy_is_used(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        TaskError, match=r"gsm8k: .*openai/gsm8k cannot be fetched .* give path= a file of questions"
+    ) as error:
+        Gsm8k().examples("report", 1, tokenizer)
+    assert "\n" not in str(error.value)
+    repository = tmp_path / "datasets--openai--gsm8k"
+    snapshot = repository / "snapshots" / ("0" * 40) / "main"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    parquet(snapshot / "test-00000-of-00001.parquet", [row(number) for number in range(40)])
+    assert len(Gsm8k().examples("report", 3, tokenizer)) == 3

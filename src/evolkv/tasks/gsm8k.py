@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.tasks.base import Example, Split, Task, check_request, partition, question_at, read_text, user_message
+from evolkv.tasks.hub import hub_file
+from evolkv.tasks.parquet import parse_parquet
 from evolkv.tasks.rows import Splitting, check_splitting, digest, distinct, draw, get_name, get_text, parse_rows
 
 Mode = Literal["flexible", "strict"]
@@ -23,6 +25,8 @@ Template = Literal["auto", "chat", "plain"]
 STOP = ("Question:", "</s>", "<|im_end|>")
 """Where the harness ends a generation."""
 
+_REPOSITORY, _TEST_FILE = "openai/gsm8k", "main/test-00000-of-00001.parquet"
+_INSTEAD = "give path= a file of questions and answers, such as test.jsonl of github.com/openai/grade-school-math"
 _NUMBER = re.compile(r"#### (-?[$0-9.,]*[0-9][0-9.,]*)\s*\Z")
 
 
@@ -40,8 +44,9 @@ class Gsm8k(Task):
     each problem, from the dataset's train file.
 
     Args:
-        path: the file, UTF-8, JSON Lines: train.jsonl or test.jsonl of github.com/openai/grade-school-math. It has
-            to be given: the Hugging Face Hub has the data as parquet only.
+        path: the file: train.jsonl or test.jsonl of github.com/openai/grade-school-math, UTF-8, JSON Lines; or a
+            Parquet file with the same fields. Default None: the test file that openai/gsm8k has on the Hugging Face
+            Hub, fetched once. Parquet needs pyarrow (``pip install 'evolkv[parquet]'``).
         shots: how many worked examples come before the problem. Default 5, as in the harness.
         shots_path: the file whose first rows are the shots. Default None: rows of `path` itself, from those that
             serve train.
@@ -53,7 +58,7 @@ class Gsm8k(Task):
         max_new_tokens: most tokens to generate. Default 256, as in the harness.
 
     Raises:
-        TaskError: a setting out of its range, or no path.
+        TaskError: a setting out of its range.
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -68,7 +73,6 @@ class Gsm8k(Task):
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        self._file()
         if self.shots < 0:
             raise TaskError(f"gsm8k: shots={self.shots} is out of range; expected 0 or more")
         if self.max_new_tokens < 1:
@@ -83,14 +87,15 @@ class Gsm8k(Task):
         """Draw n problems of the split in the seed's order; all of them, with a warning, if there are fewer.
 
         Raises:
-            TaskError: a file cannot be read, a row is malformed (the message names file and line), there are too few
-                rows for the shots or none besides them, or template="chat" and the tokenizer has no chat template.
+            TaskError: a file cannot be fetched or read, a row is malformed (the message names file and line), there are
+                too few rows for the shots or none besides them, or template="chat" and the tokenizer has no chat
+                template.
         """
         check_request(split, n)
         template = tokenizer if self._uses_chat(tokenizer) else None
-        path = self._file()
+        path = self.path or hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD)
         problems = _read(path)
-        shots = self._shots(problems)
+        shots = self._shots(problems, path)
         shown = {shot.question for shot in shots}
         left = [problem for problem in self._share(problems, split) if problem.question not in shown]
         if not left:
@@ -102,23 +107,15 @@ class Gsm8k(Task):
         shared = "".join(f"{_question(shot)} {shot.answer}\n\n" for shot in shots)
         return [self._example(problem, shared, template) for problem in drawn]
 
-    def _file(self) -> str:
-        if self.path is None:
-            raise TaskError(
-                "gsm8k: path is missing; give path= a JSON Lines file of questions and answers, such as test.jsonl of "
-                "github.com/openai/grade-school-math (what the Hugging Face Hub has is parquet)"
-            )
-        return self.path
-
     def _uses_chat(self, tokenizer: Any) -> bool:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if self.template == "chat" and not has_template:
             raise TaskError("gsm8k: template=chat, but this tokenizer has no chat template; use template=plain")
         return has_template and self.template != "plain"
 
-    def _shots(self, problems: Sequence[_Problem]) -> Sequence[_Problem]:
+    def _shots(self, problems: Sequence[_Problem], path: str) -> Sequence[_Problem]:
         if self.shots_path is None:
-            pool, source = self._share(problems, "train"), f"{self.path} (what of it serves train)"
+            pool, source = self._share(problems, "train"), f"{path} (what of it serves train)"
         else:
             pool, source = _read(self.shots_path), self.shots_path
         if len(pool) < self.shots:
@@ -174,12 +171,13 @@ def _question(problem: _Problem) -> str:
 
 
 def _read(path: str) -> list[_Problem]:
-    rows = parse_rows(read_text(path), path)
-    return distinct((_parse(fields, number, path) for number, fields in rows), path)
+    is_parquet = path.lower().endswith(".parquet")
+    rows, unit = (parse_parquet(path), "row") if is_parquet else (parse_rows(read_text(path), path), "line")
+    return distinct((_parse(fields, number, path, unit) for number, fields in rows), path)
 
 
-def _parse(fields: Mapping[str, Any], number: int, path: str) -> _Problem:
-    where = f"{path} line {number}"
+def _parse(fields: Mapping[str, Any], number: int, path: str, unit: str) -> _Problem:
+    where = f"{path} {unit} {number}"
     question, answer = get_text(fields, "question", where), get_text(fields, "answer", where)
     final = _NUMBER.search(answer)
     if final is None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 from evolkv.errors import TaskError
 from evolkv.tasks.base import decode_text, read_text
-
-logger = logging.getLogger(__name__)
+from evolkv.tasks.hub import hub_file
 
 REPOSITORY = "THUDM/LongBench"
 ARCHIVE = "data.zip"
-
-_HUB_TIMEOUT_SECONDS = 10
 
 
 def read_subset(name: str, path: str | None) -> tuple[str, str]:
@@ -30,7 +26,8 @@ def read_subset(name: str, path: str | None) -> tuple[str, str]:
         TaskError: the file is missing, cannot be read or is not UTF-8, or the Hub has no answer.
     """
     if path is None:
-        return _read_member(_download(name), name)
+        instead = f"give path= a folder with {name}.jsonl, or a copy of {ARCHIVE}"
+        return _read_member(hub_file(REPOSITORY, ARCHIVE, "longbench", instead), name)
     place = Path(path).expanduser()
     if place.is_dir():
         return _read_from_folder(place, name)
@@ -62,22 +59,3 @@ def _read_member(archive: str, name: str) -> tuple[str, str]:
         raise TaskError(f"{archive} cannot be read as an archive: {error}; fetch it again") from None
     source = f"{archive}:{found}"
     return decode_text(data, source), source
-
-
-def _download(name: str) -> str:
-    """The path of the published archive in the Hub's own cache, fetched if it is not there."""
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(REPOSITORY, ARCHIVE, repo_type="dataset")
-    if isinstance(cached, str):
-        return cached
-    logger.info("fetching %s of %s from the Hugging Face Hub", ARCHIVE, REPOSITORY)
-    try:
-        # Ask once, with a time limit: the download itself would try for half a minute.
-        HfApi().dataset_info(REPOSITORY, timeout=_HUB_TIMEOUT_SECONDS)
-        return hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset")
-    except Exception as error:  # the Hub client's own errors, its transport's, or the disk's
-        raise TaskError(
-            f"longbench: {ARCHIVE} of {REPOSITORY} cannot be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}); give path= a folder with {name}.jsonl, or a copy of {ARCHIVE}"
-        ) from error
