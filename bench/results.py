@@ -3,8 +3,9 @@
     python bench/results.py --out DIR [--table NAME ...] [--model smollm2-135m] [--data DIR] [--budgets 64 128 256 512]
 
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
-examples), then evolved and published methods are scored on the same held-out examples. `evolved − best` is paired with
-the method that scores best on those very examples at that budget and task, which favours the published methods.
+examples), then these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored
+on the same held-out examples. `evolved − best` is paired with the method that scores best on those very examples at that
+budget and task, which favours the methods that are not evolved.
 
 Everything is kept in DIR: profiles, studies, records of every example, NAME.json and NAME.md. Given again, the same
 command goes on where it was stopped.
@@ -28,6 +29,7 @@ from evolkv.evaluate.pairs import compare_records
 from evolkv.evaluate.records import label
 from evolkv.models import describe_model
 from evolkv.search import search_curve
+from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
 
 #: What one would use instead.
@@ -45,8 +47,8 @@ PUBLISHED = (
     "keydiff",
     "expected_attention",
 )
-#: What budgets are evolved under: the published ranking that finds needles best under the protocol.
-SELECTORS = {"aware": "snapkv", "agnostic": "keydiff"}
+#: What budgets are evolved under unless said otherwise. A window of 32 would be half of a budget of 64.
+SELECTORS = {"aware": "snapkv:window=8", "agnostic": "keydiff"}
 SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3")
 MULTIKEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
@@ -151,7 +153,7 @@ class Runner:
             self.model,
             self.tokenizer,
             task=tasks,
-            methods=["full", *self.arguments.methods, profiles],
+            methods=list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), profiles])),
             budgets=self.budgets,
             samples=table.samples,
             seed=self.arguments.seed,
@@ -172,6 +174,9 @@ class Runner:
             row["method"] = "evolved" if row["method"] == profiles else row["method"]
         return rows, comparisons
 
+    def _selectors(self, protocol: str) -> list[str]:
+        return self.arguments.selector or [SELECTORS[protocol]]
+
     def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str) -> str:
         """Profiles for all budgets, made unless they are there; the method that stands for them."""
         pattern = str(self.arguments.out / f"{stem}-{{}}.profile.json")
@@ -183,7 +188,7 @@ class Runner:
             self.tokenizer,
             task=get_task(tasks),
             budgets=self.budgets,
-            selector=self.arguments.selector or SELECTORS[protocol],
+            selector=[parse_selector(each) for each in self._selectors(protocol)],
             granularity=self.granularity,
             protocol=protocol,
             train=table.train * len(tasks),
@@ -264,7 +269,9 @@ def main() -> None:
     options.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512])
     options.add_argument("--protocol", nargs="+", choices=SELECTORS, default=list(SELECTORS))
     options.add_argument("--methods", nargs="+", default=list(PUBLISHED), help="published methods to compare with")
-    options.add_argument("--selector", help="what budgets are evolved under; default: by protocol")
+    options.add_argument(
+        "--selector", nargs="+", help="what budgets are evolved under, the best on validation; default: by protocol"
+    )
     options.add_argument("--max-evals", type=int, default=900, help="candidates at the first budget")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()
