@@ -4,8 +4,8 @@
 
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
 examples), then these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored
-on the same held-out examples. `evolved − best` is paired with the method that scores best on those very examples at that
-budget and task, which favours the methods that are not evolved.
+on the same held-out examples. `evolved − best` is paired with the method that scores best on those very examples at
+that budget and task, which favours the methods that are not evolved.
 
 Everything is kept in DIR: profiles, studies, records of every example, NAME.json and NAME.md. Given again, the same
 command goes on where it was stopped.
