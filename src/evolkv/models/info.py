@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evolkv.errors import ModelError
+from evolkv.models.layers import cached_layers
 
 UNBOUNDED_CONTEXT = 2**31 - 1
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _SAMPLED_ROWS = 8
 _SAMPLED_COLUMNS = 64
 
@@ -27,9 +25,9 @@ class ModelInfo:
 
     Attributes:
         name: alias, Hugging Face id, or name of the folder or file the model came from.
-        num_layers: L, the number of layers, each with a KV cache of its own.
-        num_kv_heads: H, the number of KV heads of each layer.
-        num_heads: the number of query heads of each layer.
+        num_layers: L, the number of layers with a KV cache; in a hybrid model the others do not count.
+        num_kv_heads: H, the number of KV heads of each of these layers.
+        num_heads: the number of query heads of each.
         head_dim: channels of one head.
         max_context: the longest context the model declares, in tokens; 2³¹ − 1 if it declares none.
         fingerprint: 16 hex digits that identify architecture and weights; see `fingerprint`.
@@ -51,24 +49,22 @@ def describe_model(model: nn.Module) -> ModelInfo:
         model: a decoder-only transformers model, on any device and in any dtype.
 
     Raises:
-        ModelError: the model is not decoder-only, its layers differ in their number of KV heads, or some
-            layer has no KV cache of its own.
+        ModelError: the model cannot be compressed (see `evolkv.models.layers`), or its layers differ in their number
+            of KV heads.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ModelError(f"expected a transformers model, got {type(model).__name__}; use load_model() to get one")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; EvolKV needs a decoder-only language model")
+    kept, _ = cached_layers(model)
     text = config.get_text_config(decoder=True)
     num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
     info = {
-        "num_layers": int(text.num_hidden_layers),
+        "num_layers": len(kept),
         "num_kv_heads": _num_kv_heads(text, num_heads),
         "num_heads": num_heads,
         "head_dim": int(head_dim),
     }
-    _check_layers(text)
     context = getattr(text, "max_position_embeddings", None)
     return ModelInfo(
         name=_name(config),
@@ -76,30 +72,6 @@ def describe_model(model: nn.Module) -> ModelInfo:
         fingerprint=fingerprint(model, {"type": text.model_type, **info}),
         **info,
     )
-
-
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer in tokens, None where a layer sees everything.
-
-    Raises:
-        ModelError: if some layer keeps something other than keys and values per token.
-    """
-    windows: list[int | None] = []
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    if len(layers) != config.num_hidden_layers:
-        raise ModelError(f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed")
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
-            raise ModelError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per "
-                "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
-            )
-    return windows
 
 
 @torch.no_grad()
@@ -152,25 +124,11 @@ def _num_kv_heads(text: Any, num_heads: int) -> int:
     for field in ("num_key_value_heads", "num_kv_heads"):
         if getattr(text, field, None) is not None:
             number = _same_for_all_layers(text, field, "KV heads")
-            in_full_layers = getattr(text, "num_global_key_value_heads", None)
-            if in_full_layers not in (None, number):
-                raise ModelError(
-                    f"model type {text.model_type!r} has layers with different numbers of KV heads "
-                    f"({number}, {in_full_layers}); EvolKV needs the same number in every layer"
-                )
+            for elsewhere in ("num_global_key_value_heads", "swa_num_key_value_heads"):
+                if (other := getattr(text, elsewhere, None)) not in (None, number):
+                    raise ModelError(
+                        f"model type {text.model_type!r} has layers with different numbers of KV heads "
+                        f"({number}, {other}); EvolKV needs the same number in every layer"
+                    )
             return number
     return num_heads
-
-
-def _check_layers(text: Any) -> None:
-    others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
-    if others:
-        raise ModelError(
-            f"model type {text.model_type!r} has layers without a KV cache ({', '.join(sorted(others))}); "
-            f"EvolKV needs attention in every layer"
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ModelError(
-            f"model type {text.model_type!r} has layers that share one KV cache; "
-            f"EvolKV needs a cache of its own for every layer"
-        )
