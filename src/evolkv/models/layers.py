@@ -118,7 +118,7 @@ def refuse(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{kind} has layers that share one KV cache; EvolKV needs a cache of its own for every layer with attention"
         )
-    if all(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=text).layers):
+    if not any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=text).layers):
         raise ModelError(f"no layer of {name} has a key-value cache; there is nothing for EvolKV to compress")
     files = sorted({type(module).__module__ for module in model.get_decoder().modules()})
     caches = [cache for file in files for cache in _own_caches(file)]
