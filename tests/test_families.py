@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.hook import boolean_mask, padding_of
-from evolkv.errors import ModelError
+from evolkv.errors import ModelError, ProfileError
 from evolkv.models import cached_layers, describe_model
 from test_compressed_cache import RAGGED, profile, run
 from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, padded, tiny_model, tokens
@@ -32,6 +32,7 @@ _SIZES = {
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 _LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_routed_experts": 4}
 _MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+_BYPASS = "does not go through transformers' attention interface"
 #: Class of the model and of its config, settings of its own, and the reason that the message has to give.
 _REFUSED = {
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT, "latent attention"),
@@ -69,8 +70,18 @@ _REFUSED = {
         {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
         "has a key-value cache; there is nothing",
     ),
-    "falcon": ("FalconForCausalLM", "FalconConfig", {"head_dim": None}, "does not go through transformers' attention interface"),
-    "bloom": ("BloomForCausalLM", "BloomConfig", {"n_head": 4}, "does not go through transformers' attention interface"),
+    "falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"head_dim": None},
+        "does not go through transformers' attention interface",
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"n_head": 4},
+        "does not go through transformers' attention interface",
+    ),
     "FalconH1": ("FalconH1ForCausalLM", "FalconH1Config", _MAMBA, "attention and a recurrent state at once"),
     "minimax": ("MiniMaxForCausalLM", "MiniMaxConfig", {"num_local_experts": 2}, "a cache class of its own"),
 }
@@ -95,6 +106,14 @@ def test_keys_that_never_reach_attention_are_noticed_at_the_next_token():
     cache.update(keys, keys, 0)
     with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
         cache.update(keys, keys, 0)
+
+
+def test_biases_by_position_are_refused_where_they_would_be_left_out():
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, RAGGED))
+    model(tokens(1, 40), **cache.as_argument)
+    with pytest.raises(ModelError, match="adds 'position_bias' to its attention"):
+        model(tokens(1, 1), position_bias=torch.zeros(1, 8, 1, 1), **cache.as_argument)
 
 
 # Hybrids.
@@ -157,10 +176,10 @@ def test_beam_search_reorders_every_layer(family):
 def test_search_and_evaluation_run_on_hybrids_and_on_attention_sinks(smollm2, family):
     _, tokenizer = smollm2
     model = tiny_model(family, vocab_size=len(tokenizer), pad_token_id=None, max_position_embeddings=1024)
-    task, budget = "niah:context=200", 40
+    task, budget = "niah:context=120", 40
     results = [
         evolkv.search(
-            model, tokenizer, task=task, budget=budget, train=2, val=2, max_evals=8, metric="logprob", engine=engine,
+            model, tokenizer, task=task, budget=budget, train=2, val=2, max_evals=4, metric="logprob", engine=engine,
             selector={"name": "snapkv", "window": 4}, granularity="head", seed=1,
         )
         for engine in ("replay", "naive")
@@ -287,3 +306,52 @@ def test_half_precision_gives_what_float32_gives_within_its_rounding(family, dty
             logits, cache = run(model, tokens(1, 40))
         assert all(group.keys.dtype == dtype for layer in cache.kv_layers for group in layer.groups)
         torch.testing.assert_close(logits.float(), expected, atol=0.02, rtol=0.05)
+
+
+def test_offloaded_weights_have_the_same_fingerprint_and_give_the_same_logits(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    chosen = profile(model, RAGGED)
+    with compress(model, chosen):
+        expected, _ = run(model, tokens(1, 40))
+    fingerprint = describe_model(model).fingerprint
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    accelerate.dispatch_model(
+        model, {**places, "lm_head": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert describe_model(model).fingerprint == fingerprint
+    with compress(model, chosen):
+        logits, _ = run(model, tokens(1, 40))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["torchao", "optimum.quanto", "bitsandbytes"])
+def test_quantized_models_are_compressed_and_take_a_profile_of_the_original(tmp_path, library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        settings = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif library == "optimum.quanto":
+        settings = transformers.QuantoConfig(weights="int8")
+    else:
+        settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    original = tiny_model("llama", hidden_size=128, head_dim=HEAD_DIM, intermediate_size=128)
+    original.save_pretrained(tmp_path)
+    chosen = profile(original, RAGGED)
+    load = transformers.LlamaForCausalLM.from_pretrained
+    model = load(tmp_path, dtype=torch.bfloat16, quantization_config=settings).eval()
+    assert describe_model(model).fingerprint == describe_model(model).fingerprint
+    assert describe_model(model).num_layers == LAYERS
+    with pytest.raises(ProfileError, match=r"quantized.*BudgetProfile\.from_budgets"), compress(model, chosen):
+        pass
+    with torch.inference_mode():
+        expected, _ = run(model, tokens(1, 40))
+        with compress(model, profile(model, 400)):
+            logits, _ = run(model, tokens(1, 40))
+        torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.05)
+        with compress(model, BudgetProfile.from_budgets(model, chosen.budgets, chosen.selector)):
+            _, cache = run(model, tokens(1, 40))
+    assert [[len(positions) for positions in layer] for layer in cache.positions] == RAGGED

@@ -1,7 +1,7 @@
 """Random models, batches, budgets and selectors: evicting equals masking, computed without any of our cache.
 
-    EVOLKV_FUZZ_CASES=2000 pytest tests/test_fuzz.py     # about a minute on one core
-    EVOLKV_FUZZ_ONLY=137,940 pytest tests/test_fuzz.py   # the cases that an assertion named, alone
+EVOLKV_FUZZ_CASES=2000 pytest tests/test_fuzz.py     # about a minute on one core
+EVOLKV_FUZZ_ONLY=137,940 pytest tests/test_fuzz.py   # the cases that an assertion named, alone
 """
 
 from __future__ import annotations
@@ -225,14 +225,16 @@ def check(number, model):
     cache = CompressedCache(model, BudgetProfile.from_budgets(model, budgets, selector.to_dict()))
     got = [[] for _ in rows]
     output = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **cache.as_argument)
-    for i, length in enumerate(lengths):
+    for i in range(batch):
         got[i].append(output.logits[i][mask[i].bool()])
     positions = [[heads if batch > 1 else [heads] for heads in layer] for layer in cache.positions]
     done = 0
     for step in steps:
         mask = torch.cat([mask, mask.new_ones(batch, step)], dim=1)
-        new = torch.stack([row[length + done : length + done + step] for row, length in zip(rows, lengths, strict=True)])
-        places = torch.tensor(lengths)[:, None] + done + torch.arange(step)
+        new = torch.stack(
+            [row[length + done : length + done + step] for row, length in zip(rows, lengths, strict=True)]
+        )
+        places = torch.tensor(starts)[:, None] + torch.arange(step)
         output = model(new, attention_mask=mask, position_ids=places, **cache.as_argument)
         for i in range(batch):
             got[i].append(output.logits[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.info import ModelInfo, describe_model
+from evolkv.models.info import ModelInfo, describe_model, is_quantized
 from evolkv.models.layers import cached_layers, sliding_windows
 from evolkv.models.loading import Origin, load_model, loaded_from
 
@@ -15,6 +15,7 @@ __all__ = [
     "PackagedModel",
     "cached_layers",
     "describe_model",
+    "is_quantized",
     "list_models",
     "load_model",
     "loaded_from",

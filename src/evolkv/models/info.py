@@ -81,18 +81,43 @@ def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
     Digested are the architecture, the shape of every parameter, and the signs of a fixed sample of each
     matrix (64 columns of 8 rows). The sign is what float32, bfloat16 and float16 agree on to the last weight:
     rounding never changes it, not even where float16 underflows to zero. So the digest does not depend on the
-    dtype, nor on device, attention implementation or path. Two models trained apart differ in about half
-    of the signs; one that was fine-tuned so lightly that no sampled weight crossed zero is not told apart.
+    dtype, nor on device (weights that accelerate has offloaded included), attention implementation or path. Two models
+    trained apart differ in about half of the signs; one that was fine-tuned so lightly that no sampled weight crossed
+    zero is not told apart. Of quantized weights only the shape counts, so that a quantized model has a fingerprint of
+    its own.
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for parameter in model.parameters():
-        digest.update(str(tuple(parameter.shape)).encode())
-        if parameter.ndim >= 2 and not parameter.is_meta:
+    for name, held in model.named_parameters():
+        digest.update(str(tuple(held.shape)).encode())
+        parameter = _offloaded(model, name) if held.is_meta else held.data
+        if parameter is not None and parameter.ndim >= 2 and not _is_quantized(parameter):
             rows = parameter.reshape(-1, parameter.shape[-1])
             step = max(1, len(rows) // _SAMPLED_ROWS)
-            signs = torch.signbit(rows[::step][:_SAMPLED_ROWS, :_SAMPLED_COLUMNS])
+            signs = torch.signbit(rows[::step][:_SAMPLED_ROWS, :_SAMPLED_COLUMNS].float())
             digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights are held in another form than as floating-point numbers."""
+    return any(_is_quantized(parameter.data) for parameter in model.parameters())
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    # Quantization libraries bring tensor types of their own, or pack several weights into one integer.
+    return type(weight) is not torch.Tensor or not weight.is_floating_point()
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A weight that accelerate keeps on disk or in main memory until it is needed; None if there is no such."""
+    module, _, own = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(module), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            found: torch.Tensor = weights[own]
+            return found
+    return None
 
 
 def _name(config: Any) -> str:
