@@ -231,9 +231,8 @@ def check(number, model):
     done = 0
     for step in steps:
         mask = torch.cat([mask, mask.new_ones(batch, step)], dim=1)
-        new = torch.stack(
-            [row[length + done : length + done + step] for row, length in zip(rows, lengths, strict=True)]
-        )
+        starts = [length + done for length in lengths]
+        new = torch.stack([row[start : start + step] for row, start in zip(rows, starts, strict=True)])
         places = torch.tensor(starts)[:, None] + torch.arange(step)
         output = model(new, attention_mask=mask, position_ids=places, **cache.as_argument)
         for i in range(batch):
