@@ -83,6 +83,13 @@ _REFUSED = {
         "does not go through transformers' attention interface",
     ),
     "FalconH1": ("FalconH1ForCausalLM", "FalconH1Config", _MAMBA, "attention and a recurrent state at once"),
+    # Its full layers have larger heads than its sliding ones.
+    "gemma4_text": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {"num_hidden_layers": 6, "vocab_size_per_layer_input": VOCABULARY, "num_global_key_value_heads": 2},
+        "different numbers of channels",
+    ),
     "minimax": ("MiniMaxForCausalLM", "MiniMaxConfig", {"num_local_experts": 2}, "a cache class of its own"),
 }
 

@@ -58,12 +58,13 @@ def describe_model(model: nn.Module) -> ModelInfo:
     kept, _ = cached_layers(model)
     text = config.get_text_config(decoder=True)
     num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    has_head_dim = bool(_field(text, "head_dim"))
+    head_dim = _same_for_all_layers(text, "head_dim", "channels") if has_head_dim else text.hidden_size // num_heads
     info = {
         "num_layers": len(kept),
         "num_kv_heads": _num_kv_heads(text, num_heads),
         "num_heads": num_heads,
-        "head_dim": int(head_dim),
+        "head_dim": head_dim,
     }
     context = getattr(text, "max_position_embeddings", None)
     return ModelInfo(
@@ -129,8 +130,16 @@ def _name(config: Any) -> str:
     return path.resolve().name if path.is_absolute() or path.is_dir() else name
 
 
+def _field(text: Any, field: str) -> Any:
+    """A field of a config; a list by layer if it differs from layer to layer."""
+    try:
+        return getattr(text, field, None)
+    except RuntimeError:  # what transformers raises for a field that has no one value
+        return [getattr(layer, field, None) for layer in text.per_layer_config]
+
+
 def _same_for_all_layers(text: Any, field: str, what: str) -> int:
-    value = getattr(text, field, None)
+    value = _field(text, field)
     numbers = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(numbers) > 1:
         raise ModelError(
@@ -147,7 +156,7 @@ def _num_kv_heads(text: Any, num_heads: int) -> int:
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1
     for field in ("num_key_value_heads", "num_kv_heads"):
-        if getattr(text, field, None) is not None:
+        if _field(text, field) is not None:
             number = _same_for_all_layers(text, field, "KV heads")
             for elsewhere in ("num_global_key_value_heads", "swa_num_key_value_heads"):
                 if (other := getattr(text, elsewhere, None)) not in (None, number):
