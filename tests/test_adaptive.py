@@ -107,8 +107,13 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", METHODS)
+_MIXED = ["cake+adakv+snapkv", "dynamickv+h2o", "pyramid+chunkkv"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*itertools.product(["llama", "gemma3"], METHODS), *itertools.product(["gpt_oss", "bamba"], _MIXED)],
+)
 def test_allocators_and_selectors_go_together(family, name):
     model = tiny_model(family)
     method = get_method(name)
@@ -117,7 +122,7 @@ def test_allocators_and_selectors_go_together(family, name):
     budget, length = 12, 40
     start = method.budgets(model, budget)
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
-    layers = recorded.cache.layers
+    layers = recorded.cache.kv_layers
     seen, ceilings = [layer.observations for layer in layers], np.array([layer.most_held(length) for layer in layers])
     budgets = method.budgets_for(seen, start, ceilings)
     assert budgets.shape == (LAYERS, KV_HEADS)

@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import ProfileError, UsageError
-from tiny import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
+from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
@@ -53,7 +53,7 @@ def run(model, prompt, mask=None, cache=None):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [20, 40])
 def test_budget_covering_prompt_changes_nothing(family, attention, length):
-    if family == "gemma2":
+    if family in EAGER_ONLY:
         attention = "eager"
     model = tiny_model(family, attention)
     expected, _ = run(model, tokens(1, length))
@@ -86,6 +86,8 @@ def test_budget_covering_right_padded_prompts_changes_nothing():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_padded_batch_equals_the_prompt_alone(family, side, budgets):
+    if family in HYBRIDS and side == "right":
+        pytest.skip("a recurrent state runs on into padding on the right, in transformers as well")
     model = tiny_model(family)
     rows, batch, mask = padded([40, 33, 15], side)
     with compress(model, profile(model, budgets)):

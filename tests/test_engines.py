@@ -65,7 +65,7 @@ def test_lowest_changed_layer_is_where_candidates_begin_to_differ():
     assert lowest_changed(budgets) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3_next", "bamba"])
 def test_replayed_greedy_tokens_equal_generate(family):
     model = tiny_model(family)
     prompt = tokens(1, 45)

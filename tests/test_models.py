@@ -336,7 +336,8 @@ def test_description_has_the_sizes_of_the_config():
     [
         {"num_key_value_heads": [2, 4]},
         {"num_global_key_value_heads": 4},
-        {"layer_types": ["full_attention", "linear_attention"]},
+        {"swa_num_key_value_heads": 4},
+        {"layer_types": ["full_attention", "chunked_attention"]},
         {"num_kv_shared_layers": 1},
         {"is_encoder_decoder": True},
     ],

@@ -55,6 +55,18 @@ def test_probabilities_are_attention(window, softcap):
     torch.testing.assert_close(of.probabilities(20, 30), full_attention(of)[..., 20:30, :30])
 
 
+def test_sinks_take_their_share_of_the_probabilities():
+    plain = prompt()
+    sinks = torch.randn(plain.query.shape[1])
+    logits = plain.query[:, :, 30:40] @ plain.key.repeat_interleave(len(sinks) // plain.key.shape[1], 1).transpose(2, 3)
+    logits = (logits[..., :40] * plain.scaling).masked_fill(
+        torch.arange(40) > torch.arange(30, 40)[:, None], -torch.inf
+    )
+    total = logits.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None]
+    got = replace(plain, sinks=sinks).probabilities(30, 40)
+    torch.testing.assert_close(got.flatten(1, 2), logits.exp() / total)
+
+
 def test_probabilities_of_a_continued_prompt_are_those_of_the_whole():
     of = prompt()
     rest = PromptAttention(of.query[:, :, 30:], of.key, of.value, of.scaling, first_query=30)

@@ -3,22 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM, WINDOW = 128, 4, 2, 16, 24
 
@@ -35,15 +20,32 @@ _SHAPE = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+#: By family: the name that its classes begin with, and what its config says besides the common shape.
 _FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
+    "llama": ("Llama", {}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3_moe": ("Qwen3Moe", _MOE),
+    "gemma2": ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
     "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
+        "Gemma3",
         {
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 16,
@@ -51,18 +53,80 @@ _FAMILIES = {
         },
     ),
     # Phi-3 derives the head size from the hidden size.
-    "phi3": (Phi3ForCausalLM, Phi3Config, {"hidden_size": 8 * HEAD_DIM}),
+    "phi3": ("Phi3", {"hidden_size": 8 * HEAD_DIM}),
+    # Layer 3 has no position embedding.
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0, 1]}),
+    # Sliding and full layers in turn, each head with an attention sink.
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "sliding_window": WINDOW, "rope_parameters": {"rope_type": "default"}},
+    ),
+    "granite": ("Granite", {"attention_multiplier": 0.1}),
+    "olmo2": ("Olmo2", {"hidden_size": 8 * HEAD_DIM}),
+    # Sliding layers with, and a full one without position embedding.
+    "cohere2": ("Cohere2", {"sliding_window": WINDOW}),
+    "stablelm": ("StableLm", {"hidden_size": 8 * HEAD_DIM, "qk_layernorm": True}),
 }
-FAMILIES = tuple(_FAMILIES)
+#: Families with layers that have a state and no keys and values; four layers of each have keys and values.
+_HYBRIDS = {
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "num_hidden_layers": 2 * LAYERS,
+            "layer_types": ["linear_attention", "full_attention"] * LAYERS,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            **_MOE,
+        },
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "num_hidden_layers": 2 * LAYERS,
+            "hidden_size": 8 * HEAD_DIM,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "bamba": (
+        "Bamba",
+        {
+            "num_hidden_layers": LAYERS + 1,
+            "hidden_size": 8 * HEAD_DIM,
+            "attn_layer_indices": [0, 1, 3, 4],
+            **_MAMBA,
+            "mamba_n_heads": 16,
+        },
+    ),
+    "lfm2": (
+        "Lfm2",
+        {"num_hidden_layers": LAYERS + 2, "hidden_size": 8 * HEAD_DIM, "full_attn_idxs": [1, 2, 4, 5]},
+    ),
+}
+HYBRIDS = tuple(_HYBRIDS)
+#: What sdpa does not compute.
+EAGER_ONLY = ("gemma2", "gpt_oss")
+FAMILIES = (*_FAMILIES, *_HYBRIDS)
 
 
 def tiny_model(family="llama", attention=None, seed=0, **changes):
-    """A float32 model with random weights; Gemma 2 gets eager attention, which its soft cap needs."""
-    cls, config_cls, own = _FAMILIES[family]
+    """A float32 model with random weights; Gemma 2 and GPT-OSS get eager attention, for soft cap and sinks."""
+    name, own = {**_FAMILIES, **_HYBRIDS}[family]
     torch.manual_seed(seed)
-    attention = attention or ("eager" if family == "gemma2" else "sdpa")
-    config = config_cls(**{**_SHAPE, **own, **changes}, attn_implementation=attention)
-    return cls(config).eval().requires_grad_(False)
+    attention = attention or ("eager" if family in EAGER_ONLY else "sdpa")
+    config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
+    config = config_class(**{**_SHAPE, **own, **changes}, attn_implementation=attention)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            parameter.normal_()
+    return model
 
 
 def tokens(*shape, seed=0):

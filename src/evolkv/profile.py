@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evolkv import allocators
 from evolkv.errors import ProfileError, UsageError
-from evolkv.models import ModelInfo, describe_model
+from evolkv.models import ModelInfo, describe_model, is_quantized
 from evolkv.selectors import get_selector
 
 FORMAT = "evolkv.profile/1"
@@ -245,10 +245,17 @@ class BudgetProfile:
                     f"{theirs}; use a profile that was made for this model"
                 )
         if strict and self.model["fingerprint"] != info.fingerprint:
-            raise ProfileError(
+            message = (
                 f"the profile was made for {self.model['name']} (fingerprint {self.model['fingerprint']}), "
-                f"but the model is {info.name} (fingerprint {info.fingerprint}); search a profile for this "
-                "model, or check it with strict=False to try one from a relative"
+                f"but the model is {info.name} (fingerprint {info.fingerprint}); "
+            )
+            if not isinstance(model, ModelInfo) and is_quantized(model):
+                raise ProfileError(
+                    f"{message}its weights are quantized, so they cannot be compared; if it is the same model, use "
+                    "BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
+                )
+            raise ProfileError(
+                f"{message}search a profile for this model, or check it with strict=False to try one from a relative"
             )
 
     def to_dict(self) -> dict[str, Any]:

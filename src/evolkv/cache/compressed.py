@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
-from evolkv.models import sliding_windows
+from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
@@ -25,7 +26,7 @@ from evolkv.selectors import LayerContext, Selector, get_selector
 
 
 def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
-    """For each layer of a new cache, where it is; all share one memory."""
+    """For each layer of a new cache with keys and values, where it is; all share one memory."""
     memory: dict[Any, Any] = {}
     # A cache must not keep its model alive. Who asks is the model, at work.
     reference = weakref.ref(model)
@@ -35,8 +36,8 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
         assert held is not None
         return rotary_of(held, index)
 
-    layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
-    return [LayerContext(index, functools.partial(rotary, index), memory) for index in layers]
+    places, _ = cached_layers(model)
+    return [LayerContext(row, functools.partial(rotary, place.index), memory) for row, place in enumerate(places)]
 
 
 class HookedCache(Cache):
@@ -46,11 +47,18 @@ class HookedCache(Cache):
 
     Args:
         model: the model the cache is for.
-        layers: one cache layer per decoder layer.
+        kv_layers: one cache layer for each decoder layer that has keys and values, the rows of the budgets.
+        states: what the other layers of a hybrid model start from. Default: nothing.
+
+    Attributes:
+        kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
+        state_layers: the layers with a recurrent state.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[Any]):
-        super().__init__(layers=layers)
+    def __init__(self, model: PreTrainedModel, kv_layers: list[Any], states: Sequence[StateLayer] | None = None):
+        self.kv_layers: list[Any] = kv_layers
+        self.state_layers = empty_states(model) if states is None else list(states)
+        super().__init__(layers=arrange(model, kv_layers, self.state_layers))
         self._keyword = cache_keyword(model)
         self._detach = weakref.finalize(self, attach(model))
 
@@ -89,31 +97,33 @@ class CompressedCache(HookedCache):
         UsageError: for an unknown method, or one without a budget.
     """
 
-    layers: list[CompressedLayer]
+    kv_layers: list[CompressedLayer]
 
     def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None):
         super().__init__(model, _LayerMaker(model, profile, budget)())
 
     @classmethod
-    def _with_layers(cls, model: PreTrainedModel, layers: list[CompressedLayer]) -> CompressedCache:
+    def _with_layers(
+        cls, model: PreTrainedModel, kv_layers: list[CompressedLayer], states: Sequence[StateLayer] | None = None
+    ) -> CompressedCache:
         """A cache of given layers, for a model that is known to fit them."""
         cache = cls.__new__(cls)
-        HookedCache.__init__(cache, model, layers)
+        HookedCache.__init__(cache, model, kv_layers, states)
         return cache
 
     @property
     def num_rows(self) -> int:
         """Sequences held."""
-        return self.layers[0].batch
+        return self.kv_layers[0].batch
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held by keys and values."""
-        return sum(layer.kv_bytes for layer in self.layers)
+        """Bytes held by keys and values; the states of other layers do not count."""
+        return sum(layer.kv_bytes for layer in self.kv_layers)
 
     @property
     def positions(self) -> list[list[Any]]:
-        """Prompt positions held, by layer and KV head.
+        """Prompt positions held, by layer (those with keys and values) and KV head.
 
         ``positions[layer][head]`` is an ascending LongTensor for a batch of one, otherwise a list of such, one per
         sequence. Positions count a sequence's real tokens from 0; padding has none.
@@ -125,13 +135,13 @@ class CompressedCache(HookedCache):
                 else [layer.kept_positions(i, head) for i in range(layer.batch)]
                 for head in range(layer.num_kv_heads)
             ]
-            for layer in self.layers
+            for layer in self.kv_layers
         ]
 
     def kv_bytes_of(self, sequence: int) -> int:
         """Bytes held by keys and values of one sequence."""
         total = 0
-        for layer in self.layers:
+        for layer in self.kv_layers:
             for group in layer.groups:
                 rows = int((group.rows // layer.num_kv_heads == sequence).sum())
                 total += rows * (group.keys[0].nbytes + group.values[0].nbytes)
@@ -146,19 +156,22 @@ class CompressedCache(HookedCache):
         budgets: np.ndarray,
         selector: Selector,
         room: int = 0,
+        states: Sequence[StateLayer] = (),
     ) -> CompressedCache:
         """One prompt under several budgets, a sequence for each, from a prefill that was recorded.
 
         Args:
             model: the model.
-            keys_values: by layer, keys and values ``[1, kv_heads, tokens, dim]``.
+            keys_values: by layer with keys and values, keys and values ``[1, kv_heads, tokens, dim]``.
             rankings: by layer, ``[sequences, kv_heads, tokens]``.
             budgets: ``[sequences, layers, kv_heads]``.
             selector: recorded with the layers; the rankings decide.
             room: new tokens to reserve memory for.
+            states: what the prompt left in the other layers of a hybrid model, one sequence each.
         """
-        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector))
-        for layer, (key, value), ranking in zip(cache.layers, keys_values, rankings, strict=True):
+        repeated = [StateLayer.merge([state] * len(budgets)) for state in states]
+        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector), repeated)
+        for layer, (key, value), ranking in zip(cache.kv_layers, keys_values, rankings, strict=True):
             layer.store_ranked(key, value, ranking, room)
         return cache
 
@@ -168,8 +181,13 @@ class CompressedCache(HookedCache):
 
         The caches must not be used afterwards: the new one shares memory with them.
         """
-        columns = zip(*(other.layers for other in caches), strict=True)
-        return cls._with_layers(model, [CompressedLayer.merge(list(column), room) for column in columns])
+        columns = zip(*(other.kv_layers for other in caches), strict=True)
+        states = zip(*(other.state_layers for other in caches), strict=True)
+        return cls._with_layers(
+            model,
+            [CompressedLayer.merge(list(column), room) for column in columns],
+            [StateLayer.merge(column) for column in states],
+        )
 
 
 def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,6 +29,7 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 _PREFIX = "evolkv_"
 _LAYER = "_evolkv_layer"
 _PADDING = "_evolkv_padding"
+_ON_THE_WAY = "_evolkv_on_the_way"
 
 
 class AttendingLayer(Protocol):
@@ -48,14 +50,24 @@ class AttendingLayer(Protocol):
 
 
 def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
-    """Marks `key` as coming from `layer`, for the attention call that follows."""
+    """Marks `key` as coming from `layer`, for the attention call that follows.
+
+    Raises:
+        ModelError: if the keys that were marked before never got there, and so were not stored.
+    """
+    if getattr(layer, _ON_THE_WAY, False):
+        raise ModelError(
+            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, "
+            "so that they cannot be compressed; EvolKV needs keys that go to attention as the cache returned them"
+        )
+    setattr(layer, _ON_THE_WAY, True)
     # A fresh view: the caller's own tensor must stay unmarked.
     key = key.view_as(key)
     setattr(key, _LAYER, layer)
     return key
 
 
-def padding_of(mask: Tensor | None) -> Tensor | None:
+def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
     """The 2-D padding mask ``[batch, tokens]`` (True: a real token) that a prompt's attention mask was made from."""
     if mask is None:
         return None
@@ -63,8 +75,17 @@ def padding_of(mask: Tensor | None) -> Tensor | None:
     if padding is not None:
         return padding
     # A mask the caller prepared: a token is real if any query may look at it.
-    visible = mask if mask.dtype == torch.bool else mask >= 0
+    visible = _as_booleans(mask)
     return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
+
+
+def _as_booleans(mask: Tensor | BlockMask) -> Tensor:
+    """Any implementation's mask with True where visible, in the shape it has."""
+    if isinstance(mask, BlockMask):
+        batch, heads, queries, keys = mask.shape
+        return create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(mask.kv_num_blocks.device))
+    # Additive where it is of floating point, otherwise 1 for what is visible.
+    return mask >= 0 if mask.is_floating_point() else mask.bool()
 
 
 def _own_attention(module: nn.Module, name: str) -> Attention:
@@ -77,7 +98,28 @@ def _own_attention(module: nn.Module, name: str) -> Attention:
                 "load the model with attn_implementation='sdpa'"
             )
         return own
-    return ALL_ATTENTION_FUNCTIONS[name]
+    found: Attention = ALL_ATTENTION_FUNCTIONS[name]
+    return functools.partial(_flash_attention, found, name) if "flash" in name else found
+
+
+class _AsLoaded:
+    """A module or config with the name of the attention implementation that it was loaded with, and all else its own.
+
+    Flash attention looks that name up in the module's config to find its kernel.
+    """
+
+    def __init__(self, wrapped: Any, **changed: Any):
+        self.__dict__.update(changed, _wrapped=wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+def _flash_attention(
+    flash: Attention, name: str, module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    config = _AsLoaded(module.config, _attn_implementation=name)
+    return flash(_AsLoaded(module, config=config), *args, **kwargs)
 
 
 def _attention(
@@ -87,18 +129,21 @@ def _attention(
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
         return own(module, query, key, value, mask, **kwargs)
+    setattr(layer, _ON_THE_WAY, False)
     return layer.attend(own, module, query, key, value, mask, **kwargs)
 
 
 def _mask(name: str, **kwargs: Any) -> Any:
     mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
     padding = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and padding is not None:
+    if mask is not None and padding is not None:
         setattr(mask, _PADDING, padding)
     return mask
 
 
-def boolean_mask(mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+def boolean_mask(
+    mask: Tensor | BlockMask | None, batch: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
     """What any implementation's mask over the newest `keys` entries means, as booleans.
 
     Returns:
@@ -109,17 +154,18 @@ def boolean_mask(mask: Tensor | None, batch: int, queries: int, keys: int, devic
             return None
         rows = torch.arange(keys - queries, keys, device=device)[:, None]
         return (torch.arange(keys, device=device) <= rows)[None, None]
-    if mask.ndim == 2:  # flash attention's: padding only
+    visible = _as_booleans(mask)
+    if visible.ndim == 2:  # flash attention's: padding only
         return sdpa_mask(
             batch,
             queries,
             keys,
             keys - queries,
-            attention_mask=mask[:, -keys:],
+            attention_mask=visible[:, -keys:],
             device=device,
             allow_is_causal_skip=False,
         )
-    return (mask if mask.dtype == torch.bool else mask >= 0)[..., -keys:]
+    return visible[..., -keys:]
 
 
 def _decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -156,6 +202,21 @@ def own_attention(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation).removeprefix(_PREFIX)
 
 
+def _check_implementation(name: str) -> None:
+    if name.startswith("paged|"):
+        raise ModelError(
+            f"attention implementation {name!r} keeps keys and values in pages of its own, for continuous batching; "
+            "load the model with attn_implementation='sdpa', 'eager', 'flex_attention' or 'flash_attention_2'"
+        )
+    if name not in ("eager", "sdpa", "flex_attention") and not (
+        "flash" in name and name in ALL_ATTENTION_FUNCTIONS and name in ALL_MASK_ATTENTION_FUNCTIONS
+    ):
+        raise ModelError(
+            f"attention implementation {name!r} cannot be compressed; "
+            "load the model with attn_implementation='sdpa', 'eager', 'flex_attention' or 'flash_attention_2'"
+        )
+
+
 _attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
 # Reentrant: a cache may be collected, and so detached, while another one attaches.
 _lock = threading.RLock()
@@ -172,11 +233,7 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
         if attachment is None:
             attachment = _Attachment(model)
             for _, name in attachment.own:
-                if name not in ("eager", "sdpa") and not str(name).startswith("flash_attention"):
-                    raise ModelError(
-                        f"attention implementation {name!r} cannot be compressed; "
-                        "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
-                    )
+                _check_implementation(str(name))
             attachment.install()
             _attachments[model] = attachment
         attachment.users += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
-from evolkv.cache.math import attention, check_plain_logits, scaling_of
+from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
 from evolkv.errors import RunError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
@@ -294,6 +294,7 @@ class CompressedLayer(CacheLayerMixin):
                 kwargs.get("softcap"),
                 self.sliding_window,
                 layer=self.context,
+                sinks=sinks_of(kwargs),
             )
             self.store_prompt(prompt, padding_of(mask))
             return output
@@ -444,6 +445,7 @@ class CompressedLayer(CacheLayerMixin):
         heads = self.num_kv_heads
         fold = query_heads // heads
         rows = query.reshape(batch * heads, fold * queries, head_dim)
+        sinks = fold_sinks(sinks_of(kwargs), heads, queries)
         output: Tensor | None = None
         for group in self.groups:
             shown = self._visible_to_group(group, queries, visible)
@@ -456,6 +458,7 @@ class CompressedLayer(CacheLayerMixin):
                 shown,
                 scaling_of(query, kwargs),
                 kwargs.get("softcap"),
+                None if sinks is None else sinks[group.rows % heads],
             )
             if output is None:
                 output = attended.new_empty((batch * heads, fold * queries, attended.shape[-1]))
@@ -485,12 +488,10 @@ class CompressedLayer(CacheLayerMixin):
 def one_sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAttention:
     """One sequence of a padded batch, cut down to its real tokens."""
     at = slice(index, index + 1)
-    return PromptAttention(
-        prompt.query[at, :, tokens],
-        prompt.key[at, :, tokens],
-        prompt.value[at, :, tokens],
-        prompt.scaling,
-        prompt.softcap,
-        prompt.sliding_window,
+    return replace(
+        prompt,
+        query=prompt.query[at, :, tokens],
+        key=prompt.key[at, :, tokens],
+        value=prompt.value[at, :, tokens],
         layer=None if prompt.layer is None else prompt.layer.of_sequence(index),
     )

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.errors import ModelError
+from evolkv.selectors.base import softmax_with_sinks
 
 # What models pass along with their queries that changes the attention logits in a way we do not compute.
-_UNKNOWN_TERMS = ("s_aux", "position_bias", "alibi")
+_UNKNOWN_TERMS = ("position_bias", "alibi")
 
 
 def extra_term(kwargs: dict[str, Any]) -> str | None:
@@ -20,7 +21,7 @@ def extra_term(kwargs: dict[str, Any]) -> str | None:
 
 
 def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises `ModelError` if the attention of `module` adds terms (sinks, biases) that we would leave out."""
+    """Raises `ModelError` if the attention of `module` adds terms (biases by position) that we would leave out."""
     if (name := extra_term(kwargs)) is not None:
         raise ModelError(
             f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do "
@@ -34,8 +35,31 @@ def scaling_of(query: Tensor, kwargs: dict[str, Any]) -> float:
     return float(scaling) if scaling is not None else query.shape[-1] ** -0.5
 
 
+def sinks_of(kwargs: dict[str, Any]) -> Tensor | None:
+    """The model's attention sinks, a logit for each query head, ``[heads]``, or None.
+
+    A sink takes part in the softmax as if it were one more key, whose value is zero (GPT-OSS).
+    """
+    sinks: Tensor | None = kwargs.get("s_aux")
+    return None if sinks is None else sinks.flatten()
+
+
+def fold_sinks(sinks: Tensor | None, kv_heads: int, queries: int, repeats: int = 1) -> Tensor | None:
+    """Sinks for queries that are folded per KV head, ``[kv_heads, repeats * queries_per_kv_head * queries]``."""
+    if sinks is None:
+        return None
+    shape = (kv_heads, repeats, len(sinks) // kv_heads, queries)
+    return sinks.view(kv_heads, 1, -1, 1).expand(shape).flatten(1)
+
+
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each row to its own keys.
 
@@ -46,17 +70,19 @@ def attention(
         visible: bool, broadcastable to ``[rows, queries, keys]``; None for all.
         scaling: factor on the logits.
         softcap: Gemma 2's cap on the logits, or None.
+        sinks: a logit for each query that only enters the softmax's denominator, ``[rows, queries]``, or None.
 
     Returns:
         ``[rows, queries, value_dim]``.
     """
-    if softcap is None:
+    if softcap is None and sinks is None:
         mask = None if visible is None else visible[:, None]
         return F.scaled_dot_product_attention(
             query[:, None], key[:, None], value[:, None], attn_mask=mask, scale=scaling
         )[:, 0]
     logits = (query @ key.transpose(1, 2)).float() * scaling
-    logits = torch.tanh(logits / softcap) * softcap
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
-    return logits.softmax(dim=-1).to(query.dtype) @ value
+    return softmax_with_sinks(logits, sinks).to(query.dtype) @ value

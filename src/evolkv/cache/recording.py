@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import HookedCache, layer_contexts
 from evolkv.cache.hook import Attention, tag
-from evolkv.cache.math import attention, extra_term, scaling_of
+from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
 from evolkv.models import sliding_windows
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
@@ -73,6 +73,7 @@ class RecordingLayer(DynamicLayer):
             self.sliding_window,
             first_query=key.shape[2] - query.shape[2],
             layer=self.context,
+            sinks=sinks_of(kwargs),
         )
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
@@ -122,7 +123,8 @@ def _continue(prompt: PromptAttention) -> Tensor:
             visible &= position > asking - prompt.sliding_window
         folded = rows.reshape(heads, fold * (stop - start), -1)
         visible = visible.repeat(fold, 1)[None]
-        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap)
+        sinks = fold_sinks(prompt.sinks, heads, stop - start)
+        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap, sinks)
         outputs.append(output.view(heads * fold, stop - start, -1))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()
 
@@ -136,7 +138,7 @@ class RecordingCache(HookedCache):
         observers: see `RecordingLayer`; their selectors must be among `selectors`.
     """
 
-    layers: list[RecordingLayer]
+    kv_layers: list[RecordingLayer]
 
     def __init__(self, model: PreTrainedModel, selectors: list[Selector], observers: Sequence[Observer] = ()):
         places = zip(sliding_windows(model), layer_contexts(model), strict=True)
@@ -145,6 +147,7 @@ class RecordingCache(HookedCache):
         )
 
     def cut(self, tokens: int) -> None:
-        """Forgets everything from position `tokens` on, in every layer."""
-        for layer in self.layers:
+        """Forgets everything from position `tokens` on, in every layer; a recurrent state cannot be taken back."""
+        assert not self.state_layers or tokens in (0, self.get_seq_length())
+        for layer in self.kv_layers:
             layer.cut(tokens)

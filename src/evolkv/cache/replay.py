@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
-from evolkv.cache.math import attention, check_plain_logits, scaling_of
+from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
 from evolkv.cache.recording import RecordingCache
-from evolkv.models import sliding_windows
+from evolkv.cache.state import StateLayer
+from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import given_cache
 from evolkv.selectors import Selector
 
@@ -37,6 +38,10 @@ class RankedPrompt:
         keys: by layer, ``[kv_heads, ranked, head_dim]``, in order of the ranking.
         values: by layer, ``[kv_heads, ranked, value_dim]``.
         positions: by layer, the prompt position of each entry, ``[kv_heads, ranked]``.
+        states: what the layers of a hybrid model without keys and values keep, one sequence each. They do not depend on
+            the budgets either.
+
+    "By layer" is by layer with keys and values.
     """
 
     tokens: int
@@ -44,6 +49,7 @@ class RankedPrompt:
     keys: list[Tensor]
     values: list[Tensor]
     positions: list[Tensor]
+    states: list[StateLayer] = field(default_factory=list)
 
     @classmethod
     def from_recording(
@@ -51,7 +57,7 @@ class RankedPrompt:
     ) -> RankedPrompt:
         """Copies the first `ceiling` ranked entries of each head out of a recorded prompt."""
         keys, values, positions = [], [], []
-        for layer in cache.layers:
+        for layer in cache.kv_layers:
             ranking = layer.rankings[selector][0]
             limit = ceiling if layer.sliding_window is None else min(ceiling, layer.sliding_window)
             ranking = ranking[:, :limit]
@@ -60,12 +66,13 @@ class RankedPrompt:
             keys.append(held_keys[0][heads, ranking])
             values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
-        return cls(cache.get_seq_length(), next_logits, keys, values, positions)
+        states = [StateLayer.merge([state]) for state in cache.state_layers]
+        return cls(cache.get_seq_length(), next_logits, keys, values, positions, states)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for part in (self.keys, self.values, self.positions) for x in part)
+        return sum(x.nbytes for part in (self.keys, self.values, self.positions, self.states) for x in part)
 
 
 @dataclass(frozen=True)
@@ -136,16 +143,16 @@ class ReplayLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """All candidates' queries against the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
-        scaling, softcap = scaling_of(query, kwargs), kwargs.get("softcap")
+        terms = scaling_of(query, kwargs), kwargs.get("softcap"), sinks_of(kwargs)
         outputs, start = [], 0
         for part in self.prompts:
             rows = slice(start, start + len(part.counts))
-            outputs.append(self._attend_prompt(part, rows, query[rows], scaling, softcap))
+            outputs.append(self._attend_prompt(part, rows, query[rows], *terms))
             start = rows.stop
         return torch.cat(outputs), None
 
     def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None
+        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         candidates, query_heads, queries, _ = query.shape
         heads = len(part.keys)
@@ -154,7 +161,8 @@ class ReplayLayer(CacheLayerMixin):
         rows = query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
         keys = torch.cat([part.keys, self.new_keys[:, at].flatten(1, 2)], dim=1)
         values = torch.cat([part.values, self.new_values[:, at].flatten(1, 2)], dim=1)
-        output = attention(rows, keys, values, self._visible(part, fold, queries), scaling, softcap)
+        sinks = fold_sinks(sinks, heads, queries, repeats=candidates)
+        output = attention(rows, keys, values, self._visible(part, fold, queries), scaling, softcap, sinks)
         output = output.view(heads, candidates, fold, queries, -1).permute(1, 3, 0, 2, 4)
         return output.reshape(candidates, queries, query_heads, -1)
 
@@ -187,10 +195,11 @@ class ReplayCache(HookedCache):
         prompts: the ranked prompts.
         budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompts were ranked to, unless
             the prompt is shorter.
-        shared: layers below which all candidates are alike; these run with one row per prompt, inside `fanning_out`.
+        shared: rows of the budgets below which all candidates are alike; the decoder runs with one row per prompt up to
+            that layer, inside `fanning_out`.
     """
 
-    layers: list[ReplayLayer]
+    kv_layers: list[ReplayLayer]
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray, shared: int = 0):
         layers = []
@@ -213,16 +222,23 @@ class ReplayCache(HookedCache):
                     )
                 )
             layers.append(ReplayLayer(parts, window))
-        super().__init__(model, layers)
+        places, others = cached_layers(model)
+        #: The decoder layer at which a row per prompt becomes a row per candidate.
+        self.fan_at = places[shared].index
+        states = []
+        for number, place in enumerate(place for place in others if place.states):
+            repeats = 1 if shared and place.index < self.fan_at else len(budgets)
+            states.append(StateLayer.merge([prompt.states[number] for prompt in prompts for _ in range(repeats)]))
+        super().__init__(model, layers, states)
 
     @property
     def num_rows(self) -> int:
         """Prompts times candidates."""
-        return self.layers[-1].num_rows
+        return self.kv_layers[-1].num_rows
 
     @contextmanager
     def fanning_out(self, model: PreTrainedModel) -> Iterator[None]:
-        """Has forward calls with this cache take a row per prompt and split up into candidates at layer `shared`."""
+        """Has forward calls with this cache take a row per prompt and split up into candidates at layer `fan_at`."""
         if not self.shared:
             yield
             return
@@ -239,8 +255,8 @@ class ReplayCache(HookedCache):
             return (hidden, *args[1:]), {**wide, argument: self}
 
         with ExitStack() as hooks:
-            for module in model.get_decoder().layers[self.shared :]:
-                hook = partial(fan_out, first=module is model.get_decoder().layers[self.shared])
+            for module in model.get_decoder().layers[self.fan_at :]:
+                hook = partial(fan_out, first=module is model.get_decoder().layers[self.fan_at])
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
+from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
@@ -153,7 +154,8 @@ class _Meter(TextStreamer):
             if isinstance(self.cache, CompressedCache):
                 self.kv_bytes = self.cache.kv_bytes
             else:
-                self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+                with_keys = [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer)]
+                self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in with_keys)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -192,12 +192,13 @@ class _Shard:
 
     def _cut(self, column: int, recorded: RecordedPrompt, room: int) -> _Prefilled:
         """A compressed cache with one sequence per row, cut from one recorded prompt."""
-        layers = recorded.cache.layers
+        layers = recorded.cache.kv_layers
         keys_values = [layer.held() for layer in layers]
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
         budgets = np.stack([self._budgets(row, recorded) for row in self.rows])
         selector = self.rows[0].selector
-        cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room)
+        states = recorded.cache.state_layers
+        cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room, states)
         key, value = keys_values[0]
         entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
         return _Prefilled(column, cache, entry_bytes, recorded.next_logits, recorded.tokens, room)
@@ -206,7 +207,7 @@ class _Shard:
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None or not row.method.observers:
             return row.budgets
-        layers = recorded.cache.layers
+        layers = recorded.cache.kv_layers
         ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
         return row.method.budgets_for([layer.observations for layer in layers], row.budgets, ceilings)
 

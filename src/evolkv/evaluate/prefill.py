@@ -35,7 +35,8 @@ class Prefiller:
     """Prefills prompts one after another, starting each where it first differs from the one before.
 
     Keys and values of a common prefix are the same for both prompts, up to the rounding of differently shaped matrix
-    products. Nothing is shared when a selector's score needs the queries of the whole prompt.
+    products. Nothing is shared when a selector's score needs the queries of the whole prompt, or in a hybrid model,
+    whose recurrent states cannot be taken back to an earlier token.
 
     Args:
         model: the model.
@@ -80,7 +81,7 @@ class Prefiller:
         return RecordedPrompt(self._cache, len(ids), output.logits[0, -1].float())
 
     def _shared_with_last(self, ids: list[int]) -> int:
-        if self._observed is None:
+        if self._observed is None or (self._cache is not None and self._cache.state_layers):
             return 0
         limit = min(len(ids) - max(1, self._observed), len(self._last))
         shared = next((i for i in range(max(0, limit)) if ids[i] != self._last[i]), max(0, limit))

@@ -226,7 +226,8 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_ROWS
     # A boolean mask and its float copy inside the attention kernel.
     mask = config.num_attention_heads * queries * entries * (1 + 4)
-    return int(logits + hidden + 2 * own * new * element + mask)
+    states = sum(state.nbytes for state in prompt.states)
+    return int(logits + hidden + 2 * own * new * element + mask + states)
 
 
 def _mib(count: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.info import ModelInfo, describe_model, sliding_windows
+from evolkv.models.info import ModelInfo, describe_model, is_quantized
+from evolkv.models.layers import cached_layers, sliding_windows
 from evolkv.models.loading import Origin, load_model, loaded_from
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "ModelRow",
     "Origin",
     "PackagedModel",
+    "cached_layers",
     "describe_model",
+    "is_quantized",
     "list_models",
     "load_model",
     "loaded_from",

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evolkv.errors import ModelError
+from evolkv.models.layers import cached_layers
 
 UNBOUNDED_CONTEXT = 2**31 - 1
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _SAMPLED_ROWS = 8
 _SAMPLED_COLUMNS = 64
 
@@ -27,9 +25,9 @@ class ModelInfo:
 
     Attributes:
         name: alias, Hugging Face id, or name of the folder or file the model came from.
-        num_layers: L, the number of layers, each with a KV cache of its own.
-        num_kv_heads: H, the number of KV heads of each layer.
-        num_heads: the number of query heads of each layer.
+        num_layers: L, the number of layers with a KV cache; in a hybrid model the others do not count.
+        num_kv_heads: H, the number of KV heads of each of these layers.
+        num_heads: the number of query heads of each.
         head_dim: channels of one head.
         max_context: the longest context the model declares, in tokens; 2³¹ − 1 if it declares none.
         fingerprint: 16 hex digits that identify architecture and weights; see `fingerprint`.
@@ -51,24 +49,23 @@ def describe_model(model: nn.Module) -> ModelInfo:
         model: a decoder-only transformers model, on any device and in any dtype.
 
     Raises:
-        ModelError: the model is not decoder-only, its layers differ in their number of KV heads, or some
-            layer has no KV cache of its own.
+        ModelError: the model cannot be compressed (see `evolkv.models.layers`), or its layers differ in their number
+            of KV heads.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ModelError(f"expected a transformers model, got {type(model).__name__}; use load_model() to get one")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; EvolKV needs a decoder-only language model")
+    kept, _ = cached_layers(model)
     text = config.get_text_config(decoder=True)
     num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    has_head_dim = bool(_field(text, "head_dim"))
+    head_dim = _same_for_all_layers(text, "head_dim", "channels") if has_head_dim else text.hidden_size // num_heads
     info = {
-        "num_layers": int(text.num_hidden_layers),
+        "num_layers": len(kept),
         "num_kv_heads": _num_kv_heads(text, num_heads),
         "num_heads": num_heads,
-        "head_dim": int(head_dim),
+        "head_dim": head_dim,
     }
-    _check_layers(text)
     context = getattr(text, "max_position_embeddings", None)
     return ModelInfo(
         name=_name(config),
@@ -78,30 +75,6 @@ def describe_model(model: nn.Module) -> ModelInfo:
     )
 
 
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer in tokens, None where a layer sees everything.
-
-    Raises:
-        ModelError: if some layer keeps something other than keys and values per token.
-    """
-    windows: list[int | None] = []
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    if len(layers) != config.num_hidden_layers:
-        raise ModelError(f"{type(model).__name__} has layers without a key-value cache; it cannot be compressed")
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
-            raise ModelError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values per "
-                "token; EvolKV compresses decoder-only models whose layers all have full or sliding-window attention"
-            )
-    return windows
-
-
 @torch.no_grad()
 def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
     """16 hex digits that identify a model's architecture and weights, in a few tens of milliseconds.
@@ -109,18 +82,43 @@ def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
     Digested are the architecture, the shape of every parameter, and the signs of a fixed sample of each
     matrix (64 columns of 8 rows). The sign is what float32, bfloat16 and float16 agree on to the last weight:
     rounding never changes it, not even where float16 underflows to zero. So the digest does not depend on the
-    dtype, nor on device, attention implementation or path. Two models trained apart differ in about half
-    of the signs; one that was fine-tuned so lightly that no sampled weight crossed zero is not told apart.
+    dtype, nor on device (weights that accelerate has offloaded included), attention implementation or path. Two models
+    trained apart differ in about half of the signs; one that was fine-tuned so lightly that no sampled weight crossed
+    zero is not told apart. Of quantized weights only the shape counts, so that a quantized model has a fingerprint of
+    its own.
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for parameter in model.parameters():
-        digest.update(str(tuple(parameter.shape)).encode())
-        if parameter.ndim >= 2 and not parameter.is_meta:
+    for name, held in model.named_parameters():
+        digest.update(str(tuple(held.shape)).encode())
+        parameter = _offloaded(model, name) if held.is_meta else held.data
+        if parameter is not None and parameter.ndim >= 2 and not _is_quantized(parameter):
             rows = parameter.reshape(-1, parameter.shape[-1])
             step = max(1, len(rows) // _SAMPLED_ROWS)
-            signs = torch.signbit(rows[::step][:_SAMPLED_ROWS, :_SAMPLED_COLUMNS])
+            signs = torch.signbit(rows[::step][:_SAMPLED_ROWS, :_SAMPLED_COLUMNS].float())
             digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights are held in another form than as floating-point numbers."""
+    return any(_is_quantized(parameter.data) for parameter in model.parameters())
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    # Quantization libraries bring tensor types of their own, or pack several weights into one integer.
+    return type(weight) is not torch.Tensor or not weight.is_floating_point()
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A weight that accelerate keeps on disk or in main memory until it is needed; None if there is no such."""
+    module, _, own = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(module), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            found: torch.Tensor = weights[own]
+            return found
+    return None
 
 
 def _name(config: Any) -> str:
@@ -132,8 +130,16 @@ def _name(config: Any) -> str:
     return path.resolve().name if path.is_absolute() or path.is_dir() else name
 
 
+def _field(text: Any, field: str) -> Any:
+    """A field of a config; a list by layer if it differs from layer to layer."""
+    try:
+        return getattr(text, field, None)
+    except RuntimeError:  # what transformers raises for a field that has no one value
+        return [getattr(layer, field, None) for layer in text.per_layer_config]
+
+
 def _same_for_all_layers(text: Any, field: str, what: str) -> int:
-    value = getattr(text, field, None)
+    value = _field(text, field)
     numbers = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(numbers) > 1:
         raise ModelError(
@@ -150,27 +156,13 @@ def _num_kv_heads(text: Any, num_heads: int) -> int:
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1
     for field in ("num_key_value_heads", "num_kv_heads"):
-        if getattr(text, field, None) is not None:
+        if _field(text, field) is not None:
             number = _same_for_all_layers(text, field, "KV heads")
-            in_full_layers = getattr(text, "num_global_key_value_heads", None)
-            if in_full_layers not in (None, number):
-                raise ModelError(
-                    f"model type {text.model_type!r} has layers with different numbers of KV heads "
-                    f"({number}, {in_full_layers}); EvolKV needs the same number in every layer"
-                )
+            for elsewhere in ("num_global_key_value_heads", "swa_num_key_value_heads"):
+                if (other := getattr(text, elsewhere, None)) not in (None, number):
+                    raise ModelError(
+                        f"model type {text.model_type!r} has layers with different numbers of KV heads "
+                        f"({number}, {other}); EvolKV needs the same number in every layer"
+                    )
             return number
     return num_heads
-
-
-def _check_layers(text: Any) -> None:
-    others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
-    if others:
-        raise ModelError(
-            f"model type {text.model_type!r} has layers without a KV cache ({', '.join(sorted(others))}); "
-            f"EvolKV needs attention in every layer"
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ModelError(
-            f"model type {text.model_type!r} has layers that share one KV cache; "
-            f"EvolKV needs a cache of its own for every layer"
-        )

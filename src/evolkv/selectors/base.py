@@ -42,6 +42,7 @@ class PromptAttention:
         value: values, ``[batch, kv_heads, tokens, head_dim]``.
         scaling: factor on the attention logits.
         softcap: Gemma 2's cap on the attention logits, or None.
+        sinks: a logit for each query head that only enters the softmax's denominator (GPT-OSS), ``[heads]``, or None.
         sliding_window: how many tokens (itself included) a query of this layer sees, or None for all.
         first_query: position of the first query. Above 0 where the head of the prompt was computed earlier, for
             another prompt that shares it; the queries are then the last ``tokens - first_query``.
@@ -56,6 +57,7 @@ class PromptAttention:
     sliding_window: int | None = None
     first_query: int = 0
     layer: LayerContext | None = None
+    sinks: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +74,8 @@ class PromptAttention:
 
         Returns:
             ``[batch, kv_heads, queries_per_kv_head, stop - start, stop]``: keys from ``stop`` on are
-            invisible to these queries and left out.
+            invisible to these queries and left out. Where the model has sinks, a query's sum is below 1 by what
+            goes to its sink, as in the model: a query that looks at nothing in particular says little.
         """
         batch, kv_heads, _, head_dim = self.key.shape
         group = self.query.shape[1] // kv_heads
@@ -89,7 +92,16 @@ class PromptAttention:
         logits[..., start:].masked_fill_(columns[start:] > rows, float("-inf"))
         if self.sliding_window is not None and stop > self.sliding_window:
             logits.masked_fill_(columns <= rows - self.sliding_window, float("-inf"))
+        sinks = None if self.sinks is None else self.sinks.view(kv_heads, group, 1)
+        return softmax_with_sinks(logits, sinks)
+
+
+def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys of ``[..., queries, keys]``, with a sink for each query, ``[..., queries]``, or none."""
+    if sinks is None:
         return logits.softmax(dim=-1)
+    sink = sinks.to(logits.dtype).unsqueeze(-1).expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 @dataclass(frozen=True)
