@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import sliding_windows
@@ -75,24 +76,44 @@ class CompressedCache(HookedCache):
     Pass it to ``generate(cache=...)`` (``past_key_values=`` before transformers 5.24) or to a forward call. The first
     forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
     and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
-    another prompt.
+    another prompt. With `prefill_chunk`, `evict` or `evict_every` it evicts again after the first call
+    (docs/inference.md).
 
     Args:
         model: a transformers decoder-only model.
         profile: budgets and selector, belonging to the model; or a method (see `evolkv.methods.get_method`) or its
             name, such as ``"adakv+snapkv"``.
         budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
+        prefill_chunk: tokens of the chunks in which a prompt is read, evicting after each, so that a head never holds
+            more than its budget and a chunk. The prompt may come in several forward calls; it goes on until the first
+            call of a single token, or `end_prompt`. None (default) for all at once, in the first call.
+        evict: "once" (default): tokens after the prompt are kept. "again": after each later call of several tokens (a
+            second turn's prompt), everything held is ranked with its queries and cut to the budgets.
+        evict_every: number of tokens after which, while they are generated too, everything held is ranked with the
+            latest queries and cut to the budgets. None (default) for never.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
-        UsageError: for an unknown method, or one without a budget.
+        UsageError: for an unknown method, or one without a budget; for a method that cannot evict again, where it
+            should.
     """
 
     layers: list[CompressedLayer]
+    #: What has been computed of a call that is read in chunks; see `evolkv.cache.chunks`.
+    states_of_chunks: list[Tensor] | None = None
 
-    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None):
-        super().__init__(model, _LayerMaker(model, profile, budget)())
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: BudgetProfile | Method | str,
+        budget: int | None = None,
+        *,
+        prefill_chunk: int | None = None,
+        evict: Literal["once", "again"] = "once",
+        evict_every: int | None = None,
+    ):
+        super().__init__(model, _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))())
 
     @classmethod
     def _with_layers(cls, model: PreTrainedModel, layers: list[CompressedLayer]) -> CompressedCache:
@@ -100,6 +121,23 @@ class CompressedCache(HookedCache):
         cache = cls.__new__(cls)
         HookedCache.__init__(cache, model, layers)
         return cache
+
+    @property
+    def reeviction(self) -> Reeviction:
+        """When the cache evicts again."""
+        layer = self.layers[0]
+        return layer.reeviction if isinstance(layer, ReevictingLayer) else Reeviction()
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens of the chunks in which calls are read, or None."""
+        return self.reeviction.prefill_chunk
+
+    def end_prompt(self) -> None:
+        """Says that a prompt which may come in several calls is complete; a call of a single token says so too."""
+        for layer in self.layers:
+            if isinstance(layer, ReevictingLayer):
+                layer.end_prompt()
 
     @property
     def num_rows(self) -> int:
@@ -116,7 +154,8 @@ class CompressedCache(HookedCache):
         """Prompt positions held, by layer and KV head.
 
         ``positions[layer][head]`` is an ascending LongTensor for a batch of one, otherwise a list of such, one per
-        sequence. Positions count a sequence's real tokens from 0; padding has none.
+        sequence. Positions count a sequence's real tokens from 0; padding has none. Where the cache has evicted again,
+        all tokens up to the last cut count as the prompt. Tokens after it are held, every one, and not listed.
         """
         return [
             [
@@ -167,7 +206,12 @@ class CompressedCache(HookedCache):
         """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens.
 
         The caches must not be used afterwards: the new one shares memory with them.
+
+        Raises:
+            UsageError: for caches that evict again.
         """
+        if any(other.reeviction.wanted for other in caches):
+            raise UsageError("caches that evict again cannot be merged; leave out prefill_chunk, evict and evict_every")
         columns = zip(*(other.layers for other in caches), strict=True)
         return cls._with_layers(model, [CompressedLayer.merge(list(column), room) for column in columns])
 
@@ -183,8 +227,14 @@ def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[Co
 class _LayerMaker:
     """Makes the layers of new caches, for settings that have been checked."""
 
-    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: BudgetProfile | Method | str,
+        budget: int | None,
+        reeviction: Reeviction,
+    ):
+        self.model, self.reeviction = model, reeviction
         if isinstance(profile, BudgetProfile):
             method = Method("profile", get_selector(profile.selector), profile=profile)
         else:
@@ -197,6 +247,12 @@ class _LayerMaker:
             method = method.at(budget)
         assert method.selector is not None
         self.method, self.selector = method, method.selector
+        if reeviction.wanted and method.observers:
+            raise UsageError(
+                f"method {method.name!r} lays out budgets once, for the whole prompt, and cannot evict again; leave "
+                f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
+            )
+        reeviction.check_selector(method.selector)
         if method.profile is not None:
             method.profile.check_model(model)
         if method.profile is not None and budget in (None, method.profile.budget):
@@ -207,6 +263,11 @@ class _LayerMaker:
         sliding_windows(model)
 
     def __call__(self) -> list[Any]:
+        if self.reeviction.wanted:
+            return [
+                ReevictingLayer(self.reeviction, row, self.selector, window, context)
+                for row, window, context in _places(self.model, self.budgets)
+            ]
         if not self.method.observers:
             return _layers(self.model, self.budgets, self.selector)
         layers: list[AdaptiveLayer] = []
@@ -217,7 +278,13 @@ class _LayerMaker:
 
 @contextmanager
 def compress(
-    model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None
+    model: PreTrainedModel,
+    profile: BudgetProfile | Method | str,
+    budget: int | None = None,
+    *,
+    prefill_chunk: int | None = None,
+    evict: Literal["once", "again"] = "once",
+    evict_every: int | None = None,
 ) -> Iterator[None]:
     """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
@@ -230,18 +297,21 @@ def compress(
         model: a transformers decoder-only model.
         profile: as for `CompressedCache`.
         budget: as for `CompressedCache`.
+        prefill_chunk: as for `CompressedCache`.
+        evict: as for `CompressedCache`.
+        evict_every: as for `CompressedCache`.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
-        UsageError: for an unknown method, or one without a budget; inside the block, if a call asks for another kind of
+        UsageError: as for `CompressedCache`; inside the block, if a call asks for another kind of
             cache (static, quantized, offloaded).
 
     Example:
         >>> with evolkv.compress(model, profile):
         ...     model.generate(**inputs)
     """
-    make_layers = _LayerMaker(model, profile, budget)
+    make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         name, given = given_cache(kwargs)
