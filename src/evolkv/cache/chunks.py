@@ -28,8 +28,8 @@ def hook_chunks(decoder: nn.Module) -> list[Any]:
 
 
 def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
-    """Lengths of the pieces of a call, the longest first; no piece is a single token, so one may have ``chunk + 1``."""
-    pieces = max(1, min(-(-tokens // chunk), tokens // 2))
+    """Lengths of the pieces of a call: as few as there can be, and as equal, the longest first."""
+    pieces = -(-tokens // chunk)
     return [tokens // pieces + (i < tokens % pieces) for i in range(pieces)]
 
 
@@ -49,10 +49,14 @@ def _read_all_but_last(
         return None
     _check(kwargs)
     past, start, states = cache.get_seq_length(), 0, []
-    for piece in pieces[:-1]:
-        output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
-        states.append(output.last_hidden_state)
-        start += piece
+    cache.expect_more(chunk)
+    try:
+        for piece in pieces[:-1]:
+            output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
+            states.append(output.last_hidden_state)
+            start += piece
+    finally:
+        cache.expect_more(0)
     cache.states_of_chunks = states
     return (), _columns(kwargs, start, tokens, past)
 

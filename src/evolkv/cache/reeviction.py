@@ -42,10 +42,10 @@ class Reeviction:
     evict_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk is not None and self.prefill_chunk < 2:
+        if self.prefill_chunk is not None and self.prefill_chunk < 4:
             raise UsageError(
-                f"prefill_chunk is {self.prefill_chunk}; expected at least 2 tokens (a call of one is generation), "
-                "such as 512"
+                f"prefill_chunk is {self.prefill_chunk}; expected at least 4 tokens, such as 512: prompts are cut into "
+                "pieces of equal length, and a call of a single token is generation"
             )
         if self.evict not in ("once", "again"):
             raise UsageError(f"evict is {self.evict!r}; expected 'once' (later tokens are kept) or 'again'")
@@ -105,6 +105,8 @@ class ReevictingLayer(CompressedLayer):
         self._received: list[Tensor] = []
         #: Which columns since the last cut are real tokens, ``[batch, appended]``; None where all are.
         self._real: Tensor | None = None
+        #: Entries that a head may keep beyond its budget at the next cut, because more of the call is sure to come.
+        self.spare = 0
         self._cutting = False
 
     def end_prompt(self) -> None:
@@ -301,7 +303,7 @@ class ReevictingLayer(CompressedLayer):
                 oldest = seen[row // self.num_kv_heads] - self.sliding_window
                 held[row] = int((group.positions[slot] >= oldest).sum())
         budgets = np.broadcast_to(self.budgets, (self.batch, self.num_kv_heads)).reshape(-1)
-        return np.minimum(budgets, held)
+        return np.minimum(budgets + self.spare, held)
 
     def _ranked(
         self,
