@@ -1,6 +1,6 @@
 """What bounded prefill costs: score, peak memory and time of prompts read in chunks, against reading them at once.
 
-python bench/bounded_prefill.py --json FILE [--context 1600] [--budget 128] [--chunks 256,512] [--selectors NAMES]
+python bench/bounded_prefill.py --json FILE [--context 1600] [--budget 128] [--chunks 128,512] [--selectors NAMES]
 
 The peak is over layers and forward calls: what the layers hold, with the new tokens of the one that is at work.
 """
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser(__doc__.partition("\n")[0])
     options.add_argument("--context", type=int, default=1600)
     options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--chunks", default="256,512")
+    options.add_argument("--chunks", default="128,512")
     options.add_argument("--samples", type=int, default=20)
     options.add_argument("--selectors", default="snapkv,keydiff")
     options.add_argument("--profile", default=None, help="a profile, beside the selectors; --budget expands it")

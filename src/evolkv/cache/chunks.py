@@ -49,14 +49,10 @@ def _read_all_but_last(
         return None
     _check(kwargs)
     past, start, states = cache.get_seq_length(), 0, []
-    cache.expect_more(chunk)
-    try:
-        for piece in pieces[:-1]:
-            output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
-            states.append(output.last_hidden_state)
-            start += piece
-    finally:
-        cache.expect_more(0)
+    for piece in pieces[:-1]:
+        output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
+        states.append(output.last_hidden_state)
+        start += piece
     cache.states_of_chunks = states
     return (), _columns(kwargs, start, tokens, past)
 

@@ -85,9 +85,8 @@ class CompressedCache(HookedCache):
             name, such as ``"adakv+snapkv"``.
         budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
         prefill_chunk: tokens of the chunks in which a prompt is read, evicting after each, so that a head never holds
-            more than its budget and two chunks: until the last chunk one is kept beyond the budget. The prompt may come
-            in several forward calls; it goes on until the first call of a single token, or `end_prompt`. None (default)
-            for all at once, in the first call.
+            more than its budget and a chunk. The prompt may come in several forward calls; it goes on until the first
+            call of a single token, or `end_prompt`. None (default) for all at once, in the first call.
         evict: "once" (default): tokens after the prompt are kept. "again": after each later call of several tokens (a
             second turn's prompt), everything held is ranked with its queries and cut to the budgets.
         evict_every: number of tokens after which, while they are generated too, everything held is ranked with the
@@ -133,12 +132,6 @@ class CompressedCache(HookedCache):
     def prefill_chunk(self) -> int | None:
         """Tokens of the chunks in which calls are read, or None."""
         return self.reeviction.prefill_chunk
-
-    def expect_more(self, spare: int) -> None:
-        """Lets heads keep `spare` entries beyond their budgets at the next cuts, until said otherwise."""
-        for layer in self.layers:
-            if isinstance(layer, ReevictingLayer):
-                layer.spare = spare
 
     def end_prompt(self) -> None:
         """Says that a prompt which may come in several calls is complete; a call of a single token says so too."""

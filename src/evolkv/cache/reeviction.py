@@ -105,8 +105,6 @@ class ReevictingLayer(CompressedLayer):
         self._received: list[Tensor] = []
         #: Which columns since the last cut are real tokens, ``[batch, appended]``; None where all are.
         self._real: Tensor | None = None
-        #: Entries that a head may keep beyond its budget at the next cut, because more of the call is sure to come.
-        self.spare = 0
         self._cutting = False
 
     def end_prompt(self) -> None:
@@ -232,7 +230,7 @@ class ReevictingLayer(CompressedLayer):
         """Holds a first call's tokens, all of them, until the cut."""
         batch, heads, width, _ = key.shape
         self.prompt_lengths, self.prompt_width, self.is_initialized = [0] * batch, 0, True
-        self.appended, self._real = width, real
+        self.appended, self._real = width, None if real is None else real.to(key.device)
         rows = torch.arange(batch * heads, device=key.device)
         none = torch.empty((batch * heads, 0), dtype=torch.int32, device=key.device)
         self.groups = [RowGroup(rows, key.flatten(0, 1), value.flatten(0, 1), none)]
@@ -303,7 +301,7 @@ class ReevictingLayer(CompressedLayer):
                 oldest = seen[row // self.num_kv_heads] - self.sliding_window
                 held[row] = int((group.positions[slot] >= oldest).sum())
         budgets = np.broadcast_to(self.budgets, (self.batch, self.num_kv_heads)).reshape(-1)
-        return np.minimum(budgets + self.spare, held)
+        return np.minimum(budgets, held)
 
     def _ranked(
         self,
