@@ -115,6 +115,7 @@ def test_version_is_printed(run):
         (["generate", MODEL, "--prompt", "x", "--method", "cake+snapkv"], "--budget 128"),
         (["generate", MODEL, "--prompt", "x", "--method", "snapkv", "--profile", "p.json"], "give one of them"),
         (["generate", MODEL, "--prompt", "x", "--budget", 8], "--method snapkv"),
+        (["generate", MODEL, "--prompt", "x", "--prefill-chunk", 64], "--method snapkv"),
     ],
 )
 def test_bad_usage_is_one_line_that_says_what_to_do(run, tmp_path, argv, hint):
@@ -294,6 +295,16 @@ def test_generate_takes_a_method_with_a_budget_and_expands_a_profile_to_it(run, 
         code, out, _ = run(*prompt, *given, "--budget", 48)
         assert code == 0
         assert json.loads(out)["kv_bytes"] == 48 * 30 * 3 * 2 * 64 * 4
+
+
+def test_generate_reads_in_chunks_and_evicts_as_it_goes(run, demo):
+    prompt = ("generate", MODEL, "--prompt-file", demo / "prompt.txt", "--json", "--max-new-tokens", 4)
+    keydiff = (*prompt, "--method", "keydiff", "--budget", 64)
+    whole, chunked = (
+        json.loads(run(*keydiff, *extra)[1]) for extra in ((), ("--prefill-chunk", 100, "--evict-every", 2))
+    )
+    assert chunked["kv_bytes"] == whole["kv_bytes"]
+    assert chunked["new_tokens"] == 4
 
 
 def test_generate_streams_the_same_text_that_json_holds(run):

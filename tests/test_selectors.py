@@ -15,7 +15,7 @@ from evolkv.errors import ModelError, UsageError
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
 from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
-from tiny import FAMILIES, HEAD_DIM, tiny_model, tokens
+from tiny import HEAD_DIM, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
 
@@ -205,7 +205,10 @@ def test_expected_attention_needs_a_model():
         get_selector("expected_attention").score(replace(prompt(), layer=None))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Families whose queries are made in one of the ways that the test makes them again.
+@pytest.mark.parametrize(
+    "family", ["llama", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3"]
+)
 @pytest.mark.parametrize("layer", [0, 3])
 def test_rotary_embedding_is_undone(family, layer):
     model = tiny_model(family)

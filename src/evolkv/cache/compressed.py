@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
@@ -51,15 +53,19 @@ class HookedCache(Cache):
         states: what the other layers of a hybrid model start from. Default: nothing.
 
     Attributes:
+        states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
         kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
         state_layers: the layers with a recurrent state.
     """
+
+    states_of_chunks: list[Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, kv_layers: list[Any], states: Sequence[StateLayer] | None = None):
         self.kv_layers: list[Any] = kv_layers
         self.state_layers = empty_states(model) if states is None else list(states)
         super().__init__(layers=arrange(model, kv_layers, self.state_layers))
         self._keyword = cache_keyword(model)
+        self._by_token = bool(self.state_layers) and continues_by_token(model)
         self._detach = weakref.finalize(self, attach(model))
 
     def release(self) -> None:
@@ -70,6 +76,11 @@ class HookedCache(Cache):
     def as_argument(self) -> dict[str, Any]:
         """This cache under the name that the model's forward call has for it: ``model(ids, **cache.as_argument)``."""
         return {self._keyword: self}
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that the decoder reads at once with this cache; longer calls are read in pieces. Or None."""
+        return 1 if self._by_token and self.get_seq_length() > 0 else None
 
     @property
     def is_compileable(self) -> bool:
@@ -83,24 +94,42 @@ class CompressedCache(HookedCache):
     Pass it to ``generate(cache=...)`` (``past_key_values=`` before transformers 5.24) or to a forward call. The first
     forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
     and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
-    another prompt.
+    another prompt. With `prefill_chunk`, `evict` or `evict_every` it evicts again after the first call
+    (docs/inference.md).
 
     Args:
         model: a transformers decoder-only model.
         profile: budgets and selector, belonging to the model; or a method (see `evolkv.methods.get_method`) or its
             name, such as ``"adakv+snapkv"``.
         budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
+        prefill_chunk: tokens of the chunks in which a prompt is read, evicting after each, so that a head never holds
+            more than its budget and a chunk. The prompt may come in several forward calls; it goes on until the first
+            call of a single token, or `end_prompt`. None (default) for all at once, in the first call.
+        evict: "once" (default): tokens after the prompt are kept. "again": after each later call of several tokens (a
+            second turn's prompt), everything held is ranked with its queries and cut to the budgets.
+        evict_every: number of tokens after which, while they are generated too, everything held is ranked with the
+            latest queries and cut to the budgets. None (default) for never.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
-        UsageError: for an unknown method, or one without a budget.
+        UsageError: for an unknown method, or one without a budget; for a method that cannot evict again, where it
+            should.
     """
 
     kv_layers: list[CompressedLayer]
 
-    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None):
-        super().__init__(model, _LayerMaker(model, profile, budget)())
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: BudgetProfile | Method | str,
+        budget: int | None = None,
+        *,
+        prefill_chunk: int | None = None,
+        evict: Literal["once", "again"] = "once",
+        evict_every: int | None = None,
+    ):
+        super().__init__(model, _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))())
 
     @classmethod
     def _with_layers(
@@ -110,6 +139,28 @@ class CompressedCache(HookedCache):
         cache = cls.__new__(cls)
         HookedCache.__init__(cache, model, kv_layers, states)
         return cache
+
+    @property
+    def reeviction(self) -> Reeviction:
+        """When the cache evicts again."""
+        layer = self.kv_layers[0]
+        return layer.reeviction if isinstance(layer, ReevictingLayer) else Reeviction()
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens of the chunks in which calls are read, or None."""
+        return self.reeviction.prefill_chunk
+
+    @property
+    def most_tokens(self) -> int | None:
+        """See `HookedCache.most_tokens`."""
+        return self.prefill_chunk or super().most_tokens
+
+    def end_prompt(self) -> None:
+        """Says that a prompt which may come in several calls is complete; a call of a single token says so too."""
+        for layer in self.kv_layers:
+            if isinstance(layer, ReevictingLayer):
+                layer.end_prompt()
 
     @property
     def num_rows(self) -> int:
@@ -126,7 +177,8 @@ class CompressedCache(HookedCache):
         """Prompt positions held, by layer (those with keys and values) and KV head.
 
         ``positions[layer][head]`` is an ascending LongTensor for a batch of one, otherwise a list of such, one per
-        sequence. Positions count a sequence's real tokens from 0; padding has none.
+        sequence. Positions count a sequence's real tokens from 0; padding has none. Where the cache has evicted again,
+        all tokens up to the last cut count as the prompt. Tokens after it are held, every one, and not listed.
         """
         return [
             [
@@ -180,7 +232,12 @@ class CompressedCache(HookedCache):
         """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens.
 
         The caches must not be used afterwards: the new one shares memory with them.
+
+        Raises:
+            UsageError: for caches that evict again.
         """
+        if any(other.reeviction.wanted for other in caches):
+            raise UsageError("caches that evict again cannot be merged; leave out prefill_chunk, evict and evict_every")
         columns = zip(*(other.kv_layers for other in caches), strict=True)
         states = zip(*(other.state_layers for other in caches), strict=True)
         return cls._with_layers(
@@ -201,8 +258,14 @@ def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[Co
 class _LayerMaker:
     """Makes the layers of new caches, for settings that have been checked."""
 
-    def __init__(self, model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: BudgetProfile | Method | str,
+        budget: int | None,
+        reeviction: Reeviction,
+    ):
+        self.model, self.reeviction = model, reeviction
         if isinstance(profile, BudgetProfile):
             method = Method("profile", get_selector(profile.selector), profile=profile)
         else:
@@ -215,6 +278,17 @@ class _LayerMaker:
             method = method.at(budget)
         assert method.selector is not None
         self.method, self.selector = method, method.selector
+        if reeviction.wanted and method.observers:
+            raise UsageError(
+                f"method {method.name!r} lays out budgets once, for the whole prompt, and cannot evict again; leave "
+                f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
+            )
+        reeviction.check_selector(method.selector)
+        if reeviction.prefill_chunk is not None and continues_by_token(model):
+            raise UsageError(
+                f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that a prompt "
+                "cannot be read in chunks; leave out prefill_chunk"
+            )
         if method.profile is not None:
             method.profile.check_model(model)
         if method.profile is not None and budget in (None, method.profile.budget):
@@ -225,6 +299,11 @@ class _LayerMaker:
         sliding_windows(model)
 
     def __call__(self) -> list[Any]:
+        if self.reeviction.wanted:
+            return [
+                ReevictingLayer(self.reeviction, row, self.selector, window, context)
+                for row, window, context in _places(self.model, self.budgets)
+            ]
         if not self.method.observers:
             return _layers(self.model, self.budgets, self.selector)
         layers: list[AdaptiveLayer] = []
@@ -235,7 +314,13 @@ class _LayerMaker:
 
 @contextmanager
 def compress(
-    model: PreTrainedModel, profile: BudgetProfile | Method | str, budget: int | None = None
+    model: PreTrainedModel,
+    profile: BudgetProfile | Method | str,
+    budget: int | None = None,
+    *,
+    prefill_chunk: int | None = None,
+    evict: Literal["once", "again"] = "once",
+    evict_every: int | None = None,
 ) -> Iterator[None]:
     """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
@@ -248,18 +333,21 @@ def compress(
         model: a transformers decoder-only model.
         profile: as for `CompressedCache`.
         budget: as for `CompressedCache`.
+        prefill_chunk: as for `CompressedCache`.
+        evict: as for `CompressedCache`.
+        evict_every: as for `CompressedCache`.
 
     Raises:
         ProfileError: if the profile is for another model.
         ModelError: if the model's cache cannot be compressed.
-        UsageError: for an unknown method, or one without a budget; inside the block, if a call asks for another kind of
+        UsageError: as for `CompressedCache`; inside the block, if a call asks for another kind of
             cache (static, quantized, offloaded).
 
     Example:
         >>> with evolkv.compress(model, profile):
         ...     model.generate(**inputs)
     """
-    make_layers = _LayerMaker(model, profile, budget)
+    make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         name, given = given_cache(kwargs)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from evolkv.cache.chunks import hook_chunks
 from evolkv.errors import ModelError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -183,8 +184,10 @@ class _Attachment:
     def __init__(self, model: PreTrainedModel):
         self.users = 0
         self.own = [(config, config._attn_implementation) for config in _decoder_configs(model)]
+        self.handles: list[Any] = []
 
-    def install(self) -> None:
+    def install(self, model: PreTrainedModel) -> None:
+        self.handles = hook_chunks(model.get_decoder())
         for config, name in self.own:
             wrapped = _PREFIX + name
             if wrapped not in ALL_ATTENTION_FUNCTIONS:
@@ -193,6 +196,8 @@ class _Attachment:
             config._attn_implementation_internal = wrapped
 
     def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
         for config, name in self.own:
             config._attn_implementation_internal = name
 
@@ -234,7 +239,7 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
             attachment = _Attachment(model)
             for _, name in attachment.own:
                 _check_implementation(str(name))
-            attachment.install()
+            attachment.install(model)
             _attachments[model] = attachment
         attachment.users += 1
     # The model may be gone before its last cache is; a weak reference lets it.

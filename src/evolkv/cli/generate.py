@@ -34,6 +34,18 @@ def generate(
         int | None,
         typer.Option("--budget", metavar="C", help="Mean cache entries per KV head; a profile has its own."),
     ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--prefill-chunk", metavar="N", help="Read the prompt in chunks of N tokens, evicting after each."
+        ),
+    ] = None,
+    evict_every: Annotated[
+        int | None,
+        typer.Option(
+            "--evict-every", metavar="N", help="Evict again after every N new tokens. Default: keep them all."
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", metavar="F", help="A UTF-8 file with the prompt.")
@@ -64,6 +76,8 @@ def generate(
         raw=raw,
         temperature=temperature,
         seed=seed,
+        prefill_chunk=prefill_chunk,
+        evict_every=evict_every,
         on_text=None if as_json else _write,
     )
     if as_json:

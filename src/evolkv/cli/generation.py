@@ -55,6 +55,8 @@ def generate_text(
     raw: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    prefill_chunk: int | None = None,
+    evict_every: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Continue a prompt.
@@ -69,6 +71,8 @@ def generate_text(
         raw: take the prompt as it is, without chat template.
         temperature: 0 for greedy, above 0 to sample.
         seed: of the sampling.
+        prefill_chunk: read the prompt in chunks of so many tokens, evicting as it goes; see `CompressedCache`.
+        evict_every: cut the cache to its budgets again after so many new tokens; see `CompressedCache`.
         on_text: called with each piece of text as it is generated.
 
     Raises:
@@ -87,7 +91,15 @@ def generate_text(
             f"the prompt has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
             "shorten the prompt or use a model with a longer context"
         )
-    cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
+    cache: DynamicCache | CompressedCache
+    if method is None:
+        if prefill_chunk is not None or evict_every is not None:
+            raise UsageError(
+                "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
+            )
+        cache = DynamicCache(config=model.config)
+    else:
+        cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}

@@ -85,6 +85,15 @@ def cached_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLaye
     return kept, others
 
 
+def continues_by_token(model: PreTrainedModel) -> bool:
+    """Whether a model can go on from its recurrent states by a single token only.
+
+    In a call of several tokens transformers' state-space mixers (Mamba) start from an empty state, whatever the cache
+    holds.
+    """
+    return any(hasattr(module, "ssm_state_size") for module in model.get_decoder().modules())
+
+
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     """The sliding window in tokens of each layer with a key-value cache, None where a layer sees everything.
 

@@ -34,7 +34,11 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class PromptAttention:
-    """One layer's attention inputs over a whole prompt, after RoPE and before any repetition of KV heads.
+    """One layer's attention inputs over a prompt, after RoPE and before any repetition of KV heads.
+
+    Over what a cache still holds of the tokens seen so far, to be cut again, each head has entries of its own:
+    `positions` tells which. The queries are then those of the newest tokens, all of which are held, so that they stand
+    last in every head.
 
     Args:
         query: queries, ``[batch, heads, tokens, head_dim]``.
@@ -47,6 +51,11 @@ class PromptAttention:
         first_query: position of the first query. Above 0 where the head of the prompt was computed earlier, for
             another prompt that shares it; the queries are then the last ``tokens - first_query``.
         layer: where the layer is in the model, if it is in one.
+        positions: of each entry, ``[batch, kv_heads, tokens]``, ascending; None where every token of the prompt is
+            there. A head with fewer entries than others has -1 in front, and zeros there for keys and values.
+        seen: tokens seen so far, held or not; None where every one is there.
+        received: what a selector that `accumulates` had found of each entry before these queries,
+            ``[batch, kv_heads, tokens]``.
     """
 
     query: Tensor
@@ -58,19 +67,43 @@ class PromptAttention:
     first_query: int = 0
     layer: LayerContext | None = None
     sinks: Tensor | None = None
+    positions: Tensor | None = None
+    seen: int | None = None
+    received: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prompt."""
+        """Entries of a head: the length of the prompt, or what is held of the tokens seen."""
         return self.key.shape[2]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, and so the position of the next one."""
+        return self.num_tokens if self.seen is None else self.seen
+
+    @property
+    def places(self) -> Tensor:
+        """Position of each entry, ``[batch, kv_heads, tokens]``; negative where a head has none."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.num_tokens, device=self.key.device).expand(self.key.shape[:3])
 
     @property
     def most_held(self) -> int:
         """Tokens that the next query may see: all, or those in the sliding window."""
         return min(self.num_tokens, self.sliding_window or self.num_tokens)
 
+    def mean_over_heads(self, scores: Tensor) -> Tensor:
+        """Scores ``[batch, kv_heads, tokens]`` of each token, averaged over the KV heads that hold it."""
+        if self.positions is None:
+            return scores.mean(dim=1, keepdim=True).expand_as(scores)
+        slots = (self.positions + 1).flatten(1)
+        totals = scores.new_zeros((len(scores), self.length + 1)).scatter_add(1, slots, scores.flatten(1))
+        heads = scores.new_zeros(totals.shape).scatter_add(1, slots, torch.ones_like(scores).flatten(1))
+        return (totals / heads.clamp(min=1)).gather(1, slots).view_as(scores)
+
     def probabilities(self, start: int, stop: int) -> Tensor:
-        """Attention of the queries at positions ``start`` to ``stop - 1`` to all keys, in float32.
+        """Attention of the queries of entries ``start`` to ``stop - 1`` to all entries, in float32.
 
         Returns:
             ``[batch, kv_heads, queries_per_kv_head, stop - start, stop]``: keys from ``stop`` on are
@@ -90,8 +123,15 @@ class PromptAttention:
         columns = torch.arange(stop, device=logits.device)
         # Only the square of keys that are younger than the first query can be in some query's future.
         logits[..., start:].masked_fill_(columns[start:] > rows, float("-inf"))
-        if self.sliding_window is not None and stop > self.sliding_window:
-            logits.masked_fill_(columns <= rows - self.sliding_window, float("-inf"))
+        if self.positions is None:
+            if self.sliding_window is not None and stop > self.sliding_window:
+                logits.masked_fill_(columns <= rows - self.sliding_window, float("-inf"))
+        else:
+            hidden = (self.positions < 0)[:, :, None, :stop]
+            if self.sliding_window is not None:
+                asking = self.positions[:, :, start:stop, None]
+                hidden = hidden | (self.positions[:, :, None, :stop] <= asking - self.sliding_window)
+            logits.masked_fill_(hidden[:, :, None], float("-inf"))
         sinks = None if self.sinks is None else self.sinks.view(kv_heads, group, 1)
         return softmax_with_sinks(logits, sinks)
 
@@ -116,6 +156,9 @@ class Selector(ABC):
     #: Whether the tokens kept at a smaller budget are a subset of those kept at a larger one. Rankings that
     #: are computed once and cut at the budget always are; only such selectors can be replayed.
     nested: ClassVar[bool] = True
+    #: Whether the score is a sum over queries. Where a cache is cut again and again, it then goes on from the sum so
+    #: far: such a selector implements `accumulated` and `protect`, of which `score` is made.
+    accumulates: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, prompt: PromptAttention) -> Tensor:
@@ -139,11 +182,19 @@ class Selector(ABC):
         """Whether the score of a layer depends on what was found in another."""
         return False
 
+    def accumulated(self, prompt: PromptAttention) -> Tensor:
+        """The sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""
+        raise NotImplementedError(f"{self.name} does not accumulate")
+
+    def protect(self, scores: Tensor) -> Tensor:
+        """The scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps."""
+        raise NotImplementedError(f"{self.name} does not accumulate")
+
     def rank(self, prompt: PromptAttention) -> Tensor:
-        """Token positions from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
+        """Entries from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
 
         Ties go to the older token, always in the same way, so that budgets are nested. In a sliding-window layer
-        the tokens that the next query no longer sees come last.
+        the tokens that the next query no longer sees come last; so does what stands for no entry.
         """
         return self.order(prompt, self.score(prompt))
 
@@ -151,8 +202,9 @@ class Selector(ABC):
         """The ranking that follows from scores; see `rank`."""
         ranking = scores.argsort(dim=-1, descending=True, stable=True)
         window = prompt.sliding_window
-        if window is not None and prompt.num_tokens > window:
-            outside = ranking < prompt.num_tokens - window
+        oldest = 0 if window is None else max(0, prompt.length - window)
+        if prompt.positions is not None or oldest:
+            outside = prompt.places.gather(-1, ranking) < oldest
             ranking = ranking.gather(-1, outside.byte().argsort(dim=-1, stable=True))
         return ranking
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class ChunkKV(Selector):
 
     Liu et al. 2025, "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference",
     arXiv 2502.00299, section 3 (algorithms 1 and 2). Layers with a sliding window and layers without do not decide for
-    each other.
+    each other. Where a cache is cut again, a chunk counts with the tokens and heads that still hold some of it, and
+    each layer has to decide for itself (`reuse` 1).
 
     Args:
         chunk: tokens of a chunk.
@@ -80,16 +82,32 @@ class ChunkKV(Selector):
 
     def _chunk_scores(self, prompt: PromptAttention) -> Tensor:
         votes = self._votes.score(prompt)
-        tokens, window = prompt.num_tokens, min(self.window, prompt.num_tokens)
+        kv_heads, tokens = votes.shape[1:]
+        window = min(self.window, tokens)
         older = votes[..., : tokens - window]
         if older.shape[-1] == 0:
             return votes
         # Tokens of the window count as much as the most attended one in the chunk that they share with older ones.
         highest = older.amax(dim=-1, keepdim=True)
-        votes = F.pad(older, (0, window)).where(votes.isfinite(), highest).mean(dim=1, keepdim=True)
-        sums = F.pad(votes, (0, -tokens % self.chunk)).unflatten(-1, (-1, self.chunk)).sum(dim=-1)
-        sizes = votes.new_full((sums.shape[-1],), self.chunk)
-        sizes[-1] = tokens - self.chunk * (len(sizes) - 1)
-        scores = (sums / sizes).repeat_interleave(self.chunk, dim=-1)[..., : tokens - window]
-        scores = F.pad(scores, (0, window), value=float("inf"))
-        return scores.expand(-1, prompt.key.shape[1], -1)
+        votes = F.pad(older, (0, window)).where(votes.isfinite(), highest)
+        scores = _means(votes, self.chunk) if prompt.positions is None else _means_of_held(votes, prompt, self.chunk)
+        return F.pad(scores[..., : tokens - window], (0, window), value=float("inf")).expand(-1, kv_heads, -1)
+
+
+def _means(votes: Tensor, chunk: int) -> Tensor:
+    """The mean vote of each token's chunk over its tokens and all heads, ``[batch, 1, tokens]``."""
+    tokens = votes.shape[-1]
+    votes = votes.mean(dim=1, keepdim=True)
+    sums = F.pad(votes, (0, -tokens % chunk)).unflatten(-1, (-1, chunk)).sum(dim=-1)
+    sizes = votes.new_full((sums.shape[-1],), chunk)
+    sizes[-1] = tokens - chunk * (len(sizes) - 1)
+    return (sums / sizes).repeat_interleave(chunk, dim=-1)[..., :tokens]
+
+
+def _means_of_held(votes: Tensor, prompt: PromptAttention, chunk: int) -> Tensor:
+    """The same over those tokens and heads that still hold some of the chunk, ``[batch, kv_heads, tokens]``."""
+    # Slot 0 is for what stands for no entry.
+    chunks = (prompt.places // chunk + 1).flatten(1)
+    sums = votes.new_zeros((len(votes), prompt.length // chunk + 2)).scatter_add(1, chunks, votes.flatten(1))
+    sizes = torch.zeros_like(sums).scatter_add(1, chunks, torch.ones_like(votes).flatten(1))
+    return (sums / sizes.clamp(min=1)).gather(1, chunks).view_as(votes)

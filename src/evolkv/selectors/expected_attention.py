@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evolkv.errors import ModelError, UsageError
@@ -21,7 +20,7 @@ class ExpectedAttention(Selector):
     by the average rotation of the next `future` positions. With mean m and covariance C the expected unnormalised
     attention to a key k is exp(m·k/√d + kᵀCk/2d); normalised over the prompt, averaged over the query heads of a KV
     head, and multiplied by the norm of the value. The first `sinks` tokens are always kept, and do not count in m
-    and C.
+    and C. Where a cache is cut again, m and C are those of the queries since the last cut.
 
     Devoto et al. 2025, "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
     Distribution", arXiv 2510.00636, section 3, with the defaults of the authors' kvpress.
@@ -60,23 +59,28 @@ class ExpectedAttention(Selector):
         if prompt.layer is None:
             raise ModelError("expected_attention needs to know the model's rotary position embedding; none was given")
         batch, kv_heads, tokens, _ = prompt.key.shape
-        sinks = min(self.sinks, tokens)
-        if sinks == tokens:
+        device, head_dim, length = prompt.key.device, prompt.query.shape[-1], prompt.length
+        queries = prompt.query.shape[2]
+        # The queries are those of the newest tokens.
+        asking = torch.arange(length - queries, length, device=device)
+        late = max(0, self.sinks - (length - queries))
+        if late >= queries:
             return prompt.key.new_full((batch, kv_heads, tokens), torch.inf, dtype=torch.float32)
-        device, head_dim = prompt.key.device, prompt.query.shape[-1]
         rotary = prompt.layer.rotary()
-        query = rotary.undo(prompt.query[:, :, sinks:], torch.arange(sinks, tokens, device=device))
-        turn = rotary.mean_turn(torch.arange(tokens, tokens + self.future, device=device), head_dim)
+        query = rotary.undo(prompt.query[:, :, late:], asking[late:])
+        turn = rotary.mean_turn(torch.arange(length, length + self.future, device=device), head_dim)
         mean = query.mean(dim=2, keepdim=True)
-        key = prompt.key[:, :, sinks:].float()
         group = query.shape[1] // kv_heads
-        keys = key.repeat_interleave(group, dim=1)
+        keys = prompt.key.float().repeat_interleave(group, dim=1)
         logits = ((mean @ turn) @ keys.transpose(2, 3)).squeeze(2) * prompt.scaling
         if self.covariance:
             centred = (query - mean) @ turn
             spread = centred.transpose(2, 3) @ centred / centred.shape[2]
             logits = logits + ((keys @ spread) * keys).sum(dim=-1) * prompt.scaling**2 / 2
-        expected = logits.softmax(dim=-1).view(batch, kv_heads, group, -1).mean(dim=2)
+        places = prompt.places
+        # Sinks, and what stands for no entry, have no part in the softmax.
+        logits = logits.view(batch, kv_heads, group, tokens).masked_fill((places < self.sinks)[:, :, None], -torch.inf)
+        expected = logits.softmax(dim=-1).mean(dim=2)
         if self.value_norm:
-            expected = expected * torch.linalg.vector_norm(prompt.value[:, :, sinks:], dim=-1, dtype=torch.float32)
-        return F.pad(expected, (sinks, 0), value=torch.inf)
+            expected = expected * torch.linalg.vector_norm(prompt.value, dim=-1, dtype=torch.float32)
+        return expected.masked_fill(places < self.sinks, torch.inf)

@@ -22,7 +22,8 @@ class H2O(Selector):
     Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
     Models", arXiv 2306.14048, section 4.2, applied once after prefill. The paper splits a budget evenly
     between recent tokens and heavy hitters; here, as in PyramidKV's evaluation of H2O, the recent share is a
-    fixed window, so that one ranking serves every budget.
+    fixed window, so that one ranking serves every budget. Where a cache is cut again, what was held goes on from the
+    sum it had, as in the paper.
 
     Attention is summed in blocks of queries; no tokens × tokens matrix is held.
 
@@ -31,6 +32,7 @@ class H2O(Selector):
     """
 
     name: ClassVar[str] = "h2o"
+    accumulates: ClassVar[bool] = True
     window: int = 32
 
     def __post_init__(self) -> None:
@@ -49,11 +51,22 @@ class H2O(Selector):
 
     def score(self, prompt: PromptAttention) -> Tensor:
         """Attention received, summed over queries and averaged over the group of query heads."""
+        return self.protect(self.accumulated(prompt))
+
+    def accumulated(self, prompt: PromptAttention) -> Tensor:
+        """Attention received so far, the last tokens' too."""
         batch, kv_heads, tokens, _ = prompt.key.shape
         total = prompt.key.new_zeros((batch, kv_heads, tokens), dtype=torch.float32)
+        if prompt.received is not None:
+            total += prompt.received
         block = max(1, min(256, _BLOCK_ELEMENTS // (batch * prompt.query.shape[1] * tokens)))
-        for start in range(0, tokens, block):
+        for start in range(prompt.first_query, tokens, block):
             stop = min(start + block, tokens)
             total[..., :stop] += prompt.probabilities(start, stop).sum(dim=3).mean(dim=2)
-        total[..., max(0, tokens - self.window) :] = torch.inf
         return total
+
+    def protect(self, scores: Tensor) -> Tensor:
+        """The last tokens first."""
+        scores = scores.clone()
+        scores[..., max(0, scores.shape[-1] - self.window) :] = torch.inf
+        return scores

@@ -37,7 +37,5 @@ class StreamingLLM(Selector):
 
     def score(self, prompt: PromptAttention) -> Tensor:
         """The position itself; sinks come first."""
-        batch, kv_heads, tokens, _ = prompt.key.shape
-        scores = torch.arange(tokens, device=prompt.key.device, dtype=torch.float32)
-        scores[: self.sinks] = torch.inf
-        return scores.expand(batch, kv_heads, tokens)
+        places = prompt.places
+        return places.float().masked_fill(places < self.sinks, torch.inf)

@@ -15,7 +15,8 @@ from evolkv.selectors.base import PromptAttention, Selector
 class TOVA(Selector):
     """Keeps the tokens that the last prompt token attends to, averaged over all heads of a layer.
 
-    All heads of a layer share one ranking. The last token itself is always kept.
+    All heads of a layer share one ranking. The last token itself is always kept. Where a cache is cut again, a token
+    has the average of the KV heads that still hold it.
 
     Oren et al. 2024, "Transformers are Multi-State RNNs", arXiv 2401.06104, section 4, applied once after
     prefill.
@@ -31,6 +32,5 @@ class TOVA(Selector):
     def score(self, prompt: PromptAttention) -> Tensor:
         """Attention of the last query, the same for every KV head of the layer."""
         tokens = prompt.num_tokens
-        scores = prompt.probabilities(tokens - 1, tokens)[..., 0, :].mean(dim=(1, 2))
-        scores[:, -1] = torch.inf
-        return scores[:, None].expand(-1, prompt.key.shape[1], -1)
+        scores = prompt.mean_over_heads(prompt.probabilities(tokens - 1, tokens)[..., 0, :].mean(dim=2))
+        return torch.cat([scores[..., :-1], scores.new_full((*scores.shape[:2], 1), torch.inf)], dim=-1)

@@ -1,0 +1,98 @@
+"""Reading a long call in pieces: for caches that evict as they go, and for states that go on by a token only."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolkv.errors import UsageError
+from evolkv.models.forward import given_cache
+
+# What has a column for each new token in its last dimension but so many.
+_BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
+
+
+def hook_chunks(decoder: nn.Module) -> list[Any]:
+    """Has a decoder read calls piece by piece where their cache wants it; returns the handles to remove.
+
+    A cache wants it if its ``most_tokens`` is a number. The output is that of one call: the last hidden state of every
+    token.
+    """
+    return [
+        decoder.register_forward_pre_hook(_read_all_but_last, with_kwargs=True),
+        decoder.register_forward_hook(_put_together, with_kwargs=True),
+    ]
+
+
+def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
+    """Lengths of the pieces of a call: as few as there can be, and as equal, the longest first."""
+    pieces = -(-tokens // chunk)
+    return [tokens // pieces + (i < tokens % pieces) for i in range(pieces)]
+
+
+def _read_all_but_last(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache = given_cache(kwargs)[1]
+    chunk = getattr(cache, "most_tokens", None)
+    if chunk is None:
+        return None
+    cache.states_of_chunks = None
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = _num_tokens(kwargs)
+    pieces = lengths_of_chunks(tokens, chunk)
+    if len(pieces) == 1:
+        return None
+    _check(kwargs)
+    past, start, states = cache.get_seq_length(), 0, []
+    for piece in pieces[:-1]:
+        output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
+        states.append(output.last_hidden_state)
+        start += piece
+    cache.states_of_chunks = states
+    return (), _columns(kwargs, start, tokens, past)
+
+
+def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    cache = given_cache(kwargs)[1]
+    states = getattr(cache, "states_of_chunks", None)
+    if not states:
+        return None
+    cache.states_of_chunks = None
+    if isinstance(output, tuple):
+        return torch.cat([*states, output[0]], dim=1), *output[1:]
+    output.last_hidden_state = torch.cat([*states, output.last_hidden_state], dim=1)
+    return output
+
+
+def _num_tokens(kwargs: dict[str, Any]) -> int:
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    return int(inputs.shape[1])
+
+
+def _check(kwargs: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name):
+            raise UsageError(f"{name} cannot be had of a call that is read in pieces; leave it out, or prefill_chunk")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UsageError(
+            "a call that is read in pieces needs an attention mask [batch, tokens], or none; "
+            "this call brings a prepared one; leave it out, or prefill_chunk"
+        )
+
+
+def _columns(kwargs: dict[str, Any], start: int, stop: int, past: int) -> dict[str, Any]:
+    """The arguments of a call for some of its tokens."""
+    part = dict(kwargs)
+    for name, dimension in _BY_TOKEN.items():
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            part[name] = value.narrow(value.ndim - dimension, start, stop - start)
+    if kwargs.get("attention_mask") is not None:
+        part["attention_mask"] = kwargs["attention_mask"][:, : past + stop]
+    return part
