@@ -234,6 +234,8 @@ class CompressedLayer(CacheLayerMixin):
         """Nothing is allocated ahead of the prompt."""
         self.dtype, self.device = key_states.dtype, key_states.device
 
+    # A compiled model runs `update` and `attend` as they are: their state is in Python objects, and grows.
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
         if not self.is_initialized:
@@ -320,6 +322,7 @@ class CompressedLayer(CacheLayerMixin):
 
     # Attention.
 
+    @torch.compiler.disable
     def attend(
         self,
         own: Attention,
