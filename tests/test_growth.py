@@ -8,8 +8,8 @@ import torch
 from evolkv.cache.layer import RowGroup
 
 ROWS, DIM = 2, 16
-#: Entries of a group whose keys have 256 KiB.
-LARGE = 2048
+#: Entries of a group whose keys have 512 KiB.
+LARGE = 4096
 
 
 def group_of(entries):

@@ -23,7 +23,7 @@ _LONG = 512
 
 # Growing by one token copies a group. That is nothing for a small one. One whose keys have this many bytes grows, when
 # it is full, by a token more for every so many that its rows hold, though by so many more at most.
-_WORTH_ROOM = 2**17
+_WORTH_ROOM = 2**19
 _PER_SPARE, _MOST_SPARE = 64, 16
 
 
@@ -89,7 +89,7 @@ class RowGroup:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds entries ``[group, new, dim]`` behind those held, in reserved room as far as there is any.
 
-        A group with keys of less than 128 KiB grows by just these entries. A larger one reserves room as well, of which
+        A group with keys of less than 512 KiB grows by just these entries. A larger one reserves room as well, of which
         `nbytes` knows: a 64th of what it holds and 16 tokens at most.
         """
         held, new = self.keys.shape[1], keys.shape[1]
