@@ -26,6 +26,9 @@ _LONG = 512
 _WORTH_ROOM = 2**19
 _PER_SPARE, _MOST_SPARE = 64, 16
 
+# The rows of all groups, one group behind the other, and how many each has.
+RowOrder = tuple[Tensor, list[int]]
+
 
 @dataclass
 class RowGroup:
@@ -438,7 +441,10 @@ class CompressedLayer(CacheLayerMixin):
         batch, _, new, _ = key.shape
         visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
-        order = None if self._is_dense(batch) else torch.cat([group.rows for group in self.groups])
+        order = None
+        if not self._is_dense(batch):
+            rows = [group.rows for group in self.groups]
+            order = torch.cat(rows), [part.shape[0] for part in rows]
         new_entries = zip(self.groups, self._by_group(key_rows, order), self._by_group(value_rows, order), strict=True)
         for group, keys, values in new_entries:
             group.append(keys, values)
@@ -457,11 +463,13 @@ class CompressedLayer(CacheLayerMixin):
     def _is_dense(self, batch: int) -> bool:
         return len(self.groups) == 1 and self.groups[0].rows.shape[0] == batch * self.num_kv_heads
 
-    def _by_group(self, rows: Tensor, order: Tensor | None) -> Sequence[Tensor]:
-        """Each group's share of ``[rows, ...]``, gathered at once. `order`: the groups' rows; None if dense."""
+    @staticmethod
+    def _by_group(values: Tensor, order: RowOrder | None) -> Sequence[Tensor]:
+        """Each group's share of ``[rows, ...]``, gathered at once."""
         if order is None:
-            return (rows,)
-        return rows[order].split([group.rows.shape[0] for group in self.groups])
+            return (values,)
+        rows, sizes = order
+        return values.index_select(0, rows).split_with_sizes(sizes)
 
     def _record_positions(self, new: int) -> None:
         for group in self.groups:
@@ -491,7 +499,7 @@ class CompressedLayer(CacheLayerMixin):
         return own(module, query, key, value, None, **kwargs)
 
     def _attend_groups(
-        self, module: nn.Module, query: Tensor, order: Tensor | None, visible: Tensor | None, kwargs: dict[str, Any]
+        self, module: nn.Module, query: Tensor, order: RowOrder | None, visible: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         """Group by group, without padding any row to another's length."""
         check_plain_logits(module, kwargs)
@@ -511,7 +519,7 @@ class CompressedLayer(CacheLayerMixin):
         else:
             in_order = torch.cat(attended)
             output = torch.empty_like(in_order)
-            output[order] = in_order
+            output[order[0]] = in_order
         if queries == 1:
             return output.reshape(batch, 1, query_heads, -1)
         # [batch * kv_heads, fold * queries, dim] -> [batch, queries, heads, dim]
