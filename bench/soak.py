@@ -29,6 +29,7 @@ from torch import Tensor
 import evolkv
 from common import finish, machine, parser
 from contenders import return_free_memory
+from evolkv.selectors import get_selector
 from shapes import load
 
 TOLERANCE = 1e-3
@@ -78,17 +79,18 @@ class Soak:
             lengths[:] = lengths[0]
         prompts = [torch.from_numpy(self.random.integers(3, self.vocabulary, size=n)) for n in lengths]
         method, mode = str(self.random.choice(METHODS)), str(self.random.choice(MODES))
-        budget: int | None = int(self.random.integers(8, self.longest))
-        chosen: Any = method
-        selector = {"name": str(self.random.choice(SELECTORS))}
-        if selector["name"] in ("snapkv",):
+        selector: dict[str, Any] = {"name": str(self.random.choice(SELECTORS))}
+        if selector["name"] == "snapkv":
             selector |= {"window": 4}
+        least = max(8, get_selector(selector).min_budget)
+        budget: int | None = int(self.random.integers(least, self.longest))
+        chosen: Any = method
         if method == "per layer":
             chosen, budget = evolkv.BudgetProfile.uniform(self.model, budget, selector=selector), None
         elif method == "per head":
-            budgets = self.random.integers(8, self.longest, size=self.shape)
+            budgets = self.random.integers(least, self.longest, size=self.shape)
             chosen, budget = evolkv.BudgetProfile.from_budgets(self.model, budgets, selector=selector), None
-        elif "snapkv" in method:
+        else:
             chosen = f"{method}:window=4"
         self.kinds.update([method, mode, f"batch of {batch}"])
         return Request(prompts, chosen, budget, mode, int(self.random.integers(1, 12)), self.random.random() < 0.25)
