@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
-from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.math import attention, check_plain_logits, extra_term, fold_sinks, scaling_of, sinks_of
 from evolkv.errors import RunError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Entries above which copying a row costs more than attending to it apart from others of its length.
 _LONG = 512
+
+# Growing by one token copies a group. That is nothing for a small one. One whose keys have this many bytes grows, when
+# it is full, by a token more for every so many that its rows hold, though by so many more at most.
+_WORTH_ROOM = 2**19
+_PER_SPARE, _MOST_SPARE = 64, 16
+
+# The rows of all groups, one group behind the other, and how many each has.
+RowOrder = tuple[Tensor, list[int]]
 
 
 @dataclass
@@ -38,8 +48,10 @@ class RowGroup:
     keys: Tensor
     values: Tensor
     positions: Tensor
-    #: What `keys` and `values` are the first entries of, where room for more was reserved.
+    #: What `keys` and `values` are a part of, where room for more was reserved.
     _reserved: tuple[Tensor, Tensor] | None = None
+    #: The entry of what is reserved with which `keys` and `values` begin: those before it have left the window.
+    _start: int = 0
 
     @classmethod
     def join(cls, groups: list[RowGroup], room: int) -> RowGroup:
@@ -78,21 +90,59 @@ class RowGroup:
         return keys.nbytes + values.nbytes
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Adds entries ``[group, new, dim]`` behind those held: in reserved room, or else by growing by just these."""
+        """Adds entries ``[group, new, dim]`` behind those held, in reserved room as far as there is any.
+
+        A group with keys of less than 512 KiB grows by just these entries. A larger one reserves room as well, of which
+        `nbytes` knows: a 64th of what it holds and 16 tokens at most.
+        """
         held, new = self.keys.shape[1], keys.shape[1]
-        if self._reserved is not None and held + new <= self._reserved[0].shape[1]:
-            for buffer, entries in zip(self._reserved, (keys, values), strict=True):
-                buffer[:, held : held + new] = entries
-            self.keys, self.values = (buffer[:, : held + new] for buffer in self._reserved)
-            return
-        self._reserved = None
-        self.keys = torch.cat([self.keys, keys], dim=1)
-        self.values = torch.cat([self.values, values], dim=1)
+        if not self._has_room(new):
+            # Nothing is written in place that a gradient may be asked for.
+            if self.keys.nbytes < _WORTH_ROOM or keys.requires_grad:
+                self._reserved, self._start = None, 0
+                self.keys, self.values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
+                return
+            self._make_room(new + min(_MOST_SPARE, held // _PER_SPARE))
+        assert self._reserved is not None
+        all_keys, all_values = self._reserved
+        end = self._start + held
+        all_keys.narrow(1, end, new).copy_(keys)
+        all_values.narrow(1, end, new).copy_(values)
+        self.keys = all_keys.narrow(1, self._start, held + new)
+        self.values = all_values.narrow(1, self._start, held + new)
+
+    def _has_room(self, new: int) -> bool:
+        if self._reserved is None:
+            return False
+        buffer = self._reserved[0]
+        # What was made in inference mode can be written to in that mode only.
+        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+        return writable and self._start + self.keys.shape[1] + new <= buffer.shape[1]
+
+    def _make_room(self, room: int) -> None:
+        """Moves the entries to memory with room for so many more."""
+        held = self.keys.shape[1]
+        buffers = []
+        for entries in (self.keys, self.values):
+            buffer = entries.new_empty((len(entries), held + room, entries.shape[-1]))
+            buffer.narrow(1, 0, held).copy_(entries)
+            buffers.append(buffer)
+        keys, values = buffers
+        self._reserved, self._start = (keys, values), 0
 
     def keep_entries(self, which: slice) -> None:
         """Forgets, and frees, all entries of every row but these."""
-        self._reserved = None
+        self._reserved, self._start = None, 0
         self.keys, self.values = self.keys[:, which].clone(), self.values[:, which].clone()
+
+    def drop_oldest(self, count: int) -> None:
+        """Forgets the first entries of every row; the memory of up to 16 of them goes a few tokens later."""
+        if self._reserved is None or self._start + count > _MOST_SPARE:
+            self.keep_entries(slice(count, None))
+        else:
+            self._start += count
+            self.keys, self.values = self.keys[:, count:], self.values[:, count:]
+        self.positions = self.positions[:, count:].clone()
 
     def select(self, rows: Tensor) -> RowGroup | None:
         """The group for a new set of rows, of which row ``i`` is a copy of the present row ``rows[i]``."""
@@ -187,6 +237,8 @@ class CompressedLayer(CacheLayerMixin):
         """Nothing is allocated ahead of the prompt."""
         self.dtype, self.device = key_states.dtype, key_states.device
 
+    # A compiled model runs `update` and `attend` as they are: their state is in Python objects, and grows.
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
         if not self.is_initialized:
@@ -273,6 +325,7 @@ class CompressedLayer(CacheLayerMixin):
 
     # Attention.
 
+    @torch.compiler.disable
     def attend(
         self,
         own: Attention,
@@ -388,25 +441,36 @@ class CompressedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         batch, _, new, _ = key.shape
         visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
-        if self._is_dense(batch):
-            self.groups[0].append(key.flatten(0, 1), value.flatten(0, 1))
-        else:
-            key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
-            for group in self.groups:
-                group.append(key_rows[group.rows], value_rows[group.rows])
+        key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
+        order = None
+        if not self._is_dense(batch):
+            rows = [group.rows for group in self.groups]
+            order = torch.cat(rows), [part.shape[0] for part in rows]
+        new_entries = zip(self.groups, self._by_group(key_rows, order), self._by_group(value_rows, order), strict=True)
+        for group, keys, values in new_entries:
+            group.append(keys, values)
         self.appended += new
         if self.sliding_window is not None:
             self._record_positions(new)
 
-        if visible is None and self._is_dense(batch) and not self._window_may_hide():
+        everything = visible is None and not self._window_may_hide()
+        if everything and order is None and not _folding_is_equal(own, kwargs):
             output = self._attend_dense(own, module, query, kwargs)
         else:
-            output = self._attend_groups(module, query, visible, kwargs), None
+            output = self._attend_groups(module, query, order, visible, kwargs), None
         self._drop_out_of_window()
         return output
 
     def _is_dense(self, batch: int) -> bool:
-        return len(self.groups) == 1 and len(self.groups[0].rows) == batch * self.num_kv_heads
+        return len(self.groups) == 1 and self.groups[0].rows.shape[0] == batch * self.num_kv_heads
+
+    @staticmethod
+    def _by_group(values: Tensor, order: RowOrder | None) -> Sequence[Tensor]:
+        """Each group's share of ``[rows, ...]``, gathered at once."""
+        if order is None:
+            return (values,)
+        rows, sizes = order
+        return values.index_select(0, rows).split_with_sizes(sizes)
 
     def _record_positions(self, new: int) -> None:
         for group in self.groups:
@@ -425,8 +489,7 @@ class CompressedLayer(CacheLayerMixin):
         for group in self.groups:
             surplus = group.keys.shape[1] - self.sliding_window
             if surplus > 0:
-                group.keep_entries(slice(surplus, None))
-                group.positions = group.positions[:, surplus:].clone()
+                group.drop_oldest(surplus)
 
     def _attend_dense(
         self, own: Attention, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
@@ -437,7 +500,7 @@ class CompressedLayer(CacheLayerMixin):
         return own(module, query, key, value, None, **kwargs)
 
     def _attend_groups(
-        self, module: nn.Module, query: Tensor, visible: Tensor | None, kwargs: dict[str, Any]
+        self, module: nn.Module, query: Tensor, order: RowOrder | None, visible: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         """Group by group, without padding any row to another's length."""
         check_plain_logits(module, kwargs)
@@ -445,27 +508,25 @@ class CompressedLayer(CacheLayerMixin):
         heads = self.num_kv_heads
         fold = query_heads // heads
         rows = query.reshape(batch * heads, fold * queries, head_dim)
+        scaling, softcap = scaling_of(query, kwargs), kwargs.get("softcap")
         sinks = fold_sinks(sinks_of(kwargs), heads, queries)
-        output: Tensor | None = None
-        for group in self.groups:
+        attended = []
+        for group, asking in zip(self.groups, self._by_group(rows, order), strict=True):
             shown = self._visible_to_group(group, queries, visible)
             if shown is not None and queries > 1:
                 shown = shown.repeat(1, fold, 1)
-            attended = attention(
-                rows[group.rows],
-                group.keys,
-                group.values,
-                shown,
-                scaling_of(query, kwargs),
-                kwargs.get("softcap"),
-                None if sinks is None else sinks[group.rows % heads],
-            )
-            if output is None:
-                output = attended.new_empty((batch * heads, fold * queries, attended.shape[-1]))
-            output[group.rows] = attended
-        assert output is not None
+            sunk = None if sinks is None else sinks[group.rows % heads]
+            attended.append(attention(asking, group.keys, group.values, shown, scaling, softcap, sunk))
+        if order is None:
+            output = attended[0]
+        else:
+            in_order = torch.cat(attended)
+            output = torch.empty_like(in_order)
+            output[order[0]] = in_order
+        if queries == 1:
+            return output.reshape(batch, 1, query_heads, -1)
         # [batch * kv_heads, fold * queries, dim] -> [batch, queries, heads, dim]
-        return output.view(batch, query_heads, queries, -1).transpose(1, 2).contiguous()
+        return output.reshape(batch, query_heads, queries, -1).transpose(1, 2).contiguous()
 
     def _visible_to_group(self, group: RowGroup, queries: int, visible: Tensor | None) -> Tensor | None:
         """Which entries each query of a group sees, ``[group, queries, entries]``; None for all."""
@@ -483,6 +544,14 @@ class CompressedLayer(CacheLayerMixin):
             inside = group.positions[:, None] > asking - self.sliding_window
             shown = inside if shown is None else shown & inside
         return shown
+
+
+def _folding_is_equal(own: Attention, kwargs: dict[str, Any]) -> bool:
+    """Whether a dense layer may be attended to like any group instead of by the model's own attention.
+
+    That gives what sdpa gives, which for one query reads every key once for each of its query heads on a CPU.
+    """
+    return own is sdpa_attention_forward and extra_term(kwargs) is None and not kwargs.get("dropout")
 
 
 def one_sequence(prompt: PromptAttention, index: int, tokens: Tensor) -> PromptAttention:

@@ -1,0 +1,205 @@
+"""Thousands of requests of random shape on one model: does memory stay level, and is every answer the right one?
+
+    python bench/soak.py [--requests 2000] [--model random:tiny] [--json FILE]
+
+A request is a (padded) batch of random prompts under a random method, budget and selector: through `compress()` and
+`generate()`, through a `CompressedCache` given to `generate()`, or through forward calls of one or several tokens on
+such a cache; a quarter of these caches are reset and used again. Every answer is held against the same prompts one at a
+time: all logits must agree to a thousandth of their standard deviation, up to the first token that differs, if one does
+(two logits that close may change places). Memory is the resident set after each request, garbage collected and free
+memory returned; from after the warm-up (the first fifth) to the end it may grow by less than 1 %. Exits with 1 if a
+check fails.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+import evolkv
+from common import finish, machine, parser
+from contenders import return_free_memory
+from evolkv.selectors import get_selector
+from shapes import load
+
+TOLERANCE = 1e-3
+MOST_GROWTH = 0.01
+METHODS = ("per layer", "per head", "pyramid+snapkv", "adakv+snapkv", "cake+snapkv")
+SELECTORS = ("snapkv", "knorm", "tova", "streaming_llm", "h2o", "keydiff")
+MODES = ("compress", "cache", "forward")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request.
+
+    Args:
+        prompts: token ids of each sequence, ``[tokens]``.
+        method: what `CompressedCache` takes: a profile, or a method's name.
+        budget: mean entries per head of a named method; None for a profile.
+        mode: one of `MODES`.
+        answer: tokens to generate, or to feed.
+        reset: whether the cache serves another prompt first.
+    """
+
+    prompts: list[Tensor]
+    method: Any
+    budget: int | None
+    mode: str
+    answer: int
+    reset: bool
+
+
+class Soak:
+    """A model, and requests drawn for it."""
+
+    def __init__(self, model: Any, seed: int, longest: int):
+        self.model, self.longest = model, longest
+        self.random = np.random.default_rng(seed)
+        config = model.config.get_text_config(decoder=True)
+        self.shape = (config.num_hidden_layers, config.num_key_value_heads)
+        self.vocabulary = config.vocab_size
+        self.kinds: Counter[str] = Counter()
+
+    def draw(self) -> Request:
+        """A random request."""
+        batch = int(self.random.choice([1, 1, 2, 3, 5]))
+        lengths = self.random.integers(8, self.longest, size=batch)
+        if self.random.random() < 0.5:
+            lengths[:] = lengths[0]
+        prompts = [torch.from_numpy(self.random.integers(3, self.vocabulary, size=n)) for n in lengths]
+        method, mode = str(self.random.choice(METHODS)), str(self.random.choice(MODES))
+        selector: dict[str, Any] = {"name": str(self.random.choice(SELECTORS))}
+        if selector["name"] == "snapkv":
+            selector |= {"window": 4}
+        least = max(8, get_selector(selector).min_budget)
+        budget: int | None = int(self.random.integers(least, self.longest))
+        chosen: Any = method
+        if method == "per layer":
+            chosen, budget = evolkv.BudgetProfile.uniform(self.model, budget, selector=selector), None
+        elif method == "per head":
+            budgets = self.random.integers(least, self.longest, size=self.shape)
+            chosen, budget = evolkv.BudgetProfile.from_budgets(self.model, budgets, selector=selector), None
+        else:
+            chosen = f"{method}:window=4"
+        self.kinds.update([method, mode, f"batch of {batch}"])
+        return Request(prompts, chosen, budget, mode, int(self.random.integers(1, 12)), self.random.random() < 0.25)
+
+    def answer(self, request: Request, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens ``[rows, answer]`` and the logits that each followed from, ``[rows, answer, vocabulary]``."""
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if request.mode == "compress":
+            with evolkv.compress(self.model, request.method, request.budget):
+                return self._generate(ids, mask, request.answer)
+        cache = evolkv.CompressedCache(self.model, request.method, request.budget)
+        if request.reset:
+            self.model(ids[:, -8:], **cache.as_argument)
+            cache.reset()
+        if request.mode == "cache":
+            return self._generate(ids, mask, request.answer, **cache.as_argument)
+        return self._forward(ids, mask, request.answer, cache)
+
+    def _generate(self, ids: Tensor, mask: Tensor, tokens: int, **cache: Any) -> tuple[Tensor, Tensor]:
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **cache,
+        )
+        return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, 1)
+
+    def _forward(self, ids: Tensor, mask: Tensor, tokens: int, cache: Any) -> tuple[Tensor, Tensor]:
+        """The same tokens for every row, fed singly and several at once."""
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = [self.model(ids, attention_mask=mask, position_ids=position, **cache.as_argument).logits[:, -1:]]
+        fed = (torch.arange(tokens, device=ids.device) * 7 % (self.vocabulary - 3) + 3).expand(len(ids), -1)
+        length, start = mask.sum(-1, keepdim=True), 0
+        while start < tokens:
+            stop = min(tokens, start + (1 if start % 2 == 0 else 3))
+            mask = torch.cat([mask, mask.new_ones(len(ids), stop - start)], dim=1)
+            at = length + torch.arange(start, stop, device=ids.device)
+            part = self.model(fed[:, start:stop], attention_mask=mask, position_ids=at, **cache.as_argument)
+            logits.append(part.logits)
+            start = stop
+        return fed, torch.cat(logits, 1)
+
+    def wrong(self, request: Request) -> float:
+        """The largest difference of logits from those of each prompt alone, in standard deviations of these."""
+        tokens, logits = self.answer(request, request.prompts)
+        worst = 0.0
+        for i, prompt in enumerate(request.prompts):
+            alone, reference = self.answer(request, [prompt])
+            differing = (tokens[i] != alone[0]).nonzero()
+            end = int(differing[0]) + 1 if len(differing) else logits.shape[1]
+            expected = reference[0, :end].float()
+            worst = max(worst, float((logits[i, :end].float() - expected).abs().max() / expected.std()))
+        return worst
+
+
+def main() -> None:
+    """Runs the requests."""
+    options = parser(__doc__.partition("\n")[0])
+    options.add_argument("--requests", type=int, default=2000)
+    options.add_argument("--longest", type=int, default=256, help="tokens of the longest prompt")
+    options.set_defaults(model="random:tiny", device="cpu")
+    arguments = options.parse_args()
+    torch.manual_seed(arguments.seed)
+    model = load(arguments.model, arguments.dtype, arguments.device)
+    soak = Soak(model, arguments.seed, arguments.longest)
+    process, resident, differences = psutil.Process(), [], []
+    started = time.perf_counter()
+    for number in range(arguments.requests):
+        differences.append(soak.wrong(soak.draw()))
+        gc.collect()
+        return_free_memory()
+        resident.append(process.memory_info().rss)
+        if number % 100 == 99:
+            print(f"{number + 1} of {arguments.requests}", file=sys.stderr, flush=True)
+    fifth = max(1, arguments.requests // 5)
+    after_warm_up = statistics.median(resident[fifth : 2 * fifth] or resident)
+    growth = statistics.median(resident[-fifth:]) / after_warm_up - 1
+    wrong = sum(difference > TOLERANCE for difference in differences)
+    passed = wrong == 0 and growth < MOST_GROWTH
+    finish(
+        {
+            "benchmark": "soak",
+            "machine": machine(model.device),
+            "model": arguments.model,
+            "dtype": arguments.dtype,
+            "requests": arguments.requests,
+            "seconds": time.perf_counter() - started,
+            "kinds": dict(sorted(soak.kinds.items())),
+            "wrong_answers": wrong,
+            "largest_difference": max(differences),
+            "resident_bytes_after_warm_up": after_warm_up,
+            "resident_growth": growth,
+            "passed": passed,
+        },
+        arguments.json,
+    )
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

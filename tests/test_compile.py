@@ -1,0 +1,26 @@
+"""A model that was compiled with `torch.compile` runs on a compressed cache like any other."""
+
+from __future__ import annotations
+
+import torch
+
+from evolkv import BudgetProfile, CompressedCache
+from tiny import tiny_model, tokens
+
+BUDGETS = [[7, 12], [9, 9], [5, 30], [16, 4]]
+
+
+def test_a_compiled_model_gives_what_the_model_gives():
+    model = tiny_model()
+    profile = BudgetProfile.from_budgets(model, BUDGETS, {"name": "snapkv", "window": 4})
+    caches = [CompressedCache(model, profile) for _ in range(2)]
+    for cache in caches:
+        model(tokens(1, 40), **cache.as_argument)
+    # Without a backend's code generation: what must work is the tracing.
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for step in range(3):
+        token = tokens(1, 1, seed=step)
+        expected = model(token, **caches[0].as_argument).logits
+        torch.testing.assert_close(compiled(token, **caches[1].as_argument).logits, expected, atol=1e-5, rtol=0)
+    assert caches[1].kv_bytes == caches[0].kv_bytes
+    assert caches[1].get_seq_length() == 43
