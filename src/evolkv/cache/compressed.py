@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evolkv.cache.adaptive import AdaptiveLayer
+from evolkv.cache.argument import given_cache, with_cache
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
@@ -235,7 +236,7 @@ def compress(
     make_layers = _LayerMaker(model, profile, budget)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        given = kwargs.get("past_key_values")
+        given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.get_text_config(decoder=True).use_cache
@@ -248,9 +249,8 @@ def compress(
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
                 "call it without cache_implementation and without past_key_values"
             )
-        kwargs["past_key_values"] = CompressedCache._with_layers(model, make_layers())
-        kwargs["use_cache"] = True
-        return args, kwargs
+        cache = CompressedCache._with_layers(model, make_layers())
+        return args, {**with_cache(module.forward, kwargs, cache), "use_cache": True}
 
     detach = attach(model)
     # First in line: of nested blocks the innermost one must be the first to bring its cache.

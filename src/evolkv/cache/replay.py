@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from evolkv.cache.argument import given_cache
 from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, check_plain_logits, scaling_of
@@ -230,11 +231,12 @@ class ReplayCache(HookedCache):
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             # The same model may be running for other threads.
-            if kwargs.get("past_key_values") is not self:
+            if given_cache(kwargs) is not self:
                 return None
-            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != "past_key_values"}
+            # Neither a tensor nor a tuple, the cache itself stays as it is.
+            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items()}
             hidden = _repeated(args[0], self.fan) if first else args[0]
-            return (hidden, *args[1:]), {**wide, "past_key_values": self}
+            return (hidden, *args[1:]), wide
 
         with ExitStack() as hooks:
             for module in model.get_decoder().layers[self.shared :]:
