@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -59,6 +60,13 @@ class AdaptiveLayer(CompressedLayer):
         """Empties the layer, which is then ready for another prompt."""
         super().reset()
         self._waiting = None
+
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+        """See `CompressedLayer.copy`."""
+        twin = super().copy(layers, context)
+        assert isinstance(twin, AdaptiveLayer)
+        twin._layers = cast("list[AdaptiveLayer]", layers)
+        return twin
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what layers compete for is stored with the last of them."""
