@@ -427,6 +427,12 @@ def compress(
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
                 "call it without cache_implementation and without past_key_values"
             )
+        kept = kwargs.get("logits_to_keep")
+        if given is not None and isinstance(kept, int) and kept > 1:
+            raise UsageError(
+                "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
+                "give generate() an empty CompressedCache(model, profile) as its cache"
+            )
         cache = CompressedCache._with_layers(model, make_layers())
         return args, {**with_cache(module.forward, kwargs, cache), "use_cache": True}
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.layer import CompressedLayer, RowGroup
 from evolkv.errors import CacheFileError, RunError, UsageError
-from evolkv.models import describe_model, sliding_windows
+from evolkv.models import ModelInfo, describe_model, sliding_windows
 from evolkv.selectors import Selector, get_selector
 from evolkv.whole_files import write_with
 
@@ -116,7 +116,7 @@ def write_cache(
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
     description = _Description(
-        model=_model(model),
+        model=_model(model, describe_model(model)),
         selector=first.selector.to_dict(),
         prompt_lengths=first.prompt_lengths,
         prompt_width=first.prompt_width,
@@ -151,8 +151,7 @@ def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCa
         raise CacheFileError(f"{path}: {error}") from None
 
 
-def _model(model: PreTrainedModel) -> _Model:
-    info = describe_model(model)
+def _model(model: PreTrainedModel, info: ModelInfo) -> _Model:
     rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
     return _Model(
         name=info.name,
@@ -171,8 +170,9 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
     try:
         with safe_open(path, framework="pt", device=str(model.device)) as file:
             description = _description(file.metadata() or {})
-            _check_model(description.model, _model(model))
-            return _Reader(file, description, model).read()
+            info = describe_model(model)
+            _check_model(description.model, _model(model, info))
+            return _Reader(file, description, model, info).read()
     except SafetensorError as error:
         raise CacheFileError(f"no cache, or cut off: {error}; write it again with CompressedCache.save") from None
     except OSError as error:
@@ -215,9 +215,9 @@ def _check_model(stored: _Model, present: _Model) -> None:
 class _Reader:
     """Takes the tensors of one file, each checked against the description."""
 
-    def __init__(self, file: Any, description: _Description, model: PreTrainedModel):
+    def __init__(self, file: Any, description: _Description, model: PreTrainedModel, info: ModelInfo):
         self.file, self.said = file, description
-        self.heads, self.dtype = description.model.num_kv_heads, model.dtype
+        self.heads, self.head_dim, self.dtype = description.model.num_kv_heads, info.head_dim, model.dtype
         self.batch = len(description.prompt_lengths)
 
     def read(self) -> StoredCache:
@@ -230,7 +230,10 @@ class _Reader:
         _check(
             all(1 <= length <= said.prompt_width for length in said.prompt_lengths), "prompt_lengths are out of range"
         )
-        budgets = [np.array(layer.budgets, dtype=np.int64) for layer in said.layers]
+        try:
+            budgets = [np.array(layer.budgets, dtype=np.int64) for layer in said.layers]
+        except ValueError:
+            raise CacheFileError("damaged: budgets have rows of different lengths; write it again") from None
         shapes = ((self.heads,), (self.batch, self.heads))
         _check(all(each.shape in shapes for each in budgets), "budgets do not fit its sequences and heads")
         groups = [
@@ -249,15 +252,20 @@ class _Reader:
     def _group(self, name: str, window: int | None) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)
         keys, values = (self._tensor(f"{name}.{part}", self.dtype) for part in ("keys", "values"))
-        _check(rows.ndim == 1 and len(rows) > 0, f"{name}.rows has the wrong shape")
+        fits = rows.ndim == 1 and len(rows) > 0 and 0 <= int(rows.min()) <= int(rows.max()) < self.batch * self.heads
+        _check(fits, f"{name}.rows are not rows of its sequences and heads")
         shape = keys.shape[:2]
         _check(
             keys.ndim == values.ndim == 3 and len(rows) == shape[0] and values.shape[:2] == shape,
             f"{name}.keys or values have the wrong shape",
         )
+        _check(keys.shape[2] == self.head_dim, f"{name}.keys do not have the model's {self.head_dim} channels")
         # In a sliding-window layer later tokens have positions too.
         later = self.said.appended if window is None else 0
         _check(positions.shape == (shape[0], shape[1] - later), f"{name}.positions has the wrong shape")
+        ends = torch.tensor(self.said.prompt_lengths, device=rows.device)[rows // self.heads, None]
+        ends = ends if window is None else ends + self.said.appended
+        _check(bool(((positions >= 0) & (positions < ends)).all()), f"{name}.positions are out of range")
         return RowGroup(rows, keys, values, positions)
 
     def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
