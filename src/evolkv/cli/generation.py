@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
+from evolkv.cache.argument import given_cache, with_cache
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
@@ -42,6 +43,46 @@ class Generated:
     decode_seconds: float
 
 
+@dataclass(frozen=True)
+class SavedDocument:
+    """What was kept of a document, and its cost; the fields are those of `Generated`."""
+
+    prompt_tokens: int
+    kv_bytes: int
+    full_kv_bytes: int
+    seconds: float
+
+
+def save_document(
+    model: Any, tokenizer: Any, document: str, method: Method, budget: int | None, path: str, *, raw: bool = False
+) -> SavedDocument:
+    """Read a document, and save what a method keeps of it, for questions that come later.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        document: what the user's message begins with, where the tokenizer has a chat template.
+        method: what to keep.
+        budget: as for `generate_text`.
+        path: where the cache goes; see `CompressedCache.load`.
+        raw: as for `generate_text`.
+
+    Raises:
+        UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
+    """
+    _check_text("document", document)
+    before, _ = _around_question(tokenizer, raw)
+    ids = encode_text(tokenizer, before + document)
+    _check_fits(model, "document", ids)
+    started = time.perf_counter()
+    try:
+        cache = CompressedCache.prefill(model, method, torch.tensor([ids]), budget=budget)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory on a document of {len(ids)} tokens; use a shorter one") from error
+    cache.save(path)
+    return SavedDocument(len(ids), cache.kv_bytes, _full_bytes(model, len(ids)), time.perf_counter() - started)
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -54,8 +95,9 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    document: CompressedCache | None = None,
 ) -> Generated:
-    """Continue a prompt.
+    """Continue a prompt, or ask it of a document.
 
     Args:
         model: a transformers decoder-only model.
@@ -68,6 +110,7 @@ def generate_text(
         temperature: 0 for greedy, above 0 to sample.
         seed: of the sampling.
         on_text: called with each piece of text as it is generated.
+        document: holds what `save_document` read; the prompt is the question, and `method` and `budget` say nothing.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
@@ -78,26 +121,23 @@ def generate_text(
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
-    ids = _encode(tokenizer, prompt, raw)
-    limit = describe_model(model).max_context
-    if len(ids) >= limit:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
-            "shorten the prompt or use a model with a longer context"
-        )
-    cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
+    _check_text("prompt", prompt)
+    inputs = (
+        _prompt_inputs(model, tokenizer, prompt, method, budget, raw)
+        if document is None
+        else _question_inputs(tokenizer, document, prompt, raw)
+    )
+    cache, ids = given_cache(inputs), inputs["input_ids"][0].tolist()
+    limit = _check_fits(model, "prompt", ids)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
         torch.manual_seed(seed)
     meter = _Meter(tokenizer, cache, on_text or (lambda text: None))
-    inputs = torch.tensor([ids], device=model.device)
     started = time.perf_counter()
     try:
         output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
+            **inputs,
             max_new_tokens=min(max_new_tokens, limit - len(ids)),
             eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
             streamer=meter,
@@ -112,21 +152,63 @@ def generate_text(
         prompt_tokens=len(ids),
         new_tokens=len(new),
         kv_bytes=meter.kv_bytes,
-        full_kv_bytes=meter.kv_bytes if method is None else _full_bytes(model, len(ids)),
+        full_kv_bytes=meter.kv_bytes if isinstance(cache, DynamicCache) else _full_bytes(model, len(ids)),
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
 
 
-def _encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; give it some text")
+def _prompt_inputs(
+    model: Any, tokenizer: Any, prompt: str, method: Method | None, budget: int | None, raw: bool
+) -> dict[str, Any]:
+    text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
+    ids = torch.tensor([encode_text(tokenizer, text)], device=model.device)
+    cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return with_cache(model.prepare_inputs_for_generation, inputs, cache)
+
+
+def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
+    if document.num_rows != 1:
+        raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
+    _, after = _around_question(tokenizer, raw)
+    # In a message the question stands apart from the document; without a template it is for the user to say how.
+    text = question if raw else f"\n\n{question}"
+    ids = tokenizer(text + after, add_special_tokens=False, verbose=False)["input_ids"]
+    return document.followed_by(torch.tensor([ids]))
+
+
+def _chats(tokenizer: Any, raw: bool) -> bool:
+    return not raw and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _around_question(tokenizer: Any, raw: bool) -> tuple[str, str]:
+    """What a chat template puts before and after the user's message."""
+    if not _chats(tokenizer, raw):
+        return "", ""
+    mark = "<<<the message>>>"
+    before, _, after = user_message(tokenizer, mark).partition(mark)
+    return before, after
+
+
+def _check_text(what: str, text: str) -> None:
+    if not text.strip():
+        raise UsageError(f"the {what} is empty; give it some text")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UsageError("the prompt is not valid UTF-8; convert it to UTF-8") from None
-    chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-    return encode_text(tokenizer, user_message(tokenizer, prompt) if chat else prompt)
+        raise UsageError(f"the {what} is not valid UTF-8; convert it to UTF-8") from None
+
+
+def _check_fits(model: Any, what: str, ids: list[int]) -> int:
+    """The tokens that the model's context holds."""
+    limit = describe_model(model).max_context
+    if len(ids) >= limit:
+        raise UsageError(
+            f"the {what} has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
+            f"shorten the {what} or use a model with a longer context"
+        )
+    return limit
 
 
 def _full_bytes(model: Any, tokens: int) -> int:
