@@ -142,9 +142,7 @@ def _check_cache(save_cache: str | None, cache: str | None, method: Method | Non
         raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
     if save_cache is not None:
         if method is None:
-            raise UsageError(
-                "--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128"
-            )
+            raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
         from evolkv.report.files import check_writable
 
         check_writable(save_cache)
