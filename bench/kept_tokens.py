@@ -131,7 +131,7 @@ def main() -> None:
         profile = evolkv.BudgetProfile.uniform(model, budget, selector=selector)
         cache = evolkv.CompressedCache(model, profile)
         with torch.inference_mode():
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **cache.as_argument, logits_to_keep=1)
         indices = []
         for mine, other in zip(cache.positions, theirs[name], strict=True):
             for head, kept in zip(mine, other, strict=True):

@@ -107,7 +107,7 @@ def main() -> None:
         cache = evolkv.CompressedCache(model, profile)
         # Without a mask, and without an end token, generate() would take the template's <|im_end|> for padding.
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": every}
-        answer = model.generate(ids, past_key_values=cache, **settings)[0, ids.shape[1] :].tolist()
+        answer = model.generate(ids, **cache.as_argument, **settings)[0, ids.shape[1] :].tolist()
         overlaps, counts = [], []
         for mine, other in zip(cache.positions, theirs[each]["kept"], strict=True):
             for head, kept in zip(mine, other, strict=True):

@@ -44,7 +44,7 @@ PRESSES: dict[str, tuple[str, dict[str, Any], str | None]] = {
 
 # One side: reads a line (a prompt and a method), prefills, decodes, writes a line. Runs under either environment.
 SIDE = """
-import contextlib, json, sys, time
+import contextlib, inspect, json, sys, time
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
@@ -60,10 +60,11 @@ def held(cache):
     return sum(storages.values())
 
 def measure(model, ids, open_cache, steps, end):
+    keyword = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     with open_cache() as cache:
         start = time.perf_counter()
         with cache.during_prompt:
-            logits = model(ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = model(ids, **{keyword: cache.cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
         prefill = time.perf_counter() - start
         size = held(cache.cache)
         answer, seconds, ended = [], [], False
@@ -74,7 +75,7 @@ def measure(model, ids, open_cache, steps, end):
                 answer.append(int(token))
             start = time.perf_counter()
             at = torch.tensor([[ids.shape[1] + step]])
-            logits = model(token[None], past_key_values=cache.cache, use_cache=True, position_ids=at).logits[:, -1]
+            logits = model(token[None], **{keyword: cache.cache}, use_cache=True, position_ids=at).logits[:, -1]
             seconds.append(time.perf_counter() - start)
     return {"prefill": prefill, "decode": sorted(seconds)[len(seconds) // 2], "bytes": size, "answer": answer}
 

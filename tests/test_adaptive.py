@@ -128,7 +128,7 @@ def test_allocators_and_selectors_go_together(family, name):
     cache = evolkv.CompressedCache(model, method, budget)
     for _ in range(2):
         with torch.no_grad():
-            model(tokens(1, length), past_key_values=cache)
+            model(tokens(1, length), cache=cache)
         held = [[len(positions) for positions in layer] for layer in cache.positions]
         assert held == budgets.tolist()
         cache.reset()
@@ -150,12 +150,12 @@ def test_each_prompt_of_a_padded_batch_gets_the_budgets_that_it_has_alone(family
     rows, ids, mask = padded([70, 48, 53], side)
     cache = evolkv.CompressedCache(model, method, budget)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
     assert len({str([[len(p) for p in head] for head in layer]) for layer in cache.positions}) > 1
     for number, row in enumerate(rows):
         alone = evolkv.CompressedCache(model, method, budget)
         with torch.no_grad():
-            model(row[None], past_key_values=alone)
+            model(row[None], cache=alone)
         for mine, its in zip(cache.positions, alone.positions, strict=True):
             assert [head[number].tolist() for head in mine] == [head.tolist() for head in its]
 
@@ -174,7 +174,7 @@ def test_generating_under_a_method_gives_the_answers_of_an_evaluation(smollm2, n
             do_sample=False,
             return_dict_in_generate=True,
         )
-    cache = output.past_key_values
+    cache = output.cache
     new = output.sequences.shape[1] - ids.shape[1]
     # The last token generated was never fed to the model.
     assert cache.kv_bytes == (100 + new - 1) * 90 * 2 * 64 * 4
@@ -206,7 +206,7 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     )
     with torch.no_grad():
         for cache in (by_name, by_profile, expanded):
-            model(tokens(1, 40), past_key_values=cache)
+            model(tokens(1, 40), cache=cache)
     assert str(by_name.positions) == str(by_profile.positions)
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 

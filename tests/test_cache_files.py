@@ -103,9 +103,9 @@ def test_a_loaded_cache_serves_another_prompt_after_reset(tmp_path):
     prefilled(model, RAGGED).save(tmp_path / "a.cache")
     loaded = CompressedCache.load(tmp_path / "a.cache", model)
     loaded.reset()
-    model(tokens(1, 50, seed=4), past_key_values=loaded)
+    model(tokens(1, 50, seed=4), **loaded.as_argument)
     fresh = CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, SNAPKV))
-    model(tokens(1, 50, seed=4), past_key_values=fresh)
+    model(tokens(1, 50, seed=4), **fresh.as_argument)
     assert str(loaded.positions) == str(fresh.positions)
 
 
@@ -329,7 +329,7 @@ def test_copies_keep_apart_when_one_takes_tokens_back():
     branch, untouched = cache.copy(), cache.copy()
     expected = answer(model, untouched, OTHER)
     branch.crop(-9)
-    model(tokens(1, 9, seed=3), past_key_values=branch)
+    model(tokens(1, 9, seed=3), **branch.as_argument)
     assert same(answer(model, cache, OTHER), expected)
 
 
@@ -338,7 +338,7 @@ def test_a_copy_of_an_adaptive_cache_serves_another_prompt():
     cache = CompressedCache.prefill(model, "cake+adakv+snapkv:window=4", tokens(1, 40), budget=10)
     twin, positions = cache.copy(), str(cache.positions)
     twin.reset()
-    model(tokens(1, 50, seed=4), past_key_values=twin)
+    model(tokens(1, 50, seed=4), **twin.as_argument)
     fresh = CompressedCache.prefill(model, "cake+adakv+snapkv:window=4", tokens(1, 50, seed=4), budget=10)
     assert str(twin.positions) == str(fresh.positions)
     assert str(cache.positions) == positions
@@ -365,6 +365,6 @@ def test_a_document_is_read_once_and_asked_later(smollm2, tmp_path):
     settings = {"max_new_tokens": 6, "do_sample": False}
     told = model.generate(**cache.followed_by(question), **settings)
     whole = CompressedCache(model, profile)
-    model(ids, past_key_values=whole)
-    expected = model.generate(torch.cat([ids, question], 1), past_key_values=whole, **settings)
+    model(ids, **whole.as_argument)
+    expected = model.generate(torch.cat([ids, question], 1), **whole.as_argument, **settings)
     assert torch.equal(told, expected)

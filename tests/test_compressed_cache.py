@@ -32,8 +32,8 @@ def run(model, prompt, mask=None, cache=None):
     batch = len(prompt)
     mask = torch.ones_like(prompt) if mask is None else mask
     more = tokens(1, 7, seed=7).expand(batch, -1)
-    output = model(prompt, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
-    cache = output.past_key_values
+    output = model(prompt, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache)
+    cache = output.cache
     last = (mask * torch.arange(mask.shape[1])).argmax(-1)
     logits = [output.logits[torch.arange(batch), last]]
     length = mask.sum(-1, keepdim=True)
@@ -43,7 +43,7 @@ def run(model, prompt, mask=None, cache=None):
             more[:, start:stop],
             attention_mask=mask,
             position_ids=length + torch.arange(start, stop),
-            past_key_values=cache,
+            cache=cache,
         )
         logits += list(output.logits.unbind(1))
     return torch.stack(logits, 1), cache
@@ -148,9 +148,9 @@ def test_evicting_equals_masking(family, seed):
 def test_sliding_layers_never_hold_more_than_their_window(family, budgets):
     model = tiny_model(family)
     with compress(model, profile(model, 200 if budgets == 10 else budgets)):
-        cache = model(tokens(1, 60)).past_key_values
+        cache = model(tokens(1, 60)).cache
         for step in range(30):
-            model(tokens(1, 1, seed=step), past_key_values=cache)
+            model(tokens(1, 1, seed=step), cache=cache)
             sliding = [layer for layer in cache.layers if layer.sliding_window is not None]
             assert sliding
             for layer in sliding:
@@ -160,7 +160,7 @@ def test_sliding_layers_never_hold_more_than_their_window(family, budgets):
 def test_sliding_layer_keeps_only_tokens_within_its_window():
     model = tiny_model("mistral")
     cache = CompressedCache(model, profile(model, 10))
-    model(tokens(1, 60), past_key_values=cache)
+    model(tokens(1, 60), cache=cache)
     for layer in cache.positions:
         for head in layer:
             assert len(head) == 10
@@ -173,7 +173,7 @@ def test_kv_bytes_are_exact(family, budgets):
     model = tiny_model(family)
     length = 37
     cache = CompressedCache(model, profile(model, budgets))
-    model(tokens(1, length), past_key_values=cache)
+    model(tokens(1, length), cache=cache)
     entries = np.minimum(np.broadcast_to(np.array(budgets), (LAYERS, KV_HEADS)), length).sum()
     assert cache.kv_bytes == entries * HEAD_DIM * 2 * 4
     storages = {
@@ -183,7 +183,7 @@ def test_kv_bytes_are_exact(family, budgets):
         for tensor in (group.keys, group.values)
     }
     assert sum(storages.values()) == cache.kv_bytes
-    model(tokens(1, 1), past_key_values=cache)
+    model(tokens(1, 1), cache=cache)
     assert cache.kv_bytes == (entries + LAYERS * KV_HEADS) * HEAD_DIM * 2 * 4
 
 
@@ -195,7 +195,7 @@ def test_nothing_else_of_the_prompt_stays_alive(budgets):
     for layer in model.model.layers:
         layer.self_attn.qkv_proj.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
     cache = CompressedCache(model, profile(model, budgets))
-    model(tokens(1, 50), past_key_values=cache)
+    model(tokens(1, 50), cache=cache)
     gc.collect()
     assert len(alive) == LAYERS
     assert not any(reference() is not None for reference in alive)
@@ -208,7 +208,7 @@ def test_positions_are_true_positions():
     model = tiny_model()
     budgets = np.add(RAGGED, 1)
     cache = CompressedCache(model, profile(model, budgets, "streaming_llm"))
-    model(tokens(1, 40), past_key_values=cache)
+    model(tokens(1, 40), cache=cache)
     for layer, row in enumerate(budgets.tolist()):
         for head, budget in enumerate(row):
             expected = [*range(4), *range(40 - (budget - 4), 40)]
@@ -260,7 +260,7 @@ def test_generate_takes_an_explicit_cache():
     model = tiny_model()
     chosen = profile(model, RAGGED)
     cache = CompressedCache(model, chosen)
-    text = model.generate(tokens(1, 40), past_key_values=cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    text = model.generate(tokens(1, 40), cache=cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
     with compress(model, chosen):
         expected = model.generate(tokens(1, 40), max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert torch.equal(text, expected)
@@ -278,7 +278,7 @@ def test_beam_search_on_a_ragged_cache_equals_generating_from_each_beam_alone():
             output = model(tokens(1, 40))
             log_probs = [output.logits[0, -1].log_softmax(-1)[sequence[40]]]
             for at in range(40, 45):
-                output = model(sequence[None, at : at + 1], past_key_values=output.past_key_values)
+                output = model(sequence[None, at : at + 1], cache=output.cache)
                 log_probs.append(output.logits[0, -1].log_softmax(-1)[sequence[at + 1]])
             torch.testing.assert_close(torch.stack(log_probs).mean(), score, atol=1e-4, rtol=0)
 
@@ -323,8 +323,8 @@ def test_inner_block_counts():
     model = tiny_model()
     with compress(model, profile(model, 20)):
         with compress(model, profile(model, 8)):
-            inner = model(tokens(1, 40)).past_key_values.kv_bytes
-        outer = model(tokens(1, 40)).past_key_values.kv_bytes
+            inner = model(tokens(1, 40)).cache.kv_bytes
+        outer = model(tokens(1, 40)).cache.kv_bytes
     assert (inner, outer) == (8 * 8 * HEAD_DIM * 8, 20 * 8 * HEAD_DIM * 8)
 
 
@@ -333,10 +333,10 @@ def test_plain_cache_and_no_cache_work_as_before_inside_the_block():
     expected, plain = run(model, tokens(1, 40), cache=DynamicCache(config=model.config))
     with compress(model, profile(model, 8)):
         no_cache = model(tokens(1, 40), use_cache=False)
-        more = model(tokens(1, 1), past_key_values=plain)
-    assert no_cache.past_key_values is None
+        more = model(tokens(1, 1), cache=plain)
+    assert no_cache.cache is None
     torch.testing.assert_close(no_cache.logits[:, -1], expected[:, 0])
-    assert type(more.past_key_values) is DynamicCache
+    assert type(more.cache) is DynamicCache
 
 
 def test_static_cache_is_refused_clearly():

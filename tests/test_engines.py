@@ -51,7 +51,7 @@ def test_replayed_log_probs_equal_those_of_compressed_caches(family, length, sha
     for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         for row, candidate in enumerate(budgets):
             cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
-            first = model(prompt, past_key_values=cache).logits[:, -1]
+            first = model(prompt, cache=cache).logits[:, -1]
             (alone,) = target_log_probs(model, cache, first, [prompt.shape[1]], [target])
             torch.testing.assert_close(replayed[5 * i + row], alone, atol=1e-5, rtol=0)
 
@@ -75,7 +75,7 @@ def test_replayed_greedy_tokens_equal_generate(family):
     replayed = greedy(model, ReplayCache(model, [ranked], budgets), logits, [45] * 4, [12] * 4, end=())
     for row, candidate in enumerate(budgets):
         cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
-        text = model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        text = model.generate(prompt, cache=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert replayed[row] == text[0, 45:].tolist()
 
 
@@ -125,7 +125,7 @@ def test_ranked_prompt_holds_no_more_than_the_ceiling():
 def test_recording_cache_keeps_everything():
     model = tiny_model("mistral")
     cache = RecordingCache(model, [SNAPKV])
-    model(tokens(1, 60), past_key_values=cache)
+    model(tokens(1, 60), cache=cache)
     assert all(layer.held()[0].shape[2] == 60 for layer in cache.layers)
 
 

@@ -118,8 +118,8 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
     target = tokenizer(example.target, return_tensors="pt").input_ids
     cache = CompressedCache(model, BudgetProfile.uniform(model, 60, selector="tova"))
     with torch.inference_mode():
-        first = model(encode_prompt(tokenizer, example), past_key_values=cache).logits[:, -1:]
-        rest = model(target[:, :-1], past_key_values=cache).logits
+        first = model(encode_prompt(tokenizer, example), cache=cache).logits[:, -1:]
+        rest = model(target[:, :-1], cache=cache).logits
     log_probs = torch.cat([first, rest], 1).log_softmax(-1).gather(-1, target[..., None])
     assert row["score"] == pytest.approx(float(log_probs.mean().exp()), abs=1e-4)
     assert row["metric"] == "logprob"

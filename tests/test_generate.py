@@ -20,8 +20,8 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.cache.argument import with_cache
 from evolkv.errors import RunError, UsageError
+from evolkv.models.forward import cache_in, cache_keyword
 from tiny import KV_HEADS, LAYERS, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
@@ -68,12 +68,12 @@ class Loop:
         with compress(model, profile(model, budgets)):
             places = (self.mask.cumsum(-1) - 1).clamp(min=0)
             output = model(prompt, attention_mask=self.mask, position_ids=places)
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+        self.cache, self.logits = cache_in(output), output.logits[:, -1]
 
     def feed(self, ids):
         """Reads one token per sequence."""
         self.mask = torch.cat([self.mask, torch.ones_like(ids)[:, None]], dim=1)
-        arguments = with_cache(self.model.forward, {}, self.cache)
+        arguments = {cache_keyword(self.model): self.cache}
         places = self.mask.sum(-1, keepdim=True) - 1
         self.logits = self.model(ids[:, None], attention_mask=self.mask, position_ids=places, **arguments).logits[:, -1]
 
@@ -114,10 +114,10 @@ def masked(model, turns, kept, count):
     try:
         cache = DynamicCache()
         for turn in turns:
-            output = model(turn, **with_cache(model.forward, {}, cache))
+            output = model(turn, **{cache_keyword(model): cache})
         found = [output.logits[0, -1].argmax()]
         for _ in range(count - 1):
-            output = model(found[-1].view(1, 1), **with_cache(model.forward, {}, cache))
+            output = model(found[-1].view(1, 1), **{cache_keyword(model): cache})
             found.append(output.logits[0, -1].argmax())
         return torch.stack(found)
     finally:
@@ -128,7 +128,7 @@ def generated(model, inputs, budgets, explicit, **settings):
     """What generate() returns under a profile, by either way of asking for it."""
     if explicit:
         cache = CompressedCache(model, profile(model, budgets))
-        return model.generate(inputs, past_key_values=cache, **settings)
+        return model.generate(inputs, **cache.as_argument, **settings)
     with compress(model, profile(model, budgets)):
         return model.generate(inputs, **settings)
 
@@ -194,7 +194,7 @@ def test_scores_and_logits_are_those_of_the_loop(model, budgets):
         torch.testing.assert_close(logits, loop.logits, atol=1e-5, rtol=0)
         loop.feed(output.sequences[:, 40 + step])
     assert not torch.equal(output.scores[-1], output.logits[-1])
-    assert isinstance(output.past_key_values, CompressedCache)
+    assert isinstance(cache_in(output), CompressedCache)
 
 
 @pytest.mark.parametrize("budgets", [[400] * LAYERS, RAGGED], ids=["covering", "heads"])
@@ -270,7 +270,7 @@ def test_assisted_decoding_gives_the_greedy_text(model, budgets, assistant):
     help_with = {"prompt_lookup_num_tokens": 3} if helper is None else {"assistant_model": helper}
     cache = CompressedCache(model, profile(model, budgets))
     output = model.generate(
-        prompt, past_key_values=cache, return_dict_in_generate=True, **help_with, **{**GREEDY, "max_new_tokens": 24}
+        prompt, **cache.as_argument, return_dict_in_generate=True, **help_with, **{**GREEDY, "max_new_tokens": 24}
     )
     assert torch.equal(output.sequences[:, 39:], expected)
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
@@ -290,7 +290,7 @@ def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
     prompt, mask = tokens(1, 13).repeat(1, 3), torch.ones(1, 39, dtype=torch.long)
     prompt[:, :5], mask[:, :5] = 0, 0
     cache = CompressedCache(model, profile(model, RAGGED))
-    found = model.generate(prompt, attention_mask=mask, past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+    found = model.generate(prompt, attention_mask=mask, **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(found[:, 39:], Loop(model, prompt, RAGGED, mask).greedy(8))
 
 
@@ -337,10 +337,10 @@ def test_other_kinds_of_cache_are_refused(model, implementation):
 def test_second_turn_attends_to_the_compressed_first_turn(model, budgets):
     first, second = tokens(1, 40), tokens(1, 6, seed=9)
     cache = CompressedCache(model, profile(model, budgets))
-    answer = model.generate(first, past_key_values=cache, **GREEDY)
+    answer = model.generate(first, **cache.as_argument, **GREEDY)
     kept = cache.positions
     text = torch.cat([answer, second], dim=1)
-    found = model.generate(text, past_key_values=cache, **GREEDY)
+    found = model.generate(text, **cache.as_argument, **GREEDY)
     assert torch.equal(found[0, text.shape[1] :], masked(model, [first, text[:, 40:]], kept, 8))
     assert cache.get_seq_length() == text.shape[1] + 7
 
@@ -382,13 +382,13 @@ def test_one_prompt_serves_several_beams_once_it_is_repeated(model, settings):
     # The same from a batch that was read three times; no path here but repetition is different.
     torch.manual_seed(1)
     again = CompressedCache.prefill(model, profile(model, RAGGED), tokens(1, 40).repeat(3, 1))
-    expected = model.generate(**{**asked, **with_cache(model.forward, {}, again)}, **{**GREEDY, **settings})
+    expected = model.generate(**{**asked, **again.as_argument}, **{**GREEDY, **settings})
     assert torch.equal(found, expected)
 
 
 def test_what_the_cache_does_not_know_it_asks_for(model):
     cache = CompressedCache(model, profile(model, DENSE))
-    answer = model.generate(tokens(1, 40), past_key_values=cache, **GREEDY)
+    answer = model.generate(tokens(1, 40), **cache.as_argument, **GREEDY)
     with pytest.raises(UsageError, match="seen 47 tokens and knows the ids of 0"):
         cache.followed_by(tokens(1, 3))
     cache.input_ids = answer

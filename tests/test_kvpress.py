@@ -54,9 +54,8 @@ def test_export_says_what_masking_costs(tmp_path, capsys):
     by_head = BudgetProfile.from_budgets(INFO, HEADS, "keydiff")
     by_head.save(tmp_path / "p.json")
     assert held_by_press(by_head) == 60
-    assert (
-        main(["profile", "export", str(tmp_path / "p.json"), "--to", "kvpress", "--out", str(tmp_path / "a.py")]) == 0
-    )
+    export = ["profile", "export", str(tmp_path / "p.json"), "--to", "kvpress"]
+    assert main([*export, "--out", str(tmp_path / "a.py")]) == 0
     assert "60 entries per head on average, where EvolKV holds 55" in capsys.readouterr().err
     assert "from a import press" in (tmp_path / "a.py").read_text()
     BudgetProfile.from_budgets(INFO, [40, 60], "keydiff").save(tmp_path / "p.json")

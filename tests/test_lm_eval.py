@@ -151,12 +151,12 @@ def test_loglikelihood_is_that_of_tokens_fed_one_by_one_to_a_compressed_cache(ha
         cache = CompressedCache(model, profile)
         expected, best = 0.0, True
         with torch.inference_mode():
-            logits = model(prompt, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits = model(prompt, cache=cache, use_cache=True).logits[0, -1]
             for token in tokenizer(continuation).input_ids:
                 expected += float(logits.log_softmax(-1)[token])
                 best = best and int(logits.argmax()) == token
                 position = torch.tensor([[cache.get_seq_length()]])
-                logits = model(torch.tensor([[token]]), past_key_values=cache, position_ids=position).logits[0, -1]
+                logits = model(torch.tensor([[token]]), cache=cache, position_ids=position).logits[0, -1]
         assert total == pytest.approx(expected, abs=1e-3)
         assert greedy == best
 
@@ -167,7 +167,7 @@ def test_continuation_that_greedy_decoding_gives_is_marked_greedy(harness, make,
     profile = BudgetProfile.uniform(model, 36)
     prompt = tokenizer(rows[0]["text"], return_tensors="pt")
     cache = CompressedCache(model, profile)
-    generated = model.generate(**prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    generated = model.generate(**prompt, cache=cache, max_new_tokens=4, do_sample=False)
     own = tokenizer.decode(generated[0, prompt.input_ids.shape[1] :])
     answers = harness.score(make(profile=profile), [(rows[0]["text"], own), (rows[0]["text"], own + " yellow")])
     assert [greedy for _, greedy in answers] == [True, False]

@@ -141,7 +141,7 @@ def test_chunkkv_keeps_the_same_in_a_cache_of_its_own_as_in_a_recorded_prompt(fa
         # The first layer keeps everything, and decides for the second all the same.
         budgets = [[60, 60], [20, 12], [20, 12], [20, 12]]
         cache = CompressedCache(model, BudgetProfile.from_budgets(model, budgets, selector=selector.to_dict()))
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         for layer, heads, row in zip(recorded.cache.layers, cache.positions, budgets, strict=True):
             for ranking, kept, budget in zip(layer.rankings[selector][0], heads, row, strict=True):
                 window = min(budget, layer.sliding_window or budget)
@@ -154,10 +154,10 @@ def test_chunkkv_remembers_each_sequence_of_a_padded_batch_on_its_own():
     rows = [tokens(1, length, seed=length) for length in (30, 50)]
     ids = torch.cat([torch.nn.functional.pad(row, (50 - row.shape[1], 0)) for row in rows])
     both = CompressedCache(model, profile)
-    model(ids, attention_mask=(ids != 0).long(), past_key_values=both)
+    model(ids, attention_mask=(ids != 0).long(), cache=both)
     for i, row in enumerate(rows):
         alone = CompressedCache(model, profile)
-        model(row, past_key_values=alone)
+        model(row, cache=alone)
         for together, single in zip(both.positions, alone.positions, strict=True):
             assert [head[i].tolist() for head in together] == [head.tolist() for head in single]
 
@@ -208,7 +208,7 @@ def test_rotary_embedding_is_undone(family, layer):
     cache = CompressedCache(model, profile)
     original = cache.layers[layer].store_prompt
     cache.layers[layer].store_prompt = lambda of, padding: (after.update(query=of.query), original(of, padding))
-    model(tokens(1, 40), past_key_values=cache)
+    model(tokens(1, 40), cache=cache)
     handle.remove()
     if family == "phi3":
         projected = attention.qkv_proj(before["x"])[..., : 8 * HEAD_DIM]
@@ -337,7 +337,7 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     for budget in (40, 60):
         cache = CompressedCache(model, BudgetProfile.uniform(model, budget, selector=name))
         with torch.inference_mode():
-            model(prompt_ids, past_key_values=cache)
+            model(prompt_ids, cache=cache)
         kept.append(cache.positions)
     for small, large in zip(*kept, strict=True):
         for a, b in zip(small, large, strict=True):

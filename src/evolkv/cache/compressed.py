@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evolkv.cache.adaptive import AdaptiveLayer
-from evolkv.cache.argument import given_cache, with_cache
 from evolkv.cache.hook import attach
 from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import sliding_windows
+from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
@@ -55,6 +55,7 @@ class HookedCache(Cache):
         super().__init__(layers=layers)
         # A cache must not keep its model alive.
         self._model = weakref.ref(model)
+        self._keyword = cache_keyword(model)
         self._detach = weakref.finalize(self, attach(model))
 
     def release(self) -> None:
@@ -69,6 +70,11 @@ class HookedCache(Cache):
         return model
 
     @property
+    def as_argument(self) -> dict[str, Any]:
+        """This cache under the name that the model's forward call has for it: ``model(ids, **cache.as_argument)``."""
+        return {self._keyword: self}
+
+    @property
     def is_compileable(self) -> bool:
         """False: the shapes change with every prompt."""
         return False
@@ -77,9 +83,10 @@ class HookedCache(Cache):
 class CompressedCache(HookedCache):
     """A key-value cache that keeps, of each prompt, only what a profile allows.
 
-    Pass it to ``generate(past_key_values=...)`` or to a forward call. The first forward call is the prompt: it
-    attends to all of itself and is then cut down layer by layer, so that its full keys and values never exist for
-    more than one layer at a time. Later tokens are appended. `reset` makes it ready for another prompt.
+    Pass it to ``generate(cache=...)`` (``past_key_values=`` before transformers 5.24) or to a forward call. The first
+    forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
+    and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
+    another prompt.
 
     `prefill` has a prompt read without an answer; `followed_by` says what `generate` needs to go on from there; `copy`
     branches off; `save` and `load` carry what was read to another day.
@@ -138,11 +145,11 @@ class CompressedCache(HookedCache):
         cache = cls(model, profile, budget)
         ids = input_ids.to(model.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(model.device)
-        arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": True}
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
         # The decoder alone, which computes no logits.
         with torch.no_grad():
-            decoder(ids, **with_cache(decoder.forward, arguments, cache))
+            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, **{cache_keyword(decoder): cache})
         cache.input_ids = ids
         return cache
 
@@ -175,8 +182,7 @@ class CompressedCache(HookedCache):
         first = self.layers[0]
         padding = first.prompt_width - torch.tensor(first.prompt_lengths, device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
-        model = self.model()
-        return with_cache(model.prepare_inputs_for_generation, {"input_ids": ids, "attention_mask": mask}, self)
+        return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
 
     def copy(self) -> CompressedCache:
         """A cache that holds the same and goes its own way.
@@ -261,7 +267,7 @@ class CompressedCache(HookedCache):
         reference = weakref.ref(self)
 
         def find_drafted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache, drafting = reference(), given_cache(kwargs)
+            cache, (_, drafting) = reference(), given_cache(kwargs)
             if cache is not None and drafting is not cache:
                 return
             handle.remove()
@@ -392,9 +398,10 @@ def compress(
 ) -> Iterator[None]:
     """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
-    Each prompt gets a fresh `CompressedCache`, which the output holds as ``past_key_values``. Calls that pass a
-    cache which already holds tokens, or ``use_cache=False``, go on as they would. Blocks may be nested; the inner
-    profile counts. On leaving the block the model is as it was, also after an exception.
+    Each prompt gets a fresh `CompressedCache`, which the output holds as ``cache`` (``past_key_values`` before
+    transformers 5.24). Calls that pass a cache which already holds tokens, or ``use_cache=False``, go on as they
+    would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
+    exception.
 
     Args:
         model: a transformers decoder-only model.
@@ -414,7 +421,7 @@ def compress(
     make_layers = _LayerMaker(model, profile, budget)
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        given = given_cache(kwargs)
+        name, given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = model.config.get_text_config(decoder=True).use_cache
@@ -425,7 +432,7 @@ def compress(
         if given is not None and (type(given) is not DynamicCache or given.offloading):
             raise UsageError(
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
-                "call it without cache_implementation and without past_key_values"
+                "call it without cache_implementation and without a cache"
             )
         kept = kwargs.get("logits_to_keep")
         if given is not None and isinstance(kept, int) and kept > 1:
@@ -433,8 +440,9 @@ def compress(
                 "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
                 "give generate() an empty CompressedCache(model, profile) as its cache"
             )
-        cache = CompressedCache._with_layers(model, make_layers())
-        return args, {**with_cache(module.forward, kwargs, cache), "use_cache": True}
+        kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
+        kwargs["use_cache"] = True
+        return args, kwargs
 
     detach = attach(model)
     # First in line: of nested blocks the innermost one must be the first to bring its cache.

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.argument import given_cache
 from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, check_plain_logits, scaling_of
 from evolkv.cache.recording import RecordingCache
 from evolkv.models import sliding_windows
+from evolkv.models.forward import given_cache
 from evolkv.selectors import Selector
 
 
@@ -231,12 +231,12 @@ class ReplayCache(HookedCache):
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             # The same model may be running for other threads.
-            if given_cache(kwargs) is not self:
+            argument, cache = given_cache(kwargs)
+            if cache is not self or argument is None:
                 return None
-            # Neither a tensor nor a tuple, the cache itself stays as it is.
-            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items()}
+            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != argument}
             hidden = _repeated(args[0], self.fan) if first else args[0]
-            return (hidden, *args[1:]), wide
+            return (hidden, *args[1:]), {**wide, argument: self}
 
         with ExitStack() as hooks:
             for module in model.get_decoder().layers[self.shared :]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
-from evolkv.cache.argument import given_cache, with_cache
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
+from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.tasks.base import encode_text, user_message
 
 
@@ -127,7 +127,7 @@ def generate_text(
         if document is None
         else _question_inputs(tokenizer, document, prompt, raw)
     )
-    cache, ids = given_cache(inputs), inputs["input_ids"][0].tolist()
+    (_, cache), ids = given_cache(inputs), inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
@@ -164,8 +164,7 @@ def _prompt_inputs(
     text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
     ids = torch.tensor([encode_text(tokenizer, text)], device=model.device)
     cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return with_cache(model.prepare_inputs_for_generation, inputs, cache)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_keyword(model): cache}
 
 
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def target_log_probs(
         kept = min(width - 1, width - least)
         output = model(
             padded[::fan, :-1],
-            past_key_values=cache,
+            **cache.as_argument,
             position_ids=position[::fan],
             use_cache=True,
             logits_to_keep=kept,
@@ -101,7 +101,7 @@ def greedy(
         question = later.to(position.device).expand(len(texts), -1)
         places = position[:, None] + torch.arange(len(later), device=position.device)
         with torch.inference_mode():
-            output = model(question, past_key_values=cache, position_ids=places, use_cache=True, logits_to_keep=1)
+            output = model(question, **cache.as_argument, position_ids=places, use_cache=True, logits_to_keep=1)
         next_logits, position = output.logits[:, -1], position + len(later)
     newest = next_logits.argmax(-1)
     while True:
@@ -114,6 +114,6 @@ def greedy(
         if not any(running):
             return texts
         with torch.inference_mode():
-            output = model(newest[:, None], past_key_values=cache, position_ids=position[:, None], use_cache=True)
+            output = model(newest[:, None], **cache.as_argument, position_ids=position[:, None], use_cache=True)
         newest = output.logits[:, -1].argmax(-1)
         position = position + 1

@@ -84,7 +84,7 @@ class NaiveEngine:
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
         cache = CompressedCache(self.model, self._profile(budgets))
         with torch.inference_mode():
-            output = self.model(self.prompts[column], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(self.prompts[column], **cache.as_argument, use_cache=True, logits_to_keep=1)
         return cache, output.logits[:, -1].float()
 
     def generate(self, column: int, budgets: np.ndarray) -> str:

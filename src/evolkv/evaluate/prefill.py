@@ -70,7 +70,7 @@ class Prefiller:
         with torch.inference_mode():
             output = self.model(
                 input_ids[:, shared:].to(self.model.device),
-                past_key_values=self._cache,
+                **self._cache.as_argument,
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -33,6 +33,7 @@ from evolkv.evaluate import get_method
 from evolkv.evaluate.decode import target_log_probs
 from evolkv.methods import Method
 from evolkv.models import ALIASES, gguf
+from evolkv.models.forward import cache_in
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 
@@ -213,7 +214,7 @@ class EvolKVLM(HFLM):
         real = (torch.arange(width, device=self.device) >= width - lengths).long()
         position = (real.cumsum(-1) - 1).clamp(min=0)
         output = self.model(ids, attention_mask=real, position_ids=position, use_cache=True, logits_to_keep=1)
-        return output.past_key_values, output.logits[:, -1].float()
+        return cache_in(output), output.logits[:, -1].float()
 
 
 def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: int | None) -> Method:

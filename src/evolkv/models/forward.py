@@ -1,0 +1,36 @@
+"""What a forward call names its cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """The name under which the forward call of a model takes its cache."""
+    return _keyword(type(module).forward)
+
+
+@lru_cache(maxsize=256)
+def _keyword(forward: Callable[..., Any]) -> str:
+    # Models with code of their own, and wrappers that pass everything on, may keep the old name for long.
+    return _NAMES[0] if _NAMES[0] in inspect.signature(forward).parameters else _NAMES[1]
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The name and the cache that a forward call brings; the name is None if it has neither."""
+    name = next((name for name in _NAMES if kwargs.get(name) is not None), None)
+    if name is None:
+        name = next((name for name in _NAMES if name in kwargs), None)
+    return name, None if name is None else kwargs[name]
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that a model's output holds."""
+    return getattr(output, _NAMES[0] if hasattr(output, _NAMES[0]) else _NAMES[1])
