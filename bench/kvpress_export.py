@@ -42,15 +42,15 @@ for name in job["names"]:
     cache, kept = DynamicCache(), []
     compress = press.compress
     def record(module, hidden_states, keys, values, *rest):
-        # What is kept of values that are their own positions; what is masked besides is left out.
         module.masked_key_indices = None
-        positions = torch.arange(keys.shape[2], dtype=values.dtype)[None, None, :, None].expand_as(values)
-        held = compress(module, hidden_states, keys, positions, *rest)[1][0, ..., 0].long()
+        result = compress(module, hidden_states, keys, values, *rest)
+        # Which of the values these were: no two tokens have the same. What is masked besides is left out.
+        held = (result[1][0, :, :, None] == values[0, :, None]).all(-1).int().argmax(-1)
         hidden = torch.zeros_like(held, dtype=torch.bool)
         if module.masked_key_indices is not None:
             hidden[module.masked_key_indices[1:]] = True
         kept.append([row[~gone].tolist() for row, gone in zip(held, hidden)])
-        return compress(module, hidden_states, keys, values, *rest)
+        return result
     press.compress = record
     with press(model):
         logits = model(ids, past_key_values=cache).logits[:, -1]

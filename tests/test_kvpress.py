@@ -28,7 +28,7 @@ def names(source):
     [
         ("snapkv", "WindowPress(window_size=32, kernel_size=7, pooling='max', gqa='mean')"),
         ("tova", "TOVAPress()"),
-        ("streaming_llm", "StreamingLLMPress(n_sink=4)"),
+        ("streaming_llm", "SinksPress(n_sink=4)"),
         ("knorm", "KnormPress()"),
         ("keydiff", "KeyDiffPress()"),
         (

@@ -9,7 +9,7 @@ from evolkv.profile import BudgetProfile
 _PRESSES: dict[str, tuple[str, dict[str, str]]] = {
     "snapkv": ("WindowPress", {"window": "window_size", "kernel": "kernel_size", "pooling": "pooling", "gqa": "gqa"}),
     "tova": ("TOVAPress", {}),
-    "streaming_llm": ("StreamingLLMPress", {"sinks": "n_sink"}),
+    "streaming_llm": ("SinksPress", {"sinks": "n_sink"}),
     "knorm": ("KnormPress", {}),
     "keydiff": ("KeyDiffPress", {}),
     "expected_attention": (
@@ -72,10 +72,9 @@ class BudgetsPress(BasePress):
         kept = [min(budget, tokens) for budget in self.budgets[module.layer_idx]]
         if min(kept) == tokens:
             return keys, values
-        # Some presses look at the ratio as they score; half an entry more, so that rounding down meets the budget.
-        self.press.compression_ratio = max(0.0, 1 - (max(kept) + 0.5) / tokens)
         scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
-        indices = scores.topk(max(kept), dim=-1).indices
+        # Ties go to the older token, so that what a head keeps is the beginning of what the largest one keeps.
+        indices = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(kept)]
         beyond = torch.arange(max(kept)) >= torch.tensor(kept)[:, None]
         if beyond.any():
             every = beyond.expand(batch, -1, -1).nonzero()
@@ -110,6 +109,21 @@ class WindowPress(SnapKVPress):
 
 '''
 
+_SINKS_PRESS = '''
+@dataclass
+class SinksPress(StreamingLLMPress):
+    """StreamingLLM with a score that orders the tokens for every budget, as kvpress' own does for one."""
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        scores = torch.arange(keys.shape[2], device=keys.device, dtype=torch.float32)
+        scores[: self.n_sink] = torch.inf
+        return scores.expand(keys.shape[:3])
+
+'''
+
+#: Presses that the file brings: what of kvpress they are made of, and their source.
+_OWN = {"WindowPress": ("SnapKVPress", _WINDOW_PRESS), "SinksPress": ("StreamingLLMPress", _SINKS_PRESS)}
+
 
 def press_source(profile: BudgetProfile, module: str = "press") -> str:
     """Python source whose `press` keeps, under kvpress 0.5.5, as many tokens of a prompt as the profile does.
@@ -128,16 +142,16 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
             f"{', '.join(_PRESSES)} can be exported"
         )
     press, parameters = _PRESSES[name]
-    own = press == "WindowPress"
+    base, source = _OWN.get(press, (press, ""))
     arguments = ", ".join(f"{theirs}={profile.selector[ours]!r}" for ours, theirs in parameters.items())
     head = _HEAD.format(
         title=f"Budgets of {profile.model['name']} at mean budget {profile.mean_budget:.6g}, as a press of kvpress.",
         module=module,
-        imports="SnapKVPress" if own else press,
+        imports=base,
         budgets="\n".join(f"    {row}," for row in profile.budgets.tolist()),
     )
     made = f"\npress = BudgetsPress({press}({arguments}), BUDGETS)\n"
-    return head + _BUDGETS_PRESS + (_WINDOW_PRESS if own else "") + made
+    return head + _BUDGETS_PRESS + source + made
 
 
 def held_by_press(profile: BudgetProfile) -> float:
