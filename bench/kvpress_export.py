@@ -44,8 +44,8 @@ for name in job["names"]:
     def record(module, hidden_states, keys, values, *rest):
         module.masked_key_indices = None
         result = compress(module, hidden_states, keys, values, *rest)
-        # Which of the values these were: no two tokens have the same. What is masked besides is left out.
-        held = (result[1][0, :, :, None] == values[0, :, None]).all(-1).int().argmax(-1)
+        # Which of the keys these were: they know their position, so no two are the same. What is masked is left out.
+        held = (result[0][0, :, :, None] == keys[0, :, None]).all(-1).int().argmax(-1)
         hidden = torch.zeros_like(held, dtype=torch.bool)
         if module.masked_key_indices is not None:
             hidden[module.masked_key_indices[1:]] = True
