@@ -286,6 +286,15 @@ def test_assisted_decoding_gives_the_greedy_text(model, budgets, assistant):
     assert torch.equal(more[:, 39 + 24 + 3 :], loop.greedy(8))
 
 
+def test_assisted_decoding_under_budgets_of_the_prompt_gives_the_greedy_text(model):
+    prompt = tokens(1, 13).repeat(1, 3)
+    plain, assisted = (CompressedCache(model, "adakv+snapkv:window=4", 9) for _ in range(2))
+    expected = model.generate(prompt, **plain.as_argument, **GREEDY)
+    found = model.generate(prompt, **assisted.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found, expected)
+    assert assisted.kv_bytes == plain.kv_bytes
+
+
 def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
     prompt, mask = tokens(1, 13).repeat(1, 3), torch.ones(1, 39, dtype=torch.long)
     prompt[:, :5], mask[:, :5] = 0, 0
@@ -301,6 +310,9 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     # Before 5.24 transformers does not ask whether a cache can be cropped; it just does so.
     with pytest.raises((ValueError, RunError), match=r"cache that can be cropped|cannot take back"):
         generated(tiny_model("mistral"), prompt, DENSE, True, prompt_lookup_num_tokens=3, **GREEDY)
+    compete = CompressedCache(model, "cake+snapkv:window=4", 9)
+    with pytest.raises(UsageError, match="cuts no layer before all have read"):
+        model.generate(prompt, **compete.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="cannot go on from a cache"):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive import Observations, rank_and_observe
 from evolkv.cache.layer import CompressedLayer, one_sequence
+from evolkv.errors import UsageError
 from evolkv.methods import Method
 from evolkv.selectors import LayerContext, PromptAttention
 
@@ -60,6 +61,19 @@ class AdaptiveLayer(CompressedLayer):
         """Empties the layer, which is then ready for another prompt."""
         super().reset()
         self._waiting = None
+
+    def activate_past_recording(self) -> None:
+        """See `CompressedLayer.activate_past_recording`; drafts cannot wait until layers that compete are cut down.
+
+        Raises:
+            UsageError: if layers compete.
+        """
+        if self._method.layers is not None:
+            raise UsageError(
+                f"method {self._method.name!r} cuts no layer before all have read the prompt, but assisted decoding "
+                "brings drafts along with it; generate without assistance, or under a profile"
+            )
+        super().activate_past_recording()
 
     def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
         """See `CompressedLayer.copy`."""
