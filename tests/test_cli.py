@@ -307,6 +307,42 @@ def test_generate_reads_in_chunks_and_evicts_as_it_goes(run, demo):
     assert chunked["new_tokens"] == 4
 
 
+def test_a_document_is_saved_once_and_asked_several_times(run):
+    document = "The harbour has three piers. The keeper's name is Ulla. Ships come at noon."
+    saving = ("generate", MODEL, "--method", "keydiff", "--budget", 24, "--save-cache", "d/document.cache")
+    code, out, err = run(*saving, "--prompt", document)
+    assert (code, out) == (0, "")
+    assert "written to d/document.cache" in err
+    _, out, _ = run(*saving, "--prompt", document, "--json")
+    saved = json.loads(out)
+    asking = ("generate", MODEL, "--cache", "d/document.cache", "--max-new-tokens", 4, "--json", "--prompt")
+    answers = [json.loads(run(*asking, question)[1]) for question in ("Who?", "When do ships come?", "Who?")]
+    assert answers[0]["text"] == answers[2]["text"]
+    for answer in answers:
+        assert saved["kv_bytes"] < answer["kv_bytes"] < answer["full_kv_bytes"]
+    # With a budget that covers the document, the answer is that to the message as a whole.
+    run("generate", MODEL, "--method", "keydiff", "--budget", 400, "--save-cache", "all.cache", "--prompt", document)
+    asked = json.loads(run("generate", MODEL, "--cache", "all.cache", *asking[4:], "Who?")[1])
+    whole = json.loads(run("generate", MODEL, *asking[4:], f"{document}\n\nWho?")[1])
+    assert (asked["text"], asked["prompt_tokens"]) == (whole["text"], whole["prompt_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--save-cache", "a"], "--profile FILE"),
+        (["--save-cache", "a", "--cache", "b", "--method", "snapkv", "--budget", 64], "both given"),
+        (["--cache", "b", "--method", "snapkv", "--budget", 64], "leave out"),
+        (["--cache", "b"], "no such file"),
+        (["--save-cache", ".", "--method", "snapkv", "--budget", 64], "is a folder"),
+    ],
+)
+def test_generate_refuses_caches_that_make_no_sense(run, options, words):
+    code, out, err = run("generate", MODEL, "--prompt", "x", *options)
+    assert (code, out) == (2, "")
+    assert words in one_line(err)
+
+
 def test_generate_streams_the_same_text_that_json_holds(run):
     prompt = "Name the capital of France."
     _, streamed, err = run("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12)

@@ -24,6 +24,10 @@ class ProfileError(UsageError):
     """A profile that is malformed or does not belong to the model at hand."""
 
 
+class CacheFileError(UsageError):
+    """A file with a compressed cache that is malformed or does not belong to the model at hand."""
+
+
 class TaskError(UsageError):
     """A task, or its data, that cannot be used."""
 

@@ -128,8 +128,8 @@ def get_method(name: str) -> Method:
     Args:
         name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
             selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake+adakv+snapkv``); ``pyramidkv``
-            (= ``pyramid+snapkv``); the path of a profile; or, with ``{}`` in place of the budget, that of one profile
-            for each budget (``profile-{}.json``).
+            (= ``pyramid+snapkv``); the path of a profile, or its address on the Hub (``hf://org/name``); or, with
+            ``{}`` in place of the budget, that of one profile for each budget (``profile-{}.json``).
 
     Raises:
         UsageError: for a name that is none of these.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from evolkv import allocators
+from evolkv import allocators, hub
 from evolkv.errors import ProfileError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized
 from evolkv.selectors import get_selector
@@ -300,10 +300,7 @@ class BudgetProfile:
         Raises:
             ProfileError: a file that cannot be written, or provenance that JSON cannot hold.
         """
-        try:
-            text = _to_json(self.to_dict())
-        except (TypeError, ValueError) as error:
-            raise ProfileError(f"search and scores must hold finite JSON values: {error}") from None
+        text = self._text()
         target = Path(path)
         if target.is_dir():
             raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
@@ -328,14 +325,97 @@ class BudgetProfile:
     def load(cls, path: str | os.PathLike[str]) -> BudgetProfile:
         """Read a profile from a JSON file and validate it.
 
+        Args:
+            path: the file; or its address on the Hugging Face Hub, ``hf://org/name`` or
+                ``hf://org/name@revision/folder/file.json``.
+
         Raises:
             ProfileError: a file that is missing, unreadable or no profile, or as for `from_dict`.
+            RunError: if the Hub cannot be reached.
         """
+        if hub.is_address(path):
+            address = hub.HubAddress.parse(str(path))
+            return cls.from_hub(address.repo_id, address.filename, address.revision)
         source = Path(path)
         try:
             return cls.from_dict(_read_json(source))
         except ProfileError as error:
             raise ProfileError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        filename: str = hub.FILE_NAME,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> BudgetProfile:
+        """Read a profile from a model repository on the Hugging Face Hub and validate it.
+
+        Only JSON is read. What was read before is at hand without a connection.
+
+        Args:
+            repo_id: ``org/name``.
+            filename: the file's path in the repository.
+            revision: branch, tag or commit. Default: the main branch.
+            token: to read with. Default: that of ``hf auth login``.
+
+        Raises:
+            ProfileError: no such repository, revision or file, one that is no profile, or as for `from_dict`.
+            RunError: if the Hub cannot be reached.
+        """
+        address = hub.HubAddress(repo_id, filename, revision)
+        path = hub.download(address, MAX_FILE_BYTES, token)
+        try:
+            return cls.from_dict(_read_json(path))
+        except ProfileError as error:
+            raise ProfileError(f"{address}: {error}") from None
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        filename: str = hub.FILE_NAME,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Write the profile to a model repository on the Hugging Face Hub, which is made if it is missing.
+
+        Args:
+            repo_id: ``org/name``.
+            filename: the file's path in the repository; what was there is replaced.
+            revision: the branch. Default: the main branch.
+            token: to write with. Default: that of ``hf auth login``.
+            private: whether a repository that is made is private. Default: the owner's setting.
+            commit_message: default says what the profile is.
+            create_pr: propose the file in a pull request.
+
+        Returns:
+            The commit's address on the web, or that of the pull request.
+
+        Raises:
+            ProfileError: a name that is not valid, or provenance that JSON cannot hold.
+            RunError: if the Hub cannot be reached, or refuses.
+        """
+        what = f"EvolKV profile of {self.model['name']} at mean budget {self.budget}"
+        return hub.upload(
+            hub.HubAddress(repo_id, filename, revision),
+            self._text().encode(),
+            commit_message or what,
+            token,
+            private,
+            create_pr,
+        )
+
+    def _text(self) -> str:
+        """What is in the file."""
+        try:
+            return _to_json(self.to_dict())
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"search and scores must hold finite JSON values: {error}") from None
 
 
 def _info(model: Any) -> ModelInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive import Observations, rank_and_observe
 from evolkv.cache.layer import CompressedLayer, one_sequence
+from evolkv.errors import UsageError
 from evolkv.methods import Method
 from evolkv.selectors import LayerContext, PromptAttention
 
@@ -59,6 +61,26 @@ class AdaptiveLayer(CompressedLayer):
         """Empties the layer, which is then ready for another prompt."""
         super().reset()
         self._waiting = None
+
+    def activate_past_recording(self) -> None:
+        """See `CompressedLayer.activate_past_recording`; drafts cannot wait until layers that compete are cut down.
+
+        Raises:
+            UsageError: if layers compete.
+        """
+        if self._method.layers is not None:
+            raise UsageError(
+                f"method {self._method.name!r} cuts no layer before all have read the prompt, but assisted decoding "
+                "brings drafts along with it; generate without assistance, or under a profile"
+            )
+        super().activate_past_recording()
+
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+        """See `CompressedLayer.copy`."""
+        twin = super().copy(layers, context)
+        assert isinstance(twin, AdaptiveLayer)
+        twin._layers = cast("list[AdaptiveLayer]", layers)
+        return twin
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what layers compete for is stored with the last of them."""

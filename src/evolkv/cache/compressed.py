@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -64,6 +67,8 @@ class HookedCache(Cache):
         self.kv_layers: list[Any] = kv_layers
         self.state_layers = empty_states(model) if states is None else list(states)
         super().__init__(layers=arrange(model, kv_layers, self.state_layers))
+        # A cache must not keep its model alive.
+        self._model = weakref.ref(model)
         self._keyword = cache_keyword(model)
         self._by_token = bool(self.state_layers) and continues_by_token(model)
         self._detach = weakref.finalize(self, attach(model))
@@ -71,6 +76,13 @@ class HookedCache(Cache):
     def release(self) -> None:
         """Gives the model's attention back now rather than when this object goes."""
         self._detach()
+
+    def model(self) -> PreTrainedModel:
+        """The model the cache is for."""
+        model = self._model()
+        if model is None:
+            raise UsageError("the model that this cache is for has been deleted; keep it for as long as the cache")
+        return model
 
     @property
     def as_argument(self) -> dict[str, Any]:
@@ -97,6 +109,14 @@ class CompressedCache(HookedCache):
     another prompt. With `prefill_chunk`, `evict` or `evict_every` it evicts again after the first call
     (docs/inference.md).
 
+    `prefill` has a prompt read without an answer; `followed_by` says what `generate` needs to go on from there; `copy`
+    branches off; `save` and `load` carry what was read to another day.
+
+    Attributes:
+        input_ids: ids of the text so far, ``[batch, tokens]``, padding included: all tokens seen, and perhaps some that
+            are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`.
+            None where nobody said.
+
     Args:
         model: a transformers decoder-only model.
         profile: budgets and selector, belonging to the model; or a method (see `evolkv.methods.get_method`) or its
@@ -118,6 +138,7 @@ class CompressedCache(HookedCache):
     """
 
     kv_layers: list[CompressedLayer]
+    input_ids: Tensor | None = None
 
     def __init__(
         self,
@@ -139,6 +160,178 @@ class CompressedCache(HookedCache):
         cache = cls.__new__(cls)
         HookedCache.__init__(cache, model, kv_layers, states)
         return cache
+
+    @classmethod
+    def prefill(
+        cls,
+        model: PreTrainedModel,
+        profile: BudgetProfile | Method | str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        budget: int | None = None,
+        *,
+        prefill_chunk: int | None = None,
+        evict: Literal["once", "again"] = "once",
+        evict_every: int | None = None,
+    ) -> CompressedCache:
+        """A cache that holds what a profile, or another method, keeps of some prompts.
+
+        Args:
+            model: as for the class.
+            profile: as for the class.
+            input_ids: the prompts, ``[batch, tokens]``.
+            attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
+            budget: as for the class.
+            prefill_chunk: as for the class.
+            evict: as for the class.
+            evict_every: as for the class.
+
+        Raises:
+            ProfileError, ModelError, UsageError: as for the class.
+        """
+        cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
+        ids = input_ids.to(model.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(model.device)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        decoder = model.get_decoder()
+        # The decoder alone, which computes no logits.
+        with torch.no_grad():
+            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, **{cache_keyword(decoder): cache})
+        cache.end_prompt()
+        cache.input_ids = ids
+        return cache
+
+    def followed_by(self, input_ids: Tensor) -> dict[str, Any]:
+        """What `generate` needs to go on from here: ``model.generate(**cache.followed_by(question), ...)``.
+
+        The tokens that the cache has seen are not computed again. What they and the answer add is kept whole; to ask
+        another question of the same text, ask a `copy`.
+
+        Args:
+            input_ids: what is read next, ``[batch, tokens]``, without padding; or one row, for every sequence.
+
+        Raises:
+            UsageError: if the text so far is not known, or not all of it; or for another number of sequences.
+        """
+        seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
+        if self.input_ids is None or known < seen:
+            raise UsageError(
+                f"the cache has seen {seen} tokens and knows the ids of {known}; set cache.input_ids to the text so "
+                "far, such as what generate() returned"
+            )
+        if input_ids.ndim != 2 or len(input_ids) not in (1, self.num_rows):
+            raise UsageError(
+                f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
+                "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
+            )
+        new = input_ids.to(self.input_ids.device).expand(self.num_rows, -1)
+        ids = torch.cat([self.input_ids, new], dim=1)
+        # Of the prompt's mask only the number of real tokens counts, for the positions of what follows.
+        first = self.kv_layers[0]
+        padding = first.prompt_width - torch.tensor(first.prompt_lengths, device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
+
+    def copy(self) -> CompressedCache:
+        """A cache that holds the same and goes its own way.
+
+        Both share the memory of what is held now, so a copy costs nothing until it grows (`kv_bytes` counts what is
+        shared for each). `copy.copy` and `copy.deepcopy` do the same.
+        """
+        model = self.model()
+        layers: list[CompressedLayer] = []
+        for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
+            layers.append(layer.copy(layers, context))
+        twin = CompressedCache._with_layers(model, layers, [copy.deepcopy(state) for state in self.state_layers])
+        twin.input_ids = self.input_ids
+        return twin
+
+    def __copy__(self) -> CompressedCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        # What is shared is never written to.
+        return self.copy()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the cache holds to a file, with `input_ids` where they are known; see `load`.
+
+        Raises:
+            UsageError: if there is nothing to write yet, or no file can be at `path`.
+            RunError: if the file cannot be written.
+        """
+        from evolkv.cache.files import write_cache
+
+        if self.state_layers:
+            raise UsageError("a hybrid model's recurrent states cannot be saved; keep the cache, and ask copies of it")
+        if self.reeviction.after_prompt:
+            raise UsageError(
+                "a cache that evicts after its prompt holds queries for the next cut, which are not saved; leave out "
+                "evict and evict_every"
+            )
+        write_cache(path, self.model(), self.kv_layers, self.input_ids)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> CompressedCache:
+        """Reads what `save` wrote: a cache that gives the same tokens, bit for bit, on the same machine.
+
+        Args:
+            path: the file. It is parsed, never run.
+            model: the model that the cache was made with.
+
+        Raises:
+            CacheFileError: if the file is missing, no cache, damaged, of another version, or made with another model.
+        """
+        from evolkv.cache.files import read_cache
+
+        stored = read_cache(path, model)
+        cache = cls._with_layers(model, _layers(model, stored.budgets, stored.selector))
+        stored.fill(cache.kv_layers)
+        cache.input_ids = stored.input_ids
+        return cache
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        super().batch_select_indices(indices)
+        if self.input_ids is not None:
+            self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.input_ids is not None:
+            self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
+
+    def reset(self) -> None:
+        """Empties the cache, which is then ready for another prompt."""
+        super().reset()
+        self.input_ids = None
+
+    def activate_past_recording(self) -> None:
+        """What assisted decoding asks for before its first call, which brings drafted tokens along with the prompt.
+
+        Raises:
+            UsageError: if the cache holds a prompt, since transformers would bring it again.
+        """
+        if self.get_seq_length():
+            raise UsageError(
+                "assisted decoding cannot go on from a cache that holds a prompt, since transformers would read it a "
+                "second time; pass a new CompressedCache, or generate without assistance"
+            )
+        super().activate_past_recording()
+        reference = weakref.ref(self)
+
+        def find_drafted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache, (_, drafting) = reference(), given_cache(kwargs)
+            if cache is not None and drafting is not cache:
+                return
+            handle.remove()
+            if cache is not None:
+                for layer in cache.kv_layers:
+                    # transformers wants logits of the last prompt token and of each draft.
+                    layer.drafted = kwargs["logits_to_keep"] - 1
+
+        handle = self.model().register_forward_pre_hook(find_drafted, with_kwargs=True)
 
     @property
     def reeviction(self) -> Reeviction:
@@ -362,6 +555,12 @@ def compress(
             raise UsageError(
                 f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
                 "call it without cache_implementation and without a cache"
+            )
+        kept = kwargs.get("logits_to_keep")
+        if given is not None and isinstance(kept, int) and kept > 1:
+            raise UsageError(
+                "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
+                "give generate() an empty CompressedCache(model, profile) as its cache"
             )
         kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
         kwargs["use_cache"] = True

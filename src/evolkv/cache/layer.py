@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
 from evolkv.cache.math import attention, check_plain_logits, extra_term, fold_sinks, scaling_of, sinks_of
-from evolkv.errors import RunError
+from evolkv.errors import RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Entries above which copying a row costs more than attending to it apart from others of its length.
@@ -130,6 +131,11 @@ class RowGroup:
         keys, values = buffers
         self._reserved, self._start = (keys, values), 0
 
+    def copy(self) -> RowGroup:
+        """The same rows, in the same memory: what is held is never written to."""
+        # The room behind the entries stays with the original, which may write there.
+        return replace(self, _reserved=None, _start=0)
+
     def keep_entries(self, which: slice) -> None:
         """Forgets, and frees, all entries of every row but these."""
         self._reserved, self._start = None, 0
@@ -205,6 +211,9 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_lengths: list[int] = []
         self.prompt_width = 0
         self.appended = 0
+        #: Tokens at the end of the first call that come after the prompt: drafts of assisted decoding.
+        self.drafted = 0
+        self.record_past = False
 
     @property
     def num_kv_heads(self) -> int:
@@ -263,6 +272,15 @@ class CompressedLayer(CacheLayerMixin):
         """Empties the layer, which is then ready for another prompt."""
         self._clear()
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can undo any call: where drafts are known as such, and no entry leaves a sliding window."""
+        return self.record_past and not self.is_sliding
+
+    def activate_past_recording(self) -> None:
+        """Announces calls that `crop` shall undo."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt."""
         count = abs(tokens_to_remove)
@@ -299,6 +317,18 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_lengths = [self.prompt_lengths[sequence] for sequence in order]
         if self.budgets.ndim == 2:
             self.budgets = self.budgets[order]
+
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+        """A layer that holds the same, in the same memory until either grows.
+
+        Args:
+            layers: those of its cache, in order; the caller adds this one to them.
+            context: where it is in the model.
+        """
+        twin = copy.copy(self)
+        twin.groups = [group.copy() for group in self.groups]
+        twin.context = context
+        return twin
 
     @classmethod
     def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
@@ -337,6 +367,8 @@ class CompressedLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the new tokens to what the layer holds and to themselves; then stores them."""
+        if self.drafted:
+            return self._attend_drafted(own, module, query, key, value, mask, **kwargs)
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
             prompt = PromptAttention(
@@ -351,7 +383,35 @@ class CompressedLayer(CacheLayerMixin):
             )
             self.store_prompt(prompt, padding_of(mask))
             return output
+        if len(key) != self.batch:
+            raise UsageError(
+                f"the cache holds {self.batch} sequences, but this call brings {len(key)}; for several beams, returned "
+                "sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
+            )
         return self._decode(own, module, query, key, value, mask, **kwargs)
+
+    def _attend_drafted(
+        self,
+        own: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A prompt and drafted tokens in one call, with the result of a call for each."""
+        at, self.drafted = key.shape[2] - self.drafted, 0
+        masks = (mask, mask)
+        if mask is not None:
+            masks = (mask[:, :at], mask) if mask.ndim == 2 else (mask[..., :at, :at], mask[..., at:, :])
+        outputs = []
+        for where, part in zip((slice(None, at), slice(at, None)), masks, strict=True):
+            output, _ = self.attend(
+                own, module, query[:, :, where], key[:, :, where], value[:, :, where], part, **kwargs
+            )
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), None
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """Keeps of a prompt what the budgets allow.

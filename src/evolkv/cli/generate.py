@@ -54,6 +54,18 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy; above 0 samples.")] = 0.0,
     seed: Seed = 0,
+    save_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--save-cache",
+            metavar="FILE",
+            help="Take the prompt as a document: save what is kept of it for later questions, and answer nothing.",
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="FILE", help="Ask the prompt of the document that --save-cache wrote there."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -63,9 +75,26 @@ def generate(
     """Answer a prompt, with as much cache as a profile or another method allows."""
     text = _prompt(stdin, prompt, prompt_file)
     chosen = _method(profile, method, budget)
+    _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
-    from evolkv.cli.generation import generate_text
+    from evolkv.cli.generation import generate_text, save_document
 
+    if save_cache is not None:
+        assert chosen is not None
+        saved = save_document(loaded, tokenizer, text, chosen, budget, save_cache, raw=raw, prefill_chunk=prefill_chunk)
+        if as_json:
+            _write(json.dumps({**asdict(saved), "cache": save_cache}, ensure_ascii=False) + "\n")
+        else:
+            console.note(
+                f"{saved.prompt_tokens:,} tokens read in {saved.seconds:.1f} s; KV cache "
+                f"{_weight(saved.kv_bytes, saved.full_kv_bytes)}; written to {save_cache}"
+            )
+        return 0
+    document = None
+    if cache is not None:
+        from evolkv.cache import CompressedCache
+
+        document = CompressedCache.load(cache, loaded)
     result = generate_text(
         loaded,
         tokenizer,
@@ -79,6 +108,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         evict_every=evict_every,
         on_text=None if as_json else _write,
+        document=document,
     )
     if as_json:
         fields = asdict(result)
@@ -88,8 +118,8 @@ def generate(
     _write("\n")
     rate = (result.new_tokens - 1) / result.decode_seconds if result.new_tokens > 1 else 0.0
     console.note(
-        f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill {mebibytes(result.kv_bytes)} MiB, "
-        f"{result.kv_bytes / result.full_kv_bytes:.1%} of {mebibytes(result.full_kv_bytes)} MiB; "
+        f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill "
+        f"{_weight(result.kv_bytes, result.full_kv_bytes)}; "
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0
@@ -118,6 +148,32 @@ def _method(profile: str | None, method: str | None, budget: int | None) -> Meth
     if budget is None and chosen.profile is None:
         raise UsageError(f"--method {name} needs a budget; add --budget 128")
     return chosen
+
+
+def _check_cache(
+    save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
+) -> None:
+    """Whether what is asked of cache files goes together."""
+    if save_cache is not None and cache is not None:
+        raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
+    if save_cache is not None:
+        if method is None:
+            raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
+        from evolkv.report.files import check_writable
+
+        check_writable(save_cache)
+    if cache is not None and method is not None:
+        raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
+    if evict_every is not None and (save_cache is not None or cache is not None):
+        raise UsageError(
+            "--evict-every evicts while an answer is generated, which cache files cannot do; leave it out"
+        )
+    if cache is not None and prefill_chunk is not None:
+        raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
+
+
+def _weight(held: int, full: int) -> str:
+    return f"{mebibytes(held)} MiB, {held / full:.1%} of {mebibytes(full)} MiB"
 
 
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:

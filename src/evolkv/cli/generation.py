@@ -17,7 +17,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
-from evolkv.models.forward import cache_keyword
+from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.tasks.base import encode_text, user_message
 
 
@@ -44,6 +44,56 @@ class Generated:
     decode_seconds: float
 
 
+@dataclass(frozen=True)
+class SavedDocument:
+    """What was kept of a document, and its cost; the fields are those of `Generated`."""
+
+    prompt_tokens: int
+    kv_bytes: int
+    full_kv_bytes: int
+    seconds: float
+
+
+def save_document(
+    model: Any,
+    tokenizer: Any,
+    document: str,
+    method: Method,
+    budget: int | None,
+    path: str,
+    *,
+    raw: bool = False,
+    prefill_chunk: int | None = None,
+) -> SavedDocument:
+    """Read a document, and save what a method keeps of it, for questions that come later.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        document: what the user's message begins with, where the tokenizer has a chat template.
+        method: what to keep.
+        budget: as for `generate_text`.
+        path: where the cache goes; see `CompressedCache.load`.
+        raw: as for `generate_text`.
+        prefill_chunk: as for `generate_text`.
+
+    Raises:
+        UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
+    """
+    _check_text("document", document)
+    before, _ = _around_question(tokenizer, raw)
+    ids = encode_text(tokenizer, before + document)
+    _check_fits(model, "document", ids)
+    started = time.perf_counter()
+    try:
+        inputs = torch.tensor([ids])
+        cache = CompressedCache.prefill(model, method, inputs, budget=budget, prefill_chunk=prefill_chunk)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory on a document of {len(ids)} tokens; use a shorter one") from error
+    cache.save(path)
+    return SavedDocument(len(ids), cache.kv_bytes, _full_bytes(model, len(ids)), time.perf_counter() - started)
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -58,8 +108,9 @@ def generate_text(
     prefill_chunk: int | None = None,
     evict_every: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    document: CompressedCache | None = None,
 ) -> Generated:
-    """Continue a prompt.
+    """Continue a prompt, or ask it of a document.
 
     Args:
         model: a transformers decoder-only model.
@@ -74,6 +125,7 @@ def generate_text(
         prefill_chunk: read the prompt in chunks of so many tokens, evicting as it goes; see `CompressedCache`.
         evict_every: cut the cache to its budgets again after so many new tokens; see `CompressedCache`.
         on_text: called with each piece of text as it is generated.
+        document: holds what `save_document` read; the prompt is the question, and `method` and `budget` say nothing.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
@@ -84,34 +136,23 @@ def generate_text(
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
-    ids = _encode(tokenizer, prompt, raw)
-    limit = describe_model(model).max_context
-    if len(ids) >= limit:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
-            "shorten the prompt or use a model with a longer context"
-        )
-    cache: DynamicCache | CompressedCache
-    if method is None:
-        if prefill_chunk is not None or evict_every is not None:
-            raise UsageError(
-                "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
-            )
-        cache = DynamicCache(config=model.config)
-    else:
-        cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
+    _check_text("prompt", prompt)
+    inputs = (
+        _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
+        if document is None
+        else _question_inputs(tokenizer, document, prompt, raw)
+    )
+    (_, cache), ids = given_cache(inputs), inputs["input_ids"][0].tolist()
+    limit = _check_fits(model, "prompt", ids)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
         torch.manual_seed(seed)
     meter = _Meter(tokenizer, cache, on_text or (lambda text: None))
-    inputs = torch.tensor([ids], device=model.device)
     started = time.perf_counter()
     try:
         output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            **{cache_keyword(model): cache},
+            **inputs,
             max_new_tokens=min(max_new_tokens, limit - len(ids)),
             eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
             streamer=meter,
@@ -126,21 +167,77 @@ def generate_text(
         prompt_tokens=len(ids),
         new_tokens=len(new),
         kv_bytes=meter.kv_bytes,
-        full_kv_bytes=meter.kv_bytes if method is None else _full_bytes(model, len(ids)),
+        full_kv_bytes=meter.kv_bytes if isinstance(cache, DynamicCache) else _full_bytes(model, len(ids)),
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
 
 
-def _encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; give it some text")
+def _prompt_inputs(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    method: Method | None,
+    budget: int | None,
+    raw: bool,
+    prefill_chunk: int | None,
+    evict_every: int | None,
+) -> dict[str, Any]:
+    text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
+    ids = torch.tensor([encode_text(tokenizer, text)], device=model.device)
+    cache: DynamicCache | CompressedCache
+    if method is not None:
+        cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
+    elif prefill_chunk is None and evict_every is None:
+        cache = DynamicCache(config=model.config)
+    else:
+        raise UsageError(
+            "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
+        )
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_keyword(model): cache}
+
+
+def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
+    if document.num_rows != 1:
+        raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
+    _, after = _around_question(tokenizer, raw)
+    # In a message the question stands apart from the document; without a template it is for the user to say how.
+    text = question if raw else f"\n\n{question}"
+    ids = tokenizer(text + after, add_special_tokens=False, verbose=False)["input_ids"]
+    return document.followed_by(torch.tensor([ids]))
+
+
+def _chats(tokenizer: Any, raw: bool) -> bool:
+    return not raw and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _around_question(tokenizer: Any, raw: bool) -> tuple[str, str]:
+    """What a chat template puts before and after the user's message."""
+    if not _chats(tokenizer, raw):
+        return "", ""
+    mark = "<<<the message>>>"
+    before, _, after = user_message(tokenizer, mark).partition(mark)
+    return before, after
+
+
+def _check_text(what: str, text: str) -> None:
+    if not text.strip():
+        raise UsageError(f"the {what} is empty; give it some text")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UsageError("the prompt is not valid UTF-8; convert it to UTF-8") from None
-    chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-    return encode_text(tokenizer, user_message(tokenizer, prompt) if chat else prompt)
+        raise UsageError(f"the {what} is not valid UTF-8; convert it to UTF-8") from None
+
+
+def _check_fits(model: Any, what: str, ids: list[int]) -> int:
+    """The tokens that the model's context holds."""
+    limit = describe_model(model).max_context
+    if len(ids) >= limit:
+        raise UsageError(
+            f"the {what} has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
+            f"shorten the {what} or use a model with a longer context"
+        )
+    return limit
 
 
 def _full_bytes(model: Any, tokens: int) -> int:

@@ -69,10 +69,12 @@ def expand(
 @app.command()
 def export(
     path: Path,
-    to: Annotated[str, typer.Option("--to", metavar="json|csv", callback=one_of("format", ("json", "csv")))],
+    to: Annotated[
+        str, typer.Option("--to", metavar="json|csv|kvpress", callback=one_of("format", ("json", "csv", "kvpress")))
+    ],
     out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
 ) -> None:
-    """Write the profile as JSON, or its budgets as CSV (layer, head, budget)."""
+    """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
     from evolkv.report.files import check_writable, write_text
 
     if out is not None:
@@ -80,6 +82,8 @@ def export(
     profile = _load(path)
     if to == "json":
         text = json.dumps(profile.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    elif to == "kvpress":
+        text = _press(profile, out)
     else:
         cells = [
             f"{layer},{head},{budget}"
@@ -91,6 +95,20 @@ def export(
         console.OUT.file.write(text)
     else:
         write_text(out, text)
+
+
+def _press(profile: BudgetProfile, out: str | None) -> str:
+    from pathlib import Path as File
+
+    from evolkv.integrations.kvpress import held_by_press, press_source
+
+    text = press_source(profile, "press" if out is None else File(out).stem)
+    if profile.granularity == "head":
+        console.note(
+            f"kvpress masks what single heads evict: it will hold {held_by_press(profile):,.6g} entries per head on "
+            f"average, where EvolKV holds {profile.mean_budget:,.6g}; the answers are those of the profile"
+        )
+    return text
 
 
 def _load(path: str) -> BudgetProfile:

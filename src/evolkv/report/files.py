@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from evolkv.errors import UsageError
+from evolkv.whole_files import write_with
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -42,30 +41,10 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write JSON values to a file; see `write_with`."""
+    """Write JSON values to a file; see `evolkv.whole_files.write_with`."""
     write_text(path, json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file; see `write_with`."""
+    """Write a UTF-8 text file; see `evolkv.whole_files.write_with`."""
     write_with(path, lambda partial: partial.write_bytes(text.encode()))
-
-
-def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file, and put it at `path` only once it is complete. Missing folders are made.
-
-    Args:
-        path: where the file goes; what was there is replaced.
-        write: called with the path it shall write to, which ends as `path` does.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
-    try:
-        write(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from evolkv.profile import BudgetProfile
-from evolkv.report.files import write_with
+from evolkv.whole_files import write_with
 
 _COLOURS = colormaps["viridis"]
 _MOST_LABELS = 64

@@ -1,0 +1,428 @@
+"""generate() on a compressed cache: every decoding strategy of transformers gives what a token-by-token loop gives."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from evolkv import BudgetProfile, CompressedCache, compress
+from evolkv.errors import RunError, UsageError
+from evolkv.models.forward import cache_in, cache_keyword
+from tiny import KV_HEADS, LAYERS, padded, tiny_model, tokens
+
+SNAPKV = {"name": "snapkv", "window": 4}
+DENSE = [9, 12, 7, 16]
+RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
+BUDGETS = pytest.mark.parametrize("budgets", [DENSE, RAGGED], ids=["layers", "heads"])
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
+
+
+def profile(model, budgets):
+    return BudgetProfile.from_budgets(model, budgets, SNAPKV)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+# transformers looks at what a tokenizer makes of "abcdef" when it is to stop at a string.
+WORDS = ["<pad>", "<end>", "<start>", *(f"w{i}" for i in range(3, 127)), "abcdef"]
+
+
+def tokenizer():
+    """One token for each word; a chat template that puts a word before a message and one after."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w3")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<start>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+    fast.chat_template = "{% for message in messages %}w4 {{ message['content'] }} w5 {% endfor %}"
+    return fast
+
+
+def words(ids):
+    return " ".join(WORDS[i] for i in ids.tolist())
+
+
+class Loop:
+    """A model read token by token: the prompts under a profile, what follows appended to the same cache."""
+
+    def __init__(self, model, prompt, budgets, mask=None):
+        self.model = model
+        self.mask = torch.ones_like(prompt) if mask is None else mask
+        with compress(model, profile(model, budgets)):
+            places = (self.mask.cumsum(-1) - 1).clamp(min=0)
+            output = model(prompt, attention_mask=self.mask, position_ids=places)
+        self.cache, self.logits = cache_in(output), output.logits[:, -1]
+
+    def feed(self, ids):
+        """Reads one token per sequence."""
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)[:, None]], dim=1)
+        arguments = {cache_keyword(self.model): self.cache}
+        places = self.mask.sum(-1, keepdim=True) - 1
+        self.logits = self.model(ids[:, None], attention_mask=self.mask, position_ids=places, **arguments).logits[:, -1]
+
+    def greedy(self, count):
+        """The next tokens, ``[batch, count]``; the last one is not read."""
+        found = []
+        for step in range(count):
+            found.append(self.logits.argmax(-1))
+            if step < count - 1:
+                self.feed(found[-1])
+        return torch.stack(found, dim=1)
+
+
+def masked(model, turns, kept, count):
+    """Greedy continuation where every entry is held and those evicted after the first of the turns are masked.
+
+    This knows nothing of compressed caches.
+    """
+    at = turns[0].shape[1]
+    hidden = torch.zeros(LAYERS, KV_HEADS, at, dtype=torch.bool)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            hidden[layer, head] = ~torch.isin(torch.arange(at), kept[layer][head])
+
+    def attention(module, query, key, value, mask, scaling=None, **kwargs):
+        fold = query.shape[1] // key.shape[1]
+        logits = query @ key.repeat_interleave(fold, 1).transpose(2, 3) * scaling
+        if mask is not None:
+            logits = logits + mask[..., : key.shape[2]]
+        if key.shape[2] > at:
+            unseen = hidden[module.layer_idx].repeat_interleave(fold, 0)[None, :, None]
+            logits[..., :at] = logits[..., :at].masked_fill(unseen, float("-inf"))
+        return (logits.softmax(-1) @ value.repeat_interleave(fold, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("masked", attention)
+    AttentionMaskInterface.register("masked", eager_mask)
+    own, model.config._attn_implementation = model.config._attn_implementation, "masked"
+    try:
+        cache = DynamicCache()
+        for turn in turns:
+            output = model(turn, **{cache_keyword(model): cache})
+        found = [output.logits[0, -1].argmax()]
+        for _ in range(count - 1):
+            output = model(found[-1].view(1, 1), **{cache_keyword(model): cache})
+            found.append(output.logits[0, -1].argmax())
+        return torch.stack(found)
+    finally:
+        model.config._attn_implementation = own
+
+
+def generated(model, inputs, budgets, explicit, **settings):
+    """What generate() returns under a profile, by either way of asking for it."""
+    if explicit:
+        cache = CompressedCache(model, profile(model, budgets))
+        return model.generate(inputs, **cache.as_argument, **settings)
+    with compress(model, profile(model, budgets)):
+        return model.generate(inputs, **settings)
+
+
+@BUDGETS
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+def test_greedy_equals_masking_what_was_evicted(model, budgets, explicit):
+    prompt = tokens(1, 40)
+    found = generated(model, prompt, budgets, explicit, **GREEDY)[0, 40:]
+    kept = Loop(model, prompt, budgets).cache.positions
+    assert torch.equal(found, masked(model, [prompt], kept, 8))
+    assert not torch.equal(found, model.generate(prompt, **GREEDY)[0, 40:])
+
+
+@BUDGETS
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+def test_greedy_on_a_padded_batch_equals_a_loop(model, budgets, explicit):
+    _, batch, mask = padded([40, 33, 15], "left")
+    found = generated(model, batch, budgets, explicit, attention_mask=mask, **GREEDY)
+    assert torch.equal(found[:, 40:], Loop(model, batch, budgets, mask).greedy(8))
+
+
+@BUDGETS
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+def test_sampling_several_sequences_equals_sampling_in_a_loop(model, budgets, explicit):
+    _, batch, mask = padded([40, 33], "left")
+    settings = {**GREEDY, "do_sample": True, "temperature": 0.7, "top_k": 20, "num_return_sequences": 3}
+    torch.manual_seed(5)
+    found = generated(model, batch, budgets, explicit, attention_mask=mask, **settings)
+    loop = Loop(model, batch.repeat_interleave(3, 0), budgets, mask.repeat_interleave(3, 0))
+    torch.manual_seed(5)
+    for step in range(8):
+        logits = loop.logits / 0.7
+        logits = logits.masked_fill(logits < logits.topk(20).values[:, -1:], float("-inf"))
+        token = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        assert torch.equal(token, found[:, 40 + step])
+        loop.feed(token)
+
+
+@BUDGETS
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+@pytest.mark.parametrize("sample", [False, True], ids=["beams", "sampled beams"])
+def test_beam_search_on_a_padded_batch_scores_as_a_loop_does(model, budgets, explicit, sample):
+    _, batch, mask = padded([40, 33], "left")
+    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 3, "do_sample": sample, "top_k": 0}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
+    output = generated(model, batch, budgets, explicit, attention_mask=mask, **settings)
+    loop = Loop(model, batch.repeat_interleave(3, 0), budgets, mask.repeat_interleave(3, 0))
+    total = torch.zeros(6)
+    for token in output.sequences[:, 40:].unbind(1):
+        total += loop.logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        loop.feed(token)
+    torch.testing.assert_close(output.sequences_scores, total, atol=1e-3, rtol=0)
+    assert len({tuple(sequence.tolist()) for sequence in output.sequences}) == 6
+
+
+@BUDGETS
+def test_scores_and_logits_are_those_of_the_loop(model, budgets):
+    settings = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    output = generated(model, tokens(1, 40), budgets, True, repetition_penalty=1.3, **settings, **GREEDY)
+    loop = Loop(model, tokens(1, 40), budgets)
+    for step, logits in enumerate(output.logits):
+        torch.testing.assert_close(logits, loop.logits, atol=1e-5, rtol=0)
+        loop.feed(output.sequences[:, 40 + step])
+    assert not torch.equal(output.scores[-1], output.logits[-1])
+    assert isinstance(cache_in(output), CompressedCache)
+
+
+@pytest.mark.parametrize("budgets", [[400] * LAYERS, RAGGED], ids=["covering", "heads"])
+def test_stopping_works_as_ever(model, budgets):
+    prompt = tokens(1, 40)
+    expected = Loop(model, prompt, budgets).greedy(8)[0]
+    third = int(expected[2])
+    first = expected.tolist().index(third)
+    long = {**GREEDY, "max_new_tokens": 8}
+
+    class AfterFive(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 45)
+
+    by_token = generated(model, prompt, budgets, False, **{**long, "eos_token_id": third})
+    by_criterion = generated(model, prompt, budgets, False, stopping_criteria=[AfterFive()], **long)
+    by_string = generated(model, prompt, budgets, False, stop_strings=[WORDS[third]], tokenizer=tokenizer(), **long)
+    assert by_token[0, 40:].tolist() == expected[: first + 1].tolist()
+    assert by_criterion[0, 40:].tolist() == expected[:5].tolist()
+    assert by_string[0, 40:].tolist() == expected[: first + 1].tolist()
+    at_least = generated(model, prompt, budgets, False, **{**long, "eos_token_id": third, "min_new_tokens": 6})
+    assert at_least.shape[1] >= 46
+    assert third not in at_least[0, 40:46].tolist()
+
+
+def test_streamers_get_the_same_text(model, capsys):
+    words_of, prompt = tokenizer(), tokens(1, 40)
+    expected = Loop(model, prompt, RAGGED).greedy(8)[0]
+    generated(model, prompt, RAGGED, False, streamer=TextStreamer(words_of, skip_prompt=True), **GREEDY)
+    assert capsys.readouterr().out.split() == words(expected).split()
+    streamer = TextIteratorStreamer(words_of, skip_prompt=True)
+    settings = {**GREEDY, "streamer": streamer}
+    thread = threading.Thread(target=generated, args=(model, prompt, RAGGED, True), kwargs=settings)
+    thread.start()
+    assert "".join(streamer).split() == words(expected).split()
+    thread.join()
+
+
+def test_constrained_choice_of_tokens_works(model):
+    prompt = tokens(1, 40)
+    found = generated(model, prompt, RAGGED, False, prefix_allowed_tokens_fn=lambda row, ids: [10, 11, 12], **GREEDY)
+    loop = Loop(model, prompt, RAGGED)
+    for token in found[0, 40:]:
+        assert int(token) == 10 + int(loop.logits[0, 10:13].argmax())
+        loop.feed(token[None])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "force_words_ids": [[5]]},
+        {"dola_layers": "low"},
+    ],
+    ids=["contrastive", "groups", "constraints", "dola"],
+)
+def test_strategies_that_transformers_moved_to_its_hub_are_refused_by_it(model, settings):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        generated(model, tokens(1, 40), DENSE, False, **{**GREEDY, **settings})
+
+
+# Assisted decoding: drafts that are rejected must leave no trace.
+
+
+@BUDGETS
+@pytest.mark.parametrize("assistant", ["itself", "another", "prompt"])
+def test_assisted_decoding_gives_the_greedy_text(model, budgets, assistant):
+    # A prompt that repeats itself, so that there is something to look up.
+    prompt = tokens(1, 13).repeat(1, 3)
+    expected = Loop(model, prompt, budgets).greedy(24)
+    helper = {"another": tiny_model(seed=1), "itself": tiny_model()}.get(assistant)
+    help_with = {"prompt_lookup_num_tokens": 3} if helper is None else {"assistant_model": helper}
+    cache = CompressedCache(model, profile(model, budgets))
+    output = model.generate(
+        prompt, **cache.as_argument, return_dict_in_generate=True, **help_with, **{**GREEDY, "max_new_tokens": 24}
+    )
+    assert torch.equal(output.sequences[:, 39:], expected)
+    assert cache.get_seq_length() == output.sequences.shape[1] - 1
+    assert [layer.prompt_width for layer in cache.layers] == [39] * LAYERS
+    # And what the cache holds afterwards is what the loop's holds.
+    loop = Loop(model, prompt, budgets)
+    loop.greedy(24)
+    assert cache.kv_bytes == loop.cache.kv_bytes
+    cache.input_ids = output.sequences
+    more = model.generate(**cache.followed_by(tokens(1, 3, seed=8)), **GREEDY)
+    for token in torch.cat([expected[:, -1:], tokens(1, 3, seed=8)], dim=1)[0]:
+        loop.feed(token[None])
+    assert torch.equal(more[:, 39 + 24 + 3 :], loop.greedy(8))
+
+
+def test_assisted_decoding_under_budgets_of_the_prompt_gives_the_greedy_text(model):
+    prompt = tokens(1, 13).repeat(1, 3)
+    plain, assisted = (CompressedCache(model, "adakv+snapkv:window=4", 9) for _ in range(2))
+    expected = model.generate(prompt, **plain.as_argument, **GREEDY)
+    found = model.generate(prompt, **assisted.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found, expected)
+    assert assisted.kv_bytes == plain.kv_bytes
+
+
+def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
+    prompt, mask = tokens(1, 13).repeat(1, 3), torch.ones(1, 39, dtype=torch.long)
+    prompt[:, :5], mask[:, :5] = 0, 0
+    cache = CompressedCache(model, profile(model, RAGGED))
+    found = model.generate(prompt, attention_mask=mask, **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found[:, 39:], Loop(model, prompt, RAGGED, mask).greedy(8))
+
+
+def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
+    prompt = tokens(1, 13).repeat(1, 3)
+    with pytest.raises(UsageError, match="cannot tell where they begin"):
+        generated(model, prompt, DENSE, False, prompt_lookup_num_tokens=3, **GREEDY)
+    # Before 5.24 transformers does not ask whether a cache can be cropped; it just does so.
+    with pytest.raises((ValueError, RunError), match=r"cache that can be cropped|cannot take back"):
+        generated(tiny_model("mistral"), prompt, DENSE, True, prompt_lookup_num_tokens=3, **GREEDY)
+    compete = CompressedCache(model, "cake+snapkv:window=4", 9)
+    with pytest.raises(UsageError, match="cuts no layer before all have read"):
+        model.generate(prompt, **compete.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    with pytest.raises(UsageError, match="cannot go on from a cache"):
+        model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)
+
+
+# What else a prompt can look like.
+
+
+@BUDGETS
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+def test_prompt_embeddings_give_the_text_of_the_prompt(model, budgets, explicit):
+    prompt = tokens(1, 40)
+    embeddings = model.get_input_embeddings()(prompt)
+    found = generated(model, None, budgets, explicit, inputs_embeds=embeddings, **GREEDY)
+    assert torch.equal(found, Loop(model, prompt, budgets).greedy(8))
+
+
+def test_without_a_cache_nothing_is_compressed(model):
+    prompt = tokens(1, 40)
+    expected = model.generate(prompt, use_cache=False, **GREEDY)
+    assert torch.equal(generated(model, prompt, DENSE, False, use_cache=False, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "static", "quantized"])
+def test_other_kinds_of_cache_are_refused(model, implementation):
+    with pytest.raises((UsageError, ImportError), match=r"compress\(\) replaces the default cache|quant"):
+        generated(model, tokens(1, 40), DENSE, False, cache_implementation=implementation, **GREEDY)
+
+
+# Going on.
+
+
+@BUDGETS
+def test_second_turn_attends_to_the_compressed_first_turn(model, budgets):
+    first, second = tokens(1, 40), tokens(1, 6, seed=9)
+    cache = CompressedCache(model, profile(model, budgets))
+    answer = model.generate(first, **cache.as_argument, **GREEDY)
+    kept = cache.positions
+    text = torch.cat([answer, second], dim=1)
+    found = model.generate(text, **cache.as_argument, **GREEDY)
+    assert torch.equal(found[0, text.shape[1] :], masked(model, [first, text[:, 40:]], kept, 8))
+    assert cache.get_seq_length() == text.shape[1] + 7
+
+
+@BUDGETS
+def test_second_turn_of_a_padded_batch_equals_a_loop(model, budgets):
+    _, batch, mask = padded([40, 33, 15], "left")
+    cache = CompressedCache.prefill(model, profile(model, budgets), batch, mask)
+    question = tokens(3, 6, seed=9)
+    loop = Loop(model, batch, budgets, mask)
+    for token in question.unbind(1):
+        loop.feed(token)
+    found = model.generate(**cache.followed_by(question), **GREEDY)
+    assert torch.equal(found[:, :40], batch)
+    assert torch.equal(found[:, 46:], loop.greedy(8))
+
+
+def test_prefilled_prompt_holds_what_a_forward_call_keeps(model):
+    _, batch, mask = padded([40, 33], "left")
+    cache = CompressedCache.prefill(model, "snapkv:window=4", batch, mask, budget=9)
+    loop = Loop(model, batch, [9] * LAYERS, mask)
+    for mine, other in zip(cache.layers, loop.cache.layers, strict=True):
+        assert np.array_equal(mine.budgets, other.budgets)
+        for left, right in zip(mine.groups, other.groups, strict=True):
+            assert torch.equal(left.keys, right.keys)
+            assert torch.equal(left.positions, right.positions)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
+def test_one_prompt_serves_several_beams_once_it_is_repeated(model, settings):
+    cache = CompressedCache.prefill(model, profile(model, RAGGED), tokens(1, 40))
+    question = tokens(1, 6, seed=9)
+    with pytest.raises(UsageError, match=r"holds 1 sequences, but this call brings 3"):
+        model.generate(**cache.copy().followed_by(question), **{**GREEDY, **settings})
+    asked = cache.followed_by(question)
+    cache.batch_repeat_interleave(3)
+    torch.manual_seed(1)
+    found = model.generate(**asked, **{**GREEDY, **settings})
+    # The same from a batch that was read three times; no path here but repetition is different.
+    torch.manual_seed(1)
+    again = CompressedCache.prefill(model, profile(model, RAGGED), tokens(1, 40).repeat(3, 1))
+    expected = model.generate(**{**asked, **again.as_argument}, **{**GREEDY, **settings})
+    assert torch.equal(found, expected)
+
+
+def test_what_the_cache_does_not_know_it_asks_for(model):
+    cache = CompressedCache(model, profile(model, DENSE))
+    answer = model.generate(tokens(1, 40), **cache.as_argument, **GREEDY)
+    with pytest.raises(UsageError, match="seen 47 tokens and knows the ids of 0"):
+        cache.followed_by(tokens(1, 3))
+    cache.input_ids = answer
+    assert cache.followed_by(tokens(1, 3))["input_ids"].shape == (1, 51)
+    with pytest.raises(UsageError, match=r"\[2, 3\]; expected \[1, tokens\]"):
+        cache.followed_by(tokens(2, 3))
+
+
+# Pipelines.
+
+
+def test_text_generation_pipeline_runs_compressed(model):
+    speak = pipeline("text-generation", model=model, tokenizer=tokenizer())
+    prompts = [tokens(40), tokens(33, seed=1), tokens(15, seed=2)]
+    texts = [words(prompt) for prompt in prompts]
+    settings = {**GREEDY, "return_full_text": False}
+    with compress(model, profile(model, RAGGED)):
+        alone = [speak(text, **settings)[0]["generated_text"] for text in texts]
+        together = speak(texts, batch_size=3, **settings)
+        chat = speak([{"role": "user", "content": texts[0]}], **settings)
+    for prompt, text in zip(prompts, alone, strict=True):
+        assert text.split() == words(Loop(model, prompt[None], RAGGED).greedy(8)[0]).split()
+    assert [rows[0]["generated_text"].split() for rows in together] == [text.split() for text in alone]
+    framed = torch.cat([torch.tensor([4]), prompts[0], torch.tensor([5])])[None]
+    assert chat[0]["generated_text"].split() == words(Loop(model, framed, RAGGED).greedy(8)[0]).split()

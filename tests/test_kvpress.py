@@ -1,0 +1,65 @@
+"""Profiles as presses of kvpress: the source that is written. bench/kvpress_export.py runs it."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from evolkv.cli import main
+from evolkv.errors import UsageError
+from evolkv.integrations.kvpress import held_by_press, press_source
+from evolkv.models import ModelInfo
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import SELECTORS
+
+INFO = ModelInfo("tiny", 2, 2, 4, 16, 512, "0123456789abcdef")
+HEADS = [[40, 50], [60, 70]]
+
+
+def names(source):
+    """What a Python file assigns, by name, as source."""
+    tree = ast.parse(source)
+    return {node.targets[0].id: ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+
+
+@pytest.mark.parametrize(
+    ("selector", "press"),
+    [
+        ("snapkv", "WindowPress(window_size=32, kernel_size=7, pooling='max', gqa='mean')"),
+        ("tova", "TOVAPress()"),
+        ("streaming_llm", "SinksPress(n_sink=4)"),
+        ("knorm", "KnormPress()"),
+        ("keydiff", "KeyDiffPress()"),
+        (
+            "expected_attention",
+            "ExpectedAttentionPress(n_future_positions=512, n_sink=4, use_covariance=True, use_vnorm=True)",
+        ),
+    ],
+)
+def test_the_press_has_the_budgets_and_the_selector(selector, press):
+    found = names(press_source(BudgetProfile.from_budgets(INFO, HEADS, selector)))
+    assert found["BUDGETS"] == str(HEADS)
+    assert found["press"] == f"BudgetsPress({press}, BUDGETS)"
+
+
+@pytest.mark.parametrize("selector", ["h2o", "chunkkv"])
+def test_selectors_that_kvpress_does_not_have_are_refused(selector):
+    assert selector in SELECTORS
+    with pytest.raises(UsageError, match=f"as '{selector}' does"):
+        press_source(BudgetProfile.from_budgets(INFO, HEADS, selector))
+
+
+def test_export_says_what_masking_costs(tmp_path, capsys):
+    by_head = BudgetProfile.from_budgets(INFO, HEADS, "keydiff")
+    by_head.save(tmp_path / "p.json")
+    assert held_by_press(by_head) == 60
+    export = ["profile", "export", str(tmp_path / "p.json"), "--to", "kvpress"]
+    assert main([*export, "--out", str(tmp_path / "a.py")]) == 0
+    assert "60 entries per head on average, where EvolKV holds 55" in capsys.readouterr().err
+    assert "from a import press" in (tmp_path / "a.py").read_text()
+    BudgetProfile.from_budgets(INFO, [40, 60], "keydiff").save(tmp_path / "p.json")
+    assert main(export) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert names(out)["BUDGETS"] == "[[40, 40], [60, 60]]"
