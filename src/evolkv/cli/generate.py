@@ -165,9 +165,7 @@ def _check_cache(
     if cache is not None and method is not None:
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
     if evict_every is not None and (save_cache is not None or cache is not None):
-        raise UsageError(
-            "--evict-every evicts while an answer is generated, which cache files cannot do; leave it out"
-        )
+        raise UsageError("--evict-every evicts while an answer is generated, which cache files cannot do; leave it out")
     if cache is not None and prefill_chunk is not None:
         raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
 
