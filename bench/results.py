@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ TABLES = {
     "ruler-multikey": Table(_ruler(MULTIKEY), ("logprob",), 24),
     "ruler-others": Table(_ruler(OTHERS), ("logprob",), 24),
     "minilongbench": Table(
-        tuple(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=4000" for name in ENGLISH),
+        tuple(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=2000" for name in ENGLISH),
         ("logprob",),
         16,
         together=True,
@@ -260,6 +260,15 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _changed(table: Table, arguments: Any) -> Table:
+    """The table with what the command line says instead."""
+    given = {name: getattr(arguments, name) for name in ("samples", "train", "val")}
+    table = replace(table, **{name: value for name, value in given.items() if value is not None})
+    if arguments.tasks:
+        table = replace(table, tasks=tuple(task for task in table.tasks if any(x in task for x in arguments.tasks)))
+    return table
+
+
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
@@ -273,6 +282,9 @@ def main() -> None:
         "--selector", nargs="+", help="what budgets are evolved under, the best on validation; default: by protocol"
     )
     options.add_argument("--max-evals", type=int, default=900, help="candidates at the first budget")
+    for name, what in (("samples", "held-out"), ("train", "training"), ("val", "validation")):
+        options.add_argument(f"--{name}", type=int, help=f"{what} examples per task; default: the table's")
+    options.add_argument("--tasks", nargs="+", help="only tasks whose spec contains one of these")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -281,7 +293,7 @@ def main() -> None:
     runner = Runner(model, tokenizer, arguments)
     for name in arguments.table:
         try:
-            result = runner.run(name, TABLES[name])
+            result = runner.run(name, _changed(TABLES[name], arguments))
         except UsageError as error:
             options.error(f"table {name}: {error}")
         about = {"machine": machine(model.device), "model": arguments.model, "dtype": arguments.dtype}
