@@ -189,7 +189,7 @@ def test_demo_writes_the_contracts_results(demo):
     results = json.loads((demo / "results.json").read_text())
     assert results["format"] == "evolkv.results/1"
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["full", "snapkv", "pyramidkv", "evolkv"]
+    assert list(rows) == ["full", "snapkv", "pyramidkv", "chunkkv:window=8", "evolkv"]
     for row in rows.values():
         assert {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"} <= set(
             row
@@ -199,7 +199,9 @@ def test_demo_writes_the_contracts_results(demo):
         low, high = row["ci95"]
         assert 0 <= low <= row["score"] <= high <= 1
     assert rows["full"]["score"] == 1
-    assert {rows[name]["kv_bytes"] for name in ("snapkv", "pyramidkv", "evolkv")} == {64 * 30 * 3 * 2 * 64 * 4}
+    assert {rows[name]["kv_bytes"] for name in ("snapkv", "pyramidkv", "chunkkv:window=8", "evolkv")} == {
+        64 * 30 * 3 * 2 * 64 * 4
+    }
     assert rows["full"]["kv_bytes"] > 4 * rows["evolkv"]["kv_bytes"]
 
 

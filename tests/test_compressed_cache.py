@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import ProfileError, UsageError
+from evolkv.models.layers import continues_by_token
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
@@ -37,7 +38,9 @@ def run(model, prompt, mask=None, cache=None):
     last = (mask * torch.arange(mask.shape[1])).argmax(-1)
     logits = [output.logits[torch.arange(batch), last]]
     length = mask.sum(-1, keepdim=True)
-    for start, stop in STEPS:
+    # Some plain models cannot take several tokens here: their recurrent states would start from nothing.
+    steps = [(i, i + 1) for i in range(7)] if continues_by_token(model) else STEPS
+    for start, stop in steps:
         mask = torch.cat([mask, mask.new_ones(batch, stop - start)], dim=1)
         output = model(
             more[:, start:stop],

@@ -305,6 +305,7 @@ def test_log_json_writes_one_object_per_line(settings, capsys):
         assert datetime.fromisoformat(event["time"]).utcoffset() == timedelta(0)
     steps = [event for event in events if event["event"] == "progress"]
     fields = {"stage", "done", "total", "rate", "seconds_left", "best_fitness", "best_score", "generation", "budget"}
+    fields |= {"selector"}
     assert all(set(step) == fields | {"event", "time"} for step in steps)
     assert [(step["stage"], step["done"]) for step in steps] == (
         [("prefill", 1), ("prefill", 2), ("search", 10), ("search", 30), ("validation", 1)]

@@ -382,6 +382,16 @@ def test_a_study_killed_at_any_moment_goes_on_with_what_it_had(path, start):
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name]
 
 
+def test_what_a_kill_leaves_of_a_journals_lock_is_removed(tmp_path):
+    path = tmp_path / "study.log"
+    record(path, 1)
+    for name in ("study.log.lock", "study.log.lock0a-1b.rename"):
+        (tmp_path / name).symlink_to(os.path.join(tmp_path, ".", ".", "study.log"))
+    (tmp_path / "study.log.lock-of-others.rename").symlink_to("elsewhere")
+    record(path, 2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["study.log", "study.log.lock-of-others.rename"]
+
+
 def test_a_study_killed_while_it_begins_can_begin_again(new_path, start):
     for delay in range(4):
         folder = new_path.parent / str(delay)

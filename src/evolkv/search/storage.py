@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import errno
 import hashlib
 import json
@@ -240,9 +241,11 @@ class _AppendLock:
             file = undo.enter_context(open(self._path, "r+b"))
             fcntl.flock(file, fcntl.LOCK_EX)
             link = self._path + ".lock"
-            with contextlib.suppress(OSError):
-                if os.readlink(link) == self._target:
-                    os.unlink(link)
+            # Optuna renames a link before it removes it.
+            for dead in (link, *glob.glob(f"{glob.escape(link)}*.rename")):
+                with contextlib.suppress(OSError):
+                    if os.readlink(dead) == self._target:
+                        os.unlink(dead)
             self._link.acquire()
             undo.callback(self._link.release)
             _mend_journal(file)
