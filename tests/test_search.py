@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import evolkv
 from evolkv.errors import BudgetError, UsageError
+from evolkv.evaluate.prefill import Prefiller, RecordingStore
 from evolkv.search import SearchProgress
+from evolkv.selectors import get_selector, parse_selector
 
 SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 28, "seed": 0}
 
@@ -222,3 +225,36 @@ def test_interruption_of_a_later_selector_keeps_what_the_first_found(smollm2):
     assert found.validation
     with pytest.raises(UsageError, match="no selector"):
         evolkv.search(*smollm2, **SETTINGS, selector=[])
+
+
+@pytest.mark.model
+def test_several_selectors_share_one_prefill_of_each_prompt(smollm2, monkeypatch):
+    computed = []
+    prefill = Prefiller.__call__
+
+    def counted(self, ids):
+        computed.append(ids.shape[1])
+        return prefill(self, ids)
+
+    monkeypatch.setattr(Prefiller, "__call__", counted)
+    selectors = ["knorm", "keydiff", "snapkv:window=8"]
+    found = evolkv.search(*smollm2, **SETTINGS, selector=[parse_selector(each) for each in selectors])
+    assert len(computed) == SETTINGS["train"] + SETTINGS["val"]
+    for row, selector in zip(found.rivals, selectors, strict=True):
+        alone = evolkv.search(*smollm2, **SETTINGS, selector=parse_selector(selector))
+        assert alone.validation[0]["score"] == row["score"]
+
+
+def test_a_full_store_leaves_prompts_to_be_prefilled_again(smollm2):
+    model, _ = smollm2
+    prefill = Prefiller(model, [get_selector("knorm")])
+    recorded = prefill(torch.arange(5, 45)[None])
+    size = recorded.kept().cache.nbytes
+    store = RecordingStore(size)
+    store.put("a", recorded)
+    keys = recorded.cache.kv_layers[0].held()[0].clone()
+    store.put("b", prefill(torch.arange(90, 130)[None]))
+    assert store.get("b", get_selector("knorm")) is None
+    assert store.get("a", get_selector("keydiff")) is None
+    held = store.get("a", get_selector("knorm"))
+    assert torch.equal(held.cache.kv_layers[0].held()[0], keys)

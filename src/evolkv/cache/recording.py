@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import HookedCache, layer_contexts
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.state import StateLayer
 from evolkv.models import sliding_windows
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
@@ -129,6 +132,31 @@ def _continue(prompt: PromptAttention) -> Tensor:
     return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()
 
 
+@dataclass(frozen=True)
+class Recording:
+    """One recorded prompt on its own, which later prompts of its cache do not change.
+
+    Args:
+        kv_layers: keys, values and rankings, by layer.
+        state_layers: what the other layers of a hybrid model keep.
+        tokens: length of the prompt.
+    """
+
+    kv_layers: list[RecordingLayer]
+    state_layers: list[StateLayer]
+    tokens: int
+
+    def get_seq_length(self) -> int:
+        """Length of the prompt."""
+        return self.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [x for layer in self.kv_layers for x in (*layer.held(), *layer.rankings.values())]
+        return sum(x.nbytes for x in tensors) + sum(state.nbytes for state in self.state_layers)
+
+
 class RecordingCache(HookedCache):
     """Keeps one prompt whole, with the rankings of several selectors.
 
@@ -145,6 +173,12 @@ class RecordingCache(HookedCache):
         super().__init__(
             model, [RecordingLayer(selectors, list(observers), window, context) for window, context in places]
         )
+
+    def recording(self) -> Recording:
+        """The prompt as it is now."""
+        # What a layer holds is replaced by the next prompt, never written to.
+        layers = [copy.copy(layer) for layer in self.kv_layers]
+        return Recording(layers, [StateLayer.merge([state]) for state in self.state_layers], self.get_seq_length())
 
     def cut(self, tokens: int) -> None:
         """Forgets everything from position `tokens` on, in every layer; a recurrent state cannot be taken back."""

@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
-from evolkv.cache.recording import RecordingCache
+from evolkv.cache.recording import Recording, RecordingCache
 from evolkv.cache.state import StateLayer
 from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import given_cache
@@ -53,7 +53,7 @@ class RankedPrompt:
 
     @classmethod
     def from_recording(
-        cls, cache: RecordingCache, next_logits: Tensor, selector: Selector, ceiling: int
+        cls, cache: RecordingCache | Recording, next_logits: Tensor, selector: Selector, ceiling: int
     ) -> RankedPrompt:
         """Copies the first `ceiling` ranked entries of each head out of a recorded prompt."""
         keys, values, positions = [], [], []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.recording import Observer, RecordingCache
+from evolkv.cache.recording import Observer, Recording, RecordingCache
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
@@ -18,7 +19,7 @@ _MIN_SHARED = 32
 
 @dataclass(frozen=True)
 class RecordedPrompt:
-    """A prompt that has been prefilled, whole, with rankings. Valid until the next prefill.
+    """A prompt that has been prefilled, whole, with rankings. Valid until the next prefill, unless it is `kept`.
 
     Args:
         cache: keys, values and rankings.
@@ -26,9 +27,41 @@ class RecordedPrompt:
         next_logits: logits of the first new token, ``[vocabulary]`` float32.
     """
 
-    cache: RecordingCache
+    cache: RecordingCache | Recording
     tokens: int
     next_logits: Tensor
+
+    def kept(self) -> RecordedPrompt:
+        """The same, for as long as it is wanted."""
+        return self if isinstance(self.cache, Recording) else replace(self, cache=self.cache.recording())
+
+
+class RecordingStore:
+    """Prompts that are searched under one selector after another, each prefilled once as long as there is room.
+
+    Args:
+        room: bytes that it may hold.
+    """
+
+    def __init__(self, room: int):
+        self._room = room
+        self._held: dict[str, RecordedPrompt] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str, selector: Selector) -> RecordedPrompt | None:
+        """The prompt put there under a key, if it is there with a selector's ranking."""
+        found = self._held.get(key)
+        known = found is not None and all(selector in layer.rankings for layer in found.cache.kv_layers)
+        return found if known else None
+
+    def put(self, key: str, recorded: RecordedPrompt) -> None:
+        """Holds a prompt, if there is room for it."""
+        kept = recorded.kept()
+        assert isinstance(kept.cache, Recording)
+        with self._lock:
+            if key not in self._held and kept.cache.nbytes <= self._room:
+                self._room -= kept.cache.nbytes
+                self._held[key] = kept
 
 
 class Prefiller:

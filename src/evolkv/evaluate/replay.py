@@ -22,7 +22,7 @@ from evolkv.evaluate.engine import (
     mean_probability,
     text_score,
 )
-from evolkv.evaluate.prefill import Prefiller
+from evolkv.evaluate.prefill import Prefiller, RecordingStore
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -55,6 +55,9 @@ class ReplayEngine:
         hold: whether to prefill now and hold the result for any number of `score` calls. False prefills during `score`,
             one example at a time: right for scoring once.
         on_progress: called with (done, total) after each example that was prefilled.
+        rankings: selectors that come after this one on the same examples: their rankings are recorded as well.
+        store: where recorded prompts are looked for before they are prefilled, and left for those who come after, each
+            under this key with the number of the example behind it; None for nowhere.
 
     Raises:
         UsageError: for a selector that is not nested, no examples, or a prompt that does not fit the model.
@@ -72,6 +75,8 @@ class ReplayEngine:
         memory_limit: int | None = None,
         hold: bool = True,
         on_progress: Progress | None = None,
+        rankings: Sequence[Selector] = (),
+        store: tuple[RecordingStore, str] | None = None,
     ):
         if not selector.nested:
             raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
@@ -87,6 +92,7 @@ class ReplayEngine:
         self.end = end_tokens(model, tokenizer)
         self._limit = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
         self._selector, self._ceiling = selector, ceiling or max(self.lengths)
+        self._rankings, self._store = [selector, *rankings], store
         self._inputs, self._on_progress = prompts, on_progress
         self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
 
@@ -128,7 +134,7 @@ class ReplayEngine:
             yield batch
 
     def _prefiller(self) -> Prefiller:
-        return Prefiller(self.model, [self._selector])
+        return Prefiller(self.model, self._rankings)
 
     def _prefill_all(self) -> list[RankedPrompt]:
         prefill = self._prefiller()
@@ -149,7 +155,13 @@ class ReplayEngine:
         return ranked
 
     def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
-        recorded = prefill(self._inputs[column])
+        if self._store is None:
+            recorded = prefill(self._inputs[column])
+        else:
+            store, name = self._store
+            known = store.get(f"{name}/{column}", self._selector)
+            recorded = known or prefill(self._inputs[column])
+            store.put(f"{name}/{column}", recorded)
         return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, self._selector, self._ceiling)
 
     def _score_batch(self, batch: list[_Ranked], budgets: np.ndarray) -> np.ndarray:

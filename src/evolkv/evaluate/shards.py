@@ -11,9 +11,10 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.evaluate.engine import Progress, free_memory
+from evolkv.evaluate.prefill import RecordingStore
 from evolkv.evaluate.replay import ReplayEngine
 from evolkv.selectors import Selector
-from evolkv.tasks import Example
+from evolkv.tasks import Example, fingerprint
 
 # Examples of a shard. It decides which examples are prefilled and decoded together, and with that the last bits of
 # every score: these are the same wherever the shards are, and however many workers share them.
@@ -31,6 +32,8 @@ class Shard:
         metric: "logprob", the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for.
         hold: whether to keep the prefill for further calls.
+        rankings: selectors under which the same examples are searched, one after the other, if there are several: each
+            prompt is then prefilled once for all of them.
     """
 
     key: str
@@ -39,6 +42,7 @@ class Shard:
     metric: str | None
     ceiling: int
     hold: bool
+    rankings: tuple[Selector, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,16 @@ class ShardServer:
         self.model, self.tokenizer = model, tokenizer
         self._memory = int(0.9 * free_memory(model.device))
         self._held: dict[str, ReplayEngine] = {}
+        self._store: RecordingStore | None = None
 
     def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
         """Scores ``[candidates, columns]`` (no candidates if none were sent); calls `step` after each prefill."""
         shard = request.shard
         engine = self._held.get(shard.key)
+        if shard.rankings and self._store is None:
+            # Every prompt is there twice then, as recorded and in the order of one ranking.
+            self._memory //= 2
+            self._store = RecordingStore(self._memory)
         if engine is None:
             engine = ReplayEngine(
                 self.model,
@@ -86,6 +95,8 @@ class ShardServer:
                 memory_limit=self._memory // request.sharing,
                 hold=shard.hold,
                 on_progress=lambda done, total: step(),
+                rankings=shard.rankings,
+                store=None if self._store is None else (self._store, fingerprint(shard.examples)),
             )
             if shard.hold:
                 self._held[shard.key] = engine

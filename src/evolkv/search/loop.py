@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 import evolkv
 from evolkv.errors import UsageError
 from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.shards import Backend
 from evolkv.profile import BudgetProfile
-from evolkv.registry import unknown_name
+from evolkv.search.backends import BackendName, backend_maker
 from evolkv.search.choose import choose, rows_from
 from evolkv.search.evolve import Evolution, Rotation, evolve
 from evolkv.search.kept import kept_positions
@@ -35,8 +34,6 @@ from evolkv.tasks.protocol import AWARE
 
 if TYPE_CHECKING:
     from evolkv.search.study import Study
-
-BackendName = Literal["local", "ray"]
 
 
 @under_each_selector(best_of)
@@ -183,7 +180,7 @@ def session(
     settings = StrategySettings(strategy, max_evals, population, sigma, group_size, minibatch, seed)
     if strategy == "evolkv" and plan["granularity"] == "head":
         raise UsageError("strategy 'evolkv' searches layers only; use --strategy joint for granularity 'head'")
-    make = _backend(model, tokenizer, backend, workers, plan["engine"])
+    make = backend_maker(model, tokenizer, backend, workers, plan["engine"])
     checked = Plan(
         model, tokenizer, task=get_task(task), selector=get_selector(selector), seed=seed, backend=make, **plan
     )
@@ -192,24 +189,6 @@ def session(
         yield running
     finally:
         running.close()
-
-
-def _backend(
-    model: PreTrainedModel, tokenizer: Any, name: BackendName | Callable[[], Backend], workers: int | None, engine: str
-) -> Callable[[], Backend]:
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}; use at least one")
-    if name == "local":
-        return lambda: LocalBackend(model, tokenizer, workers)
-    if name != "ray" and not callable(name):
-        raise unknown_name("backend", name, ("local", "ray"))
-    if engine == "naive":
-        raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
-    if callable(name):
-        return name
-    from evolkv.evaluate.on_ray import RayBackend
-
-    return lambda: RayBackend(model, tokenizer, workers)
 
 
 class Session:

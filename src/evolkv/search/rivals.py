@@ -7,11 +7,13 @@ known beforehand. All are validated on the same examples, so their scores compar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from evolkv.errors import UsageError
+from evolkv.search.backends import SharedBackend, backend_maker
 from evolkv.search.progress import OnProgress, SearchProgress
 from evolkv.search.result import SearchResult
 from evolkv.selectors import Selector, get_selector
@@ -31,8 +33,8 @@ Run = Callable[..., Found]
 def under_each_selector(best: Callable[[list[Found], bool], Found]) -> Callable[[Run[Found]], Run[Found]]:
     """Lets a search's `selector` be a list: each gets a search in turn, and `best` makes one result of all.
 
-    Each search records to a study of its own, named ``STUDY/SELECTOR``. KeyboardInterrupt ends the search that runs,
-    and those after it do not begin.
+    Prompts are prefilled once for all of them. Each search records to a study of its own, named ``STUDY/SELECTOR``.
+    KeyboardInterrupt ends the search that runs, and those after it do not begin.
 
     Args:
         best: of the results, in the order of the selectors; and whether some selector's search did not come to its end.
@@ -49,16 +51,17 @@ def under_each_selector(best: Callable[[list[Found], bool], Found]) -> Callable[
                 return run(*args, **{**settings, "selector": next(iter(rivals.values()))})
             study, report = settings.get("study", "search"), settings.get("on_progress")
             found: list[Found] = []
-            for name, selector in rivals.items():
-                own = {"selector": selector, "study": f"{study}/{name}", "on_progress": _naming(name, report)}
-                try:
-                    found.append(run(*args, **{**settings, **own}))
-                except KeyboardInterrupt:
-                    if not found:
-                        raise
-                    break
-                if found[-1].interrupted:
-                    break
+            with _shared(args, settings, [get_selector(each) for each in rivals.values()]) as own:
+                for name, selector in rivals.items():
+                    own |= {"selector": selector, "study": f"{study}/{name}", "on_progress": _naming(name, report)}
+                    try:
+                        found.append(run(*args, **{**settings, **own}))
+                    except KeyboardInterrupt:
+                        if not found:
+                            raise
+                        break
+                    if found[-1].interrupted:
+                        break
             return best(found, len(found) < len(rivals) or found[-1].interrupted)
 
         return several
@@ -90,6 +93,22 @@ def best_of(found: list[SearchResult], interrupted: bool) -> SearchResult:
         seconds=sum(result.seconds for result in found),
         interrupted=interrupted,
     )
+
+
+@contextmanager
+def _shared(args: Sequence[Any], settings: Mapping[str, Any], selectors: list[Selector]) -> Iterator[dict[str, Any]]:
+    """The settings with which the searches share one backend, and with it the prefill of their prompts."""
+    engine, workers = settings.get("engine", "replay"), settings.get("workers")
+    if engine != "replay":
+        yield {}
+        return
+    model, tokenizer = args
+    make = backend_maker(model, tokenizer, settings.get("backend", "local"), workers, engine)
+    backend = SharedBackend(make, selectors)
+    try:
+        yield {"backend": backend.lend}
+    finally:
+        backend.close()
 
 
 def _distinct(selectors: Sequence[SelectorSpec]) -> dict[str, SelectorSpec]:
