@@ -194,6 +194,7 @@ class Runner:
             train=table.train * len(tasks),
             val=table.val * len(tasks),
             max_evals=self.arguments.max_evals,
+            first=self.arguments.first,
             seed=self.arguments.seed,
             storage=str(self.arguments.out / f"{stem}.study.db"),
         )
@@ -282,6 +283,7 @@ def main() -> None:
         "--selector", nargs="+", help="what budgets are evolved under, the best on validation; default: by protocol"
     )
     options.add_argument("--max-evals", type=int, default=900, help="candidates at the first budget")
+    options.add_argument("--first", choices=("smallest", "largest"), default="smallest", help="where curves begin")
     for name, what in (("samples", "held-out"), ("train", "training"), ("val", "validation")):
         options.add_argument(f"--{name}", type=int, help=f"{what} examples per task; default: the table's")
     options.add_argument("--tasks", nargs="+", help="only tasks whose spec contains one of these")
