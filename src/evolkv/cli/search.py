@@ -259,7 +259,7 @@ def search(
         console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         took = duration(result.seconds)
         console.OUT.print(
-            f"{result.evaluations} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
+            f"{_candidates(result)} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
         )
         return 0
     by_budget = dict(zip(budgets, outs, strict=True))
@@ -274,7 +274,7 @@ def search(
         return 130
     console.OUT.print(curve_table(result.points))
     console.OUT.print(
-        f"\n{sum(each.evaluations for each in result.results)} candidates in {duration(result.seconds)}; "
+        f"\n{sum(map(_candidates, result.results))} candidates in {duration(result.seconds)}; "
         f"profiles written to {names}{kept}",
         soft_wrap=True,
     )
@@ -307,6 +307,11 @@ def show_search(progress: console.Progress, step: SearchProgress) -> None:
         budget=step.budget,
         selector=step.selector,
     )
+
+
+def _candidates(result: SearchResult) -> int:
+    """How many were evaluated, under all selectors."""
+    return sum(row["evaluations"] for row in result.rivals) or result.evaluations
 
 
 def _among_rivals(result: SearchResult) -> str:
