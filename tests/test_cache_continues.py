@@ -22,9 +22,10 @@ DENSE = [9] * LAYERS
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 5]]
 SETTINGS = {
     "turns": {"evict": "again"},
-    "interval": {"evict_every": 5},
+    # Shorter than a window of queries, so that those of one cut serve the next.
+    "interval": {"evict_every": 3},
     "chunks": {"prefill_chunk": 16},
-    "all": {"prefill_chunk": 16, "evict": "again", "evict_every": 5},
+    "all": {"prefill_chunk": 16, "evict": "again", "evict_every": 3},
 }
 HOW = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 QUESTION, OTHER = tokens(1, 6, seed=9), tokens(1, 9, seed=10)
