@@ -28,7 +28,8 @@ SETTINGS = {
     "all": {"prefill_chunk": 16, "evict": "again", "evict_every": 3},
 }
 HOW = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-QUESTION, OTHER = tokens(1, 6, seed=9), tokens(1, 9, seed=10)
+# The other has fewer tokens than a window, so that a cut after it needs queries from before.
+QUESTION, OTHER = tokens(1, 6, seed=9), tokens(1, 2, seed=10)
 GREEDY = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
 
 
