@@ -327,9 +327,23 @@ def test_a_document_is_saved_once_and_asked_several_times(run):
     assert (asked["text"], asked["prompt_tokens"]) == (whole["text"], whole["prompt_tokens"])
 
 
+def test_a_saved_document_says_when_to_evict_again(run):
+    document = "The harbour has three piers. The keeper's name is Ulla. Ships come at noon."
+    held = {}
+    for name, extra in (("once", ()), ("again", ("--evict-every", 3))):
+        saving = ("generate", MODEL, "--method", "keydiff", "--budget", 24, "--save-cache", name, *extra)
+        saved = json.loads(run(*saving, "--json", "--prompt", document)[1])
+        asking = ("generate", MODEL, "--cache", name, "--max-new-tokens", 4, "--json", "--prompt", "Who?")
+        held[name] = json.loads(run(*asking)[1])["kv_bytes"] - saved["kv_bytes"]
+    # The question is cut down with the document, or kept whole.
+    assert held["again"] == 0 < held["once"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--cache", "b", "--prefill-chunk", 16], "has been read"),
+        (["--cache", "b", "--evict-every", 4], "says itself"),
         (["--save-cache", "a"], "--profile FILE"),
         (["--save-cache", "a", "--cache", "b", "--method", "snapkv", "--budget", 64], "both given"),
         (["--cache", "b", "--method", "snapkv", "--budget", 64], "leave out"),

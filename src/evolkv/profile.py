@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from evolkv import allocators, hub
 from evolkv.errors import ProfileError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized
 from evolkv.selectors import get_selector
+from evolkv.whole_files import write_with
 
 FORMAT = "evolkv.profile/1"
 #: No prompt is longer: a larger budget is a mistake in the file.
@@ -306,18 +306,8 @@ class BudgetProfile:
             raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
         if target.exists() and not target.is_file():
             raise ProfileError(f"{target} is not a regular file; expected a file name such as profile.json")
-        target = Path(os.path.realpath(target))
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("x", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_with(target, lambda partial: partial.write_bytes(text.encode()))
         except OSError as error:
             raise ProfileError(f"cannot write {path}: {error.strerror or error}") from None
 

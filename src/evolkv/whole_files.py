@@ -24,6 +24,9 @@ def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
     partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
     try:
         write(partial)
+        # Otherwise a power cut could leave the name and not the content.
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import weakref
@@ -204,8 +203,8 @@ class CompressedCache(HookedCache):
     def followed_by(self, input_ids: Tensor) -> dict[str, Any]:
         """What `generate` needs to go on from here: ``model.generate(**cache.followed_by(question), ...)``.
 
-        The tokens that the cache has seen are not computed again. What they and the answer add is kept whole; to ask
-        another question of the same text, ask a `copy`.
+        The tokens that the cache has seen are not computed again. What they and the answer add is kept whole (unless
+        the cache evicts again); to ask another question of the same text, ask a `copy`.
 
         Args:
             input_ids: what is read next, ``[batch, tokens]``, without padding; or one row, for every sequence.
@@ -226,23 +225,21 @@ class CompressedCache(HookedCache):
             )
         new = input_ids.to(self.input_ids.device).expand(self.num_rows, -1)
         ids = torch.cat([self.input_ids, new], dim=1)
-        # Of the prompt's mask only the number of real tokens counts, for the positions of what follows.
-        first = self.kv_layers[0]
-        padding = first.prompt_width - torch.tensor(first.prompt_lengths, device=ids.device)
-        mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
+        mask = torch.ones_like(ids)
+        mask[:, :seen] = self.kv_layers[0].real_tokens()
         return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
 
     def copy(self) -> CompressedCache:
         """A cache that holds the same and goes its own way.
 
-        Both share the memory of what is held now, so a copy costs nothing until it grows (`kv_bytes` counts what is
-        shared for each). `copy.copy` and `copy.deepcopy` do the same.
+        Both share the memory of the keys and values held now, so a copy costs nothing until it grows (`kv_bytes` counts
+        what is shared for each); recurrent states are copied. `copy.copy` and `copy.deepcopy` do the same.
         """
         model = self.model()
         layers: list[CompressedLayer] = []
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
             layers.append(layer.copy(layers, context))
-        twin = CompressedCache._with_layers(model, layers, [copy.deepcopy(state) for state in self.state_layers])
+        twin = CompressedCache._with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids = self.input_ids
         return twin
 
@@ -256,20 +253,15 @@ class CompressedCache(HookedCache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the cache holds to a file, with `input_ids` where they are known; see `load`.
 
+        A cache that evicts again is written with its settings and what the next cut will need.
+
         Raises:
             UsageError: if there is nothing to write yet, or no file can be at `path`.
             RunError: if the file cannot be written.
         """
         from evolkv.cache.files import write_cache
 
-        if self.state_layers:
-            raise UsageError("a hybrid model's recurrent states cannot be saved; keep the cache, and ask copies of it")
-        if self.reeviction.after_prompt:
-            raise UsageError(
-                "a cache that evicts after its prompt holds queries for the next cut, which are not saved; leave out "
-                "evict and evict_every"
-            )
-        write_cache(path, self.model(), self.kv_layers, self.input_ids)
+        write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> CompressedCache:
@@ -285,8 +277,9 @@ class CompressedCache(HookedCache):
         from evolkv.cache.files import read_cache
 
         stored = read_cache(path, model)
-        cache = cls._with_layers(model, _layers(model, stored.budgets, stored.selector))
-        stored.fill(cache.kv_layers)
+        layers = _layers(model, stored.budgets, stored.selector, stored.reeviction)
+        stored.fill(layers)
+        cache = cls._with_layers(model, layers, stored.states)
         cache.input_ids = stored.input_ids
         return cache
 
@@ -415,7 +408,7 @@ class CompressedCache(HookedCache):
             states: what the prompt left in the other layers of a hybrid model, one sequence each.
         """
         repeated = [StateLayer.merge([state] * len(budgets)) for state in states]
-        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector), repeated)
+        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector, Reeviction()), repeated)
         for layer, (key, value), ranking in zip(cache.kv_layers, keys_values, rankings, strict=True):
             layer.store_ranked(key, value, ranking, room)
         return cache
@@ -444,7 +437,12 @@ def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, 
     return zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
 
 
-def _layers(model: PreTrainedModel, budgets: Any, selector: Selector) -> list[CompressedLayer]:
+def _layers(model: PreTrainedModel, budgets: Any, selector: Selector, reeviction: Reeviction) -> list[CompressedLayer]:
+    if reeviction.wanted:
+        return [
+            ReevictingLayer(reeviction, row, selector, window, context)
+            for row, window, context in _places(model, budgets)
+        ]
     return [CompressedLayer(row, selector, window, context) for row, window, context in _places(model, budgets)]
 
 
@@ -492,13 +490,8 @@ class _LayerMaker:
         sliding_windows(model)
 
     def __call__(self) -> list[Any]:
-        if self.reeviction.wanted:
-            return [
-                ReevictingLayer(self.reeviction, row, self.selector, window, context)
-                for row, window, context in _places(self.model, self.budgets)
-            ]
         if not self.method.observers:
-            return _layers(self.model, self.budgets, self.selector)
+            return _layers(self.model, self.budgets, self.selector, self.reeviction)
         layers: list[AdaptiveLayer] = []
         for row, window, context in _places(self.model, self.budgets):
             layers.append(AdaptiveLayer(self.method, row, layers, window, context))

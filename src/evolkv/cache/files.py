@@ -2,7 +2,9 @@
 
 A file is in the safetensors format: tensors, and a description in JSON. Both are parsed, nothing in them is run. For
 layer ``i`` and group ``j`` of its rows it has the tensors ``i.j.rows``, ``i.j.positions``, ``i.j.keys`` and
-``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known.
+``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known. Layer ``i`` of a hybrid model's layers with
+states has ``states.i.0.conv`` and the like (see `StateLayer.parts`). For the next cut of a cache that evicts again (see
+`ReevictingLayer`) there are ``i.queries.s`` of sequence ``s``, ``i.j.received`` of a group's rows, and ``real``.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.layer import CompressedLayer, RowGroup
+from evolkv.cache.reeviction import ReevictingLayer, Reeviction
+from evolkv.cache.state import StateLayer, empty_states
 from evolkv.errors import CacheFileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, sliding_windows
 from evolkv.selectors import Selector, get_selector
@@ -54,6 +58,29 @@ class _Layer(BaseModel):
     groups: int = Field(ge=1)
 
 
+class _States(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    #: The names of `StateLayer.parts`.
+    parts: list[str]
+    #: Which of the layer's states have seen tokens.
+    updated: list[bool]
+
+
+class _Reeviction(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    prefill_chunk: int | None
+    evict: Literal["once", "again"]
+    evict_every: int | None
+    #: Whether the prompt may go on.
+    open: bool
+    #: What there is for the next cut.
+    real: bool
+    queries: bool
+    received: bool
+
+
 class _Description(BaseModel):
     """What a file says about its tensors."""
 
@@ -65,6 +92,8 @@ class _Description(BaseModel):
     prompt_width: int = Field(ge=1)
     appended: int = Field(ge=0)
     layers: list[_Layer]
+    states: list[_States]
+    reeviction: _Reeviction | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +108,10 @@ class StoredCache:
         prompt_width: tokens of the prompts, padding included.
         appended: tokens seen after the prompt.
         input_ids: the text, ``[batch, tokens]``, or None.
+        states: the layers of a hybrid model that have states instead.
+        reeviction: when the cache evicts again.
+        open, real: see `ReevictingLayer`.
+        queries, received: see `ReevictingLayer`; for each layer.
     """
 
     budgets: list[np.ndarray]
@@ -88,20 +121,30 @@ class StoredCache:
     prompt_width: int
     appended: int
     input_ids: Tensor | None
+    states: list[StateLayer]
+    reeviction: Reeviction
+    open: bool
+    real: Tensor | None
+    queries: list[list[Tensor]]
+    received: list[list[Tensor]]
 
     def fill(self, layers: Sequence[CompressedLayer]) -> None:
         """Gives empty layers what is held."""
-        for layer, groups in zip(layers, self.groups, strict=True):
+        for i, (layer, groups) in enumerate(zip(layers, self.groups, strict=True)):
             layer.lazy_initialization(groups[0].keys, groups[0].values)
             layer.groups, layer.prompt_lengths = groups, list(self.prompt_lengths)
             layer.prompt_width, layer.appended = self.prompt_width, self.appended
             layer.is_initialized = True
+            if isinstance(layer, ReevictingLayer):
+                layer.open, layer.real = self.open, self.real
+                layer.queries, layer.received = self.queries[i], self.received[i]
 
 
 def write_cache(
     path: str | os.PathLike[str],
     model: PreTrainedModel,
     layers: Sequence[CompressedLayer],
+    states: Sequence[StateLayer],
     input_ids: Tensor | None,
 ) -> None:
     """Writes what layers hold to a file, whole or not at all; missing folders are made.
@@ -122,21 +165,50 @@ def write_cache(
         prompt_width=first.prompt_width,
         appended=first.appended,
         layers=[_Layer(budgets=layer.budgets.tolist(), groups=len(layer.groups)) for layer in layers],
+        states=[_States(parts=list(held.parts()), updated=list(held.has_previous_state.values())) for held in states],
+        reeviction=_reeviction(first) if isinstance(first, ReevictingLayer) else None,
     )
     tensors = {
-        # Rows that have room for more must not be stored with it.
-        f"{i}.{j}.{part}": getattr(group, part).contiguous()
+        f"{i}.{j}.{part}": getattr(group, part)
         for i, layer in enumerate(layers)
         for j, group in enumerate(layer.groups)
         for part in _PARTS
     }
+    tensors |= {f"states.{i}.{name}": part for i, held in enumerate(states) for name, part in held.parts().items()}
+    for i, layer in enumerate(layers):
+        if isinstance(layer, ReevictingLayer):
+            tensors |= _for_the_next_cut(i, layer)
     if input_ids is not None:
-        tensors["input_ids"] = input_ids.contiguous()
+        tensors["input_ids"] = input_ids
+    # Rows that have room for more must not be stored with it.
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
     try:
         write_with(path, lambda partial: save_file(tensors, partial, metadata))
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _reeviction(layer: ReevictingLayer) -> _Reeviction:
+    return _Reeviction(
+        **asdict(layer.reeviction),
+        open=layer.open,
+        real=layer.real is not None,
+        queries=bool(layer.queries),
+        received=bool(layer.received),
+    )
+
+
+def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
+    tensors = {f"{number}.queries.{i}": queries for i, queries in enumerate(layer.queries)}
+    if layer.received:
+        # Rows were put in groups by the entries they kept at the last cut, so those of a group have as many numbers.
+        for j, group in enumerate(layer.groups):
+            tensors[f"{number}.{j}.received"] = torch.stack([layer.received[row] for row in group.rows.tolist()])
+    # The same for all layers.
+    if number == 0 and layer.real is not None:
+        tensors["real"] = layer.real
+    return tensors
 
 
 def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCache:
@@ -172,7 +244,7 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
             description = _description(file.metadata() or {})
             info = describe_model(model)
             _check_model(description.model, _model(model, info))
-            return _Reader(file, description, model, info).read()
+            return _Reader(file, description, model, info).read(empty_states(model))
     except SafetensorError as error:
         raise CacheFileError(f"no cache, or cut off: {error}; write it again with CompressedCache.save") from None
     except OSError as error:
@@ -218,17 +290,24 @@ class _Reader:
     def __init__(self, file: Any, description: _Description, model: PreTrainedModel, info: ModelInfo):
         self.file, self.said = file, description
         self.heads, self.head_dim, self.dtype = description.model.num_kv_heads, info.head_dim, model.dtype
+        self.query_heads = info.num_heads
         self.batch = len(description.prompt_lengths)
 
-    def read(self) -> StoredCache:
-        said = self.said
+    def read(self, states: list[StateLayer]) -> StoredCache:
+        """All of it; `states` are the model's layers with states, empty, to be filled."""
+        said, again = self.said, self.said.reeviction
         try:
             selector = get_selector(said.selector)
+            reeviction = Reeviction()
+            if again is not None:
+                reeviction = Reeviction(again.prefill_chunk, again.evict, again.evict_every)
+                reeviction.check_selector(selector)
         except UsageError as error:
             raise CacheFileError(f"damaged: {error}") from None
+        _check(reeviction.wanted == (again is not None), "its settings for evicting again say never")
         _check(len(said.layers) == said.model.num_layers, "it has another number of layers than its model")
         _check(
-            all(1 <= length <= said.prompt_width for length in said.prompt_lengths), "prompt_lengths are out of range"
+            all(0 <= length <= said.prompt_width for length in said.prompt_lengths), "prompt_lengths are out of range"
         )
         try:
             budgets = [np.array(layer.budgets, dtype=np.int64) for layer in said.layers]
@@ -236,6 +315,9 @@ class _Reader:
             raise CacheFileError("damaged: budgets have rows of different lengths; write it again") from None
         shapes = ((self.heads,), (self.batch, self.heads))
         _check(all(each.shape in shapes for each in budgets), "budgets do not fit its sequences and heads")
+        real = self._tensor("real", torch.bool) if again is not None and again.real else None
+        if real is not None:
+            _check(real.shape == (self.batch, said.appended), "real does not fit its sequences and tokens")
         groups = [
             [self._group(f"{i}.{j}", said.model.sliding_windows[i]) for j in range(layer.groups)]
             for i, layer in enumerate(said.layers)
@@ -244,10 +326,31 @@ class _Reader:
             rows = torch.cat([group.rows for group in layer]).sort().values
             every = torch.arange(self.batch * self.heads, device=rows.device)
             _check(torch.equal(rows, every), f"layer {i} does not have each row once")
+        queries: list[list[Tensor]] = [[] for _ in groups]
+        received: list[list[Tensor]] = [[] for _ in groups]
+        if again is not None and again.queries:
+            queries = [self._queries(i, selector) for i in range(len(groups))]
+        if again is not None and again.received:
+            received = [self._received(i, layer) for i, layer in enumerate(groups)]
+        self._fill_states(states)
         ids = self._tensor("input_ids", torch.int64) if "input_ids" in self.file.keys() else None  # noqa: SIM118
         if ids is not None:
             _check(ids.ndim == 2 and ids.shape[0] == self.batch, "input_ids do not fit its sequences")
-        return StoredCache(budgets, selector, groups, said.prompt_lengths, said.prompt_width, said.appended, ids)
+        return StoredCache(
+            budgets=budgets,
+            selector=selector,
+            groups=groups,
+            prompt_lengths=said.prompt_lengths,
+            prompt_width=said.prompt_width,
+            appended=said.appended,
+            input_ids=ids,
+            states=states,
+            reeviction=reeviction,
+            open=again is not None and again.open,
+            real=real,
+            queries=queries,
+            received=received,
+        )
 
     def _group(self, name: str, window: int | None) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)
@@ -265,12 +368,60 @@ class _Reader:
         _check(positions.shape == (shape[0], shape[1] - later), f"{name}.positions has the wrong shape")
         ends = torch.tensor(self.said.prompt_lengths, device=rows.device)[rows // self.heads, None]
         ends = ends if window is None else ends + self.said.appended
-        _check(bool(((positions >= 0) & (positions < ends)).all()), f"{name}.positions are out of range")
+        # Padding that has not been dropped yet has the position -1 there.
+        again = self.said.reeviction
+        first = -1 if window is not None and again is not None and again.real else 0
+        _check(bool(((positions >= first) & (positions < ends)).all()), f"{name}.positions are out of range")
         return RowGroup(rows, keys, values, positions)
 
-    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _queries(self, layer: int, selector: Selector) -> list[Tensor]:
+        wanted, found = selector.observed_queries, []
+        for i, length in enumerate(self.said.prompt_lengths):
+            name, most = f"{layer}.queries.{i}", length + self.said.appended
+            most, queries = most if wanted is None else min(most, wanted), self._tensor(name, self.dtype)
+            _check(
+                queries.ndim == 3 and queries.shape[::2] == (self.query_heads, self.head_dim),
+                f"{name} do not have the model's {self.query_heads} heads of {self.head_dim} channels",
+            )
+            _check(queries.shape[1] <= most, f"{name} are more than there can be")
+            found.append(queries)
+        return found
+
+    def _received(self, layer: int, groups: list[RowGroup]) -> list[Tensor]:
+        window = self.said.model.sliding_windows[layer]
+        found: dict[int, Tensor] = {}
+        for j, group in enumerate(groups):
+            name = f"{layer}.{j}.received"
+            received, rows = self._tensor(name, torch.float32), group.rows.tolist()
+            ends = torch.tensor(self.said.prompt_lengths, device=group.rows.device)[group.rows // self.heads, None]
+            left = int(((group.positions >= 0) & (group.positions < ends)).sum(dim=1).max())
+            fits = received.ndim == 2 and len(received) == len(rows)
+            # Since the last cut entries may have left a sliding window.
+            fits = fits and (received.shape[1] == left or (window is not None and received.shape[1] > left))
+            _check(fits, f"{name} has the wrong shape")
+            found |= dict(zip(rows, received, strict=True))
+        return [found[row] for row in range(self.batch * self.heads)]
+
+    def _fill_states(self, states: list[StateLayer]) -> None:
+        said = self.said.states
+        _check(len(said) == len(states), f"it has states of {len(said)} layers, but the model keeps {len(states)}")
+        for i, (layer, held) in enumerate(zip(states, said, strict=True)):
+            parts = {name: self._tensor(f"states.{i}.{name}") for name in held.parts}
+            for name, part in parts.items():
+                _check(
+                    part.is_floating_point() and part.ndim > 1 and len(part) == self.batch,
+                    f"states.{i}.{name} does not fit its sequences",
+                )
+            try:
+                layer.restore(parts, held.updated)
+            except ValueError:
+                raise CacheFileError(
+                    f"damaged: layer {i} has other states than the model's; write it again with CompressedCache.save"
+                ) from None
+
+    def _tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
-        _check(tensor.dtype == dtype, f"{name} is {tensor.dtype}, expected {dtype}")
+        _check(dtype in (None, tensor.dtype), f"{name} is {tensor.dtype}, expected {dtype}")
         # On the CPU a tensor is a window into the file, which somebody may change or cut under a running model.
         return tensor.clone() if tensor.device.type == "cpu" else tensor
 

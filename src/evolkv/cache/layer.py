@@ -240,6 +240,11 @@ class CompressedLayer(CacheLayerMixin):
                 return positions[positions < self.prompt_lengths[sequence]]
         return torch.empty(0, dtype=torch.long)
 
+    def real_tokens(self) -> Tensor:
+        """Which tokens seen are no padding, ``[batch, tokens]``; of the prompt only how many, as if padded in front."""
+        padding = self.prompt_width - torch.tensor(self.prompt_lengths, device=self.device)
+        return torch.arange(self.get_seq_length(), device=self.device) >= padding[:, None]
+
     # What transformers asks of a cache layer.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -97,26 +97,34 @@ class ReevictingLayer(CompressedLayer):
 
     def _clear(self) -> None:
         super()._clear()
+        # Replaced, never written to: copies of the layer share them.
         #: Whether a next call of several tokens goes on with the prompt.
-        self._open = self.reeviction.prefill_chunk is not None
+        self.open = self.reeviction.prefill_chunk is not None
         #: Of each sequence, the queries that are kept for the next cut, ``[heads, queries, head_dim]``.
-        self._queries: list[Tensor] = []
+        self.queries: list[Tensor] = []
         #: Of each row, what the selector has accumulated for the entries of the last cut, ``[entries]``.
-        self._received: list[Tensor] = []
+        self.received: list[Tensor] = []
         #: Which columns since the last cut are real tokens, ``[batch, appended]``; None where all are.
-        self._real: Tensor | None = None
+        self.real: Tensor | None = None
         self._cutting = False
 
     def end_prompt(self) -> None:
         """What comes next is no longer the prompt, however many tokens a call has."""
-        self._open = False
+        self.open = False
         if not self.reeviction.after_prompt:
-            self._queries, self._received = [], []
+            self.queries, self.received = [], []
 
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Positions held for one row, of the tokens up to the last cut, ascending, ``[entries]`` int64."""
         positions = super().kept_positions(sequence, head)
         return positions[positions >= 0]
+
+    def real_tokens(self) -> Tensor:
+        """See `CompressedLayer.real_tokens`; of the tokens since the last cut padding is known, and where it is."""
+        found = super().real_tokens()
+        if self.real is not None:
+            found[:, self.prompt_width :] = self.real
+        return found
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, where no later token is ever evicted."""
@@ -135,12 +143,12 @@ class ReevictingLayer(CompressedLayer):
         super().batch_select_indices(indices)
         order = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist()
         heads = range(self.num_kv_heads)
-        if self._queries:
-            self._queries = [self._queries[i] for i in order]
-        if self._received:
-            self._received = [self._received[i * self.num_kv_heads + head] for i in order for head in heads]
-        if self._real is not None:
-            self._real = self._real[order]
+        if self.queries:
+            self.queries = [self.queries[i] for i in order]
+        if self.received:
+            self.received = [self.received[i * self.num_kv_heads + head] for i in order for head in heads]
+        if self.real is not None:
+            self.real = self.real[order]
 
     def attend(
         self,
@@ -177,9 +185,9 @@ class ReevictingLayer(CompressedLayer):
 
     def _cuts_after(self, new: int) -> bool:
         """Whether everything is to be cut after a later call of so many tokens."""
-        if new == 1 and self._open:
+        if new == 1 and self.open:
             self.end_prompt()
-        if new > 1 and (self._open or self.reeviction.evict == "again"):
+        if new > 1 and (self.open or self.reeviction.evict == "again"):
             return True
         every = self.reeviction.evict_every
         return every is not None and self.appended + new >= every
@@ -195,22 +203,22 @@ class ReevictingLayer(CompressedLayer):
         return None if bool(columns.all()) else columns
 
     def _note_columns(self, real: Tensor | None, new: int) -> None:
-        if real is None and self._real is None:
+        if real is None and self.real is None:
             return
-        before = self._real if self._real is not None else torch.ones(self.batch, self.appended, dtype=torch.bool)
+        before = self.real if self.real is not None else torch.ones(self.batch, self.appended, dtype=torch.bool)
         now = torch.ones(self.batch, new, dtype=torch.bool) if real is None else real
-        self._real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
+        self.real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
 
     def _positions_since(self) -> Tensor:
         """Positions of all columns since the last cut, ``[batch, appended]`` int32, -1 for padding."""
         start = torch.tensor(self.prompt_lengths, device=self.device)[:, None]
-        if self._real is None:
+        if self.real is None:
             return (start + torch.arange(self.appended, device=self.device)).to(torch.int32)
-        places = start + self._real.cumsum(dim=1) - 1
-        return places.where(self._real, -1).to(torch.int32)
+        places = start + self.real.cumsum(dim=1) - 1
+        return places.where(self.real, -1).to(torch.int32)
 
     def _record_positions(self, new: int) -> None:
-        if self._real is None:
+        if self.real is None:
             super()._record_positions(new)
             return
         since = self._positions_since()[:, -new:]
@@ -219,15 +227,25 @@ class ReevictingLayer(CompressedLayer):
 
     def _visible_to_group(self, group: RowGroup, queries: int, visible: Tensor | None) -> Tensor | None:
         shown = super()._visible_to_group(group, queries, visible)
-        if shown is None or self._real is None:
+        if shown is None or self.real is None:
             return shown
         # Padding that sees nothing would come out as no number, and spoil what it is multiplied with.
         return shown | ~shown.any(dim=-1, keepdim=True)
 
     def _drop_out_of_window(self) -> None:
         # The cut that follows tells padding from tokens.
-        if not self._cutting:
+        if self._cutting or self.sliding_window is None:
+            return
+        if self.real is None:
             super()._drop_out_of_window()
+            return
+        oldest = torch.tensor(self.prompt_lengths, device=self.device) + self.real.sum(dim=1) - self.sliding_window
+        for group in self.groups:
+            # Padding takes no token's place in the window, and the rows of a group stay equally long.
+            outside = group.positions < oldest[group.rows // self.num_kv_heads, None]
+            surplus = int(outside.cumprod(dim=1).sum(dim=1).min())
+            if surplus > 0:
+                group.drop_oldest(surplus)
 
     # What is held, and its ranking.
 
@@ -235,7 +253,7 @@ class ReevictingLayer(CompressedLayer):
         """Holds a first call's tokens, all of them, until the cut."""
         batch, heads, width, _ = key.shape
         self.prompt_lengths, self.prompt_width, self.is_initialized = [0] * batch, 0, True
-        self.appended, self._real = width, None if real is None else real.to(key.device)
+        self.appended, self.real = width, None if real is None else real.to(key.device)
         rows = torch.arange(batch * heads, device=key.device)
         none = torch.empty((batch * heads, 0), dtype=torch.int32, device=key.device)
         self.groups = [RowGroup(rows, key.flatten(0, 1), value.flatten(0, 1), none)]
@@ -243,16 +261,16 @@ class ReevictingLayer(CompressedLayer):
     def _remember(self, query: Tensor, real: Tensor | None) -> None:
         """Keeps the queries that the next cut will need."""
         wanted, new = self.selector.observed_queries, query.shape[2]
-        if wanted == 0 or not (self._cutting or self._open or self.reeviction.after_prompt):
+        if wanted == 0 or not (self._cutting or self.open or self.reeviction.after_prompt):
             return
         # Between the turns of a conversation all queries would be more than all entries.
         if wanted is None and new == 1 and self.reeviction.evict_every is None and not self._cutting:
             return
         queries = [q if real is None else q[:, real[i].to(q.device)] for i, q in enumerate(query)]
-        if self._queries:
-            queries = [torch.cat(pair, dim=1) for pair in zip(self._queries, queries, strict=True)]
+        if self.queries:
+            queries = [torch.cat(pair, dim=1) for pair in zip(self.queries, queries, strict=True)]
         # Copied, so that no longer tensor stays alive behind a window.
-        self._queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
+        self.queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
 
     def _cut(self, logits: dict[str, Any], first: bool) -> None:
         """Ranks everything held and keeps what the budgets allow; `logits` says how the model makes them."""
@@ -268,17 +286,17 @@ class ReevictingLayer(CompressedLayer):
             self._regroup(places, counts, kept)
         self.prompt_lengths = seen
         self.prompt_width += self.appended
-        self.appended, self._real = 0, None
-        if self.selector.observed_queries is None or not (self._open or self.reeviction.after_prompt):
-            self._queries = []
-        if not (self._open or self.reeviction.after_prompt):
-            self._received = []
+        self.appended, self.real = 0, None
+        if self.selector.observed_queries is None or not (self.open or self.reeviction.after_prompt):
+            self.queries = []
+        if not (self.open or self.reeviction.after_prompt):
+            self.received = []
 
     def _tokens_since(self) -> list[int]:
         """Real tokens of each sequence since the last cut."""
-        if self._real is None:
+        if self.real is None:
             return [self.appended] * self.batch
-        return [int(n) for n in self._real.sum(dim=1)]
+        return [int(n) for n in self.real.sum(dim=1)]
 
     def _complete_positions(self) -> None:
         """Gives every entry its position, and drops padding."""
@@ -288,7 +306,7 @@ class ReevictingLayer(CompressedLayer):
             if missing:
                 newest = since[group.rows // self.num_kv_heads, -missing:]
                 group.positions = torch.cat([group.positions, newest], dim=1)
-        if self._real is not None:
+        if self.real is not None:
             places = self._slots()
             kept = [(group.positions[slot] >= 0).nonzero()[:, 0] for group, slot in places]
             self._regroup(places, np.array([len(entries) for entries in kept]), list(kept))
@@ -338,13 +356,13 @@ class ReevictingLayer(CompressedLayer):
                     kept.append(best - (prompt.num_tokens - places[row][0].keys.shape[1]))
                     if totals is not None:
                         received.append(totals[i, head, best])
-        self._received = received if self.selector.accumulates else []
+        self.received = received if self.selector.accumulates else []
         return kept
 
     def _alike(self, seen: list[int]) -> list[list[int]]:
         """The sequences, all together if they can be ranked so."""
         together = len(self.groups) == 1 and len(set(seen)) == 1
-        together = together and len({queries.shape[1] for queries in self._queries}) <= 1
+        together = together and len({queries.shape[1] for queries in self.queries}) <= 1
         return [list(range(self.batch))] if together else [[i] for i in range(self.batch)]
 
     def _prompt(
@@ -377,10 +395,10 @@ class ReevictingLayer(CompressedLayer):
         received = [
             self._carried(row, length, since[row // heads], longest)
             for row, length in zip(rows, lengths, strict=True)
-            if self._received
+            if self.received
         ]
         # Of a query whose token has left a sliding window there is nothing to learn.
-        queries = [self._queries[i][:, -min(lengths) :] for i in sequences] if self._queries else None
+        queries = [self.queries[i][:, -min(lengths) :] for i in sequences] if self.queries else None
         query = key.new_empty((*shape, 0, key.shape[-1])) if queries is None else torch.stack(queries)
         return PromptAttention(
             query,
@@ -397,7 +415,7 @@ class ReevictingLayer(CompressedLayer):
 
     def _carried(self, row: int, length: int, since: int, longest: int) -> Tensor:
         """What was accumulated of a row's entries, with zeros for new ones and in front of a short row."""
-        before, new = self._received[row], min(length, since)
+        before, new = self.received[row], min(length, since)
         # Whatever has left a sliding window was at the front.
         return F.pad(before[len(before) - (length - new) :], (longest - length, new))
 

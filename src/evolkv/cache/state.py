@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
 from evolkv.models import cached_layers
+
+#: What a state can consist of.
+_KINDS = ("conv", "recurrent")
 
 
 class StateLayer(LinearAttentionLayer):
@@ -44,7 +47,7 @@ class StateLayer(LinearAttentionLayer):
         """The sequences of several layers in one, copied; a layer may occur several times."""
         first = layers[0]
         merged = cls(first.number_of_states)
-        merged.device, merged.dtype = first.device, first.dtype
+        merged.device, merged.dtype, merged.record_past = first.device, first.dtype, first.record_past
         for name in (
             "is_conv_states_initialized",
             "is_recurrent_states_initialized",
@@ -52,11 +55,39 @@ class StateLayer(LinearAttentionLayer):
             "conv_kernel_size",
         ):
             setattr(merged, name, dict(getattr(first, name)))
-        for name in ("conv_states", "recurrent_states"):
+        for kind in _KINDS:
+            name = f"{kind}_states"
             for at, state in getattr(first, name).items():
                 if state is not None:
                     getattr(merged, name)[at] = torch.cat([getattr(layer, name)[at] for layer in layers])
         return merged
+
+    def copy(self) -> StateLayer:
+        """A layer that holds the same, in memory of its own: states are overwritten in place."""
+        return self.merge([self])
+
+    def parts(self) -> dict[str, Tensor]:
+        """What going on needs, by the number of the state and its kind: ``0.conv``, ``0.recurrent``."""
+        found = {f"{at}.recurrent": state for at, state in self.recurrent_states.items() if state is not None}
+        for at, state in self.conv_states.items():
+            if state is not None:
+                # Where tokens may be taken back it holds more columns than that.
+                found[f"{at}.conv"] = state[..., -self.conv_kernel_size[at] :]
+        return found
+
+    def restore(self, parts: Mapping[str, Tensor], updated: Sequence[bool]) -> None:
+        """Takes over what another layer's `parts` were, and which of its states have seen tokens.
+
+        Raises:
+            ValueError: for a part that this layer cannot have.
+        """
+        for name, part in parts.items():
+            at, _, kind = name.partition(".")
+            if kind not in _KINDS or at not in map(str, range(self.number_of_states)):
+                raise ValueError(name)
+            self.lazy_initialization(**{f"{kind}_states": part}, state_idx=int(at))
+            getattr(self, f"{kind}_states")[int(at)].copy_(part)
+        self.has_previous_state = dict(zip(range(self.number_of_states), updated, strict=True))
 
     def _held(self) -> list[tuple[dict[int, Tensor | None], int, Tensor]]:
         """Each state that there is, and where it is held."""

@@ -81,7 +81,17 @@ def generate(
 
     if save_cache is not None:
         assert chosen is not None
-        saved = save_document(loaded, tokenizer, text, chosen, budget, save_cache, raw=raw, prefill_chunk=prefill_chunk)
+        saved = save_document(
+            loaded,
+            tokenizer,
+            text,
+            chosen,
+            budget,
+            save_cache,
+            raw=raw,
+            prefill_chunk=prefill_chunk,
+            evict_every=evict_every,
+        )
         if as_json:
             _write(json.dumps({**asdict(saved), "cache": save_cache}, ensure_ascii=False) + "\n")
         else:
@@ -164,10 +174,10 @@ def _check_cache(
         check_writable(save_cache)
     if cache is not None and method is not None:
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
-    if evict_every is not None and (save_cache is not None or cache is not None):
-        raise UsageError("--evict-every evicts while an answer is generated, which cache files cannot do; leave it out")
     if cache is not None and prefill_chunk is not None:
         raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
+    if cache is not None and evict_every is not None:
+        raise UsageError("--cache says itself when it evicts again; give --evict-every with --save-cache")
 
 
 def _weight(held: int, full: int) -> str:

@@ -64,6 +64,7 @@ def save_document(
     *,
     raw: bool = False,
     prefill_chunk: int | None = None,
+    evict_every: int | None = None,
 ) -> SavedDocument:
     """Read a document, and save what a method keeps of it, for questions that come later.
 
@@ -76,6 +77,7 @@ def save_document(
         path: where the cache goes; see `CompressedCache.load`.
         raw: as for `generate_text`.
         prefill_chunk: as for `generate_text`.
+        evict_every: as for `generate_text`; the file says so, and answers go by it.
 
     Raises:
         UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
@@ -87,7 +89,9 @@ def save_document(
     started = time.perf_counter()
     try:
         inputs = torch.tensor([ids])
-        cache = CompressedCache.prefill(model, method, inputs, budget=budget, prefill_chunk=prefill_chunk)
+        cache = CompressedCache.prefill(
+            model, method, inputs, budget=budget, prefill_chunk=prefill_chunk, evict_every=evict_every
+        )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory on a document of {len(ids)} tokens; use a shorter one") from error
     cache.save(path)
@@ -125,7 +129,8 @@ def generate_text(
         prefill_chunk: read the prompt in chunks of so many tokens, evicting as it goes; see `CompressedCache`.
         evict_every: cut the cache to its budgets again after so many new tokens; see `CompressedCache`.
         on_text: called with each piece of text as it is generated.
-        document: holds what `save_document` read; the prompt is the question, and `method` and `budget` say nothing.
+        document: holds what `save_document` read; the prompt is the question, and `method`,
+            `budget`, `prefill_chunk` and `evict_every` say nothing.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
