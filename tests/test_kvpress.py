@@ -63,3 +63,11 @@ def test_export_says_what_masking_costs(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert names(out)["BUDGETS"] == "[[40, 40], [60, 60]]"
+
+
+def test_a_models_name_cannot_become_code():
+    hostile = ModelInfo('x"""\nimport os\nos.abort()\n"""\\', 2, 2, 4, 16, 512, "0123456789abcdef")
+    source, harmless = (press_source(BudgetProfile.from_budgets(info, HEADS, "knorm")) for info in (hostile, INFO))
+    kinds, expected = ([type(node) for node in ast.parse(text).body] for text in (source, harmless))
+    assert kinds == expected
+    assert "import os\n" not in source

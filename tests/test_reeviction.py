@@ -674,3 +674,38 @@ def test_smollm2_finds_a_needle_in_a_prompt_read_in_chunks(smollm2):
     answer = tokenizer.decode(output.sequences[0, ids.shape[1] :])
     assert example.references[0] in answer
     assert (counts(output.cache) <= 200 + 12).all()
+
+
+def test_what_goes_on_by_a_single_token_cannot_be_cut_after_a_turn():
+    model = tiny_model("bamba")
+    with pytest.raises(UsageError, match="by one token at a time"):
+        CompressedCache(model, profile(model, 9), evict="again")
+    CompressedCache(model, profile(model, 9), evict_every=8)
+
+
+@pytest.mark.parametrize("settings", [{"prefill_chunk": 16}, {"evict": "again"}, {"evict_every": 8}])
+def test_assisted_decoding_is_refused_by_caches_that_evict_again(settings):
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 9), **settings)
+    with pytest.raises(UsageError, match="needs a cache that evicts once"):
+        model.generate(tokens(1, 40), cache=cache, prompt_lookup_num_tokens=3, max_new_tokens=6, eos_token_id=None)
+
+
+def test_another_number_of_sequences_is_refused_in_words():
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 9), evict="again")
+    model(tokens(2, 40), cache=cache)
+    with pytest.raises(UsageError, match="holds 2 sequences, but this call brings 3"):
+        model(tokens(3, 5), cache=cache)
+
+
+def test_chunks_of_a_call_with_its_cache_by_position():
+    model = tiny_model()
+    expected = model.model(tokens(1, 60)).last_hidden_state
+    cache = CompressedCache(model, profile(model, 400), prefill_chunk=16)
+    pieces = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: pieces.append(args[0].shape[1]))
+    output = model.model(tokens(1, 60), None, None, cache)
+    handle.remove()
+    assert pieces == [15] * 4
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-5, rtol=0)

@@ -219,7 +219,9 @@ def test_interruption_of_a_later_selector_keeps_what_the_first_found(smollm2):
         if event.selector == "keydiff" and event.stage == "search":
             raise KeyboardInterrupt
 
-    found = evolkv.search(*smollm2, **SETTINGS, selector=["knorm", "keydiff"], on_progress=stop)
+    model, tokenizer = smollm2
+    settings = {**SETTINGS, "selector": ["knorm", "keydiff"], "on_progress": stop}
+    found = evolkv.search(model=model, tokenizer=tokenizer, **settings)
     assert found.interrupted
     assert found.profile.selector["name"] == "knorm"
     assert found.validation

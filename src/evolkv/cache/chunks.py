@@ -36,18 +36,19 @@ def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
 def _read_all_but_last(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if args:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = given_cache(kwargs)[1]
     chunk = getattr(cache, "most_tokens", None)
     if chunk is None:
         return None
     cache.states_of_chunks = None
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = _num_tokens(kwargs)
     pieces = lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
         return None
-    _check(kwargs)
+    _check(module, kwargs)
     past, start, states = cache.get_seq_length(), 0, []
     for piece in pieces[:-1]:
         output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
@@ -74,10 +75,14 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
-def _check(kwargs: dict[str, Any]) -> None:
+def _check(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name):
-            raise UsageError(f"{name} cannot be had of a call that is read in pieces; leave it out, or prefill_chunk")
+        wanted = kwargs.get(name)
+        if getattr(module.config, name, False) if wanted is None else wanted:
+            raise UsageError(
+                f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
+                "token at a time); leave it out"
+            )
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError(

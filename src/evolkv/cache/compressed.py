@@ -213,6 +213,8 @@ class CompressedCache(HookedCache):
             UsageError: if the text so far is not known, or not all of it; or for another number of sequences.
         """
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
+        if not seen:
+            raise UsageError("the cache holds nothing yet; read a text with CompressedCache.prefill first")
         if self.input_ids is None or known < seen:
             raise UsageError(
                 f"the cache has seen {seen} tokens and knows the ids of {known}; set cache.input_ids to the text so "
@@ -475,10 +477,11 @@ class _LayerMaker:
                 f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
             )
         reeviction.check_selector(method.selector)
-        if reeviction.prefill_chunk is not None and continues_by_token(model):
+        if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
             raise UsageError(
-                f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that a prompt "
-                "cannot be read in chunks; leave out prefill_chunk"
+                f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "
+                "tokens cannot be read, and cut, as one call; leave out prefill_chunk and evict='again', or give "
+                "evict_every"
             )
         if method.profile is not None:
             method.profile.check_model(model)

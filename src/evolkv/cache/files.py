@@ -156,6 +156,8 @@ def write_cache(
     first = layers[0]
     if not all(layer.is_initialized for layer in layers):
         raise UsageError("the cache holds nothing yet; have the model read a prompt with it before it is saved")
+    if any(group.keys.dtype != model.dtype for layer in layers for group in layer.groups):
+        raise UsageError(f"the cache does not hold {model.dtype}, as the model does; read the prompt without autocast")
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
     description = _Description(

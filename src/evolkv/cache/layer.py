@@ -97,8 +97,8 @@ class RowGroup:
         `nbytes` knows: a 64th of what it holds and 16 tokens at most.
         """
         held, new = self.keys.shape[1], keys.shape[1]
-        if not self._has_room(new):
-            # Nothing is written in place that a gradient may be asked for.
+        # Nothing is written in place that a gradient may be asked for.
+        if keys.requires_grad or not self._has_room(new):
             if self.keys.nbytes < _WORTH_ROOM or keys.requires_grad:
                 self._reserved, self._start = None, 0
                 self.keys, self.values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
@@ -257,6 +257,11 @@ class CompressedLayer(CacheLayerMixin):
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif len(key_states) != self.batch:
+            raise UsageError(
+                f"the cache holds {self.batch} sequences, but this call brings {len(key_states)}; for several beams, "
+                "returned sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
+            )
         return tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
@@ -388,11 +393,6 @@ class CompressedLayer(CacheLayerMixin):
             )
             self.store_prompt(prompt, padding_of(mask))
             return output
-        if len(key) != self.batch:
-            raise UsageError(
-                f"the cache holds {self.batch} sequences, but this call brings {len(key)}; for several beams, returned "
-                "sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
-            )
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def _attend_drafted(
@@ -459,6 +459,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def _counts(self, lengths: list[int]) -> np.ndarray:
         """Entries that each row keeps, ``[batch * kv_heads]``."""
+        if self.budgets.ndim == 2 and len(self.budgets) != len(lengths):
+            raise UsageError(
+                f"the cache has budgets for {len(self.budgets)} sequences, but this prompt has {len(lengths)}; make a "
+                "new cache"
+            )
         limit = np.array(lengths)[:, None]
         if self.sliding_window is not None:
             limit = np.minimum(limit, self.sliding_window)

@@ -135,6 +135,15 @@ class ReevictingLayer(CompressedLayer):
                 "evict='again' and evict_every"
             )
         super().crop(tokens_to_remove)
+        if self.real is not None:
+            self.real = self.real[:, : self.appended]
+
+    def activate_past_recording(self) -> None:
+        """Raises `UsageError`: drafts cannot be told from a prompt that goes on, nor be taken back after a cut."""
+        raise UsageError(
+            "assisted decoding needs a cache that evicts once; generate without assistance, or leave out "
+            "prefill_chunk, evict and evict_every"
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences `indices`, in that order; an index may occur several times."""
@@ -150,6 +159,7 @@ class ReevictingLayer(CompressedLayer):
         if self.real is not None:
             self.real = self.real[order]
 
+    @torch.compiler.disable
     def attend(
         self,
         own: Attention,

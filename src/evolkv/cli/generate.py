@@ -59,7 +59,8 @@ def generate(
         typer.Option(
             "--save-cache",
             metavar="FILE",
-            help="Take the prompt as a document: save what is kept of it for later questions, and answer nothing.",
+            help="Take the prompt as a document: save what is kept of it for later questions, and answer nothing "
+            "(options of the answer do not count).",
         ),
     ] = None,
     cache: Annotated[
@@ -74,6 +75,8 @@ def generate(
 ) -> int:
     """Answer a prompt, with as much cache as a profile or another method allows."""
     text = _prompt(stdin, prompt, prompt_file)
+    if cache is not None and (profile is not None or method is not None or budget is not None):
+        raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
     chosen = _method(profile, method, budget)
     _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
@@ -172,8 +175,6 @@ def _check_cache(
         from evolkv.report.files import check_writable
 
         check_writable(save_cache)
-    if cache is not None and method is not None:
-        raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
     if cache is not None and prefill_chunk is not None:
         raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
     if cache is not None and evict_every is not None:

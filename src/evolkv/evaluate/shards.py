@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,15 +76,17 @@ class ShardServer:
         self._memory = int(0.9 * free_memory(model.device))
         self._held: dict[str, ReplayEngine] = {}
         self._store: RecordingStore | None = None
+        self._lock = threading.Lock()
 
     def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
         """Scores ``[candidates, columns]`` (no candidates if none were sent); calls `step` after each prefill."""
         shard = request.shard
         engine = self._held.get(shard.key)
-        if shard.rankings and self._store is None:
-            # Every prompt is there twice then, as recorded and in the order of one ranking.
-            self._memory //= 2
-            self._store = RecordingStore(self._memory)
+        with self._lock:
+            if shard.rankings and self._store is None:
+                # Every prompt is there twice then, as recorded and in the order of one ranking.
+                self._memory //= 2
+                self._store = RecordingStore(self._memory)
         if engine is None:
             engine = ReplayEngine(
                 self.model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
 
@@ -144,9 +146,11 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
     press, parameters = _PRESSES[name]
     base, source = _OWN.get(press, (press, ""))
     arguments = ", ".join(f"{theirs}={profile.selector[ours]!r}" for ours, theirs in parameters.items())
+    # The name comes from a file that anybody may have written, and is about to stand in source code.
+    model = re.sub(r"[^\w./@+-]", "_", profile.model["name"])
     head = _HEAD.format(
-        title=f"Budgets of {profile.model['name']} at mean budget {profile.mean_budget:.6g}, as a press of kvpress.",
-        module=module,
+        title=f"Budgets of {model} at mean budget {profile.mean_budget:.6g}, as a press of kvpress.",
+        module=re.sub(r"\W", "_", module),
         imports=base,
         budgets="\n".join(f"    {row}," for row in profile.budgets.tolist()),
     )

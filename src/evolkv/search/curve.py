@@ -83,7 +83,12 @@ def _best_of_each(found: list[CurveResult], interrupted: bool) -> CurveResult:
     return CurveResult(results, _with_front(points), sum(curve.seconds for curve in found), interrupted)
 
 
-@under_each_selector(_best_of_each)
+def _fit(selector: SelectorSpec, settings: Mapping[str, Any]) -> SelectorSpec:
+    """A selector given by name with a window that leaves the smallest budget something to choose."""
+    return _fitting(get_selector(selector), min(settings["budgets"])) if isinstance(selector, str) else selector
+
+
+@under_each_selector(_best_of_each, _fit)
 def search_curve(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -130,7 +135,7 @@ def search_curve(
     # Of several, `under_each_selector` passes one.
     assert isinstance(selector, (str, Mapping, Selector))
     ascending = sorted(set(budgets))
-    chosen = _fitting(get_selector(selector), ascending[0]) if isinstance(selector, str) else get_selector(selector)
+    chosen = get_selector(_fit(selector, {"budgets": ascending}))
     given = {**_DEFAULTS, **settings, "selector": chosen, "max_evals": max_evals}
     with session(model, tokenizer, **given) as running:
         ascending = [running.plan.check(budget) for budget in ascending]

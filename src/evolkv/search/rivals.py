@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from transformers import PreTrainedModel
+
 from evolkv.errors import UsageError
 from evolkv.search.backends import SharedBackend, backend_maker
 from evolkv.search.progress import OnProgress, SearchProgress
@@ -30,7 +32,10 @@ Found = TypeVar("Found", bound=_Result)
 Run = Callable[..., Found]
 
 
-def under_each_selector(best: Callable[[list[Found], bool], Found]) -> Callable[[Run[Found]], Run[Found]]:
+def under_each_selector(
+    best: Callable[[list[Found], bool], Found],
+    fit: Callable[[SelectorSpec, Mapping[str, Any]], SelectorSpec] = lambda each, settings: each,
+) -> Callable[[Run[Found]], Run[Found]]:
     """Lets a search's `selector` be a list: each gets a search in turn, and `best` makes one result of all.
 
     Prompts are prefilled once for all of them. Each search records to a study of its own, named ``STUDY/SELECTOR``.
@@ -38,24 +43,25 @@ def under_each_selector(best: Callable[[list[Found], bool], Found]) -> Callable[
 
     Args:
         best: of the results, in the order of the selectors; and whether some selector's search did not come to its end.
+        fit: what becomes of a selector under a search's settings.
     """
 
     def decorate(run: Run[Found]) -> Run[Found]:
         @functools.wraps(run)
-        def several(*args: Any, **settings: Any) -> Found:
+        def several(model: PreTrainedModel, tokenizer: Any, **settings: Any) -> Found:
             selectors = settings.get("selector")
             if not isinstance(selectors, (list, tuple)):
-                return run(*args, **settings)
-            rivals = _distinct(selectors)
+                return run(model, tokenizer, **settings)
+            rivals = {name: fit(each, settings) for name, each in _distinct(selectors).items()}
             if len(rivals) == 1:
-                return run(*args, **{**settings, "selector": next(iter(rivals.values()))})
+                return run(model, tokenizer, **{**settings, "selector": next(iter(rivals.values()))})
             study, report = settings.get("study", "search"), settings.get("on_progress")
             found: list[Found] = []
-            with _shared(args, settings, [get_selector(each) for each in rivals.values()]) as own:
+            with _shared(model, tokenizer, settings, [get_selector(each) for each in rivals.values()]) as own:
                 for name, selector in rivals.items():
                     own |= {"selector": selector, "study": f"{study}/{name}", "on_progress": _naming(name, report)}
                     try:
-                        found.append(run(*args, **{**settings, **own}))
+                        found.append(run(model, tokenizer, **{**settings, **own}))
                     except KeyboardInterrupt:
                         if not found:
                             raise
@@ -96,13 +102,14 @@ def best_of(found: list[SearchResult], interrupted: bool) -> SearchResult:
 
 
 @contextmanager
-def _shared(args: Sequence[Any], settings: Mapping[str, Any], selectors: list[Selector]) -> Iterator[dict[str, Any]]:
+def _shared(
+    model: PreTrainedModel, tokenizer: Any, settings: Mapping[str, Any], selectors: list[Selector]
+) -> Iterator[dict[str, Any]]:
     """The settings with which the searches share one backend, and with it the prefill of their prompts."""
     engine, workers = settings.get("engine", "replay"), settings.get("workers")
     if engine != "replay":
         yield {}
         return
-    model, tokenizer = args
     make = backend_maker(model, tokenizer, settings.get("backend", "local"), workers, engine)
     backend = SharedBackend(make, selectors)
     try:
