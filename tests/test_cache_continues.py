@@ -121,8 +121,16 @@ def test_a_loaded_cache_that_evicts_again_serves_another_prompt_after_reset(tmp_
 # Hybrid models.
 
 
-@pytest.mark.parametrize("settings", [{}, SETTINGS["turns"], SETTINGS["interval"]], ids=["once", "turns", "interval"])
-@pytest.mark.parametrize("family", HYBRIDS)
+#: Jamba and Bamba read later tokens one by one, and so have no turns to cut after.
+OF_HYBRIDS = [
+    pytest.param(family, settings, id=f"{family}-{name}")
+    for family in HYBRIDS
+    for name, settings in (("once", {}), ("turns", SETTINGS["turns"]), ("interval", SETTINGS["interval"]))
+    if name != "turns" or family not in ("jamba", "bamba")
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), OF_HYBRIDS)
 def test_a_loaded_cache_of_a_hybrid_answers_bit_for_bit_as_the_saved_one(tmp_path, family, settings):
     model = tiny_model(family)
     cache = prefilled(model, RAGGED, (40, 33, 15), **settings)
@@ -165,8 +173,7 @@ def test_branches_of_a_cache_that_evicts_again_do_not_know_of_each_other(setting
     assert same(turn(model, branches[2], QUESTION), expected[0])
 
 
-@pytest.mark.parametrize("settings", [{}, SETTINGS["turns"]], ids=["once", "turns"])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize(("family", "settings"), OF_HYBRIDS)
 def test_branches_of_a_hybrid_do_not_know_of_each_other(family, settings):
     model = tiny_model(family)
     expected = [turn(model, prefilled(model, **settings), question) for question in (QUESTION, OTHER)]

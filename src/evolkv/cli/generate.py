@@ -75,6 +75,8 @@ def generate(
 ) -> int:
     """Answer a prompt, with as much cache as a profile or another method allows."""
     text = _prompt(stdin, prompt, prompt_file)
+    if save_cache is not None and cache is not None:
+        raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
     if cache is not None and (profile is not None or method is not None or budget is not None):
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
     chosen = _method(profile, method, budget)
@@ -167,8 +169,6 @@ def _check_cache(
     save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
 ) -> None:
     """Whether what is asked of cache files goes together."""
-    if save_cache is not None and cache is not None:
-        raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
     if save_cache is not None:
         if method is None:
             raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
