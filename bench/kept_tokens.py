@@ -113,6 +113,12 @@ def kept_by_kvpress(python: Path, model: Any, ids: list[int], budget: int) -> di
         return json.loads(out.read_text())
 
 
+def overlaps(cache: evolkv.CompressedCache, theirs: list[list[list[int]]]) -> list[float]:
+    """Jaccard index of the positions that each head keeps here and there, over all layers and heads."""
+    pairs = [pair for layer in zip(cache.positions, theirs, strict=True) for pair in zip(*layer, strict=True)]
+    return [len({*ours.tolist()} & {*kept}) / len({*ours.tolist()} | {*kept}) for ours, kept in pairs]
+
+
 def main() -> None:
     """Runs the comparison."""
     options = parser(__doc__.partition("\n")[0])
@@ -132,11 +138,7 @@ def main() -> None:
         cache = evolkv.CompressedCache(model, profile)
         with torch.inference_mode():
             model(ids, **cache.as_argument, logits_to_keep=1)
-        indices = []
-        for mine, other in zip(cache.positions, theirs[name], strict=True):
-            for head, kept in zip(mine, other, strict=True):
-                ours = set(head.tolist())
-                indices.append(len(ours & set(kept)) / len(ours | set(kept)))
+        indices = overlaps(cache, theirs[name])
         rows[name] = {
             "press": press,
             "budget": budget,

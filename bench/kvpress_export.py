@@ -22,7 +22,7 @@ from common import finish, machine, parser
 from evolkv.allocators import complete
 from evolkv.integrations.kvpress import press_source
 from evolkv.tasks import encode_prompt, get_task
-from kept_tokens import KVPRESS, kvpress_python
+from kept_tokens import KVPRESS, kvpress_python, overlaps
 
 SELECTORS = ("snapkv", "tova", "streaming_llm", "knorm", "keydiff", "expected_attention")
 
@@ -108,16 +108,12 @@ def main() -> None:
         # Without a mask, and without an end token, generate() would take the template's <|im_end|> for padding.
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": every}
         answer = model.generate(ids, **cache.as_argument, **settings)[0, ids.shape[1] :].tolist()
-        overlaps, counts = [], []
-        for mine, other in zip(cache.positions, theirs[each]["kept"], strict=True):
-            for head, kept in zip(mine, other, strict=True):
-                ours = set(head.tolist())
-                counts.append(len(ours) == len(kept))
-                overlaps.append(len(ours & set(kept)) / len(ours | set(kept)))
+        kept = theirs[each]["kept"]
+        indices = overlaps(cache, kept)
         rows[each] = {
-            "same_counts": all(counts),
-            "jaccard_mean": sum(overlaps) / len(overlaps),
-            "jaccard_min": min(overlaps),
+            "same_counts": [list(map(len, layer)) for layer in cache.positions] == [list(map(len, x)) for x in kept],
+            "jaccard_mean": sum(indices) / len(indices),
+            "jaccard_min": min(indices),
             "same_answer": answer == theirs[each]["answer"],
             "entries": profile.total,
             "entries_held_by_kvpress": theirs[each]["held"],
