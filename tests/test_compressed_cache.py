@@ -272,20 +272,25 @@ def test_generate_takes_an_explicit_cache():
     assert cache.kv_bytes == (np.sum(RAGGED) + 4 * LAYERS * KV_HEADS) * HEAD_DIM * 2 * 4
 
 
+def check_beams(model, new):
+    """Beam search over `new` tokens, inside `compress`, scores each beam as generating from it alone does."""
+    beams = model.generate(
+        tokens(1, 40), num_beams=4, num_return_sequences=4, max_new_tokens=new, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
+        output = model(tokens(1, 40))
+        log_probs = [output.logits[0, -1].log_softmax(-1)[sequence[40]]]
+        for at in range(40, 39 + new):
+            output = model(sequence[None, at : at + 1], cache=output.cache)
+            log_probs.append(output.logits[0, -1].log_softmax(-1)[sequence[at + 1]])
+        torch.testing.assert_close(torch.stack(log_probs).mean(), score, atol=1e-4, rtol=0)
+
+
 def test_beam_search_on_a_ragged_cache_equals_generating_from_each_beam_alone():
     model = tiny_model()
     with compress(model, profile(model, RAGGED)):
-        beams = model.generate(
-            tokens(1, 40), num_beams=4, num_return_sequences=4, max_new_tokens=6, do_sample=False, eos_token_id=None,
-            return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
-        for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
-            output = model(tokens(1, 40))
-            log_probs = [output.logits[0, -1].log_softmax(-1)[sequence[40]]]
-            for at in range(40, 45):
-                output = model(sequence[None, at : at + 1], cache=output.cache)
-                log_probs.append(output.logits[0, -1].log_softmax(-1)[sequence[at + 1]])
-            torch.testing.assert_close(torch.stack(log_probs).mean(), score, atol=1e-4, rtol=0)
+        check_beams(model, new=6)
 
 
 def test_model_is_restored_on_leaving():

@@ -16,6 +16,7 @@ from evolkv.cache.chunks import lengths_of_chunks
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import SELECTORS, get_selector
 from evolkv.tasks import encode_prompt, get_task
+from test_compressed_cache import check_beams
 from test_selectors import prompt as random_prompt
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
@@ -459,17 +460,7 @@ def test_beams_of_a_cache_that_evicts_again_equal_generating_from_each_beam_alon
     model = tiny_model()
     for selector in (SNAPKV, {"name": "h2o", "window": 4}):
         with compress(model, profile(model, RAGGED, selector), evict_every=2):
-            beams = model.generate(
-                tokens(1, 40), num_beams=4, num_return_sequences=4, max_new_tokens=8, output_scores=True,
-                return_dict_in_generate=True, **GREEDY,
-            )  # fmt: skip
-            for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
-                output = model(tokens(1, 40))
-                log_probs = [output.logits[0, -1].log_softmax(-1)[sequence[40]]]
-                for at in range(40, 47):
-                    output = model(sequence[None, at : at + 1], cache=output.cache)
-                    log_probs.append(output.logits[0, -1].log_softmax(-1)[sequence[at + 1]])
-                torch.testing.assert_close(torch.stack(log_probs).mean(), score, atol=1e-4, rtol=0)
+            check_beams(model, new=8)
 
 
 def test_reset_cache_serves_another_prompt():
