@@ -32,6 +32,8 @@ from evolkv.search import search_curve
 from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
 
+#: Stands for the examples of all tasks of a table together.
+ALL = "all examples"
 #: What one would use instead.
 PUBLISHED = (
     "snapkv",
@@ -162,14 +164,15 @@ class Runner:
             records=records,
         )
         comparisons = []
-        for task in dict.fromkeys(row["task"] for row in rows):
+        names = list(dict.fromkeys(row["task"] for row in rows))
+        for task in [*names, ALL] if len(names) > 1 else names:
             for budget in self.budgets:
-                at = [row for row in rows if row["task"] == task and row["budget"] == budget]
-                best = max((row for row in at if row["method"] != profiles), key=lambda row: row["score"])
-                compared = compare_records([records], label(profiles, budget), label(best["method"], budget))
-                paired = next(each.result for each in compared.tasks if each.task == task).to_dict()
-                about = {"task": task, "protocol": protocol, "metric": best["metric"], "budget": budget}
-                comparisons.append({**about, "best": best["method"], **paired})
+                at = [row for row in rows if row["budget"] == budget and row["method"] != profiles]
+                best = _best(at if task == ALL else [row for row in at if row["task"] == task])
+                compared = compare_records([records], label(profiles, budget), label(best, budget))
+                pairs = {each.task: each.result for each in compared.tasks} | {ALL: compared.overall}
+                about = {"task": task, "protocol": protocol, "metric": rows[0]["metric"], "budget": budget}
+                comparisons.append({**about, "best": best, **pairs[task].to_dict()})
         for row in rows:
             row["method"] = "evolved" if row["method"] == profiles else row["method"]
         return rows, comparisons
@@ -203,6 +206,14 @@ class Runner:
         return pattern
 
 
+def _best(rows: Sequence[dict[str, Any]]) -> str:
+    """The method with the highest mean over all examples of the rows."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        sums[row["method"]] = sums.get(row["method"], 0.0) + row["n"] * row["score"]
+    return max(sums, key=lambda method: sums[method])
+
+
 def markdown(result: dict[str, Any], budgets: Sequence[int]) -> str:
     """For each protocol and metric: methods by budget, the mean over tasks; evolved against the best, task by task."""
     kinds = dict.fromkeys((row["protocol"], row["metric"]) for row in result["rows"])
@@ -214,7 +225,7 @@ def markdown(result: dict[str, Any], budgets: Sequence[int]) -> str:
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         numbers = " to ".join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))
         parts += [f"Protocol {protocol}, metric {metric}: mean over {len(tasks)} tasks, n = {numbers} each\n"]
-        parts += [*_by_method(rows, budgets), "", *_by_task(rows, pairs, tasks, budgets), ""]
+        parts += [*_by_method(rows, budgets), "", *_by_task(rows, pairs), ""]
     return "\n".join(parts)
 
 
@@ -232,12 +243,13 @@ def _by_method(rows: Sequence[dict[str, Any]], budgets: Sequence[int]) -> list[s
     return lines
 
 
-def _by_task(
-    rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], tasks: Sequence[str], budgets: Sequence[int]
-) -> list[str]:
+def _by_task(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> list[str]:
+    budgets = list(dict.fromkeys(pair["budget"] for pair in pairs))
     lines = [_line(["task", "full", *map(str, budgets)]), _line(["---"] * (2 + len(budgets)))]
-    for task in tasks:
-        whole = next(row["score"] for row in rows if row["task"] == task and row["method"] == "full")
+    full = {row["task"]: row for row in rows if row["method"] == "full"}
+    for task in dict.fromkeys(pair["task"] for pair in pairs):
+        meant = [full[task]] if task in full else list(full.values())
+        whole = sum(row["n"] * row["score"] for row in meant) / sum(row["n"] for row in meant)
         mine = [pair for pair in pairs if pair["task"] == task]
         lines.append(_line([_short(task), f"{whole:.3f}", *map(_compared, mine)]))
     return lines

@@ -12,8 +12,10 @@ from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.evaluate.decode import greedy, target_log_probs
+from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.evaluate.replay import lowest_changed
+from evolkv.evaluate.shards import ShardedEngine
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -191,6 +193,23 @@ def test_a_limit_too_small_for_one_candidate_is_a_clear_error(needles):
     engine = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=14 * 2**20)
     with pytest.raises(RunError, match="one candidate on example"):
         engine.score(smollm2_candidates(300))
+
+
+@pytest.mark.model
+def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, monkeypatch):
+    model, tokenizer, examples = needles
+    examples, budgets = examples * 4, smollm2_candidates(300)[:1]
+    alone = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=2**30)
+    # Enough for the snapshots and for one candidate; a third of it, the share of a shard, is not enough for both.
+    memory = len(examples) * alone.held_bytes + 20 * 2**20
+    monkeypatch.setattr("evolkv.evaluate.shards.free_memory", lambda device: memory / 0.9)
+    alone.room = memory // 3 - 3 * alone.held_bytes
+    with pytest.raises(RunError, match="one candidate on example"):
+        alone.score(budgets)
+    backend = LocalBackend(model, tokenizer, workers=1)
+    engine = ShardedEngine(backend, examples, get_selector("snapkv"), "logprob", 300)
+    assert np.isfinite(engine.score(budgets)).all()
+    backend.close()
 
 
 @pytest.mark.model

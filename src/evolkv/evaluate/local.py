@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluate.shards import Request, ShardServer
+from evolkv.evaluate.shards import Request, ShardServer, Sharing
 from evolkv.evaluate.workers import Workers
 
 
@@ -26,9 +26,9 @@ class LocalBackend:
         self._server = ShardServer(model, tokenizer)
         self._workers = Workers(model.device, workers)
 
-    def sharing(self, shards: int) -> int:
-        """All shards share the memory."""
-        return shards
+    def sharing(self, shards: int) -> Sharing:
+        """All shards share the memory; each thread computes one."""
+        return Sharing(shards, threads=self._workers.count)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Answers requests; see `Backend.run`."""

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.errors import EvolKVError, RunError, UsageError
-from evolkv.evaluate.shards import Request
+from evolkv.evaluate.shards import Request, Sharing
 from evolkv.models import loaded_from
 
 # How often a worker that has died is started again before the search gives up.
@@ -122,9 +122,9 @@ class RayBackend:
         per_node = Counter(self.nodes)
         self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
 
-    def sharing(self, shards: int) -> int:
+    def sharing(self, shards: int) -> Sharing:
         """The shards of a worker, times the workers that share its memory."""
-        return math.ceil(shards / len(self.actors)) * self._crowd
+        return Sharing(math.ceil(shards / len(self.actors)) * self._crowd, replicas=self._crowd)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Answers requests; see `Backend.run`. Progress comes by whole shards."""

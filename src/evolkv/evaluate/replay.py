@@ -51,7 +51,7 @@ class ReplayEngine:
         metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for; None for the longest prompt.
         memory_limit: bytes that snapshots and one batch of candidates may take together; None for nine tenths of what
-            is free.
+            is free. `room` says how many of them are left to candidates, and may be changed.
         hold: whether to prefill now and hold the result for any number of `score` calls. False prefills during `score`,
             one example at a time: right for scoring once.
         on_progress: called with (done, total) after each example that was prefilled.
@@ -90,7 +90,10 @@ class ReplayEngine:
         ]
         self.later = [encode_later(tokenizer, example) for example in self.examples]
         self.end = end_tokens(model, tokenizer)
-        self._limit = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
+        #: Bytes that one batch of candidates may take.
+        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
+        #: Bytes of the snapshots.
+        self.held_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(self.lengths)
         self._rankings, self._store = [selector, *rankings], store
         self._inputs, self._on_progress = prompts, on_progress
@@ -139,19 +142,19 @@ class ReplayEngine:
     def _prefill_all(self) -> list[RankedPrompt]:
         prefill = self._prefiller()
         ranked: list[RankedPrompt] = []
-        held, total = 0, len(self._inputs)
+        total = len(self._inputs)
         for column in range(total):
             ranked.append(self._rank(prefill, column))
-            held += ranked[-1].nbytes
-            expected = held * total // len(ranked)
-            if expected > self._limit:
+            self.held_bytes += ranked[-1].nbytes
+            expected = self.held_bytes * total // len(ranked)
+            if expected > self.room:
                 raise RunError(
-                    f"the snapshots of {total} examples need about {_mib(expected)}, and {_mib(self._limit)} may be "
+                    f"the snapshots of {total} examples need about {_mib(expected)}, and {_mib(self.room)} may be "
                     "used; use fewer examples, a lower ceiling, or engine 'naive'"
                 )
             if self._on_progress is not None:
                 self._on_progress(column + 1, total)
-        self._limit -= held
+        self.room -= self.held_bytes
         return ranked
 
     def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
@@ -210,14 +213,14 @@ class ReplayEngine:
         queries = new if target is not None else max(1, asked)
         need = _candidate_bytes(self.model, prompt, queries, new)
         shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
-        room = (self._limit - shared) // need
-        if room < 1:
+        fitting = (self.room - shared) // need
+        if fitting < 1:
             raise RunError(
                 f"one candidate on example {self.examples[column].id} needs about {_mib(need + shared)} besides the "
-                f"snapshots, and {_mib(max(self._limit, 0))} is left; use fewer examples, a lower ceiling, or "
+                f"snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
-        return int(min(room, _MAX_ROWS))
+        return int(min(fitting, _MAX_ROWS))
 
 
 def lowest_changed(budgets: np.ndarray) -> int:

@@ -47,18 +47,33 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """Who shares the memory of a machine or device.
+
+    Args:
+        shards: how many shards, over all replicas of the model there.
+        replicas: how many replicas of the model.
+        threads: how many shards a replica computes at once.
+    """
+
+    shards: int
+    replicas: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
 class Request:
     """A shard to prefill (`budgets` is None) or to score.
 
     Args:
         shard: the shard.
-        sharing: how many shards share the memory of the machine or device.
+        sharing: who shares the memory with it.
         budgets: the candidates, ``[candidates, layers, kv_heads]``.
         columns: which of the shard's examples to score on.
     """
 
     shard: Shard
-    sharing: int
+    sharing: Sharing
     budgets: np.ndarray | None = None
     columns: tuple[int, ...] = ()
 
@@ -95,7 +110,7 @@ class ShardServer:
                 shard.selector,
                 shard.metric,
                 shard.ceiling,
-                memory_limit=self._memory // request.sharing,
+                memory_limit=self._memory // request.sharing.shards,
                 hold=shard.hold,
                 on_progress=lambda done, total: step(),
                 rankings=shard.rankings,
@@ -105,6 +120,10 @@ class ShardServer:
                 self._held[shard.key] = engine
         if request.budgets is None:
             return np.empty((0, 0))
+        if shard.hold:
+            # Snapshots stay, whereas candidates take memory only while their shard is computed.
+            held = sum(each.held_bytes for each in list(self._held.values()))
+            engine.room = (self._memory // request.sharing.replicas - held) // request.sharing.threads
         return engine.score(request.budgets, request.columns)
 
     def forget(self, key: str) -> None:
@@ -115,8 +134,8 @@ class ShardServer:
 class Backend(Protocol):
     """Where shards are computed."""
 
-    def sharing(self, shards: int) -> int:
-        """How many of so many shards share the memory of a machine or device."""
+    def sharing(self, shards: int) -> Sharing:
+        """Who shares the memory of a machine or device, of so many shards in all."""
         ...
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
 from evolkv.evaluate.local import LocalBackend
-from evolkv.evaluate.shards import Backend, Request
+from evolkv.evaluate.shards import Backend, Request, Sharing
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector
 
@@ -71,7 +71,7 @@ class _Lent:
     def __init__(self, backend: Backend, selectors: tuple[Selector, ...]):
         self._backend, self._selectors = backend, selectors
 
-    def sharing(self, shards: int) -> int:
+    def sharing(self, shards: int) -> Sharing:
         return self._backend.sharing(shards)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
