@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+# Without a GPU Triton's kernels are interpreted, which must be settled before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from evolkv.models import ALIASES, load_model
 
 

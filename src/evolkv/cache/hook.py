@@ -31,6 +31,7 @@ _PREFIX = "evolkv_"
 _LAYER = "_evolkv_layer"
 _PADDING = "_evolkv_padding"
 _ON_THE_WAY = "_evolkv_on_the_way"
+_EVERYTHING = "_evolkv_everything"
 
 
 class AttendingLayer(Protocol):
@@ -166,7 +167,18 @@ def boolean_mask(
             device=device,
             allow_is_causal_skip=False,
         )
-    return visible[..., -keys:]
+    visible = visible[..., -keys:]
+    return None if queries == 1 and _shows_everything(mask, visible) else visible
+
+
+def _shows_everything(mask: Tensor | BlockMask, visible: Tensor) -> bool:
+    """Whether `visible`, which was made from `mask`, hides nothing; looked up once for all layers that share a mask."""
+    known: dict[int, bool] = getattr(mask, _EVERYTHING, {})
+    keys = visible.shape[-1]
+    if keys not in known:
+        known[keys] = bool(visible.all())
+        setattr(mask, _EVERYTHING, known)
+    return known[keys]
 
 
 def _decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,13 +106,24 @@ class RowGroup:
                 self.keys, self.values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
                 return
             self._make_room(new + min(_MOST_SPARE, held // _PER_SPARE))
+        self._take_up(new)
+        self.keys.narrow(1, held, new).copy_(keys)
+        self.values.narrow(1, held, new).copy_(values)
+
+    def extend(self, new: int) -> None:
+        """Counts that many entries as held which the caller is going to write, where they then are.
+
+        When it is full, the group reserves room for a 16th of what it holds, for one token at least and 16 at most.
+        """
+        if not self._has_room(new):
+            self._make_room(new + min(_MOST_SPARE, max(1, self.keys.shape[1] // _MOST_SPARE)))
+        self._take_up(new)
+
+    def _take_up(self, new: int) -> None:
+        """Counts reserved entries as held."""
         assert self._reserved is not None
-        all_keys, all_values = self._reserved
-        end = self._start + held
-        all_keys.narrow(1, end, new).copy_(keys)
-        all_values.narrow(1, end, new).copy_(values)
-        self.keys = all_keys.narrow(1, self._start, held + new)
-        self.values = all_values.narrow(1, self._start, held + new)
+        entries = self.keys.shape[1] + new
+        self.keys, self.values = (buffer.narrow(1, self._start, entries) for buffer in self._reserved)
 
     def _has_room(self, new: int) -> bool:
         if self._reserved is None:
@@ -214,6 +227,8 @@ class CompressedLayer(CacheLayerMixin):
         #: Tokens at the end of the first call that come after the prompt: drafts of assisted decoding.
         self.drafted = 0
         self.record_past = False
+        #: Where the rows lie, for the kernels: a `RowTable`.
+        self._table: Any = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -338,6 +353,7 @@ class CompressedLayer(CacheLayerMixin):
         twin = copy.copy(self)
         twin.groups = [group.copy() for group in self.groups]
         twin.context = context
+        twin._table = None
         return twin
 
     @classmethod
@@ -514,6 +530,8 @@ class CompressedLayer(CacheLayerMixin):
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
         order = None
         if not self._is_dense(batch):
+            if new == 1 and visible is None and (kernels := _kernels(query)) is not None:
+                return self._decode_rows(kernels, module, query, key_rows[:, 0], value_rows[:, 0], kwargs), None
             rows = [group.rows for group in self.groups]
             order = torch.cat(rows), [part.shape[0] for part in rows]
         new_entries = zip(self.groups, self._by_group(key_rows, order), self._by_group(value_rows, order), strict=True)
@@ -530,6 +548,51 @@ class CompressedLayer(CacheLayerMixin):
             output = self._attend_groups(module, query, order, visible, kwargs), None
         self._drop_out_of_window()
         return output
+
+    def _decode_rows(
+        self,
+        kernels: ModuleType,
+        module: nn.Module,
+        query: Tensor,
+        new_keys: Tensor,
+        new_values: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """One new token that sees everything held, but for what left the window: all rows at once, each at its length.
+
+        Args:
+            kernels: `evolkv.cache.kernels`.
+            module: the attention module.
+            query: ``[batch, heads, 1, head_dim]``.
+            new_keys: ``[rows, head_dim]``.
+            new_values: ``[rows, value_dim]``.
+            kwargs: what the model says of its attention.
+        """
+        check_plain_logits(module, kwargs)
+        batch, heads, _, head_dim = query.shape
+        for group in self.groups:
+            group.extend(1)
+        self.appended += 1
+        if self.sliding_window is not None:
+            self._record_positions(1)
+        if self._table is None:
+            self._table = kernels.RowTable()
+        table, since = self._table.of(self.groups)
+        output: Tensor = kernels.decode(
+            query.reshape(batch * self.num_kv_heads, heads // self.num_kv_heads, head_dim).contiguous(),
+            new_keys.contiguous(),
+            new_values.contiguous(),
+            table,
+            since,
+            max(group.keys.shape[1] for group in self.groups),
+            kv_heads=self.num_kv_heads,
+            scaling=scaling_of(query, kwargs),
+            softcap=kwargs.get("softcap"),
+            window=self.sliding_window if self._window_may_hide() else None,
+            sinks=sinks_of(kwargs),
+        )
+        self._drop_out_of_window()
+        return output.reshape(batch, 1, heads, -1)
 
     def _is_dense(self, batch: int) -> bool:
         return len(self.groups) == 1 and self.groups[0].rows.shape[0] == batch * self.num_kv_heads
@@ -614,6 +677,20 @@ class CompressedLayer(CacheLayerMixin):
             inside = group.positions[:, None] > asking - self.sliding_window
             shown = inside if shown is None else shown & inside
         return shown
+
+
+def _kernels(query: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they are wanted and can serve this call."""
+    if os.environ.get("EVOLKV_TRITON") != "1" or (torch.is_grad_enabled() and query.requires_grad):
+        return None
+    # Without a GPU they run in Triton's interpreter, which is for tests.
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    try:
+        from evolkv.cache import kernels
+    except ImportError as error:
+        raise UsageError("EVOLKV_TRITON=1 needs Triton; pip install triton, or unset EVOLKV_TRITON") from error
+    return kernels
 
 
 def _folding_is_equal(own: Attention, kwargs: dict[str, Any]) -> bool:

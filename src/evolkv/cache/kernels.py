@@ -1,0 +1,310 @@
+"""Triton kernels of a decode step: every row of a layer at once, each at its own length, where its entries lie.
+
+`decode` appends one token to every row and attends to all that the row holds. The reference is `cache/math.py`, row by
+row. The longest row is split among programs (flash decoding: Dao et al. 2023, "Flash-Decoding for long-context
+inference"), so that one head with a long budget does not keep the others waiting.
+
+`EVOLKV_TRITON=1` makes ragged layers on a GPU use them. On a CPU they run in Triton's interpreter only
+(`TRITON_INTERPRET=1`), which is for tests.
+"""
+
+# Kernels are written in Triton's language, which has types of its own.
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Entries that one program attends to, and how many of them at a time.
+_SPLIT, _TILE = 256, 64
+# The matrix unit multiplies no fewer rows; unused ones are masked.
+_LEAST_QUERIES = 16
+
+
+class Group(Protocol):
+    """Rows of equal length; see `evolkv.cache.layer.RowGroup`."""
+
+    rows: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+class RowTable:
+    """Where the entries of each row of a layer lie, told to the device only when something has moved."""
+
+    def __init__(self) -> None:
+        self._order: list[Tensor] = []
+        self._places: list[np.ndarray] = []
+        self._seen: list[tuple[int, ...]] = []
+        self._entries: list[int] = []
+        self._table = torch.empty(0)
+
+    def of(self, groups: Sequence[Group]) -> tuple[Tensor, int]:
+        """The table for a layer's groups, and how many tokens all of them have appended since it was made.
+
+        Returns:
+            ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries it had.
+        """
+        entries = [group.keys.shape[1] for group in groups]
+        seen = [
+            (*(part.data_ptr() for part in parts), *(part.stride(0) for part in parts))
+            for parts in ((group.keys, group.values, group.positions) for group in groups)
+        ]
+        since = entries[0] - self._entries[0] if self._entries else 0
+        grown = [before + since for before in self._entries]
+        if seen != self._seen or entries != grown or not self._same_rows(groups):
+            self._seen, self._entries, since = seen, entries, 0
+            self._table = self._made(groups)
+        return self._table, since
+
+    def _same_rows(self, groups: Sequence[Group]) -> bool:
+        return all(group.rows is known for group, known in zip(groups, self._order, strict=True))
+
+    def _made(self, groups: Sequence[Group]) -> Tensor:
+        if len(groups) != len(self._order) or not self._same_rows(groups):
+            self._order = [group.rows for group in groups]
+            self._places = [rows.cpu().numpy() for rows in self._order]
+        table = np.empty((4, sum(len(places) for places in self._places)), dtype=np.int64)
+        for group, places in zip(groups, self._places, strict=True):
+            for line, part in enumerate((group.keys, group.values, group.positions)):
+                table[line, places] = part.data_ptr() + part.stride(0) * part.element_size() * np.arange(len(places))
+            table[3, places] = group.keys.shape[1]
+        return torch.from_numpy(table).to(groups[0].keys.device)
+
+
+# Numbers that change from step to step are not compiled in.
+@triton.jit(do_not_specialize=["rows", "since"])
+def _append_kernel(
+    new_keys,
+    new_values,
+    table,
+    rows,
+    since,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):
+    """Writes the new key and value of a row behind those it holds."""
+    row = tl.program_id(0)
+    last = tl.load(table + 3 * rows + row) + since - 1
+    keys = tl.load(table + row).to(tl.pointer_type(new_keys.dtype.element_ty))
+    values = tl.load(table + rows + row).to(tl.pointer_type(new_values.dtype.element_ty))
+    d = tl.arange(0, KEY_BLOCK)
+    tl.store(keys + last * KEY_DIM + d, tl.load(new_keys + row * KEY_DIM + d, mask=d < KEY_DIM), mask=d < KEY_DIM)
+    e = tl.arange(0, VALUE_BLOCK)
+    held = tl.load(new_values + row * VALUE_DIM + e, mask=e < VALUE_DIM)
+    tl.store(values + last * VALUE_DIM + e, held, mask=e < VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["rows", "since", "splits", "window"])
+def _split_kernel(
+    query,
+    table,
+    outputs,
+    maxima,
+    sums,
+    rows,
+    since,
+    splits,
+    window,
+    scaling,
+    softcap,
+    FOLD: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Attention of a row's queries to one stretch of its entries, not yet divided by the sum of the weights."""
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    entries = tl.load(table + 3 * rows + row) + since
+    keys = tl.load(table + row).to(tl.pointer_type(query.dtype.element_ty))
+    values = tl.load(table + rows + row).to(tl.pointer_type(query.dtype.element_ty))
+
+    m = tl.arange(0, QUERY_BLOCK)
+    d = tl.arange(0, KEY_BLOCK)
+    e = tl.arange(0, VALUE_BLOCK)
+    asking = tl.load(
+        query + (row * FOLD + m)[:, None] * KEY_DIM + d[None, :],
+        mask=(m < FOLD)[:, None] & (d < KEY_DIM)[None, :],
+        other=0.0,
+    )
+    oldest = entries * 0
+    if HAS_WINDOW:
+        positions = tl.load(table + 2 * rows + row).to(tl.pointer_type(tl.int32))
+        oldest = tl.load(positions + entries - 1).to(tl.int64) - window + 1
+
+    best = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([QUERY_BLOCK], tl.float32)
+    output = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
+    end = tl.minimum(entries, (split + 1) * SPLIT)
+    for first in range(split * SPLIT, end, TILE):
+        n = first + tl.arange(0, TILE)
+        seen = n < entries
+        key = tl.load(keys + n[None, :] * KEY_DIM + d[:, None], mask=seen[None, :] & (d < KEY_DIM)[:, None], other=0.0)
+        # No TF32: float32 stays as exact as in the reference.
+        logits = tl.dot(asking, key, input_precision="ieee") * scaling
+        if HAS_SOFTCAP:
+            logits = (2 * tl.sigmoid(2 * logits / softcap) - 1) * softcap
+        if HAS_WINDOW:
+            seen = seen & (tl.load(positions + n, mask=seen, other=-1) >= oldest)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        now = tl.maximum(best, tl.max(logits, 1))
+        # A tile that the window hides has no largest logit to subtract.
+        base = tl.where(now == float("-inf"), 0.0, now)
+        weights = tl.exp(logits - base[:, None])
+        shrink = tl.exp(best - base)
+        value = tl.load(
+            values + n[:, None] * VALUE_DIM + e[None, :], mask=seen[:, None] & (e < VALUE_DIM)[None, :], other=0.0
+        )
+        total = total * shrink + tl.sum(weights, 1)
+        output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        best = now
+
+    part = (row * splits + split) * FOLD + m
+    tl.store(maxima + part, best, mask=m < FOLD)
+    tl.store(sums + part, total, mask=m < FOLD)
+    tl.store(
+        outputs + part[:, None] * VALUE_DIM + e[None, :], output, mask=(m < FOLD)[:, None] & (e < VALUE_DIM)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    outputs,
+    maxima,
+    sums,
+    sinks,
+    merged,
+    splits,
+    kv_heads,
+    FOLD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """The stretches of one row together; a sink is one more entry, without a value."""
+    row = tl.program_id(0)
+    m = tl.arange(0, QUERY_BLOCK)
+    e = tl.arange(0, VALUE_BLOCK)
+    best = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([QUERY_BLOCK], tl.float32)
+    output = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
+    if HAS_SINKS:
+        best = tl.load(sinks + (row % kv_heads) * FOLD + m, mask=m < FOLD, other=0.0).to(tl.float32)
+        total += 1.0
+    for split in range(splits):
+        part = (row * splits + split) * FOLD + m
+        its_best = tl.load(maxima + part, mask=m < FOLD, other=float("-inf"))
+        its_total = tl.load(sums + part, mask=m < FOLD, other=0.0)
+        its_output = tl.load(
+            outputs + part[:, None] * VALUE_DIM + e[None, :],
+            mask=(m < FOLD)[:, None] & (e < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        now = tl.maximum(best, its_best)
+        base = tl.where(now == float("-inf"), 0.0, now)
+        before, more = tl.exp(best - base), tl.exp(its_best - base)
+        total = total * before + its_total * more
+        output = output * before[:, None] + its_output * more[:, None]
+        best = now
+    output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(
+        merged + (row * FOLD + m)[:, None] * VALUE_DIM + e[None, :],
+        output.to(merged.dtype.element_ty),
+        mask=(m < FOLD)[:, None] & (e < VALUE_DIM)[None, :],
+    )
+
+
+def decode(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    table: Tensor,
+    since: int,
+    longest: int,
+    *,
+    kv_heads: int,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Appends one token to every row, in memory that is there already, and attends to all that the row then holds.
+
+    Args:
+        query: ``[rows, fold, head_dim]``, `fold` query heads for each KV head.
+        new_keys: ``[rows, head_dim]``.
+        new_values: ``[rows, value_dim]``.
+        table: where the entries of each row lie, contiguous for each row (see `RowTable.of`).
+        since: tokens appended since `table` was made; this one counts, here or there.
+        longest: entries of the longest row, this token included.
+        kv_heads: KV heads of the layer; row ``i`` belongs to head ``i % kv_heads``.
+        scaling: factor on the logits.
+        softcap: Gemma 2's cap on the logits, or None.
+        window: tokens that a query sees by position, or None for all that are held.
+        sinks: a logit for each query head that only enters the softmax's denominator, ``[heads]``, or None.
+
+    Returns:
+        ``[rows, fold, value_dim]``.
+    """
+    rows, fold, key_dim = query.shape
+    value_dim = new_values.shape[-1]
+    splits = triton.cdiv(longest, _SPLIT)
+    blocks: dict[str, Any] = {"VALUE_DIM": value_dim, "VALUE_BLOCK": triton.next_power_of_2(value_dim)}
+    keys: dict[str, Any] = {"KEY_DIM": key_dim, "KEY_BLOCK": triton.next_power_of_2(key_dim)}
+    queries = {"FOLD": fold, "QUERY_BLOCK": max(_LEAST_QUERIES, triton.next_power_of_2(fold))}
+    _append_kernel[(rows,)](new_keys, new_values, table, rows, since, **keys, **blocks)
+    outputs = query.new_empty((rows, splits, fold, value_dim), dtype=torch.float32)
+    maxima = query.new_empty((rows, splits, fold), dtype=torch.float32)
+    sums = torch.empty_like(maxima)
+    _split_kernel[(rows, splits)](
+        query,
+        table,
+        outputs,
+        maxima,
+        sums,
+        rows,
+        since,
+        splits,
+        window or 0,
+        scaling,
+        softcap or 1.0,
+        **queries,
+        **keys,
+        **blocks,
+        SPLIT=_SPLIT,
+        TILE=_TILE,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+    )
+    merged = query.new_empty((rows, fold, value_dim))
+    _merge_kernel[(rows,)](
+        outputs,
+        maxima,
+        sums,
+        maxima if sinks is None else sinks,
+        merged,
+        splits,
+        kv_heads,
+        **queries,
+        **blocks,
+        HAS_SINKS=sinks is not None,
+    )
+    return merged
