@@ -32,7 +32,7 @@ from evolkv.search import search_curve
 from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
 
-#: Stands for the examples of all tasks of a table together.
+#: Stands for the examples of all tasks that one profile is evolved for.
 ALL = "all examples"
 #: What one would use instead.
 PUBLISHED = (
@@ -164,14 +164,16 @@ class Runner:
             records=records,
         )
         comparisons = []
-        names = list(dict.fromkeys(row["task"] for row in rows))
-        for task in [*names, ALL] if len(names) > 1 else names:
+        metrics = {row["task"]: row["metric"] for row in rows}
+        if len(metrics) > 1 and len(set(metrics.values())) == 1:
+            metrics[ALL] = rows[0]["metric"]
+        for task, its_metric in metrics.items():
             for budget in self.budgets:
                 at = [row for row in rows if row["budget"] == budget and row["method"] != profiles]
                 best = _best(at if task == ALL else [row for row in at if row["task"] == task])
                 compared = compare_records([records], label(profiles, budget), label(best, budget))
                 pairs = {each.task: each.result for each in compared.tasks} | {ALL: compared.overall}
-                about = {"task": task, "protocol": protocol, "metric": rows[0]["metric"], "budget": budget}
+                about = {"task": task, "protocol": protocol, "metric": its_metric, "budget": budget}
                 comparisons.append({**about, "best": best, **pairs[task].to_dict()})
         for row in rows:
             row["method"] = "evolved" if row["method"] == profiles else row["method"]

@@ -15,7 +15,7 @@ from evolkv.evaluate.decode import greedy, target_log_probs
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.evaluate.replay import lowest_changed
-from evolkv.evaluate.shards import ShardedEngine
+from evolkv.evaluate.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -210,6 +210,21 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
     engine = ShardedEngine(backend, examples, get_selector("snapkv"), "logprob", 300)
     assert np.isfinite(engine.score(budgets)).all()
     backend.close()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("replicas", "threads"), [(1, 1), (1, 2), (2, 1)])
+def test_room_for_candidates_is_shared_by_those_who_compute(needles, replicas, threads):
+    model, tokenizer, examples = needles
+    server = ShardServer(model, tokenizer)
+    shards = [Shard(f"0/{i}", tuple(examples), get_selector("snapkv"), "logprob", 300, hold=True) for i in range(2)]
+    sharing, budgets = Sharing(2, replicas, threads), smollm2_candidates(300)[:1]
+    for shard in shards:
+        server.serve(Request(shard, sharing), lambda: None)
+    server.serve(Request(shards[0], sharing, budgets, (0,)), lambda: None)
+    engines = list(server._held.values())
+    held = sum(engine.held_bytes for engine in engines)
+    assert engines[0].room == (server._memory // replicas - held) // threads
 
 
 @pytest.mark.model

@@ -140,6 +140,8 @@ def _mask(name: str, **kwargs: Any) -> Any:
     padding = kwargs.get("attention_mask")
     if mask is not None and padding is not None:
         setattr(mask, _PADDING, padding)
+    if mask is not None:
+        setattr(mask, _EVERYTHING, {})
     return mask
 
 
@@ -167,17 +169,22 @@ def boolean_mask(
             device=device,
             allow_is_causal_skip=False,
         )
-    visible = visible[..., -keys:]
-    return None if queries == 1 and _shows_everything(mask, visible) else visible
+    return visible[..., -keys:]
 
 
-def _shows_everything(mask: Tensor | BlockMask, visible: Tensor) -> bool:
-    """Whether `visible`, which was made from `mask`, hides nothing; looked up once for all layers that share a mask."""
-    known: dict[int, bool] = getattr(mask, _EVERYTHING, {})
+def hides_nothing(mask: Tensor | BlockMask | None, visible: Tensor | None) -> bool:
+    """Whether everything is visible by `visible`, which `boolean_mask` made from `mask`.
+
+    A device is asked once for all layers that share a mask of transformers' making, and never about other masks.
+    """
+    if visible is None:
+        return True
+    known: dict[int, bool] | None = getattr(mask, _EVERYTHING, None)
+    if known is None:
+        return False
     keys = visible.shape[-1]
     if keys not in known:
         known[keys] = bool(visible.all())
-        setattr(mask, _EVERYTHING, known)
     return known[keys]
 
 

@@ -22,10 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries that one program attends to, and how many of them at a time.
-_SPLIT, _TILE = 256, 64
-# The matrix unit multiplies no fewer rows; unused ones are masked.
-_LEAST_QUERIES = 16
+# Entries that one program attends to, and how many of them at a time at most.
+_SPLIT, _MOST_TILE = 256, 64
+# Tiles of keys and values on their way: these many at once, in so many bytes of a GPU's shared memory.
+_STAGES, _SHARED = 2, 2**16
+# Matrix units multiply no smaller blocks; what is more than there is is masked.
+_LEAST_BLOCK = 16
+# Bytes that are loaded at once where everything begins at a multiple of them.
+_ALIGNED = 16
 
 
 class Group(Protocol):
@@ -46,12 +50,15 @@ class RowTable:
         self._seen: list[tuple[int, ...]] = []
         self._entries: list[int] = []
         self._table = torch.empty(0)
+        self._aligned = False
 
-    def of(self, groups: Sequence[Group]) -> tuple[Tensor, int]:
-        """The table for a layer's groups, and how many tokens all of them have appended since it was made.
+    def of(self, groups: Sequence[Group]) -> tuple[Tensor, int, bool]:
+        """Where the rows of a layer's groups lie now.
 
         Returns:
-            ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries it had.
+            The table, ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries
+            it had when the table was made; how many tokens every row has gained since; whether all keys and values
+            begin at multiples of 16 bytes.
         """
         entries = [group.keys.shape[1] for group in groups]
         seen = [
@@ -63,7 +70,7 @@ class RowTable:
         if seen != self._seen or entries != grown or not self._same_rows(groups):
             self._seen, self._entries, since = seen, entries, 0
             self._table = self._made(groups)
-        return self._table, since
+        return self._table, since, self._aligned
 
     def _same_rows(self, groups: Sequence[Group]) -> bool:
         return all(group.rows is known for group, known in zip(groups, self._order, strict=True))
@@ -77,7 +84,10 @@ class RowTable:
             for line, part in enumerate((group.keys, group.values, group.positions)):
                 table[line, places] = part.data_ptr() + part.stride(0) * part.element_size() * np.arange(len(places))
             table[3, places] = group.keys.shape[1]
-        return torch.from_numpy(table).to(groups[0].keys.device)
+        entry_bytes = [part.shape[-1] * part.element_size() for part in (groups[0].keys, groups[0].values)]
+        self._aligned = not (table[:2] % _ALIGNED).any() and all(size % _ALIGNED == 0 for size in entry_bytes)
+        made, device = torch.from_numpy(table), groups[0].keys.device
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 # Numbers that change from step to step are not compiled in.
@@ -126,15 +136,21 @@ def _split_kernel(
     VALUE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Attention of a row's queries to one stretch of its entries, not yet divided by the sum of the weights."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     entries = tl.load(table + 3 * rows + row) + since
+    if split * SPLIT >= entries:
+        return
     keys = tl.load(table + row).to(tl.pointer_type(query.dtype.element_ty))
     values = tl.load(table + rows + row).to(tl.pointer_type(query.dtype.element_ty))
+    if ALIGNED:
+        keys = tl.multiple_of(keys, 16)
+        values = tl.multiple_of(values, 16)
 
     m = tl.arange(0, QUERY_BLOCK)
     d = tl.arange(0, KEY_BLOCK)
@@ -184,23 +200,28 @@ def _split_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["rows", "since", "splits"])
 def _merge_kernel(
+    table,
     outputs,
     maxima,
     sums,
     sinks,
     merged,
+    rows,
+    since,
     splits,
     kv_heads,
     FOLD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     """The stretches of one row together; a sink is one more entry, without a value."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
+    entries = tl.load(table + 3 * rows + row) + since
     m = tl.arange(0, QUERY_BLOCK)
     e = tl.arange(0, VALUE_BLOCK)
     best = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
@@ -209,7 +230,7 @@ def _merge_kernel(
     if HAS_SINKS:
         best = tl.load(sinks + (row % kv_heads) * FOLD + m, mask=m < FOLD, other=0.0).to(tl.float32)
         total += 1.0
-    for split in range(splits):
+    for split in range(tl.cdiv(entries, SPLIT)):
         part = (row * splits + split) * FOLD + m
         its_best = tl.load(maxima + part, mask=m < FOLD, other=float("-inf"))
         its_total = tl.load(sums + part, mask=m < FOLD, other=0.0)
@@ -240,6 +261,7 @@ def decode(
     since: int,
     longest: int,
     *,
+    aligned: bool,
     kv_heads: int,
     scaling: float,
     softcap: float | None = None,
@@ -249,12 +271,13 @@ def decode(
     """Appends one token to every row, in memory that is there already, and attends to all that the row then holds.
 
     Args:
-        query: ``[rows, fold, head_dim]``, `fold` query heads for each KV head.
+        query: ``[rows, fold, head_dim]``, `fold` query heads for each KV head; in the number format of all else.
         new_keys: ``[rows, head_dim]``.
         new_values: ``[rows, value_dim]``.
         table: where the entries of each row lie, contiguous for each row (see `RowTable.of`).
-        since: tokens appended since `table` was made; this one counts, here or there.
+        since: tokens since `table` was made, this one included; 0 if `table` counts it already.
         longest: entries of the longest row, this token included.
+        aligned: whether all keys and values, and each entry, begin at multiples of 16 bytes.
         kv_heads: KV heads of the layer; row ``i`` belongs to head ``i % kv_heads``.
         scaling: factor on the logits.
         softcap: Gemma 2's cap on the logits, or None.
@@ -267,44 +290,62 @@ def decode(
     rows, fold, key_dim = query.shape
     value_dim = new_values.shape[-1]
     splits = triton.cdiv(longest, _SPLIT)
-    blocks: dict[str, Any] = {"VALUE_DIM": value_dim, "VALUE_BLOCK": triton.next_power_of_2(value_dim)}
-    keys: dict[str, Any] = {"KEY_DIM": key_dim, "KEY_BLOCK": triton.next_power_of_2(key_dim)}
-    queries = {"FOLD": fold, "QUERY_BLOCK": max(_LEAST_QUERIES, triton.next_power_of_2(fold))}
-    _append_kernel[(rows,)](new_keys, new_values, table, rows, since, **keys, **blocks)
+    keys: dict[str, Any] = {"KEY_DIM": key_dim, "KEY_BLOCK": _block(key_dim)}
+    values: dict[str, Any] = {"VALUE_DIM": value_dim, "VALUE_BLOCK": _block(value_dim)}
+    queries: dict[str, Any] = {"FOLD": fold, "QUERY_BLOCK": _block(fold)}
     outputs = query.new_empty((rows, splits, fold, value_dim), dtype=torch.float32)
     maxima = query.new_empty((rows, splits, fold), dtype=torch.float32)
     sums = torch.empty_like(maxima)
-    _split_kernel[(rows, splits)](
-        query,
-        table,
-        outputs,
-        maxima,
-        sums,
-        rows,
-        since,
-        splits,
-        window or 0,
-        scaling,
-        softcap or 1.0,
-        **queries,
-        **keys,
-        **blocks,
-        SPLIT=_SPLIT,
-        TILE=_TILE,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-    )
     merged = query.new_empty((rows, fold, value_dim))
-    _merge_kernel[(rows,)](
-        outputs,
-        maxima,
-        sums,
-        maxima if sinks is None else sinks,
-        merged,
-        splits,
-        kv_heads,
-        **queries,
-        **blocks,
-        HAS_SINKS=sinks is not None,
-    )
+    # Triton launches on the current device, which need not be the layer's.
+    with torch.cuda.device_of(query):
+        _append_kernel[(rows,)](new_keys, new_values, table, rows, since, **keys, **values)
+        _split_kernel[(rows, splits)](
+            query,
+            table,
+            outputs,
+            maxima,
+            sums,
+            rows,
+            since,
+            splits,
+            window or 0,
+            scaling,
+            softcap or 1.0,
+            **queries,
+            **keys,
+            **values,
+            SPLIT=_SPLIT,
+            TILE=tile_of(key_dim, value_dim, query.element_size()),
+            ALIGNED=aligned,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            num_stages=_STAGES,
+        )
+        _merge_kernel[(rows,)](
+            table,
+            outputs,
+            maxima,
+            sums,
+            maxima if sinks is None else sinks,
+            merged,
+            rows,
+            since,
+            splits,
+            kv_heads,
+            **queries,
+            **values,
+            SPLIT=_SPLIT,
+            HAS_SINKS=sinks is not None,
+        )
     return merged
+
+
+def _block(size: int) -> int:
+    return max(_LEAST_BLOCK, triton.next_power_of_2(size))
+
+
+def tile_of(key_dim: int, value_dim: int, element_size: int) -> int:
+    """Entries that a program attends to at a time, so that tiles fit into the shared memory of any GPU."""
+    fitting = _SHARED // (_STAGES * element_size * (_block(key_dim) + _block(value_dim)))
+    return max(_LEAST_BLOCK, min(_MOST_TILE, 2 ** (fitting.bit_length() - 1)))

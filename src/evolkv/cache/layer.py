@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from evolkv.cache.hook import Attention, boolean_mask, padding_of, tag
+from evolkv.cache.hook import Attention, boolean_mask, hides_nothing, padding_of, tag
 from evolkv.cache.math import attention, check_plain_logits, extra_term, fold_sinks, scaling_of, sinks_of
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -28,6 +28,10 @@ _LONG = 512
 # it is full, by a token more for every so many that its rows hold, though by so many more at most.
 _WORTH_ROOM = 2**19
 _PER_SPARE, _MOST_SPARE = 64, 16
+# Where kernels write new entries a group of any size has room ahead, for a token more for every so many.
+_PER_SPARE_AHEAD = 16
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The rows of all groups, one group behind the other, and how many each has.
 RowOrder = tuple[Tensor, list[int]]
@@ -111,12 +115,12 @@ class RowGroup:
         self.values.narrow(1, held, new).copy_(values)
 
     def extend(self, new: int) -> None:
-        """Counts that many entries as held which the caller is going to write, where they then are.
+        """Counts so many entries more as held, which the caller must then write into `keys` and `values`.
 
         When it is full, the group reserves room for a 16th of what it holds, for one token at least and 16 at most.
         """
         if not self._has_room(new):
-            self._make_room(new + min(_MOST_SPARE, max(1, self.keys.shape[1] // _MOST_SPARE)))
+            self._make_room(new + min(_MOST_SPARE, max(1, self.keys.shape[1] // _PER_SPARE_AHEAD)))
         self._take_up(new)
 
     def _take_up(self, new: int) -> None:
@@ -530,7 +534,8 @@ class CompressedLayer(CacheLayerMixin):
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
         order = None
         if not self._is_dense(batch):
-            if new == 1 and visible is None and (kernels := _kernels(query)) is not None:
+            kernels = _kernels(query) if new == 1 else None
+            if kernels is not None and self._suits_kernels(query, key, value, kwargs) and hides_nothing(mask, visible):
                 return self._decode_rows(kernels, module, query, key_rows[:, 0], value_rows[:, 0], kwargs), None
             rows = [group.rows for group in self.groups]
             order = torch.cat(rows), [part.shape[0] for part in rows]
@@ -548,6 +553,15 @@ class CompressedLayer(CacheLayerMixin):
             output = self._attend_groups(module, query, order, visible, kwargs), None
         self._drop_out_of_window()
         return output
+
+    def _suits_kernels(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether all is of one number format that the kernels know, and no gradient is asked for."""
+        held = [part for group in self.groups for part in (group.keys, group.values)]
+        parts = [query, key, value, *held]
+        alike = all(part.dtype == query.dtype for part in parts) and query.dtype in _KERNEL_DTYPES
+        sinks = sinks_of(kwargs)
+        asked = [*parts, sinks] if sinks is not None else parts
+        return alike and not (torch.is_grad_enabled() and any(part.requires_grad for part in asked))
 
     def _decode_rows(
         self,
@@ -577,7 +591,7 @@ class CompressedLayer(CacheLayerMixin):
             self._record_positions(1)
         if self._table is None:
             self._table = kernels.RowTable()
-        table, since = self._table.of(self.groups)
+        table, since, aligned = self._table.of(self.groups)
         output: Tensor = kernels.decode(
             query.reshape(batch * self.num_kv_heads, heads // self.num_kv_heads, head_dim).contiguous(),
             new_keys.contiguous(),
@@ -585,6 +599,7 @@ class CompressedLayer(CacheLayerMixin):
             table,
             since,
             max(group.keys.shape[1] for group in self.groups),
+            aligned=aligned,
             kv_heads=self.num_kv_heads,
             scaling=scaling_of(query, kwargs),
             softcap=kwargs.get("softcap"),
@@ -680,15 +695,17 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _kernels(query: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they are wanted and can serve this call."""
-    if os.environ.get("EVOLKV_TRITON") != "1" or (torch.is_grad_enabled() and query.requires_grad):
+    """The Triton kernels, where they are wanted: on a GPU, or in Triton's interpreter, which is for tests."""
+    if os.environ.get("EVOLKV_TRITON") != "1":
         return None
-    # Without a GPU they run in Triton's interpreter, which is for tests.
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    # The interpreter cannot read what is on a GPU.
+    if query.is_cuda == (os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
         from evolkv.cache import kernels
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         raise UsageError("EVOLKV_TRITON=1 needs Triton; pip install triton, or unset EVOLKV_TRITON") from error
     return kernels
 

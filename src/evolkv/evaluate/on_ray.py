@@ -28,7 +28,8 @@ class RayBackend:
 
     Nothing large crosses the network during a search: a worker prefills its shards itself, gets budgets and returns
     scores. A worker that dies is started again, prefills its shards again and answers what it was asked; its answers,
-    and so the history of the search, are the same. Needs ``pip install evolkv[ray]``.
+    and so the history of the search, are the same (as long as memory does not get short). Needs
+    ``pip install evolkv[ray]``.
 
     Args:
         model: the model. Workers load it by the name or path that `load_model` was given, in the same dtype; a model

@@ -18,7 +18,8 @@ from evolkv.selectors import Selector
 from evolkv.tasks import Example, fingerprint
 
 # Examples of a shard. It decides which examples are prefilled and decoded together, and with that the last bits of
-# every score: these are the same wherever the shards are, and however many workers share them.
+# every score: these are the same wherever the shards are, and however many workers share them, unless memory is so
+# short that not all candidates fit into one batch.
 SHARD_SIZE = 3
 
 
@@ -110,7 +111,7 @@ class ShardServer:
                 shard.selector,
                 shard.metric,
                 shard.ceiling,
-                memory_limit=self._memory // request.sharing.shards,
+                memory_limit=self._memory // request.sharing.shards if shard.hold else self._left(request.sharing),
                 hold=shard.hold,
                 on_progress=lambda done, total: step(),
                 rankings=shard.rankings,
@@ -121,10 +122,13 @@ class ShardServer:
         if request.budgets is None:
             return np.empty((0, 0))
         if shard.hold:
-            # Snapshots stay, whereas candidates take memory only while their shard is computed.
-            held = sum(each.held_bytes for each in list(self._held.values()))
-            engine.room = (self._memory // request.sharing.replicas - held) // request.sharing.threads
+            engine.room = self._left(request.sharing)
         return engine.score(request.budgets, request.columns)
+
+    def _left(self, sharing: Sharing) -> int:
+        """Bytes for the candidates of one shard: snapshots stay, but only what is computed just now takes more."""
+        held = sum(engine.held_bytes for engine in list(self._held.values()))
+        return (self._memory // sharing.replicas - held) // sharing.threads
 
     def forget(self, key: str) -> None:
         """Frees a shard's prefill."""
