@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from evolkv.errors import RunError, StudyError
 from evolkv.search.result import Evaluation
 from evolkv.search.storage import LEASE, Lease, _AppendLock, close_storage, locate, open_storage
-from evolkv.search.study import Study, read_study, storage_url
+from evolkv.search.study import Study, read_studies, read_study, storage_url
 
 SETTINGS = {"model": {"fingerprint": "abc"}, "task": "niah:context=1600", "budget": 128, "sigma": 0.1 + 0.2, "seed": 0}
 SETTINGS |= {"floor": 33, "ceiling": 1600}
@@ -252,6 +252,21 @@ def test_studies_with_other_names_are_free_to_differ(path):
     assert read_study(path, "search").stages == {STAGE: generations(1)}
     assert read_study(path, "other").stages == {STAGE: generations(2)}
     with pytest.raises(StudyError, match="holds 2 studies; give the name of one: other, search"):
+        read_study(path)
+
+
+def test_studies_of_one_search_under_several_selectors_are_read_together(path):
+    for name in ("search/snapkv", "search/keydiff"):
+        record(path, 1, name=name)
+    both = ["search/snapkv", "search/keydiff"]
+    assert [found.name for found in read_studies(path)] == both
+    assert [found.name for found in read_studies(path, "search")] == both
+    assert [found.name for found in read_studies(path, "search/snapkv")] == both[:1]
+    record(path, 1, name="other")
+    assert [found.name for found in read_studies(path, "search")] == both
+    with pytest.raises(StudyError, match="holds 3 studies"):
+        read_studies(path)
+    with pytest.raises(StudyError, match="holds 3 studies"):
         read_study(path)
 
 

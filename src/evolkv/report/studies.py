@@ -15,27 +15,30 @@ _CANDIDATE = ("budgets", "fitness", "score", "cache_score", "scores")
 
 
 def study_searches(storage: str, name: str | None) -> tuple[str, list[Search]]:
-    """Read a study.
+    """Read a study, or those of one search under several selectors.
 
     Args:
         storage: its file or storage URL.
         name: of the study; needed where the storage holds several.
 
     Returns:
-        What to call the study, and one search per stage that has candidates.
+        What to call it, and one search per stage that has candidates.
 
     Raises:
         UsageError: it cannot be read, or is empty.
     """
     # Takes seconds to import, and no other input needs it.
-    from evolkv.search.study import read_study
+    from evolkv.search.study import read_studies
 
-    record = read_study(storage, name)
-    stages = [stage for stage, generations in record.stages.items() if generations]
-    if not stages:
-        raise UsageError(f"{record.storage}: study {record.name!r} has no candidates yet; try again when it has some")
-    label = f"study {record.name}"
-    return label, [_search(record, stage, len(stages) > 1) for stage in stages]
+    records = read_studies(storage, name)
+    searches = []
+    for record in records:
+        stages = [stage for stage, generations in record.stages.items() if generations]
+        searches += [_search(record, stage, len(stages) > 1) for stage in stages]
+    names = ", ".join(record.name for record in records)
+    if not searches:
+        raise UsageError(f"{records[0].storage}: study {names} has no candidates yet; try again when it has some")
+    return f"study {names}", searches
 
 
 def _search(record: StudyRecord, stage: str, several: bool) -> Search:

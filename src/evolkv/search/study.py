@@ -42,6 +42,7 @@ from evolkv.search.storage import (
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.study._frozen import FrozenStudy
     from optuna.trial import FrozenTrial
 
 FORMAT = "evolkv.study/1"
@@ -253,6 +254,15 @@ def read_study(storage_or_path: str | os.PathLike[str], name: str | None = None)
         StudyError: there is no such study, there are several and no name, or the file is not what it should be.
         RunError: the storage is out of reach.
     """
+    return _read(storage_or_path, name, rivals=False)[0]
+
+
+def read_studies(storage_or_path: str | os.PathLike[str], name: str | None = None) -> list[StudyRecord]:
+    """As `read_study`, but of a search under several selectors the studies of all of them, ``NAME/SELECTOR``."""
+    return _read(storage_or_path, name, rivals=True)
+
+
+def _read(storage_or_path: str | os.PathLike[str], name: str | None, rivals: bool) -> list[StudyRecord]:
     location = locate(storage_or_path)
     with reporting(location, "read"), contextlib.ExitStack() as undo:
         check_file(location, exists=True)
@@ -260,7 +270,8 @@ def read_study(storage_or_path: str | os.PathLike[str], name: str | None = None)
         undo.callback(close_storage, storage)
         every = {study.study_name: study for study in storage.get_all_studies()}
         ours = [key for key, study in every.items() if _HEADER in study.user_attrs]
-        if name is None:
+        meant = _rivals(ours, name) if rivals else []
+        if name is None and not meant:
             if not ours:
                 raise StudyError(f"{location} holds no study of EvolKV; give the storage of a search")
             if len(ours) > 1:
@@ -268,19 +279,32 @@ def read_study(storage_or_path: str | os.PathLike[str], name: str | None = None)
                     f"{location} holds {len(ours)} studies; give the name of one: {', '.join(sorted(ours))}"
                 )
             name = ours[0]
-        elif name not in ours:
+        elif name is not None and not meant and name not in ours:
             if name in every:
                 raise _not_ours(name, location)
             raise StudyError(f"{location}: {unknown_name('study', name, ours)}")
-        study = every[name]
-        _check_header(name, location, study.user_attrs[_HEADER])
-        return StudyRecord(
-            name,
-            location.safe_url,
-            study.user_attrs[_HEADER]["settings"],
-            _facts(study.user_attrs),
-            _stages(name, storage.get_all_trials(study._study_id, deepcopy=False)),
-        )
+        return [_record(every[key], location, storage) for key in meant or [str(name)]]
+
+
+def _rivals(ours: list[str], name: str | None) -> list[str]:
+    """The studies of one search under several selectors, of that name or of the only one there is."""
+    if name in ours:
+        return []
+    prefixes = {key.partition("/")[0] for key in ours} if name is None else {name}
+    found = [key for key in ours if key.startswith(tuple(f"{prefix}/" for prefix in prefixes))]
+    return found if name is not None or (len(prefixes) == 1 and len(found) == len(ours)) else []
+
+
+def _record(study: FrozenStudy, location: Location, storage: BaseStorage) -> StudyRecord:
+    header = study.user_attrs[_HEADER]
+    _check_header(study.study_name, location, header)
+    return StudyRecord(
+        study.study_name,
+        location.safe_url,
+        header["settings"],
+        _facts(study.user_attrs),
+        _stages(study.study_name, storage.get_all_trials(study._study_id, deepcopy=False)),
+    )
 
 
 def _find_or_create(storage: BaseStorage, location: Location, name: str) -> int:
