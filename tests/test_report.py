@@ -475,18 +475,24 @@ def test_ticks_are_few_round_and_within_the_axis(log):
         assert len({tick.label for tick in ticks}) == len(ticks)
 
 
-def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
+def write_studies(storage, *names):
     from evolkv.search.result import Evaluation
     from evolkv.search.study import Study
 
-    storage, out = tmp_path / "s.db", tmp_path / "r.html"
     settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": [64]}
-    for name in ("one", "two"):
+    for number, name in enumerate(names):
         with Study.open(str(storage), name, settings) as study:
             for generation in range(3):
-                entries = [Evaluation(allocation(64, i), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)]
+                entries = [
+                    Evaluation(allocation(64, i + number), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)
+                ]
                 study.record("budget 64", generation, entries)
             study.put("validation", {"64": search(64)["validation"]})
+
+
+def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
+    storage, out = tmp_path / "s.db", tmp_path / "r.html"
+    write_studies(storage, "one", "two")
     code, _, err = run(capsys, storage, "--out", out)
     assert code == 2
     assert err.count("\n") == 1
@@ -497,6 +503,15 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
     assert "12 candidates in 3 generations" in text
     assert "evolved budgets score 0.89 with 64 entries per KV head" in text
     assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
+
+
+def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsys):
+    storage, out = tmp_path / "s.db", tmp_path / "r.html"
+    write_studies(storage, "search/snapkv:window=8", "search/keydiff")
+    assert run(capsys, storage, "--out", out)[0] == 0
+    text = Page(out.read_text()).text
+    assert "Budget 64, snapkv:window=8" in text
+    assert "Budget 64, keydiff" in text
 
 
 def _rows(rows):

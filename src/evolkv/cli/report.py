@@ -21,7 +21,9 @@ def report(
         ),
     ],
     out: Annotated[str, typer.Option("--out", metavar="REPORT.html", help="Where the page goes.")] = "report.html",
-    study: Annotated[str | None, typer.Option("--study", help="Which study, if the storage holds several.")] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Which study, if the storage holds those of several searches.")
+    ] = None,
 ) -> None:
     """Make one page of charts that shows a search, its budgets and how they compare; it needs no network."""
     from evolkv.report.files import check_writable, write_text

@@ -96,7 +96,8 @@ class Profile(_Allocated):
 class Search(_Record):
     """One search: an ``evolkv.search/1`` file, or a stage of a study.
 
-    `origin` is what it was read from; the searches of one curve or study share it.
+    `origin` is what it was read from; the searches of one curve or study share it. `rival` is the selector of one of
+    several searches under different ones.
     """
 
     evaluations: Count
@@ -111,6 +112,7 @@ class Search(_Record):
     profile: Profile | None = None
     kept: Kept | None = None
     stage: str = ""
+    rival: str = ""
     origin: str = ""
 
     @property

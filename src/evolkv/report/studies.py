@@ -34,14 +34,15 @@ def study_searches(storage: str, name: str | None) -> tuple[str, list[Search]]:
     searches = []
     for record in records:
         stages = [stage for stage, generations in record.stages.items() if generations]
-        searches += [_search(record, stage, len(stages) > 1) for stage in stages]
+        rival = record.name.rpartition("/")[2] if len(records) > 1 else ""
+        searches += [_search(record, stage, len(stages) > 1, rival) for stage in stages]
     names = ", ".join(record.name for record in records)
     if not searches:
         raise UsageError(f"{records[0].storage}: study {names} has no candidates yet; try again when it has some")
     return f"study {names}", searches
 
 
-def _search(record: StudyRecord, stage: str, several: bool) -> Search:
+def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Search:
     generations = record.stages[stage]
     history = [
         {**{key: getattr(entry, key) for key in _CANDIDATE}, "generation": number}
@@ -57,6 +58,7 @@ def _search(record: StudyRecord, stage: str, several: bool) -> Search:
         "settings": settings,
         "history": history,
         "stage": stage if several else "",
+        "rival": rival,
         "origin": f"study {record.name}",
     }
     budget = stage.rpartition(" ")[2]

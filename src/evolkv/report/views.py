@@ -195,7 +195,8 @@ def allocations(sources: Sources) -> list[Allocation]:
     for search in sources.searches:
         chosen = search.profile or search.result or search.leader
         if chosen is not None and all(chosen.budgets != budgets for budgets, _ in found):
-            found.append((chosen.budgets, search.chosen if search.result else "so far"))
+            what = search.chosen if search.result else "so far"
+            found.append((chosen.budgets, f"{what}, {search.rival}" if search.rival else what))
     return [_allocation(budgets, short(what)) for budgets, what in sorted(found, key=lambda entry: mean_of(entry[0]))]
 
 
@@ -239,7 +240,8 @@ def _title(group: Comparison) -> str:
 
 def search_title(search: Search) -> str:
     """What tells a search from the others."""
-    if search.stage:
-        return short(search.stage[:1].upper() + search.stage[1:])
     chosen = search.profile or search.result or search.leader
-    return f"Budget {number(round(mean_of(chosen.budgets), 1))}" if chosen else "Search"
+    title = f"Budget {number(round(mean_of(chosen.budgets), 1))}" if chosen else "Search"
+    if search.stage:
+        title = search.stage[:1].upper() + search.stage[1:]
+    return short(f"{title}, {search.rival}" if search.rival else title)
