@@ -36,3 +36,9 @@ def gemma3():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plain_width(monkeypatch):
+    """Tables are as wide as they are where nobody has set a width."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -1,6 +1,6 @@
 """Random models, batches, budgets and selectors: evicting equals masking, computed without any of our cache.
 
-EVOLKV_FUZZ_CASES=2000 pytest tests/test_fuzz.py     # about a minute on one core
+EVOLKV_FUZZ_CASES=20000 pytest tests/test_fuzz.py    # ten times as many as usual; 2,000 take about a minute on one core
 EVOLKV_FUZZ_ONLY=137,940 pytest tests/test_fuzz.py   # the cases that an assertion named, alone
 """
 
@@ -23,7 +23,7 @@ from evolkv.models.rotary import rotary_of
 from evolkv.selectors import LayerContext, PromptAttention, get_selector
 from tiny import VOCABULARY
 
-CASES = int(os.environ.get("EVOLKV_FUZZ_CASES", "240"))
+CASES = int(os.environ.get("EVOLKV_FUZZ_CASES", "2000"))
 ONLY = [int(number) for number in os.environ.get("EVOLKV_FUZZ_ONLY", "").split(",") if number]
 _CASES_PER_MODEL = 10
 _REFERENCE = "fuzz_reference"

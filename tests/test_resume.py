@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,13 +19,15 @@ from evolkv.search.study import Study, read_study
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
 KILLS = 20
+#: A search at a time on each.
+CORES = (0, 1)
 
 
 def run(settings, storage, out):
     """One attempt, in a process of its own."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     model, tokenizer = evolkv.load_model("smollm2-135m", dtype="float32", device="cpu")
     result = evolkv.search(model, tokenizer, storage=storage, study="killed", **settings)
     with open(f"{out}.part", "w") as file:
@@ -51,25 +54,32 @@ def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
     # Children start from a server that has the libraries imported but has not computed anything.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.search.loop"])
-    undisturbed, killed = tmp_path / "undisturbed.json", tmp_path / "killed.json"
+    undisturbed = tmp_path / "undisturbed.json"
     # The first child also waits for the server.
     assert not attempt(context, tmp_path / "first.db", tmp_path / "first.json")
     started = time.perf_counter()
     assert not attempt(context, tmp_path / "undisturbed.db", undisturbed)
     whole = time.perf_counter() - started
-    moments = random.Random(0)
-    storage, kills = tmp_path / "killed.db", 0
-    while kills < KILLS:
+    with ThreadPoolExecutor(len(CORES)) as pool:
+        killed = list(pool.map(lambda core: killed_often(context, tmp_path, core, whole), CORES))
+    assert [json.loads(path.read_text()) for path in killed] == [json.loads(undisturbed.read_text())] * len(CORES)
+
+
+def killed_often(context, folder, core, whole):
+    """One search, killed again and again; where its result lies in the end."""
+    moments = random.Random(core)
+    storage, out, kills = folder / f"killed{core}.db", folder / f"killed{core}.json", 0
+    while kills < KILLS // len(CORES):
         # Most of a run is loading and prefill; what it then records makes the next run reach further.
-        killed.unlink(missing_ok=True)
-        if not attempt(context, storage, killed, moments.uniform(0.05, 0.95) * whole):
+        out.unlink(missing_ok=True)
+        if not attempt(context, storage, out, moments.uniform(0.05, 0.95) * whole):
             storage.unlink()
             continue
         kills += 1
         for generation in _recorded(storage):
             assert len(generation) == 4
-    assert not attempt(context, storage, killed)
-    assert json.loads(killed.read_text()) == json.loads(undisturbed.read_text())
+    assert not attempt(context, storage, out)
+    return out
 
 
 def _recorded(storage):
