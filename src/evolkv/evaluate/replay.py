@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -211,13 +212,15 @@ class ReplayEngine:
         asked = len(self.later[column])
         new = asked + (len(target) if target is not None else self.examples[column].max_new_tokens)
         queries = new if target is not None else max(1, asked)
-        need = _candidate_bytes(self.model, prompt, queries, new)
+        each, pair = _candidate_bytes(self.model, prompt, queries, new)
         shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
-        fitting = (self.room - shared) // need
+        # The most rows for which rows * each + rows² * pair fits.
+        room = max(0, self.room - shared)
+        fitting = (math.sqrt(each**2 + 4 * pair * room) - each) / (2 * pair)
         if fitting < 1:
             raise RunError(
-                f"one candidate on example {self.examples[column].id} needs about {_mib(need + shared)} besides the "
-                f"snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
+                f"one candidate on example {self.examples[column].id} needs about {_mib(each + pair + shared)} besides "
+                f"the snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
         return int(min(fitting, _MAX_ROWS))
@@ -229,8 +232,11 @@ def lowest_changed(budgets: np.ndarray) -> int:
     return int(differs.argmax())
 
 
-def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> int:
-    """Bytes that one candidate takes at the peak of a forward pass, from above."""
+def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> tuple[int, int]:
+    """Bytes at the peak of a forward pass, from above: for each row, and for each pair of rows.
+
+    Rows are attended to in one call, in which the mask has a place for each query and each other row's new tokens.
+    """
     config = model.config.get_text_config(decoder=True)
     element = prompt.keys[0].element_size()
     logits = queries * config.vocab_size * (element + 2 * 4)
@@ -238,11 +244,11 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     own = sum(
         key.shape[0] * (key.shape[2] + value.shape[2]) for key, value in zip(prompt.keys, prompt.values, strict=True)
     )
-    entries = max(key.shape[1] for key in prompt.keys) + new * _MAX_ROWS
     # A boolean mask and its float copy inside the attention kernel.
-    mask = config.num_attention_heads * queries * entries * (1 + 4)
+    mask = config.num_attention_heads * queries * (1 + 4)
     states = sum(state.nbytes for state in prompt.states)
-    return int(logits + hidden + 2 * own * new * element + mask + states)
+    entries = max(key.shape[1] for key in prompt.keys)
+    return int(logits + hidden + 2 * own * new * element + mask * entries + states), int(mask * max(1, new))
 
 
 def _mib(count: int) -> str:
