@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.evaluate.decode import greedy, target_log_probs
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.prefill import Prefiller
-from evolkv.evaluate.replay import lowest_changed
+from evolkv.evaluate.replay import _candidate_bytes, lowest_changed
 from evolkv.evaluate.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -210,6 +212,24 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
     engine = ShardedEngine(backend, examples, get_selector("snapkv"), "logprob", 300)
     assert np.isfinite(engine.score(budgets)).all()
     backend.close()
+
+
+@pytest.mark.model
+def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles):
+    """A row on a long answer has a mask over the answers of all rows beside it, and alone only over its own."""
+    model, tokenizer, examples = needles
+    long = replace(examples[0], references=("word " * 600,))
+    engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
+    (prompt,), new = engine._held, len(engine.targets[0])
+    assert new > 600
+    each, pair = _candidate_bytes(model, prompt, new, new)
+    shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
+    for rows in (1, 2, 7):
+        engine.room = shared + rows * each + rows**2 * pair + 1
+        assert engine._rows_at_once(0, prompt) == rows
+    engine.room = shared + each + pair - 2**20
+    with pytest.raises(RunError, match="one candidate on example"):
+        engine._rows_at_once(0, prompt)
 
 
 @pytest.mark.model
