@@ -218,7 +218,7 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
 def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles):
     """A row on a long answer has a mask over the answers of all rows beside it, and alone only over its own."""
     model, tokenizer, examples = needles
-    long = replace(examples[0], references=("word " * 600,))
+    long = replace(examples[0], target="word " * 600)
     engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
     (prompt,), new = engine._held, len(engine.targets[0])
     assert new > 600
