@@ -215,13 +215,16 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
 
 
 @pytest.mark.model
-def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles):
+def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkeypatch):
     """A row on a long answer has a mask over the answers of all rows beside it, and alone only over its own."""
     model, tokenizer, examples = needles
     long = replace(examples[0], target="word " * 600)
     engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
     (prompt,), new = engine._held, len(engine.targets[0])
     assert new > 600
+    # On so long an answer a second row would cost more than another batch.
+    assert engine._rows_at_once(0, prompt) == 1
+    monkeypatch.setattr("evolkv.evaluate.replay._MAX_TOKENS", 100 * new)
     each, pair = _candidate_bytes(model, prompt, new, new)
     shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
     for rows in (1, 2, 7):

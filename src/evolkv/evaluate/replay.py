@@ -27,9 +27,10 @@ from evolkv.evaluate.prefill import Prefiller, RecordingStore
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
-# Rows of a batch: candidates times examples. Matrix products gain from more rows up to about here; and since every
-# candidate's new tokens stand in the attention mask of every other one on the same prompt, no gain goes on for ever.
-_MAX_ROWS = 96
+# Rows of a batch, candidates times examples, and tokens that they are scored on together. Matrix products gain from
+# more up to about here; and since every candidate's new tokens stand in the attention mask of every other one on the
+# same prompt, twice as many long answers at once soon take four times as long.
+_MAX_ROWS, _MAX_TOKENS = 96, 1024
 
 # Layers that all candidates must have in common before these are computed once for all.
 _LEAST_SHARED = 2
@@ -107,9 +108,9 @@ class ReplayEngine:
         scores = np.empty((len(budgets), len(self.examples)))
         for batch in self._batches(len(budgets), wanted):
             rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))
-            for start in range(0, len(budgets), rows):
-                part = slice(start, start + rows)
-                scores[part, [column for column, _ in batch]] = self._score_batch(batch, budgets[part])
+            places = np.array([column for column, _ in batch])
+            for part in np.array_split(np.arange(len(budgets)), math.ceil(len(budgets) / rows)):
+                scores[np.ix_(part, places)] = self._score_batch(batch, budgets[part])
         return scores[:, wanted]
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
@@ -203,7 +204,7 @@ class ReplayEngine:
         return logits, [prompt.tokens for _, prompt in batch for _ in range(candidates)]
 
     def _rows_at_once(self, column: int, prompt: RankedPrompt) -> int:
-        """How many rows like this example's fit into memory as one batch, at least one.
+        """How many rows like this example's are worth computing as one batch, and fit into memory; at least one.
 
         Raises:
             RunError: if not even one does.
@@ -223,7 +224,7 @@ class ReplayEngine:
                 f"the snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
-        return int(min(fitting, _MAX_ROWS))
+        return int(min(fitting, _MAX_ROWS, max(1, _MAX_TOKENS // queries)))
 
 
 def lowest_changed(budgets: np.ndarray) -> int:
