@@ -10,14 +10,14 @@ import torch
 
 import evolkv
 from evolkv.errors import TaskError, UsageError
-from evolkv.evaluate import NaiveEngine, ReplayEngine
+from evolkv.evaluate import NaiveEngine, ReplayEngine, decode
 from evolkv.evaluate.decode import greedy, target_log_probs
 from evolkv.evaluate.engine import encode_later, encode_prompts, encode_target
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol
-from tiny import tiny_model, tokens
+from tiny import VOCABULARY, tiny_model, tokens
 
 FACTS = {
     "Lena": "a red bicycle",
@@ -123,9 +123,14 @@ def test_question_of_a_jsonl_row_must_end_its_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_reading_a_question_first_is_part_of_the_continuation(family):
-    """Log-probabilities and texts after a question are those of one plain text."""
+@pytest.mark.parametrize("piece", [None, 1, 3])
+def test_reading_a_question_first_is_part_of_the_continuation(family, piece, monkeypatch):
+    """Log-probabilities and texts after a question are those of one plain text, however long the pieces are."""
     model = tiny_model(family)
+    if piece is not None:
+        monkeypatch.setattr(decode, "_LOGITS_BYTES", 2 * piece * decode._BYTES_PER_LOGIT * VOCABULARY)
+        calls = []
+        model.register_forward_hook(lambda module, args, output: calls.append(output.logits.shape[1]))
     context, questions, targets = tokens(1, 30), [tokens(5, seed=3), tokens(8, seed=4)], [tokens(4), tokens(6, seed=1)]
     recorded = Prefiller(model, [get_selector("knorm")])(context)
     everything = np.full((2, 4, 2), 30)
@@ -137,6 +142,8 @@ def test_reading_a_question_first_is_part_of_the_continuation(family):
 
     logits = recorded.next_logits.expand(2, -1)
     found = target_log_probs(model, cache(), logits, [30, 30], targets, questions)
+    # Behind the shorter question stand 9 tokens to be scored.
+    assert piece is None or calls[1:] == {1: [1] * 9, 3: [3, 3, 3]}[piece]
     for row, question, target in zip(found, questions, targets, strict=True):
         whole = torch.cat([context[0], question, target])
         plain = model(whole[None]).logits[0].log_softmax(-1)

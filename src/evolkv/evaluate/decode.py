@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
 
+# What the logits of one forward pass may take, and what each does: in the model's number format, in float32, and again.
+_LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12
+
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Token ids that end a text: the generation config's and the tokenizer's."""
@@ -31,7 +34,7 @@ def target_log_probs(
     targets: Sequence[Tensor],
     later: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Log-probability of each token of given continuations, teacher-forced in one forward pass.
+    """Log-probability of each token of given continuations, teacher-forced: in one forward pass where logits are small.
 
     Args:
         model: the model.
@@ -55,18 +58,28 @@ def target_log_probs(
         return list(first)
     position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
     fan, fanning = (cache.fan, cache.fanning_out(model)) if isinstance(cache, ReplayCache) else (1, nullcontext())
+    # No logits for questions: over the vocabulary they would be most of the memory. Long answers are read in pieces.
+    total, kept = width - 1, min(width - 1, width - least)
+    piece = total
+    if isinstance(cache, CompressedCache):
+        piece = max(1, _LOGITS_BYTES // (_BYTES_PER_LOGIT * next_logits.shape[-1] * len(targets)))
+    found: list[Tensor] = []
+    start, end = 0, min(total, total - kept + piece)
     with torch.inference_mode(), fanning:
-        # No logits for questions: over the vocabulary they would be most of the memory.
-        kept = min(width - 1, width - least)
-        output = model(
-            padded[::fan, :-1],
-            **cache.as_argument,
-            position_ids=position[::fan],
-            use_cache=True,
-            logits_to_keep=kept,
-        )
-        rest = -F.cross_entropy(output.logits.float().flatten(0, 1), padded[:, -kept:].flatten(), reduction="none")
-        rest = rest.view(len(targets), -1)
+        while start < total:
+            wanted = end - max(start, total - kept)
+            output = model(
+                padded[::fan, start:end],
+                **cache.as_argument,
+                position_ids=position[::fan, start:end],
+                use_cache=True,
+                logits_to_keep=wanted,
+            )
+            expected = padded[:, end + 1 - wanted : end + 1]
+            loss = F.cross_entropy(output.logits.float().flatten(0, 1), expected.flatten(), reduction="none")
+            found.append(-loss.view(len(targets), -1))
+            start, end = end, min(total, end + piece)
+    rest = torch.cat(found, dim=1)
     scored = torch.cat([first, rest], dim=1) if least == 0 else rest
     return [row[skip - least :][: len(target)] for row, skip, target in zip(scored, skipped, targets, strict=True)]
 
