@@ -178,6 +178,7 @@ def test_splitting_the_population_changes_no_score(needles, monkeypatch):
     engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"))
     budgets = smollm2_candidates(300)
     whole = engine.score(budgets)
+    assert engine.score(budgets[:0]).shape == (0, len(examples))
     monkeypatch.setattr(engine, "_rows_at_once", lambda column, prompt: 1)
     np.testing.assert_allclose(engine.score(budgets), whole, atol=1e-5)
 

@@ -160,7 +160,6 @@ def _split_kernel(
         mask=(m < FOLD)[:, None] & (d < KEY_DIM)[None, :],
         other=0.0,
     )
-    oldest = entries * 0
     if HAS_WINDOW:
         positions = tl.load(table + 2 * rows + row).to(tl.pointer_type(tl.int32))
         oldest = tl.load(positions + entries - 1).to(tl.int64) - window + 1

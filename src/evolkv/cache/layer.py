@@ -532,63 +532,60 @@ class CompressedLayer(CacheLayerMixin):
         batch, _, new, _ = key.shape
         visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
-        order = None
-        if not self._is_dense(batch):
-            kernels = _kernels(query) if new == 1 else None
-            if kernels is not None and self._suits_kernels(query, key, value, kwargs) and hides_nothing(mask, visible):
-                return self._decode_rows(kernels, module, query, key_rows[:, 0], value_rows[:, 0], kwargs), None
-            rows = [group.rows for group in self.groups]
-            order = torch.cat(rows), [part.shape[0] for part in rows]
-        new_entries = zip(self.groups, self._by_group(key_rows, order), self._by_group(value_rows, order), strict=True)
-        for group, keys, values in new_entries:
-            group.append(keys, values)
+        dense = self._is_dense(batch)
+        kernels = None if dense or new > 1 else _kernels(query)
+        if not (kernels and self._suits_kernels(query, key, value, kwargs) and hides_nothing(mask, visible)):
+            kernels = None
+        order = None if dense or kernels else self._row_order()
+        if kernels:
+            for group in self.groups:
+                group.extend(new)
+        else:
+            by_group = (self._by_group(rows, order) for rows in (key_rows, value_rows))
+            for group, keys, values in zip(self.groups, *by_group, strict=True):
+                group.append(keys, values)
         self.appended += new
         if self.sliding_window is not None:
             self._record_positions(new)
 
         everything = visible is None and not self._window_may_hide()
-        if everything and order is None and not _folding_is_equal(own, kwargs):
+        output: tuple[Tensor, Tensor | None]
+        if kernels:
+            output = self._attend_rows(kernels, query, key_rows[:, 0], value_rows[:, 0], kwargs), None
+        elif everything and order is None and not _folding_is_equal(own, kwargs):
             output = self._attend_dense(own, module, query, kwargs)
         else:
             output = self._attend_groups(module, query, order, visible, kwargs), None
         self._drop_out_of_window()
         return output
 
+    def _row_order(self) -> RowOrder:
+        rows = [group.rows for group in self.groups]
+        return torch.cat(rows), [part.shape[0] for part in rows]
+
     def _suits_kernels(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether all is of one number format that the kernels know, and no gradient is asked for."""
+        """Whether the kernels compute all of it: in one number format that they know, and without a gradient."""
         held = [part for group in self.groups for part in (group.keys, group.values)]
         parts = [query, key, value, *held]
         alike = all(part.dtype == query.dtype for part in parts) and query.dtype in _KERNEL_DTYPES
         sinks = sinks_of(kwargs)
         asked = [*parts, sinks] if sinks is not None else parts
-        return alike and not (torch.is_grad_enabled() and any(part.requires_grad for part in asked))
+        gradient = torch.is_grad_enabled() and any(part.requires_grad for part in asked)
+        return alike and not gradient and extra_term(kwargs) is None
 
-    def _decode_rows(
-        self,
-        kernels: ModuleType,
-        module: nn.Module,
-        query: Tensor,
-        new_keys: Tensor,
-        new_values: Tensor,
-        kwargs: dict[str, Any],
+    def _attend_rows(
+        self, kernels: ModuleType, query: Tensor, new_keys: Tensor, new_values: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        """One new token that sees everything held, but for what left the window: all rows at once, each at its length.
+        """One new token that sees everything but what left the window: all rows at once, each at its length.
 
         Args:
-            kernels: `evolkv.cache.kernels`.
-            module: the attention module.
+            kernels: `evolkv.cache.kernels`, which also write the new entries, for which all groups have been extended.
             query: ``[batch, heads, 1, head_dim]``.
             new_keys: ``[rows, head_dim]``.
             new_values: ``[rows, value_dim]``.
             kwargs: what the model says of its attention.
         """
-        check_plain_logits(module, kwargs)
         batch, heads, _, head_dim = query.shape
-        for group in self.groups:
-            group.extend(1)
-        self.appended += 1
-        if self.sliding_window is not None:
-            self._record_positions(1)
         if self._table is None:
             self._table = kernels.RowTable()
         table, since, aligned = self._table.of(self.groups)
@@ -606,7 +603,6 @@ class CompressedLayer(CacheLayerMixin):
             window=self.sliding_window if self._window_may_hide() else None,
             sinks=sinks_of(kwargs),
         )
-        self._drop_out_of_window()
         return output.reshape(batch, 1, heads, -1)
 
     def _is_dense(self, batch: int) -> bool:

@@ -105,6 +105,8 @@ class ReplayEngine:
         """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
         budgets = np.asarray(budgets, dtype=np.int64)
         wanted = list(range(len(self.examples)) if columns is None else columns)
+        if not len(budgets):
+            return np.empty((0, len(wanted)))
         scores = np.empty((len(budgets), len(self.examples)))
         for batch in self._batches(len(budgets), wanted):
             rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))

@@ -270,8 +270,9 @@ def _read(storage_or_path: str | os.PathLike[str], name: str | None, rivals: boo
         undo.callback(close_storage, storage)
         every = {study.study_name: study for study in storage.get_all_studies()}
         ours = [key for key, study in every.items() if _HEADER in study.user_attrs]
-        meant = _rivals(ours, name) if rivals else []
-        if name is None and not meant:
+        if rivals and (several := _rivals(ours, name)):
+            return [_record(every[key], location, storage) for key in several]
+        if name is None:
             if not ours:
                 raise StudyError(f"{location} holds no study of EvolKV; give the storage of a search")
             if len(ours) > 1:
@@ -279,11 +280,11 @@ def _read(storage_or_path: str | os.PathLike[str], name: str | None, rivals: boo
                     f"{location} holds {len(ours)} studies; give the name of one: {', '.join(sorted(ours))}"
                 )
             name = ours[0]
-        elif name is not None and not meant and name not in ours:
+        elif name not in ours:
             if name in every:
                 raise _not_ours(name, location)
             raise StudyError(f"{location}: {unknown_name('study', name, ours)}")
-        return [_record(every[key], location, storage) for key in meant or [str(name)]]
+        return [_record(every[name], location, storage)]
 
 
 def _rivals(ours: list[str], name: str | None) -> list[str]:
