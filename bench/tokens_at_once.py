@@ -12,6 +12,7 @@ import numpy as np
 
 import evolkv
 from common import finish, machine, parser, seconds, spread
+from evolkv.errors import UsageError
 from evolkv.evaluate import ReplayEngine, replay
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
@@ -31,7 +32,10 @@ def main() -> None:
 
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     info = describe_model(model)
-    examples = get_task(arguments.task).examples("train", arguments.examples, tokenizer, arguments.seed)
+    try:
+        examples = get_task(arguments.task).examples("train", arguments.examples, tokenizer, arguments.seed)
+    except UsageError as error:
+        options.error(str(error))
     engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"), "logprob", ceiling=1000)
     shape = (POPULATION, info.num_layers, info.num_kv_heads)
     population = np.random.default_rng(arguments.seed).integers(33, 256, size=shape)
