@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import evolkv
-from common import finish, machine, parser, seconds, spread
+from common import finish, machine, parser, run, seconds, spread
 from evolkv.evaluate.decode import end_tokens, greedy
 from evolkv.evaluate.engine import text_score
 from evolkv.models import describe_model
@@ -123,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

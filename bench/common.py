@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 import evolkv
+from evolkv.errors import EvolKVError
 
 #: Two-sided 95 % quantiles of Student's t, by number of values.
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -95,6 +97,22 @@ def interval_over_seeds(values: list[float]) -> dict[str, Any]:
         return {"mean": round(mean, 4), "ci95": None, "seeds": len(values)}
     half = _T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": round(mean, 4), "ci95": [round(mean - half, 4), round(mean + half, 4)], "seeds": len(values)}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a benchmark without gradients; as in the program, a wrong request gets one line and exit code 2."""
+    try:
+        with torch.no_grad():
+            main()
+    except EvolKVError as error:
+        sys.exit(_fail(2, str(error)))
+    except KeyboardInterrupt:
+        sys.exit(_fail(130, "interrupted"))
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return code
 
 
 def finish(result: dict[str, Any], path: Path | None) -> None:

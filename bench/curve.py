@@ -14,10 +14,9 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 import evolkv
-from common import finish, interval_over_seeds, machine, parser, spread
+from common import finish, interval_over_seeds, machine, parser, run, spread
 from evolkv.search import search_curve
 from trials import Trial
 
@@ -107,5 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import evolkv
-from common import MOST_SEEDS, finish, interval_over_seeds, machine, parser
+from common import MOST_SEEDS, finish, interval_over_seeds, machine, parser, run
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.shards import ShardedEngine
 from evolkv.models import describe_model
@@ -305,5 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

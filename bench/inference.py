@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from common import finish, machine, parser, seconds, spread
+from common import finish, machine, parser, run, seconds, spread
 from contenders import PLAIN, Contender, PeakMemory, contenders, held
 from kept_tokens import KVPRESS, kvpress_python
 from peers import PRESSES, THEIRS, Side
@@ -307,5 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import evolkv
-from common import finish, machine, parser
+from common import finish, machine, parser, run
 from evolkv.tasks import encode_prompt, get_task
 
 KVPRESS = "kvpress==0.5.5"
@@ -161,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

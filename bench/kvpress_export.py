@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import evolkv
-from common import finish, machine, parser
+from common import finish, machine, parser, run
 from evolkv.allocators import complete
 from evolkv.integrations.kvpress import press_source
 from evolkv.tasks import encode_prompt, get_task
@@ -134,5 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

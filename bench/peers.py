@@ -18,10 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import evolkv
-from common import finish, machine, parser
+from common import finish, machine, parser, run
 from evolkv.evaluate.intervals import ci95
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
@@ -282,5 +280,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

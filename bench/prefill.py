@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import evolkv
-from common import finish, machine, parser, seconds, spread
+from common import finish, machine, parser, run, seconds, spread
 from evolkv.selectors import SELECTORS
 
 
@@ -60,5 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

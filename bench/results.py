@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import evolkv
-from common import finish, machine, parser
-from evolkv.errors import UsageError
+from common import finish, machine, parser, run
 from evolkv.evaluate.pairs import compare_records
 from evolkv.evaluate.records import label
 from evolkv.models import describe_model
@@ -303,15 +301,16 @@ def main() -> None:
     options.add_argument("--tasks", nargs="+", help="only tasks whose spec contains one of these")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()
+    tables = {name: _changed(TABLES[name], arguments) for name in arguments.table}
+    tables = {name: table for name, table in tables.items() if table.tasks}
+    if not tables:
+        options.error(f"no task of {' '.join(arguments.table)} contains any of {' '.join(arguments.tasks)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     runner = Runner(model, tokenizer, arguments)
-    for name in arguments.table:
-        try:
-            result = runner.run(name, _changed(TABLES[name], arguments))
-        except UsageError as error:
-            options.error(f"table {name}: {error}")
+    for name, table in tables.items():
+        result = runner.run(name, table)
         about = {"machine": machine(model.device), "model": arguments.model, "dtype": arguments.dtype}
         settings = {key: str(value) for key, value in vars(arguments).items()}
         (arguments.out / f"{name}.md").write_text(markdown(result, runner.budgets))
@@ -319,5 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import evolkv
-from common import finish, machine, parser, spread
+from common import finish, machine, parser, run, spread
 from evolkv.evaluate.on_ray import RayBackend
 from evolkv.search import SearchProgress
 from evolkv.search.study import Study
@@ -89,5 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

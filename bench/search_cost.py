@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 import evolkv
-from common import finish, machine, parser
+from common import finish, machine, parser, run
 from evolkv.evaluate.engine import Engine
 from evolkv.search.evolve import Rotation, evolve
 from evolkv.search.progress import SearchProgress
@@ -212,5 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

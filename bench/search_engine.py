@@ -12,10 +12,9 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
-import torch
 
 import evolkv
-from common import finish, machine, matrix_rate, parser, seconds, spread
+from common import finish, machine, matrix_rate, parser, run, seconds, spread
 from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
@@ -108,5 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
-import torch
 
 import evolkv
-from common import finish, machine, parser, seconds, spread
+from common import finish, machine, parser, run, seconds, spread
 from evolkv.evaluate import ReplayEngine, replay
 from evolkv.search import GroupedCMA
 from evolkv.selectors import get_selector
@@ -79,5 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

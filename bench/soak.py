@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import evolkv
-from common import finish, machine, parser
+from common import finish, machine, parser, run
 from contenders import return_free_memory
 from evolkv.selectors import get_selector
 from shapes import load
@@ -201,5 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    run(main)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import evolkv
-from common import finish, machine, parser, seconds, spread
-from evolkv.errors import UsageError
+from common import finish, machine, parser, run, seconds, spread
 from evolkv.evaluate import ReplayEngine, replay
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
@@ -32,10 +31,7 @@ def main() -> None:
 
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     info = describe_model(model)
-    try:
-        examples = get_task(arguments.task).examples("train", arguments.examples, tokenizer, arguments.seed)
-    except UsageError as error:
-        options.error(str(error))
+    examples = get_task(arguments.task).examples("train", arguments.examples, tokenizer, arguments.seed)
     engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"), "logprob", ceiling=1000)
     shape = (POPULATION, info.num_layers, info.num_kv_heads)
     population = np.random.default_rng(arguments.seed).integers(33, 256, size=shape)
@@ -64,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
