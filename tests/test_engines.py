@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from evolkv.cache import CompressedCache
 from evolkv.cache.recording import RecordingCache
 from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import NaiveEngine, ReplayEngine
-from evolkv.evaluate.decode import greedy, target_log_probs
+from evolkv.evaluate.decode import RepetitionPenalty, greedy, target_log_probs
+from evolkv.evaluate.engine import encode_later, encode_target
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.evaluate.replay import _candidate_bytes, lowest_changed
 from evolkv.evaluate.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
+from evolkv.evaluate.workers import Workers
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -265,6 +270,105 @@ def test_prompt_beyond_the_context_is_refused_by_name(smollm2):
     example = Example(id="long", prompt="word " * 9000, references=("x",))
     for engine in (ReplayEngine, NaiveEngine):
         with pytest.raises(
-            UsageError, match=r"example long: the prompt has 900\d tokens, more than the model's context of 8192"
+            UsageError,
+            match=r"example long: the prompt has 900\d tokens and its answer up to 1, more than the model's context",
         ):
             engine(model, tokenizer, [example], get_selector("snapkv"))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_repetition_penalty_is_that_of_generate(penalty):
+    model = tiny_model()
+    model.generation_config.repetition_penalty = penalty
+    prompt, budgets = tokens(1, 45), candidates(4, 45)
+    ranked = rank(model, prompt)
+    logits = ranked.next_logits.expand(4, -1)
+    applied = RepetitionPenalty.of(model, [prompt[0]] * 4, logits)
+    texts = greedy(model, ReplayCache(model, [ranked], budgets), logits, [45] * 4, [20] * 4, (), penalty=applied)
+    for text, candidate in zip(texts, budgets, strict=True):
+        cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
+        expected = model.generate(prompt, cache=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert text == expected[0, 45:].tolist()
+    assert (applied is None) == (penalty == 1)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("later", ["", " And the sea"])
+def test_engines_and_evaluation_apply_the_repetition_penalty_alike(smollm2, monkeypatch, later):
+    model, tokenizer = smollm2
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
+    example = Example(id="a", prompt="The sky is blue and blue is the sky. " * 9, references=("x",), later=later)
+    budgets = np.full((1, 30, 3), 300)
+    selector = get_selector("snapkv")
+    (replayed,) = ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)
+    assert replayed == NaiveEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets[0])
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", None)
+    assert replayed != ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)[0]
+
+
+@pytest.mark.parametrize("metric", ["logprob", "contains"])
+def test_a_model_whose_logits_are_not_numbers_scores_nothing(metric, metaspace):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    example = Example(id="a", prompt="b c d e f g h", references=("c",))
+    with pytest.raises(RunError, match="not a number"):
+        ReplayEngine(model, metaspace, [example], SNAPKV, metric).score(np.full((2, LAYERS, KV_HEADS), 8))
+
+
+@pytest.fixture
+def metaspace():
+    """A tokenizer that puts a space before whatever it is given, as Llama 2's does."""
+    marks = "▁abcdefgh"
+    vocabulary = {"<pad>": 0, "<end>": 1, "<start>": 2} | {mark: 3 + i for i, mark in enumerate(marks)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<pad>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(metaspace):
+    example = Example(id="x", prompt="a b", later="c d", references=("e",), target=" e f")
+    pieces = [metaspace.convert_ids_to_tokens(encode(metaspace, example)) for encode in (encode_later, encode_target)]
+    assert pieces == [["c", "▁", "d"], ["▁", "e", "▁", "f"]]
+
+
+@pytest.mark.model
+def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(smollm2):
+    tokenizer = smollm2[1]
+    example = Example(id="x", prompt="The answ", references=("er",), target="er is here")
+    assert encode_target(tokenizer, example).tolist() == tokenizer("er is here")["input_ids"]
+    assert tokenizer("The answer is here")["input_ids"][:2] != tokenizer("The answ")["input_ids"][:2]
+
+
+@pytest.mark.model
+def test_an_answer_beyond_the_context_is_refused(smollm2):
+    example = Example(id="long", prompt="word " * 8100, references=("x",), max_new_tokens=500)
+    with pytest.raises(UsageError, match=r"its answer up to 500, more than the model's context of 8192"):
+        ReplayEngine(*smollm2, [example], get_selector("snapkv"), "contains", hold=False)
+    ReplayEngine(*smollm2, [example], get_selector("snapkv"), "logprob", hold=False)
+
+
+def test_a_job_that_nobody_waits_for_ends_while_it_generates():
+    model, prompt, ended = tiny_model(), tokens(1, 30), threading.Event()
+    ranked, begun = rank(model, prompt), threading.Event()
+
+    def generates(step):
+        cache = ReplayCache(model, [ranked], candidates(1, 30))
+        step()
+        begun.set()
+        try:
+            greedy(model, cache, ranked.next_logits.expand(1, -1), [30], [100_000], ())
+        finally:
+            ended.set()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    workers = Workers(torch.device("cpu"), 2)
+    if workers.count < 2:
+        pytest.skip("one core")
+    with pytest.raises(KeyboardInterrupt):
+        workers.run([generates, lambda step: begun.wait(60)], interrupt)
+    workers.close()
+    assert ended.wait(20)

@@ -170,3 +170,12 @@ def test_interval_of_graded_scores_holds_the_mean_about_as_often_as_it_says():
         low, high = ci95(random.beta(2, 3, size=40))
         hits += low <= 0.4 <= high
     assert hits >= 52
+
+
+@pytest.mark.model
+def test_a_pyramid_holds_its_whole_budget_of_a_prompt_shorter_than_its_lowest_layer(smollm2):
+    for budget in (150, 200):
+        rows = evolkv.evaluate(
+            *smollm2, task=TASK, methods=["pyramidkv", "pyramid+keydiff"], budgets=[budget], samples=1, metric="logprob"
+        )
+        assert [row["mean_budget"] for row in rows] == pytest.approx([budget, budget])

@@ -95,6 +95,8 @@ def test_overriding_the_metric_draws_the_same_rows(write):
 def test_split_all_gives_every_row_to_every_split(write):
     task = JsonLines(write(*rows(6)), split="all")
     assert all(set(ids(task.examples(split, 6, None))) == {f"q{i}" for i in range(6)} for split in SPLITS)
+    # As long as there are enough, training and validation share none.
+    assert not set(ids(task.examples("train", 3, None))) & set(ids(task.examples("validation", 3, None)))
 
 
 def test_rows_with_the_same_prompt_stay_in_one_split(write):
@@ -217,3 +219,14 @@ def test_long_prompts_lose_their_middle_where_a_length_is_given(write, smollm2):
     assert cut.prompt.endswith("more end")
     assert len(tokenizer(cut.prompt)["input_ids"]) == 20
     assert short.prompt == "short"
+
+
+def test_a_row_that_its_metric_cannot_score_is_named_by_line(write):
+    path = write({"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "metric": "classification"})
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 2: metric 'classification' needs the names of all classes"):
+        JsonLines(path, split="all").examples("train", 2, None)
+
+
+def test_a_blank_id_is_refused(write):
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 1: 'id' is blank"):
+        JsonLines(write({"id": " ", "prompt": "a", "answer": "b"}), split="all").examples("train", 1, None)

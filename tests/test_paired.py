@@ -297,3 +297,17 @@ def test_one_method_with_two_allocations_or_two_scores_is_refused(write):
         compare_records([first, changed])
     again = write("d.jsonl", header(["p@64"], tasks), line("p@64", "e0", 1.0))
     assert compare_records([first, again]).overall.n == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "words"),
+    [
+        ("tova", "tova is on record as tova@64, not at this budget"),
+        ("tova@64", "tova@64 is not at the budget of --budget"),
+    ],
+)
+def test_a_method_that_is_on_record_at_another_budget_is_said_to_be(write, a, words):
+    labels = ["full", "snapkv@128", "tova@64"]
+    path = write("r.jsonl", header(labels, {"niah": ["e0"]}), *(line(label, "e0", 1.0) for label in labels))
+    with pytest.raises(UsageError, match=words):
+        compare_records([path], a, "full", 128)

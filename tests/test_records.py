@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,18 @@ from transformers import PreTrainedTokenizerFast
 import evolkv
 from evolkv import BudgetProfile
 from evolkv.cli import console, main
-from evolkv.cli.arguments import for_typer, names
+from evolkv.cli.arguments import for_typer
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import EvaluationProgress, Method, run_evaluation
 from evolkv.evaluate.compare import summarise
+from evolkv.evaluate.pairs import compare_records
 from evolkv.evaluate.records import RecordLog, Records, read_records, sha256
 from evolkv.report.needles import needle_grids
 from evolkv.report.sources import read_sources
+from evolkv.report.tables import results_table
 from evolkv.selectors import get_selector
-from evolkv.tasks import get_task
+from evolkv.tasks import format_spec, get_task
+from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.metrics import get_metric
 from tiny import VOCABULARY, tiny_model
 
@@ -506,9 +510,76 @@ def test_records_can_be_left_out_or_kept_without_results(run, folder, task, tmp_
     assert [each["example"] for each in lines(tmp_path / "sub" / "own.jsonl")[1]] == chosen[:1]
 
 
+def test_results_never_go_to_a_file_that_is_read(run, folder, task, tiny, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(Path(task.partition("path=")[2].partition(",")[0]).read_text())
+    BudgetProfile.uniform(tiny[0], 40).save("p-40.json")
+    BudgetProfile.uniform(tiny[0], 40).save("p.json")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    common = ["eval", folder, "--task", "jsonl:path=rows.jsonl", "--samples", 1, "--dtype", "float32"]
+    for method, out in (("p.json", "./p.json"), ("p-{}.json", "p-40.json"), ("full", "rows.jsonl")):
+        code, _, err = run(*common, "--method", method, "--budget", 40, "--json", out)
+        assert code == 2
+        assert "but is read by this command" in err
+    assert run(*common, "--method", "full", "--json", "-")[0] == 2
+    code, _, err = run("search", folder, "--task", "jsonl:path=rows.jsonl", "--budget", 40, "--out", "rows.jsonl")
+    assert (code, "but is read by this command" in err) == (2, True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_examples_with_several_metrics_and_in_bins_of_length_are_told_apart(tiny, task, tmp_path):
+    examples = get_task(task).examples("report", 4, tiny[1])
+    metrics = ["contains", "qa_f1", "contains", "contains"]
+    bins = ["4-8k", "0-4k", "4-8k", "8k+"]
+
+    class Several(JsonLines):
+        def examples(self, split, n, tokenizer, seed=0):
+            return [
+                replace(each, metric=metric, extra={"bin": name})
+                for each, metric, name in zip(examples, metrics, bins, strict=True)
+            ]
+
+    path = tmp_path / "r.jsonl"
+    found = evolkv.evaluate(
+        *tiny, task=Several("x.jsonl"), methods=["full", "tova"], budgets=[40], samples=4, records=path
+    )
+    assert {row["metric"] for row in found} == {"contains+qa_f1"}
+    assert [row["bins"].keys() for row in found] == [{"0-4k": 0, "4-8k": 0, "8k+": 0}.keys()] * 2
+    for row in found:
+        assert sum(each["n"] * each["score"] for each in row["bins"].values()) == pytest.approx(4 * row["score"])
+    assert results_table(found).columns[5:9] == ["0-4k", "4-8k", "8k+", "KV MiB"]
+    (compared,) = compare_records([path]).tasks
+    assert compared.metric == "contains+qa_f1"
+
+
+def test_an_example_that_its_metric_cannot_score_is_named_before_anything_is_computed(tiny, task):
+    with pytest.raises(UsageError, match=r"example letters \d+: metric 'classification' needs the names"):
+        evolkv.evaluate(*tiny, task=task, metric="classification", records="nowhere/r.jsonl", **METHODS)
+    assert not Path("nowhere").exists()
+
+
+def test_an_id_may_have_a_comma(tiny, task, tmp_path):
+    rows = [json.loads(line) for line in Path(task.partition("path=")[2].partition(",")[0]).read_text().splitlines()]
+    path = tmp_path / "commas.jsonl"
+    path.write_text("".join(json.dumps({**row, "id": f"a, {i}"}) + "\n" for i, row in enumerate(rows)))
+    settings = {"task": f"jsonl:path={path},split=all", "methods": ["full"], "samples": EXAMPLES}
+    (row,) = evolkv.evaluate(*tiny, sample_ids=["a, 3", "a, 5"], **settings)
+    assert row["n"] == 2
+    with pytest.raises(UsageError, match="unknown example 'a'"):
+        evolkv.evaluate(*tiny, sample_ids=["a, 77"], **settings)
+
+
+def test_a_profile_evolved_on_rows_that_all_serve_is_pointed_out(tiny, task, tmp_path, caplog):
+    spec = format_spec(get_task(task))
+    BudgetProfile.from_budgets(tiny[0], np.full((4, 2), 40), search={"task": f"{spec} && niah"}).save(
+        tmp_path / "p.json"
+    )
+    evolkv.evaluate(*tiny, task=task, methods=["full", str(tmp_path / "p.json")], samples=2)
+    assert "p.json@40 was evolved on rows of jsonl" in caplog.text
+
+
 def test_ids_are_listed_as_other_options_are():
     assert for_typer(["eval", "m", "--sample-ids", "a", "b"]) == ["eval", "m", "--sample-ids", "a", "--sample-ids", "b"]
-    assert names(["a, b", "c", "a"]) == ["a", "b", "c"]
 
 
 def needle(context, depth, score, number, label="snapkv@64"):

@@ -11,6 +11,7 @@ from evolkv.errors import TaskError, UsageError
 from evolkv.tasks import SPLITS, encode_prompt, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import get_metric
 from evolkv.tasks.ruler import Ruler
+from evolkv.tasks.ruler.task import FAMILIES
 
 ESSAY = ["niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery"]
 NIAH = ["niah_single_1", *ESSAY, "niah_multikey_2", "niah_multikey_3"]
@@ -560,3 +561,22 @@ def test_chat_without_a_chat_template_is_refused(tokenizer):
 
     with pytest.raises(TaskError, match="chat=true, but this tokenizer has no chat template"):
         Ruler("vt", chat=True).examples("train", 1, Bare())
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multivalue", "vt", "cwe", "fwe", "qa_1"])
+def test_the_question_of_a_prepared_row_is_known_by_its_words(task, prepared, tokenizer, files):
+    (plain,) = Ruler(task, context=1200, path=files.get(task), chat=False).examples("train", 1, tokenizer)
+    question = plain.prompt[plain.question_at :]
+    assert question.startswith(FAMILIES[task].asks)
+    # In a chat template that puts the answer on a line of its own, and without line breaks at all.
+    for text in (f"<|user|>\n{plain.prompt}<|end|>\n<|assistant|>\n", " ".join(plain.prompt.split())):
+        row = {"input": text, "outputs": ["a"]}
+        (read,) = Ruler(task, context=2000, path=prepared(row), split="all", chat=False).examples("train", 1, tokenizer)
+        assert read.prompt[read.question_at :].startswith(question[:20])
+        assert question[:20] not in read.prompt[read.question_at + 1 :]
+
+
+def test_a_prepared_row_in_other_words_has_no_question_to_hold_back(prepared, tokenizer):
+    row = {"input": "Some text.\nWho am I?", "outputs": ["a"]}
+    (read,) = Ruler("niah_single_1", path=prepared(row), split="all", chat=False).examples("train", 1, tokenizer)
+    assert read.question_at is None

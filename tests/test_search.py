@@ -260,3 +260,12 @@ def test_a_full_store_leaves_prompts_to_be_prefilled_again(smollm2):
     assert store.get("a", get_selector("keydiff")) is None
     held = store.get("a", get_selector("knorm"))
     assert torch.equal(held.cache.kv_layers[0].held()[0], keys)
+
+
+@pytest.mark.model
+def test_validation_on_training_examples_is_refused(smollm2, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i} " * 80, "answer": str(i)} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="1 of 3 validation examples are training examples too"):
+        evolkv.search(*smollm2, **{**SETTINGS, "task": f"jsonl:path={path},split=all", "train": 3, "val": 3})

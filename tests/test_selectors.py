@@ -14,7 +14,7 @@ from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
-from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
+from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector, parse_selector
 from tiny import HEAD_DIM, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
@@ -357,3 +357,10 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     for small, large in zip(*kept, strict=True):
         for a, b in zip(small, large, strict=True):
             assert set(a.tolist()) < set(b.tolist())
+
+
+def test_truth_values_are_parameters_like_others():
+    spec = parse_selector("expected_attention:covariance=False,value_norm=true")
+    selector = get_selector(spec)
+    assert (selector.covariance, selector.value_norm) == (False, True)
+    assert get_selector(parse_selector(selector.spec)) == selector

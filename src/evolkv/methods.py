@@ -60,6 +60,12 @@ class Method:
             raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
         return replace(self, selector=get_selector(profile.selector), profile=profile, profiles=None)
 
+    def files(self, budgets: Sequence[int]) -> list[str]:
+        """Paths of the profiles that it reads at some budgets."""
+        if self.profiles is not None:
+            return [self.profiles.replace("{}", str(budget)) for budget in budgets]
+        return [] if self.profile is None else [self.name]
+
     @property
     def is_full(self) -> bool:
         """Whether nothing is evicted."""
@@ -73,7 +79,7 @@ class Method:
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
     def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
-        """The allocation for a prompt, ``[layers, kv_heads]``.
+        """The allocation for a prompt, ``[layers, kv_heads]``: a pyramid leaves no layer more than the prompt has.
 
         Args:
             observed: what each of `observers` saw in each layer.
@@ -83,9 +89,13 @@ class Method:
         if self.selector is None:
             return budgets
         floor = self.selector.min_budget
-        if self.layers is not None and budgets[:, 0].sum() < ceilings.sum():
-            seen = [layer[self.layers, self.selector] for layer in observed]
-            row = self.layers.layers(seen, int(budgets[:, 0].mean()), floor, ceilings)
+        total = int(budgets[:, 0].sum())
+        if (self.layers is not None or self.allocator == "pyramid") and total < ceilings.sum():
+            if self.layers is not None:
+                seen = [layer[self.layers, self.selector] for layer in observed]
+                row = self.layers.layers(seen, total // len(budgets), floor, ceilings)
+            else:
+                row = self._by_layer(total // len(budgets), ceilings)
             budgets = np.repeat(row[:, None], budgets.shape[1], axis=1)
         if self.heads is not None:
             seen = [layer[self.heads, self.selector] for layer in observed]
@@ -111,15 +121,21 @@ class Method:
             return profile.budgets
         info = describe_model(model)
         ceilings = np.array([w if w is not None else info.max_context for w in sliding_windows(model)])
+        return np.repeat(self._by_layer(budget, ceilings)[:, None], info.num_kv_heads, axis=1)
+
+    def _by_layer(self, budget: int, ceilings: np.ndarray) -> np.ndarray:
+        """The layers' budgets, ``[layers]``, of which none can hold more than `ceilings`."""
+        assert self.selector is not None
+        count = len(ceilings)
         if self.allocator == "pyramid":
             window = min(getattr(self.selector, "window", 0), budget - 1)
-            layers = pyramid(info.num_layers, budget, window=window, ceiling=info.max_context)
+            layers = pyramid(count, budget, window=window, ceiling=max(budget, int(ceilings.max())))
         else:
-            layers = uniform(info.num_layers, budget)
+            layers = uniform(count, budget)
         if budget <= ceilings.mean():
             # Entries that a sliding-window layer could not hold go to the others: the memory is the same.
-            layers = complete(layers, budget * info.num_layers, self.selector.min_budget, ceilings)
-        return np.repeat(np.asarray(layers)[:, None], info.num_kv_heads, axis=1)
+            layers = complete(layers, budget * count, self.selector.min_budget, ceilings)
+        return np.asarray(layers)
 
 
 def get_method(name: str) -> Method:

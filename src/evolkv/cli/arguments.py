@@ -64,8 +64,3 @@ def whole_numbers(option: str, values: Iterable[str]) -> list[int]:
         except ValueError:
             raise UsageError(f"{option} is {part!r}; expected whole numbers of cache entries, such as 64,128") from None
     return list(dict.fromkeys(numbers))
-
-
-def names(values: Iterable[str]) -> list[str]:
-    """The names in values such as ``["a,b", "c"]``, each once, in their order."""
-    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",") if part.strip()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import names, whole_numbers
+from evolkv.cli.arguments import whole_numbers
 from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Protocol, Seed, Trust
 from evolkv.cli.tables import print_table
 from evolkv.errors import UsageError
@@ -61,7 +61,7 @@ def evaluate(
 
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
-    from evolkv.report.files import check_writable, write_json
+    from evolkv.report.files import check_apart, check_writable, write_json
 
     beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
     kept = None if records == "none" else records or beside
@@ -76,6 +76,8 @@ def evaluate(
     from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
+    check_apart(outs, [path for reader in tasks for path in reader.files()])
+    check_apart(outs, [path for reader in methods for path in reader.files(budgets)])
     for each in methods:
         for number in budgets:
             each.at(number)
@@ -93,7 +95,7 @@ def evaluate(
             seed=seed,
             metric=metric,
             protocol=protocol,
-            sample_ids=None if sample_ids is None else names(sample_ids),
+            sample_ids=sample_ids,
             records=kept,
             on_progress=lambda step: _show(progress, step, kept),
         )

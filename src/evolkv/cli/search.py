@@ -178,7 +178,7 @@ def search(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
-    from evolkv.report.files import check_writable, write_json
+    from evolkv.report.files import check_apart, check_writable, write_json
 
     budgets = whole_numbers("--budget", [budget])
     outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
@@ -200,6 +200,7 @@ def search(
 
     # What can be judged without the model is, before it is loaded.
     chosen_task, specs = get_task(task), [parse_selector(each) for each in selector]
+    check_apart(targets, chosen_task.files())
     for spec in specs:
         get_selector(spec)
     check_metric(metric)

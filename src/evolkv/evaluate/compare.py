@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.engine import encode_prompts
 from evolkv.evaluate.intervals import ci95
 from evolkv.evaluate.measure import Questions, Row, measure
-from evolkv.evaluate.records import ModelSettings, RecordLog, Records, Settings, TaskSettings, versions
+from evolkv.evaluate.records import (
+    ModelSettings,
+    Record,
+    RecordLog,
+    Records,
+    Settings,
+    TaskSettings,
+    metrics_of,
+    versions,
+)
 from evolkv.methods import Method, get_method
 from evolkv.models import describe_model
 from evolkv.registry import unknown_name
@@ -24,6 +34,8 @@ from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import METRIC_NAMES
 from evolkv.tasks.protocol import AWARE, under_protocol
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ def evaluate(
         metric: a text metric or "logprob"; default: the task's own.
         protocol: "aware" (the question is in the prompt that is compressed) or "agnostic" (the context is compressed
             before the question is seen); see `evolkv.tasks.protocol`.
-        sample_ids: ids of the examples to evaluate, of those that `samples` draws; default: all.
+        sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
+            default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
             the file is there, examples that it holds are not evaluated again.
         on_progress: called after each example, and first with what is on record already, if anything is.
@@ -148,16 +161,21 @@ def run_evaluation(
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
     rows = _rows(model, chosen, budgets)
+    _warn_of_seen(tasks, rows)
     drawn = {
         format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
     }
     named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
     if sample_ids is not None:
-        named = _only(named, sample_ids)
+        sample_ids = _chosen(named, sample_ids)
+        named = {
+            spec: {name: each for name, each in part.items() if name in sample_ids} for spec, part in named.items()
+        }
+        named = {spec: part for spec, part in named.items() if part}
     asked = []
     for spec, part in named.items():
         examples = list(part.values())
-        asked.append(Questions(spec, list(part), examples, encode_prompts(tokenizer, model, examples)))
+        asked.append(Questions(spec, list(part), examples, encode_prompts(tokenizer, model, examples, metric)))
         _check_budgets(asked[-1], rows)
     settings = Settings(
         model=_describe(model),
@@ -208,7 +226,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "method": method.method,
                 "budget": method.budget,
                 "n": len(column),
-                "metric": column[0].metric,
+                "metric": metrics_of(column),
                 "score": float(scores.mean()),
                 "ci95": list(ci95(scores)),
                 "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
@@ -218,8 +236,19 @@ def summarise(records: Records) -> list[dict[str, Any]]:
             }
             if method.expanded_from is not None:
                 result["expanded_from"] = method.expanded_from
-            results.append(result)
+            bins = _by_bin(column)
+            results.append({**result, "bins": bins} if bins else result)
     return results
+
+
+def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Mean score and number of examples in each bin of length, where a task sorts its examples into such."""
+    names = [str(record.extra["bin"]) for record in column if "bin" in record.extra]
+    found = {}
+    for name in sorted(set(names)):
+        scores = [record.score for record in column if record.extra.get("bin") == name]
+        found[name] = {"n": len(scores), "score": float(np.mean(scores))}
+    return found
 
 
 def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:
@@ -246,6 +275,16 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
     return list(rows.values())
 
 
+def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+    """Says where a profile was evolved on the rows of a file that all serve, which are then no held-out ones."""
+    for task in tasks:
+        spec, everything = format_spec(task), task.spec().get("split") == "all"
+        for row in rows if everything else ():
+            profile = row.method.profile
+            if profile is not None and spec in str(profile.search.get("task", "")).split(" && "):
+                logger.warning("%s was evolved on rows of %s, some of which it may be judged by here", row.label, spec)
+
+
 def _add(rows: dict[str, Row], row: Row) -> None:
     """Take a row, once; two that differ cannot go by one name."""
     known = rows.setdefault(row.label, row)
@@ -265,13 +304,15 @@ def _distinct(examples: Sequence[Example]) -> list[str]:
     return list(names)
 
 
-def _only(named: dict[str, dict[str, Example]], ids: Sequence[str]) -> dict[str, dict[str, Example]]:
-    """Of each task's examples, those of these ids; tasks that have none are left out.
+def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[str]:
+    """The ids that are meant by words such as ``["a,b", "c"]``, each once, in their order.
 
     Raises:
-        UsageError: for an id that no task has.
+        UsageError: for an id that no task has, or none at all.
     """
     known = {name for part in named.values() for name in part}
+    # A comma may also be part of an id.
+    ids = [part for word in words for part in ([word] if word in known else map(str.strip, word.split(","))) if part]
     for wanted in ids:
         if wanted not in known:
             near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0)
@@ -281,8 +322,7 @@ def _only(named: dict[str, dict[str, Example]], ids: Sequence[str]) -> dict[str,
             )
     if not ids:
         raise UsageError("no examples are chosen; give --sample-ids at least one id")
-    chosen = {spec: {name: each for name, each in part.items() if name in ids} for spec, part in named.items()}
-    return {spec: part for spec, part in chosen.items() if part}
+    return list(dict.fromkeys(ids))
 
 
 def _check_budgets(questions: Questions, rows: Sequence[Row]) -> None:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
+from evolkv.evaluate.engine import not_a_number
+from evolkv.evaluate.workers import check_wanted
 
 # What the logits of one forward pass may take, and what each does: in the model's number format, in float32, and again.
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12
@@ -24,6 +26,39 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     ids.add(tokenizer.eos_token_id)
     return frozenset(int(i) for i in ids if i is not None)
+
+
+class RepetitionPenalty:
+    """What `generate()` makes of ``repetition_penalty``: tokens that a row has seen become less probable.
+
+    Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1, over prompt and answer as in transformers.
+
+    Args:
+        factor: logits of seen tokens are divided by it where positive, else multiplied.
+        seen: token ids that each row begins with, ``[tokens]`` int64.
+        logits: ``[rows, vocabulary]``, for their shape and device.
+    """
+
+    def __init__(self, factor: float, seen: Sequence[Tensor], logits: Tensor):
+        self.factor = factor
+        self.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        for row, ids in enumerate(seen):
+            self.seen[row, ids.to(logits.device)] = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, seen: Sequence[Tensor], logits: Tensor) -> RepetitionPenalty | None:
+        """That of the model's generation config; None where it asks for none."""
+        factor = getattr(model.generation_config, "repetition_penalty", None)
+        return None if factor is None or factor == 1 else cls(factor, seen, logits)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The logits after the penalty."""
+        penalised = torch.where(logits < 0, logits * self.factor, logits / self.factor)
+        return torch.where(self.seen, penalised, logits)
+
+    def add(self, newest: Tensor) -> None:
+        """Counts a new token of each row, ``[rows]``, as seen."""
+        self.seen.scatter_(1, newest[:, None], True)
 
 
 def target_log_probs(
@@ -67,6 +102,7 @@ def target_log_probs(
     start, end = 0, min(total, total - kept + piece)
     with torch.inference_mode(), fanning:
         while start < total:
+            check_wanted()
             wanted = end - max(start, total - kept)
             output = model(
                 padded[::fan, start:end],
@@ -92,6 +128,7 @@ def greedy(
     max_new_tokens: Sequence[int],
     end: Collection[int],
     later: Tensor | None = None,
+    penalty: RepetitionPenalty | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of every row, stopping as soon as all rows have ended.
 
@@ -103,9 +140,13 @@ def greedy(
         max_new_tokens: the most tokens to generate, for each row.
         end: token ids that end a row; they are not part of the result.
         later: what all rows read between prompt and continuation, ``[question]`` int64; None for nothing.
+        penalty: what makes tokens less probable that a row has seen, `later` included; None for nothing.
 
     Returns:
         Token ids by row.
+
+    Raises:
+        RunError: if the logits are not numbers.
     """
     texts: list[list[int]] = [[] for _ in tokens]
     running = [limit > 0 for limit in max_new_tokens]
@@ -116,8 +157,9 @@ def greedy(
         with torch.inference_mode():
             output = model(question, **cache.as_argument, position_ids=places, use_cache=True, logits_to_keep=1)
         next_logits, position = output.logits[:, -1], position + len(later)
-    newest = next_logits.argmax(-1)
+    newest = _most_probable(next_logits, penalty)
     while True:
+        check_wanted()
         for row, token in enumerate(newest.tolist()):
             if running[row] and token in end:
                 running[row] = False
@@ -128,5 +170,16 @@ def greedy(
             return texts
         with torch.inference_mode():
             output = model(newest[:, None], **cache.as_argument, position_ids=position[:, None], use_cache=True)
-        newest = output.logits[:, -1].argmax(-1)
+        newest = _most_probable(output.logits[:, -1], penalty)
         position = position + 1
+
+
+def _most_probable(logits: Tensor, penalty: RepetitionPenalty | None) -> Tensor:
+    """The most probable token of each row, ``[rows]``."""
+    # The largest of values of which one is not a number is not a number either.
+    largest, newest = (logits if penalty is None else penalty(logits)).max(-1)
+    if bool(largest.isnan().any()):
+        raise not_a_number()
+    if penalty is not None:
+        penalty.add(newest)
+    return newest

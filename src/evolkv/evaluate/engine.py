@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.models import describe_model
 from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks.base import encode_text
 from evolkv.tasks.metrics import get_metric
 
 #: Called with (done, total) as examples are prepared.
@@ -45,25 +47,45 @@ def encode_target(tokenizer: Any, example: Example) -> Tensor:
     Raises:
         UsageError: if the answer has no tokens.
     """
-    ids = tokenizer(example.target, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    ids = _continuation(tokenizer, example.prompt + example.later, example.target)
     if not len(ids):
         raise UsageError(f"example {example.id}: the reference answer is empty; metric 'logprob' needs a text")
-    return ids.long()
+    return ids
 
 
 def encode_later(tokenizer: Any, example: Example) -> Tensor:
     """Token ids of what is read after the prompt was compressed, ``[question]``; most often none."""
     if not example.later:
         return torch.empty(0, dtype=torch.long)
-    ids: Tensor = tokenizer(example.later, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    return ids.long()
+    return _continuation(tokenizer, example.prompt, example.later)
 
 
-def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example]) -> list[Tensor]:
+def _continuation(tokenizer: Any, before: str, text: str) -> Tensor:
+    """Token ids of a text as it continues another one, ``[tokens]`` int64.
+
+    A tokenizer may put a space before whatever it is given, which has no place in the middle of a text. Where the two
+    texts' characters share a token, both are encoded on their own.
+    """
+    known, ids = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    if ids[: len(known)] != known:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(ids[len(known) :], dtype=torch.long)
+
+
+def encode_prompts(
+    tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None
+) -> list[Tensor]:
     """Token ids of every prompt, ``[1, tokens]`` each.
 
+    Args:
+        tokenizer: the model's.
+        model: what will read them.
+        examples: the prompts.
+        metric: "logprob", a text metric, or None for each example's own.
+
     Raises:
-        UsageError: for no examples, or a prompt that is empty or leaves no room in the model's context.
+        UsageError: for no examples, one that its metric cannot score, or a prompt that is empty or leaves no room for
+            the answer in the model's context.
     """
     if not examples:
         raise UsageError("there are no examples to score; the task is empty")
@@ -73,23 +95,37 @@ def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Ex
         ids = encode_prompt(tokenizer, example)
         if ids.shape[1] == 0:
             raise UsageError(f"example {example.id}: the prompt has no tokens; give it a text")
+        chosen = metric or example.metric
+        if chosen == "logprob":
+            answer = len(encode_target(tokenizer, example))
+        else:
+            # What a metric needs beside the answer is missed now, not after everything was computed.
+            text_score(chosen, "", example)
+            answer = example.max_new_tokens
         length = ids.shape[1] + len(encode_later(tokenizer, example))
-        if length > max_context:
+        if length + answer > max_context:
             raise UsageError(
-                f"example {example.id}: the prompt has {length} tokens, more than the model's context of "
-                f"{max_context}; use a shorter context or a model with a longer one"
+                f"example {example.id}: the prompt has {length} tokens and its answer up to {answer}, more than the "
+                f"model's context of {max_context}; use a shorter context or a model with a longer one"
             )
         prompts.append(ids.to(model.device))
     return prompts
 
 
 def text_score(metric: str, prediction: str, example: Example) -> float:
-    """A text metric's score of one prediction, as far as the example's `stop` and `first_line` let it count."""
+    """A text metric's score of one prediction, as far as the example's `stop` and `first_line` let it count.
+
+    Raises:
+        UsageError: if the example lacks what the metric needs.
+    """
     for text in example.stop:
         prediction = prediction.partition(text)[0]
     if example.first_line:
         prediction = prediction.lstrip("\n").partition("\n")[0]
-    return float(get_metric(metric)(prediction, example.references, **dict(example.extra)))
+    try:
+        return float(get_metric(metric)(prediction, example.references, **dict(example.extra)))
+    except UsageError as error:
+        raise UsageError(f"example {example.id}: {error}") from None
 
 
 def mean_probability(log_probs: Tensor) -> float:
@@ -97,8 +133,22 @@ def mean_probability(log_probs: Tensor) -> float:
 
     Args:
         log_probs: ``[target]``.
+
+    Raises:
+        RunError: if these are not numbers.
     """
-    return min(1.0, float(log_probs.double().mean().exp()))
+    probability = float(log_probs.double().mean().exp())
+    if math.isnan(probability):
+        raise not_a_number()
+    return min(1.0, probability)
+
+
+def not_a_number() -> RunError:
+    """The error for a model that overflows."""
+    return RunError(
+        "what the model computes is not a number: its number format is too narrow, or its weights are damaged; "
+        "try --dtype float32 or --dtype bfloat16"
+    )
 
 
 def free_memory(device: torch.device) -> int:

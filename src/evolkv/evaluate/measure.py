@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import encode_later, encode_target, free_memory, mean_probability, text_score
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
-from evolkv.evaluate.workers import Workers
+from evolkv.evaluate.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import describe_model
 from evolkv.selectors import Selector
@@ -107,7 +107,7 @@ def measure(
         metric: "logprob", a text metric, or None for each example's own.
         protocol: what the records say of it.
         log: where the records go; examples that it has are left out.
-        on_step: called after each example that was prefilled and is not on record.
+        on_step: called after each example that goes on record.
     """
     info = describe_model(model)
     size = len(questions.examples)
@@ -158,7 +158,7 @@ class _Shard:
         self.heads = info.num_layers * info.num_kv_heads
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
-        """Puts the examples `columns` on record, calling `step` after the prefill of each that is not yet."""
+        """Puts the examples `columns` on record, calling `step` after each that was not yet."""
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
@@ -171,18 +171,18 @@ class _Shard:
             if self._metric_of(example) == "logprob":
                 if column in missing:
                     self._force(self._cut(column, recorded, 0))
+                    step()
             else:
                 if example.later and waiting:
-                    self._generate(waiting, missing)
+                    self._generate(waiting, missing, step)
                     waiting.clear()
                 waiting.append(self._cut(column, recorded, example.max_new_tokens))
                 if self._enough(waiting):
-                    self._generate(waiting, missing)
+                    self._generate(waiting, missing, step)
                     waiting.clear()
-            if column in missing:
-                step()
+            check_wanted()
         if waiting:
-            self._generate(waiting, missing)
+            self._generate(waiting, missing, step)
 
     def _has(self, column: int) -> bool:
         return self.log.has(self.questions.task, self.questions.names[column])
@@ -205,7 +205,7 @@ class _Shard:
 
     @staticmethod
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
-        if row.budget is None or not row.method.observers:
+        if row.budget is None:
             return row.budgets
         layers = recorded.cache.kv_layers
         ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
@@ -233,7 +233,7 @@ class _Shard:
         held = sum(item.cache.kv_bytes for item in waiting)
         return held > free_memory(self.model.device) // (4 * self.side_by_side)
 
-    def _generate(self, waiting: list[_Prefilled], missing: set[int]) -> None:
+    def _generate(self, waiting: list[_Prefilled], missing: set[int], step: Callable[[], None]) -> None:
         """Greedy texts and their scores, unless all that waits is on record."""
         if not any(item.column in missing for item in waiting):
             return
@@ -245,13 +245,17 @@ class _Shard:
         tokens = [item.tokens for item in waiting for _ in range(rows)]
         limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
         later = encode_later(self.tokenizer, self.questions.examples[waiting[0].column])
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later)
+        prompts = [torch.cat([self.questions.prompts[item.column][0].cpu(), later]) for item in waiting]
+        penalty = RepetitionPenalty.of(self.model, [ids for ids in prompts for _ in range(rows)], logits)
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         for i, item in enumerate(waiting):
             example = self.questions.examples[item.column]
             answers = texts[i * rows : (i + 1) * rows]
             scored = [(text, text_score(self._metric_of(example), text, example)) for text in answers]
             self._record(item, held[i], scored)
+            if item.column in missing:
+                step()
 
     def _held(self, item: _Prefilled) -> list[int]:
         """Bytes that each row's cache holds."""

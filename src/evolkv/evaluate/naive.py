@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache, compress
-from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import (
     Progress,
     encode_later,
@@ -53,7 +53,7 @@ class NaiveEngine:
     ):
         self.model, self.tokenizer, self.examples, self.selector = model, tokenizer, list(examples), selector
         self.metrics = [metric or example.metric for example in self.examples]
-        self.prompts = encode_prompts(tokenizer, model, self.examples)
+        self.prompts = encode_prompts(tokenizer, model, self.examples, metric)
         self.lengths = [ids.shape[1] for ids in self.prompts]
         self.end = end_tokens(model, tokenizer)
         if on_progress is not None:
@@ -93,7 +93,8 @@ class NaiveEngine:
         if len(later):
             cache, logits = self._prefill(column, budgets)
             limit = self.examples[column].max_new_tokens
-            (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later)
+            penalty = RepetitionPenalty.of(self.model, [torch.cat([ids[0], later.to(ids.device)])], logits)
+            (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
             return str(self.tokenizer.decode(text, skip_special_tokens=True))
         with compress(self.model, self._profile(budgets)):
             output = self.model.generate(

@@ -9,7 +9,7 @@ from typing import Any
 
 from evolkv.errors import UsageError
 from evolkv.evaluate.paired import PairedComparison, paired_comparison
-from evolkv.evaluate.records import ByMethod, MethodSettings, Record, Records, read_records
+from evolkv.evaluate.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
 from evolkv.registry import unknown_name
 
 FORMAT = "evolkv.comparison/1"
@@ -87,7 +87,9 @@ def compare_records(
                 )
         if both:
             column = [(x.score, y.score) for x, y in both]
-            tasks.append(TaskComparison(task, both[0][0].metric, len(pairs) - len(both), _compared(column, seed)))
+            tasks.append(
+                TaskComparison(task, metrics_of(x for x, _ in both), len(pairs) - len(both), _compared(column, seed))
+            )
             scores += column
     if not tasks:
         raise UsageError(f"{first} and {second} have no example in common; evaluate both on the same examples")
@@ -158,9 +160,14 @@ def _pair(methods: dict[str, MethodSettings], a: str | None, b: str | None, budg
 
 def _label(methods: dict[str, MethodSettings], at: dict[str, MethodSettings], word: str) -> str:
     if word in methods:
+        if word not in at:
+            raise UsageError(f"{word} is not at the budget of --budget; leave that out, or the budget of {word}")
         return word
     found = [label for label, each in at.items() if each.method == word]
     if not found:
+        others = [label for label, each in methods.items() if each.method == word]
+        if others:
+            raise UsageError(f"{word} is on record as {', '.join(others)}, not at this budget; give another --budget")
         raise unknown_name("method", word, at)
     if len(found) > 1:
         raise UsageError(f"{word} is on record as {', '.join(found)}; give one of these, or --budget")

@@ -231,6 +231,11 @@ def label(method: str, budget: int | None) -> str:
     return method if budget is None else f"{method}@{budget}"
 
 
+def metrics_of(records: Iterable[Record]) -> str:
+    """The metric that scored the records: where there are several, their names joined with ``+``."""
+    return "+".join(sorted({record.metric for record in records}))
+
+
 def sha256(text: str) -> str:
     """Of a text in UTF-8, hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate.decode import end_tokens, greedy, target_log_probs
+from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import (
     Progress,
     encode_later,
@@ -84,7 +84,7 @@ class ReplayEngine:
             raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
         self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
         self.metrics = [metric or example.metric for example in self.examples]
-        prompts = encode_prompts(tokenizer, model, self.examples)
+        prompts = encode_prompts(tokenizer, model, self.examples, metric)
         self.lengths = [ids.shape[1] for ids in prompts]
         self.targets = [
             encode_target(tokenizer, example) if name == "logprob" else None
@@ -195,7 +195,10 @@ class ReplayEngine:
         logits, tokens = self._starts(batch, rows)
         limits = [self.examples[column].max_new_tokens for column, _ in batch for _ in range(rows)]
         cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end, self.later[batch[0][0]])
+        later = self.later[batch[0][0]]
+        seen = [torch.cat([self._inputs[column][0].cpu(), later]) for column, _ in batch for _ in range(rows)]
+        penalty = RepetitionPenalty.of(self.model, seen, logits)
+        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return [texts[start : start + rows] for start in range(0, len(texts), rows)]
 

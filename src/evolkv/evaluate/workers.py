@@ -20,6 +20,17 @@ class _StoppedError(Exception):
     """Another job has failed, so this one's result is not wanted any more."""
 
 
+#: Of the thread that runs a job: `stopped`, set when its result is not wanted any more.
+_job = threading.local()
+
+
+def check_wanted() -> None:
+    """Ends the job that calls this, if it is one whose result nobody waits for. For long work between two steps."""
+    stopped: threading.Event | None = getattr(_job, "stopped", None)
+    if stopped is not None and stopped.is_set():
+        raise _StoppedError
+
+
 class Workers:
     """Threads that share the cores among jobs which are too small to keep all cores busy one after another.
 
@@ -48,7 +59,7 @@ class Workers:
             The jobs' results, in their order.
 
         Raises:
-            Exception: what the first job to fail raised; the others end at their next step.
+            Exception: what the first job to fail raised; the others end at their next step or `check_wanted`.
         """
         report = on_step or (lambda: None)
         if self._pool is None or len(jobs) < 2:
@@ -57,13 +68,13 @@ class Workers:
         stopped = threading.Event()
 
         def step() -> None:
-            if stopped.is_set():
-                raise _StoppedError
+            check_wanted()
             events.put(None)
 
         def work(job: Job[T]) -> T:
             # Part of this setting belongs to the thread and part to the process, so it is made for every job.
             torch.set_num_threads(max(1, self._threads // min(self.count, len(jobs))))
+            _job.stopped = stopped
             return job(step)
 
         futures = [self._pool.submit(work, job) for job in jobs]
@@ -88,6 +99,6 @@ class Workers:
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends the threads; a job that was interrupted ends at its next step."""
+        """Ends the threads; a job that was interrupted ends at its next step or `check_wanted`."""
         if self._pool is not None:
             self._pool.shutdown(wait=False)

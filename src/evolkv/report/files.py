@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Check, without touching anything, that a file can be written at `path`; its folders may be missing.
 
     Raises:
-        UsageError: it is a folder or a device, or its folder cannot be made or written to.
+        UsageError: it is a folder or a device, is called ``-``, or its folder cannot be made or written to.
     """
+    if os.fspath(path) == "-":
+        raise UsageError("'-' is no name for this file; give a path")
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file, such as {Path(path) / 'result.json'}")
@@ -38,6 +41,18 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         raise UsageError(f"{folder} is a file, not a folder; give another path than {path}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"folder {folder} cannot be written to; give another path than {path}")
+
+
+def check_apart(outs: Iterable[str | os.PathLike[str]], read: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that nothing is written over what is read.
+
+    Raises:
+        UsageError: one of `outs` is among the files `read`.
+    """
+    known = {os.path.realpath(os.path.expanduser(path)) for path in read}
+    for path in outs:
+        if os.path.realpath(path) in known:
+            raise UsageError(f"{path} would be written over, but is read by this command; give another path")
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

@@ -26,14 +26,16 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """
     several_tasks = len({row["task"] for row in rows}) > 1
     several_budgets = len({row["budget"] for row in rows if row["budget"] is not None}) > 1
+    bins = sorted({name for row in rows for name in row.get("bins", {})})
     full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
     columns = ["task"] * several_tasks + ["method"] + ["budget"] * several_budgets
-    columns += ["mean budget", "n", "metric", "score (95 % interval)", "KV MiB"] + ["of full"] * bool(full)
+    columns += ["mean budget", "n", "metric", "score (95 % interval)", *bins, "KV MiB"] + ["of full"] * bool(full)
     cells = []
     for row in rows:
         line = [row["task"]] * several_tasks + [row["method"]]
         line += ["–" if row["budget"] is None else str(row["budget"])] * several_budgets
         line += [f"{row['mean_budget']:,.1f}", str(row["n"]), row["metric"], with_interval(row["score"], row["ci95"])]
+        line += [f"{row['bins'][name]['score']:.3f}" if name in row.get("bins", {}) else "–" for name in bins]
         line.append(mebibytes(row["kv_bytes"]))
         if full:
             line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")

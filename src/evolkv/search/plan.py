@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.objective import fitness
 from evolkv.selectors import Selector
-from evolkv.tasks import Task, encode_prompt, fingerprint, format_spec
+from evolkv.tasks import Example, Task, encode_prompt, fingerprint, format_spec
 from evolkv.tasks.metrics import METRIC_NAMES
 from evolkv.tasks.protocol import AWARE, under_protocol
 
@@ -91,6 +91,7 @@ class Plan:
         self.held_out = under_protocol(
             protocol, task.examples("validation", _at_least_one("val", val), tokenizer, seed)
         )
+        _check_unseen(self.train, self.held_out)
         self.longest = max(encode_prompt(tokenizer, example).shape[1] for example in self.train)
         self.floor = floor if floor is not None else selector.min_budget + 1
         self.ceiling = ceiling if ceiling is not None else self.longest
@@ -217,6 +218,16 @@ class Plan:
             "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
             "validation": {"n": len(self.held_out), "fingerprint": fingerprint(self.held_out)},
         }
+
+
+def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    known = {(example.prompt, example.later) for example in train}
+    twice = [example.id for example in held_out if (example.prompt, example.later) in known]
+    if twice:
+        raise UsageError(
+            f"{len(twice)} of {len(held_out)} validation examples are training examples too, such as {twice[0]}, so "
+            "that nothing would be chosen on unseen ones; give the task more rows, or use a smaller --train or --val"
+        )
 
 
 def _at_least_one(name: str, value: int) -> int:

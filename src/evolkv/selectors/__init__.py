@@ -57,6 +57,9 @@ def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
     return cls(**values)
 
 
+_TRUTH = {"true": True, "false": False}
+
+
 def parse_selector(text: str) -> dict[str, Any]:
     """A selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
 
@@ -71,7 +74,7 @@ def parse_selector(text: str) -> dict[str, Any]:
             raise UsageError(f"selector {text!r}: {part!r} is not parameter=value; write for example snapkv:window=16")
         if key in spec:
             raise UsageError(f"selector {text!r}: {key} is given twice; give it once")
-        spec[key] = int(value) if value.lstrip("-").isdecimal() else value
+        spec[key] = _TRUTH.get(value.lower(), int(value) if value.lstrip("-").isdecimal() else value)
     return spec
 
 

@@ -92,6 +92,11 @@ class Task(ABC):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **settings}
 
+    def files(self) -> list[str]:
+        """Paths of the files that the examples are read from."""
+        # A setting that is no path, such as a subset, does no harm here.
+        return [value for name, value in self.spec().items() if isinstance(value, str) and name != "name"]
+
 
 def check_request(split: str, n: int) -> None:
     """Raise UsageError unless `split` is one of `SPLITS` and `n` is at least 1."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.tasks.base import Example, Split, Task, check_request, cut_middle, question_at, read_text, user_message
-from evolkv.tasks.metrics import check_metric
+from evolkv.tasks.metrics import check_metric, get_metric
 from evolkv.tasks.rows import (
     Splitting,
     check_splitting,
@@ -96,12 +96,14 @@ class JsonLines(Task):
         prompt = get_text(fields, "prompt", where)
         answers = _answers(fields, where)
         all_classes = get_texts(fields, "all_classes", where) if fields.get("all_classes") is not None else None
+        metric = self.metric or _metric(fields, where)
+        _check_scorable(metric, answers, all_classes, where)
         own = [fields.get("metric"), fields.get("max_new_tokens")]
         return _Row(
             id=get_name(fields, "id", where, default=f"{Path(self.path).stem}-{number}"),
             prompt=prompt,
             answers=answers,
-            metric=self.metric or _metric(fields, where),
+            metric=metric,
             max_new_tokens=self.max_new_tokens or _max_new_tokens(fields, where),
             all_classes=all_classes,
             question=_question(fields, prompt, where),
@@ -169,6 +171,15 @@ def _metric(fields: Mapping[str, Any], where: str) -> str:
     except UsageError as error:
         raise TaskError(f"{where}: {error}") from None
     return metric
+
+
+def _check_scorable(metric: str, answers: tuple[str, ...], all_classes: tuple[str, ...] | None, where: str) -> None:
+    if metric == "logprob":
+        return
+    try:
+        get_metric(metric)("", answers, all_classes=all_classes)
+    except UsageError as error:
+        raise TaskError(f"{where}: {error}") from None
 
 
 def _max_new_tokens(fields: Mapping[str, Any], where: str) -> int:

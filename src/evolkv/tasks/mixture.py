@@ -34,6 +34,10 @@ class Mixture(Task):
             if task in self.tasks[:index]:
                 raise TaskError(f"a mixture has the task {task.spec()} twice; give each task once")
 
+    def files(self) -> list[str]:
+        """Those of all tasks."""
+        return [path for task in self.tasks for path in task.files()]
+
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, task after task; fewer, with a warning, where a task has no more.
 

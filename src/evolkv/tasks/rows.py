@@ -88,7 +88,7 @@ def draw(
     """n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     With "auto" a quarter of the groups serves train, a quarter validation and half report. Which ones depends on
-    the rows alone, neither on their order nor on seed or n.
+    the rows alone, neither on their order nor on seed or n. With "all" validation draws in the reverse order.
 
     Args:
         rows: distinct rows.
@@ -112,6 +112,9 @@ def draw(
             "give at least 4, or use split=all"
         )
     random.Random(seed).shuffle(drawn)
+    if splitting == "all" and split == "validation":
+        # From the other end, so that a search trains and chooses on different rows as long as there are enough.
+        drawn.reverse()
     if len(drawn) < n:
         logger.warning("%s: split %r has %d rows; using all of them, not %d", source, split, len(drawn), n)
     return drawn[:n]
@@ -165,6 +168,8 @@ def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> s
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TaskError(f"{where}: {key!r} is {kind_of(value)}; expected a text or a whole number")
+    if not str(value).strip():
+        raise TaskError(f"{where}: {key!r} is blank; give it a name, or leave it out")
     return str(value)
 
 

@@ -27,6 +27,8 @@ class CAKE(LayerAllocator):
     4.1 and 4.2. Cascading gives the same allocation as deciding once after prefill, which is done here. The authors
     search τ₁ and τ₂ for each model and budget, between 0.4 and 2.3; 1 is neutral.
 
+    A budget that is no larger than the window leaves nothing to share out: all layers then get the same.
+
     Args:
         tau1: temperature of the entropy.
         tau2: temperature of the variance.

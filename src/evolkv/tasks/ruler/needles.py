@@ -34,7 +34,12 @@ DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 """Where needles stand in an essay, in percent of its sentences."""
 
 # The answer prefix begins an English sentence, so values are listed as the question lists keys.
-FAMILY = Family(max_new_tokens=128, prefix=PREFIX, target=lambda answers: f" {listed(answers)}")
+FAMILY = Family(
+    max_new_tokens=128,
+    prefix=PREFIX,
+    target=lambda answers: f" {listed(answers)}",
+    asks=("What are all the special magic ", "What is the special magic "),
+)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ class Family:
         max_new_tokens: RULER's `tokens_to_generate`.
         prefix: the template of the answer prefix.
         target: references → the text that the `logprob` metric looks for after the answer prefix.
+        asks: how the question begins, in one of the templates.
         metric: name of the official metric.
     """
 
     max_new_tokens: int
     prefix: str
     target: Callable[[Sequence[str]], str]
+    asks: tuple[str, ...]
     metric: str = "ruler_all"
 
 

@@ -24,7 +24,9 @@ PREFIX = " Answer:"
 DOCUMENT = "Document {number}:\n{document}"
 
 # The references are several people's answers to the same question: any one of them is right.
-FAMILY = Family(max_new_tokens=32, prefix=PREFIX, target=lambda answers: f" {answers[0]}", metric="ruler_part")
+FAMILY = Family(
+    max_new_tokens=32, prefix=PREFIX, target=lambda answers: f" {answers[0]}", asks=("Question: ",), metric="ruler_part"
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, question_at, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, user_message
 from evolkv.tasks.rows import Splitting, check_splitting
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
@@ -147,7 +147,7 @@ class Ruler(Task):
                 f"give context={length} or more"
             )
         return [
-            self._example(f"ruler-{self.task}-{row.id}", text, row.input, row.outputs, room)
+            self._example(f"ruler-{self.task}-{row.id}", text, row.outputs, room)
             for row, text, room in zip(rows, texts, rooms, strict=True)
         ]
 
@@ -162,10 +162,9 @@ class Ruler(Task):
             if shortest < 0:
                 continue
             size = largest(room, puzzle.least, spare, size, puzzle.least + self.context)
-            asked = puzzle.text(size)
-            text = prompts.render(asked, puzzle.prefix)
+            text = prompts.render(puzzle.text(size), puzzle.prefix)
             identifier = f"ruler-{self.task}-{split}-{seed}-{index}"
-            examples.append(self._example(identifier, text, asked, puzzle.answers, prompts.room(text)))
+            examples.append(self._example(identifier, text, puzzle.answers, prompts.room(text)))
         if shortest < 0:
             raise TaskError(
                 f"ruler: context={self.context} is too small for task={self.task} and "
@@ -186,10 +185,10 @@ class Ruler(Task):
         passage = passages(self.haystack, self.context, split, seed) if self._has_essay else None
         return needles.needle_puzzles(needles.TASKS[self.task], split, seed, passage)
 
-    def _example(self, identifier: str, prompt: str, asked: str, answers: tuple[str, ...], room: int) -> Example:
+    def _example(self, identifier: str, prompt: str, answers: tuple[str, ...], room: int) -> Example:
         family = FAMILIES[self.task]
-        # In every template the question is the last line of what the user says.
-        question = asked.rstrip().rpartition("\n")[2]
+        # By its words and not by lines, since a prepared row may have lost its line breaks, or end with a template's.
+        asked = max(prompt.rfind(opening) for opening in family.asks)
         return Example(
             id=identifier,
             prompt=prompt,
@@ -197,7 +196,7 @@ class Ruler(Task):
             target=family.target(answers),
             max_new_tokens=family.max_new_tokens,
             metric=family.metric,
-            question_at=question_at(prompt, question),
+            question_at=asked if asked > 0 else None,
             # As in RULER's files: with the tokens that are generated.
             extra={"length": self.context - room},
         )

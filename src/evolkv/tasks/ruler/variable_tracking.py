@@ -24,7 +24,12 @@ DEMONSTRATION_SHARE = 4
 """A demonstration has RULER's 500 tokens, or this part of the context where that is less."""
 
 # As in the demonstration, where a space follows the one that the prefix ends with.
-FAMILY = Family(max_new_tokens=30, prefix=PREFIX, target=lambda answers: f" {' '.join(answers)}")
+FAMILY = Family(
+    max_new_tokens=30,
+    prefix=PREFIX,
+    target=lambda answers: f" {' '.join(answers)}",
+    asks=("Question: Find all variables that are assigned the value ",),
+)
 
 
 def chain_puzzles(split: Split, seed: int, context: int, tokens: Callable[[str], int]) -> Iterator[Puzzle]:

@@ -39,9 +39,19 @@ def _numbered(items: Sequence[str]) -> str:
 
 
 # As in the demonstration.
-COMMON = Family(max_new_tokens=120, prefix=COMMON_PREFIX, target=lambda answers: f" {_numbered(answers)}")
+COMMON = Family(
+    max_new_tokens=120,
+    prefix=COMMON_PREFIX,
+    target=lambda answers: f" {_numbered(answers)}",
+    asks=("Question: What are the 10 most common words",),
+)
 # Nothing in the prompt shows how to list them, so as in the questions of the needle tasks.
-CODED = Family(max_new_tokens=50, prefix=CODED_PREFIX, target=lambda answers: f" {listed(answers)}")
+CODED = Family(
+    max_new_tokens=50,
+    prefix=CODED_PREFIX,
+    target=lambda answers: f" {listed(answers)}",
+    asks=("Question: Do not provide any explanation.",),
+)
 
 
 def common_word_puzzles(split: Split, seed: int, context: int) -> Iterator[Puzzle]:
