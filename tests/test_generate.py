@@ -318,6 +318,15 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)
 
 
+def test_a_call_after_refused_assistance_is_a_prompt_without_drafts(model):
+    expected, cache = (CompressedCache(model, profile(model, RAGGED)) for _ in range(2))
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(tokens(2, 40), **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    logits = model(tokens(2, 40), **expected.as_argument).logits
+    assert torch.equal(model(tokens(2, 40), **cache.as_argument).logits, logits)
+    assert cache.kv_bytes == expected.kv_bytes
+
+
 # What else a prompt can look like.
 
 

@@ -321,10 +321,12 @@ class CompressedCache(HookedCache):
             if cache is not None and drafting is not cache:
                 return
             handle.remove()
-            if cache is not None:
+            kept = kwargs.get("logits_to_keep")
+            # A call that is not generate's has no drafts: generate may have failed before its first.
+            if cache is not None and isinstance(kept, int) and kept > 1:
                 for layer in cache.kv_layers:
                     # transformers wants logits of the last prompt token and of each draft.
-                    layer.drafted = kwargs["logits_to_keep"] - 1
+                    layer.drafted = kept - 1
 
         handle = self.model().register_forward_pre_hook(find_drafted, with_kwargs=True)
 
