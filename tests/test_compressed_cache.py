@@ -349,6 +349,19 @@ def test_plain_cache_and_no_cache_work_as_before_inside_the_block():
     assert type(more.cache) is DynamicCache
 
 
+def test_arguments_by_position_are_those_by_name():
+    model = tiny_model()
+    prompt, mask = tokens(1, 40), torch.ones(1, 40, dtype=torch.long)
+    with compress(model, profile(model, 8)):
+        expected = model(prompt, attention_mask=mask)
+        found = model(prompt, mask, None, None)
+        own = CompressedCache(model, profile(model, 20))
+        assert model(prompt, mask, None, own).cache is own
+    assert type(found.cache) is CompressedCache
+    assert found.cache.kv_bytes == expected.cache.kv_bytes < own.kv_bytes
+    assert torch.equal(found.logits, expected.logits)
+
+
 def test_static_cache_is_refused_clearly():
     model = tiny_model()
     with compress(model, profile(model, 8)), pytest.raises(UsageError, match="StaticCache"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evolkv.errors import UsageError
-from evolkv.models.forward import given_cache
+from evolkv.models.forward import by_name, given_cache
 
 # What has a column for each new token in its last dimension but so many.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
@@ -36,9 +35,7 @@ def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
 def _read_all_but_last(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if args:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(module, args, kwargs)
     cache = given_cache(kwargs)[1]
     chunk = getattr(cache, "most_tokens", None)
     if chunk is None:
@@ -59,7 +56,7 @@ def _read_all_but_last(
 
 
 def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = given_cache(kwargs)[1]
+    cache = given_cache(by_name(module, args, kwargs))[1]
     states = getattr(cache, "states_of_chunks", None)
     if not states:
         return None

@@ -22,7 +22,7 @@ from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.forward import by_name, cache_keyword, given_cache
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
@@ -541,6 +541,7 @@ def compress(
     make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        kwargs = by_name(module, args, kwargs)
         name, given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -562,7 +563,7 @@ def compress(
             )
         kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
         kwargs["use_cache"] = True
-        return args, kwargs
+        return (), kwargs
 
     detach = attach(model)
     # First in line: of nested blocks the innermost one must be the first to bring its cache.
