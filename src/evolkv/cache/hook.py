@@ -51,8 +51,8 @@ class AttendingLayer(Protocol):
         ...
 
 
-def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
-    """Marks `key` as coming from `layer`, for the attention call that follows.
+def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tensor]:
+    """Marks keys and values as coming from `layer`, for the attention call that follows.
 
     Raises:
         ModelError: if the keys that were marked before never got there, and so were not stored.
@@ -63,10 +63,11 @@ def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
             "so that they cannot be compressed; EvolKV needs keys that go to attention as the cache returned them"
         )
     setattr(layer, _ON_THE_WAY, True)
-    # A fresh view: the caller's own tensor must stay unmarked.
-    key = key.view_as(key)
+    # Fresh views: the caller's own tensors must stay unmarked.
+    key, value = key.view_as(key), value.view_as(value)
     setattr(key, _LAYER, layer)
-    return key
+    setattr(value, _LAYER, layer)
+    return key, value
 
 
 def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
@@ -125,14 +126,21 @@ def _flash_attention(
 
 
 def _attention(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    # The mask has transformers' name for it, since some models give it by that.
     own = _own_attention(module, name)
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
-        return own(module, query, key, value, mask, **kwargs)
+        return own(module, query, key, value, attention_mask, **kwargs)
+    if not getattr(layer, _ON_THE_WAY, False) or getattr(value, _LAYER, None) is not layer:
+        raise ModelError(
+            f"{type(module).__name__} changes its values between cache and attention, or attends to them more than "
+            "once for each token, so that they cannot be compressed; EvolKV needs keys and values that go to attention "
+            "once, as the cache returned them"
+        )
     setattr(layer, _ON_THE_WAY, False)
-    return layer.attend(own, module, query, key, value, mask, **kwargs)
+    return layer.attend(own, module, query, key, value, attention_mask, **kwargs)
 
 
 def _mask(name: str, **kwargs: Any) -> Any:
