@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.errors import ProfileError, UsageError
+from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.models.layers import continues_by_token
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
@@ -317,6 +317,39 @@ def test_model_is_restored_when_the_last_explicit_cache_goes():
     assert model.config._attn_implementation == "evolkv_sdpa"
     second.release()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_chosen_while_a_cache_lives_is_used_and_stays():
+    model = tiny_model()
+    prompt, token = tokens(1, 40), tokens(1, 1)
+    cache, expected = (CompressedCache(model, profile(model, RAGGED)) for _ in range(2))
+    for each in (cache, expected):
+        model(prompt, cache=each)
+    logits = model(token, cache=expected).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(token, cache=cache).logits, logits, atol=1e-5, rtol=0)
+    assert cache.get_seq_length() == 41
+    assert model.config._attn_implementation == "evolkv_eager"
+    model.set_attn_implementation("sdpa")
+    another = CompressedCache(model, profile(model, RAGGED))
+    assert model.config._attn_implementation == "evolkv_sdpa"
+    model.set_attn_implementation("eager")
+    for each in (cache, expected, another):
+        each.release()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_cache_that_attention_does_not_know_is_noticed_in_the_same_call():
+    model = tiny_model()
+    chosen = profile(model, 8)
+    cache, other = (CompressedCache(model, chosen) for _ in range(2))
+    model(tokens(1, 40), cache=cache)
+    with pytest.raises(ModelError, match="made for another model"):
+        tiny_model()(tokens(1, 40), cache=other)
+    other.release()
+    cache.release()
+    with pytest.raises(ModelError, match="was released"):
+        model(tokens(1, 1), cache=cache)
 
 
 def test_cache_does_not_keep_its_model_alive():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,16 @@ def test_keys_that_never_reach_attention_are_noticed_at_the_next_token():
     cache.update(keys, keys, 0)
     with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
         cache.update(keys, keys, 0)
+
+
+def test_keys_of_the_only_layer_that_never_reach_attention_are_noticed_in_the_same_call():
+    model = tiny_model(num_hidden_layers=1)
+    cache = CompressedCache(model, "snapkv:window=4", 8)
+    layer = model.model.layers[0].self_attn
+    layer.config = copy.copy(layer.config)
+    layer.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
+        model(tokens(1, 20), **cache.as_argument)
 
 
 def test_values_that_reach_attention_changed_or_twice_are_noticed_at_once():

@@ -18,7 +18,7 @@ def hook_chunks(decoder: nn.Module) -> list[Any]:
     """Has a decoder read calls piece by piece where their cache wants it; returns the handles to remove.
 
     A cache wants it if its ``most_tokens`` is a number. The output is that of one call: the last hidden state of every
-    token.
+    token. Caches of ours are told where a call begins and ends.
     """
     return [
         decoder.register_forward_pre_hook(_read_all_but_last, with_kwargs=True),
@@ -37,10 +37,12 @@ def _read_all_but_last(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     kwargs = by_name(module, args, kwargs)
     cache = given_cache(kwargs)[1]
-    chunk = getattr(cache, "most_tokens", None)
+    if not hasattr(cache, "begin_call"):
+        return None
+    cache.begin_call()
+    chunk = cache.most_tokens
     if chunk is None:
         return None
-    cache.states_of_chunks = None
     tokens = _num_tokens(kwargs)
     pieces = lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
@@ -57,7 +59,10 @@ def _read_all_but_last(
 
 def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = given_cache(by_name(module, args, kwargs))[1]
-    states = getattr(cache, "states_of_chunks", None)
+    if not hasattr(cache, "end_call"):
+        return None
+    cache.end_call()
+    states = cache.states_of_chunks
     if not states:
         return None
     cache.states_of_chunks = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evolkv.cache.adaptive import AdaptiveLayer
-from evolkv.cache.hook import attach
+from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, arrange, empty_states
@@ -61,6 +61,8 @@ class HookedCache(Cache):
     """
 
     states_of_chunks: list[Tensor] | None = None
+    #: The layer whose keys and values were the last to be sent to attention.
+    _sent: Any = None
 
     def __init__(self, model: PreTrainedModel, kv_layers: list[Any], states: Sequence[StateLayer] | None = None):
         self.kv_layers: list[Any] = kv_layers
@@ -82,6 +84,47 @@ class HookedCache(Cache):
         if model is None:
             raise UsageError("the model that this cache is for has been deleted; keep it for as long as the cache")
         return model
+
+    @torch.compiler.disable
+    def begin_call(self) -> None:
+        """What the decoder does before it reads a call.
+
+        Raises:
+            ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
+        """
+        wrap_again(self.model())
+
+    @torch.compiler.disable
+    def end_call(self) -> None:
+        """What the decoder does after it has read a call.
+
+        Raises:
+            ModelError: if keys and values did not reach attention.
+        """
+        if self._sent is not None:
+            check_arrival(self._sent)
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values on to attention, for a layer.
+
+        Raises:
+            ModelError: if those of the layer before did not get there.
+        """
+        if self._sent is not None:
+            check_arrival(self._sent)
+        sent = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._sent = self.layers[layer_idx]
+        return sent
+
+    def reset(self) -> None:
+        """Empties the cache, which is then ready for another prompt."""
+        super().reset()
+        self._sent = None
+        for layer in self.kv_layers:
+            forget_sent(layer)
 
     @property
     def as_argument(self) -> dict[str, Any]:

@@ -57,17 +57,28 @@ def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tens
     Raises:
         ModelError: if the keys that were marked before never got there, and so were not stored.
     """
-    if getattr(layer, _ON_THE_WAY, False):
-        raise ModelError(
-            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, "
-            "so that they cannot be compressed; EvolKV needs keys that go to attention as the cache returned them"
-        )
+    check_arrival(layer)
     setattr(layer, _ON_THE_WAY, True)
     # Fresh views: the caller's own tensors must stay unmarked.
     key, value = key.view_as(key), value.view_as(value)
     setattr(key, _LAYER, layer)
     setattr(value, _LAYER, layer)
     return key, value
+
+
+def check_arrival(layer: AttendingLayer) -> None:
+    """Raises `ModelError` if keys and values of the layer went to attention, and never got there."""
+    if getattr(layer, _ON_THE_WAY, False):
+        raise ModelError(
+            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, so "
+            "that they cannot be compressed (or the cache was released, or made for another model); EvolKV needs keys "
+            "that go to attention as the cache returned them"
+        )
+
+
+def forget_sent(layer: AttendingLayer) -> None:
+    """Expects no keys and values of the layer to reach attention any more."""
+    setattr(layer, _ON_THE_WAY, False)
 
 
 def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
@@ -133,7 +144,8 @@ def _attention(
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
         return own(module, query, key, value, attention_mask, **kwargs)
-    if not getattr(layer, _ON_THE_WAY, False) or getattr(value, _LAYER, None) is not layer:
+    expected = getattr(layer, _ON_THE_WAY, False) and getattr(value, _LAYER, None) is layer
+    if not expected:
         raise ModelError(
             f"{type(module).__name__} changes its values between cache and attention, or attends to them more than "
             "once for each token, so that they cannot be compressed; EvolKV needs keys and values that go to attention "
@@ -210,23 +222,36 @@ class _Attachment:
 
     def __init__(self, model: PreTrainedModel):
         self.users = 0
-        self.own = [(config, config._attn_implementation) for config in _decoder_configs(model)]
-        self.handles: list[Any] = []
-
-    def install(self, model: PreTrainedModel) -> None:
+        self.own = [(config, str(config._attn_implementation)) for config in _decoder_configs(model)]
+        self.wrap()
         self.handles = hook_chunks(model.get_decoder())
-        for config, name in self.own:
+
+    def wrap(self) -> None:
+        """Has the configs name our implementation for the one that they name now.
+
+        Raises:
+            ModelError: if it cannot be wrapped.
+        """
+        names = [str(config._attn_implementation) for config, _ in self.own]
+        chosen = [(at, name) for at, name in enumerate(names) if not name.startswith(_PREFIX)]
+        for _, name in chosen:
+            _check_implementation(name)
+        for at, name in chosen:
             wrapped = _PREFIX + name
             if wrapped not in ALL_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(wrapped, functools.partial(_attention, name))
                 AttentionMaskInterface.register(wrapped, functools.partial(_mask, name))
+            config, _ = self.own[at]
             config._attn_implementation_internal = wrapped
+            self.own[at] = (config, name)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         for config, name in self.own:
-            config._attn_implementation_internal = name
+            # Another may have been chosen meanwhile.
+            if str(config._attn_implementation).startswith(_PREFIX):
+                config._attn_implementation_internal = name
 
 
 def own_attention(model: PreTrainedModel) -> str:
@@ -254,6 +279,18 @@ _attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.
 _lock = threading.RLock()
 
 
+def wrap_again(model: PreTrainedModel) -> None:
+    """Wraps what `set_attn_implementation` has chosen since the hook was installed, if it did.
+
+    Raises:
+        ModelError: if it cannot be wrapped.
+    """
+    with _lock:
+        attachment = _attachments.get(model)
+        if attachment is not None:
+            attachment.wrap()
+
+
 def attach(model: PreTrainedModel) -> Callable[[], None]:
     """Installs the hook; the model is restored when every caller has called what is returned.
 
@@ -263,11 +300,9 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
     with _lock:
         attachment = _attachments.get(model)
         if attachment is None:
-            attachment = _Attachment(model)
-            for _, name in attachment.own:
-                _check_implementation(str(name))
-            attachment.install(model)
-            _attachments[model] = attachment
+            attachment = _attachments[model] = _Attachment(model)
+        else:
+            attachment.wrap()
         attachment.users += 1
     # The model may be gone before its last cache is; a weak reference lets it.
     reference = weakref.ref(model)
