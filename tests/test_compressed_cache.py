@@ -352,6 +352,74 @@ def test_cache_that_attention_does_not_know_is_noticed_in_the_same_call():
         model(tokens(1, 1), cache=cache)
 
 
+FAILING = pytest.mark.parametrize(
+    ("family", "settings", "at"),
+    [
+        ("llama", {}, 0),
+        ("llama", {}, 2),
+        ("gemma3", {"evict": "again"}, 1),
+        ("llama", {"prefill_chunk": 16}, 2),
+        # Its first layer has a state, and no keys and values.
+        ("bamba", {}, 3),
+        ("qwen3_next", {}, 1),
+    ],
+)
+
+
+@FAILING
+@pytest.mark.parametrize("holds_a_prompt", [False, True])
+def test_a_call_that_failed_half_way_is_not_gone_on_from(tmp_path, family, settings, at, holds_a_prompt):
+    model = tiny_model(family)
+    prompt, more = tokens(1, 40), tokens(1, 5, seed=1)
+    chosen = profile(model, 12)
+    expected = model(prompt, cache=CompressedCache(model, chosen, **settings)).logits
+    cache = CompressedCache(model, chosen, **settings)
+    if holds_a_prompt:
+        model(prompt, cache=cache)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    layer = model.model.layers[at]
+    handle = getattr(layer, "mlp" if hasattr(layer, "mlp") else "feed_forward").register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(more if holds_a_prompt else prompt, cache=cache)
+    handle.remove()
+    for go_on in (lambda: model(more, cache=cache), cache.copy, lambda: cache.save(tmp_path / "cache")):
+        with pytest.raises(UsageError, match="failed half-way"):
+            go_on()
+    cache.reset()
+    assert torch.equal(model(prompt, cache=cache).logits, expected)
+
+
+def test_a_call_that_failed_between_two_chunks_is_not_gone_on_from():
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 12), prefill_chunk=16)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+
+    handle = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(1, 40), cache=cache)
+    handle.remove()
+    with pytest.raises(UsageError, match="failed half-way"):
+        model(tokens(1, 40), cache=cache)
+
+
+def test_a_call_that_was_refused_before_any_layer_leaves_the_cache_as_it_was():
+    model = tiny_model()
+    cache, expected = (CompressedCache(model, profile(model, 12)) for _ in range(2))
+    for each in (cache, expected):
+        model(tokens(1, 40), cache=each)
+    with pytest.raises(UsageError, match="holds 1 sequences"):
+        model(tokens(2, 1), cache=cache)
+    assert torch.equal(model(tokens(1, 1), cache=cache).logits, model(tokens(1, 1), cache=expected).logits)
+
+
 def test_cache_does_not_keep_its_model_alive():
     model = tiny_model()
     reference = weakref.ref(model)

@@ -49,10 +49,14 @@ def _read_all_but_last(
         return None
     _check(module, kwargs)
     past, start, states = cache.get_seq_length(), 0, []
-    for piece in pieces[:-1]:
-        output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
-        states.append(output.last_hidden_state)
-        start += piece
+    try:
+        for piece in pieces[:-1]:
+            output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
+            states.append(output.last_hidden_state)
+            start += piece
+    finally:
+        # Between the pieces all layers agree, but the call is not over.
+        cache.unfinished |= start > 0
     cache.states_of_chunks = states
     return (), _columns(kwargs, start, tokens, past)
 

@@ -58,9 +58,11 @@ class HookedCache(Cache):
         states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
         kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
         state_layers: the layers with a recurrent state.
+        unfinished: whether some layers have read tokens of a forward call that has not ended.
     """
 
     states_of_chunks: list[Tensor] | None = None
+    unfinished: bool = False
     #: The layer whose keys and values were the last to be sent to attention.
     _sent: Any = None
 
@@ -90,8 +92,12 @@ class HookedCache(Cache):
         """What the decoder does before it reads a call.
 
         Raises:
+            UsageError: if the call before this one failed half-way.
             ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
         """
+        self.check_finished()
+        # Of a call that failed there may be some left.
+        self.states_of_chunks = None
         wrap_again(self.model())
 
     @torch.compiler.disable
@@ -103,6 +109,15 @@ class HookedCache(Cache):
         """
         if self._sent is not None:
             check_arrival(self._sent)
+        self.unfinished = False
+
+    def check_finished(self) -> None:
+        """Raises `UsageError` if a call failed half-way, so that layers differ in what they have read."""
+        if self.unfinished:
+            raise UsageError(
+                "a forward call failed half-way, and only some layers of this cache have read its tokens; reset() the "
+                "cache, or make a new one, and read the whole text again"
+            )
 
     @torch.compiler.disable
     def update(
@@ -116,13 +131,23 @@ class HookedCache(Cache):
         if self._sent is not None:
             check_arrival(self._sent)
         sent = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._sent = self.layers[layer_idx]
+        self._sent, self.unfinished = self.layers[layer_idx], True
         return sent
 
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_conv_state`."""
+        self.unfinished = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_recurrent_state`."""
+        self.unfinished = True
+        return super().update_recurrent_state(*args, **kwargs)
+
     def reset(self) -> None:
-        """Empties the cache, which is then ready for another prompt."""
+        """Empties the cache, which is then ready for another prompt, also after a call that failed half-way."""
         super().reset()
-        self._sent = None
+        self.unfinished, self._sent = False, None
         for layer in self.kv_layers:
             forget_sent(layer)
 
@@ -279,7 +304,11 @@ class CompressedCache(HookedCache):
 
         Both share the memory of the keys and values held now, so a copy costs nothing until it grows (`kv_bytes` counts
         what is shared for each); recurrent states are copied. `copy.copy` and `copy.deepcopy` do the same.
+
+        Raises:
+            UsageError: if a call failed half-way.
         """
+        self.check_finished()
         model = self.model()
         layers: list[CompressedLayer] = []
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
@@ -301,9 +330,10 @@ class CompressedCache(HookedCache):
         A cache that evicts again is written with its settings and what the next cut will need.
 
         Raises:
-            UsageError: if there is nothing to write yet, or no file can be at `path`.
+            UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`.
             RunError: if the file cannot be written.
         """
+        self.check_finished()
         from evolkv.cache.files import write_cache
 
         write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids)
