@@ -197,6 +197,18 @@ def test_scores_and_logits_are_those_of_the_loop(model, budgets):
     assert isinstance(cache_in(output), CompressedCache)
 
 
+def test_attention_weights_are_those_of_the_prompt_or_refused():
+    model = tiny_model(attention="eager")
+    expected = model(tokens(1, 40), output_attentions=True).attentions
+    with compress(model, profile(model, DENSE)):
+        output = model(tokens(1, 40), output_attentions=True)
+        assert all(map(torch.equal, output.attentions, expected))
+        with pytest.raises(UsageError, match="output_attentions cannot be had of tokens that follow"):
+            model(tokens(1, 1), output_attentions=True, **{cache_keyword(model): cache_in(output)})
+        with pytest.raises(UsageError, match="output_attentions"):
+            model.generate(tokens(1, 40), output_attentions=True, return_dict_in_generate=True, **GREEDY)
+
+
 @pytest.mark.parametrize("budgets", [[400] * LAYERS, RAGGED], ids=["covering", "heads"])
 def test_stopping_works_as_ever(model, budgets):
     prompt = tokens(1, 40)

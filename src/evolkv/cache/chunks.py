@@ -40,6 +40,11 @@ def _read_all_but_last(
     if not hasattr(cache, "begin_call"):
         return None
     cache.begin_call()
+    if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
+        raise UsageError(
+            "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
+            "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
+        )
     chunk = cache.most_tokens
     if chunk is None:
         return None
@@ -81,10 +86,15 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
+def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for a further output, or else the model's config does."""
+    wanted = kwargs.get(name)
+    return bool(getattr(module.config, name, False) if wanted is None else wanted)
+
+
 def _check(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
-        wanted = kwargs.get(name)
-        if getattr(module.config, name, False) if wanted is None else wanted:
+        if _is_wanted(name, module, kwargs):
             raise UsageError(
                 f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
                 "token at a time); leave it out"
