@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.errors import ProfileError, UsageError
+from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.models.layers import continues_by_token
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
@@ -319,6 +319,107 @@ def test_model_is_restored_when_the_last_explicit_cache_goes():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_attention_chosen_while_a_cache_lives_is_used_and_stays():
+    model = tiny_model()
+    prompt, token = tokens(1, 40), tokens(1, 1)
+    cache, expected = (CompressedCache(model, profile(model, RAGGED)) for _ in range(2))
+    for each in (cache, expected):
+        model(prompt, cache=each)
+    logits = model(token, cache=expected).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(token, cache=cache).logits, logits, atol=1e-5, rtol=0)
+    assert cache.get_seq_length() == 41
+    assert model.config._attn_implementation == "evolkv_eager"
+    model.set_attn_implementation("sdpa")
+    another = CompressedCache(model, profile(model, RAGGED))
+    assert model.config._attn_implementation == "evolkv_sdpa"
+    model.set_attn_implementation("eager")
+    for each in (cache, expected, another):
+        each.release()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_cache_that_attention_does_not_know_is_noticed_in_the_same_call():
+    model = tiny_model()
+    chosen = profile(model, 8)
+    cache, other = (CompressedCache(model, chosen) for _ in range(2))
+    model(tokens(1, 40), cache=cache)
+    with pytest.raises(ModelError, match="made for another model"):
+        tiny_model()(tokens(1, 40), cache=other)
+    other.release()
+    cache.release()
+    with pytest.raises(ModelError, match="was released"):
+        model(tokens(1, 1), cache=cache)
+
+
+FAILING = pytest.mark.parametrize(
+    ("family", "settings", "at"),
+    [
+        ("llama", {}, 0),
+        ("llama", {}, 2),
+        ("gemma3", {"evict": "again"}, 1),
+        ("llama", {"prefill_chunk": 16}, 2),
+        # Its first layer has a state, and no keys and values.
+        ("bamba", {}, 3),
+        ("qwen3_next", {}, 1),
+    ],
+)
+
+
+@FAILING
+@pytest.mark.parametrize("holds_a_prompt", [False, True])
+def test_a_call_that_failed_half_way_is_not_gone_on_from(tmp_path, family, settings, at, holds_a_prompt):
+    model = tiny_model(family)
+    prompt, more = tokens(1, 40), tokens(1, 5, seed=1)
+    chosen = profile(model, 12)
+    expected = model(prompt, cache=CompressedCache(model, chosen, **settings)).logits
+    cache = CompressedCache(model, chosen, **settings)
+    if holds_a_prompt:
+        model(prompt, cache=cache)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    layer = model.model.layers[at]
+    handle = getattr(layer, "mlp" if hasattr(layer, "mlp") else "feed_forward").register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(more if holds_a_prompt else prompt, cache=cache)
+    handle.remove()
+    for go_on in (lambda: model(more, cache=cache), cache.copy, lambda: cache.save(tmp_path / "cache")):
+        with pytest.raises(UsageError, match="failed half-way"):
+            go_on()
+    cache.reset()
+    assert torch.equal(model(prompt, cache=cache).logits, expected)
+
+
+def test_a_call_that_failed_between_two_chunks_is_not_gone_on_from():
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 12), prefill_chunk=16)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+
+    handle = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(1, 40), cache=cache)
+    handle.remove()
+    with pytest.raises(UsageError, match="failed half-way"):
+        model(tokens(1, 40), cache=cache)
+
+
+def test_a_call_that_was_refused_before_any_layer_leaves_the_cache_as_it_was():
+    model = tiny_model()
+    cache, expected = (CompressedCache(model, profile(model, 12)) for _ in range(2))
+    for each in (cache, expected):
+        model(tokens(1, 40), cache=each)
+    with pytest.raises(UsageError, match="holds 1 sequences"):
+        model(tokens(2, 1), cache=cache)
+    assert torch.equal(model(tokens(1, 1), cache=cache).logits, model(tokens(1, 1), cache=expected).logits)
+
+
 def test_cache_does_not_keep_its_model_alive():
     model = tiny_model()
     reference = weakref.ref(model)
@@ -347,6 +448,19 @@ def test_plain_cache_and_no_cache_work_as_before_inside_the_block():
     assert no_cache.cache is None
     torch.testing.assert_close(no_cache.logits[:, -1], expected[:, 0])
     assert type(more.cache) is DynamicCache
+
+
+def test_arguments_by_position_are_those_by_name():
+    model = tiny_model()
+    prompt, mask = tokens(1, 40), torch.ones(1, 40, dtype=torch.long)
+    with compress(model, profile(model, 8)):
+        expected = model(prompt, attention_mask=mask)
+        found = model(prompt, mask, None, None)
+        own = CompressedCache(model, profile(model, 20))
+        assert model(prompt, mask, None, own).cache is own
+    assert type(found.cache) is CompressedCache
+    assert found.cache.kv_bytes == expected.cache.kv_bytes < own.kv_bytes
+    assert torch.equal(found.logits, expected.logits)
 
 
 def test_static_cache_is_refused_clearly():

@@ -107,6 +107,24 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
         assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
 
 
+def test_nothing_is_shared_with_a_prefill_that_failed():
+    model = tiny_model()
+    chosen = get_selector({"name": "snapkv", "window": 4})
+    first, second, third = (tokens(1, 90) for _ in range(3))
+    second[:, 40:], third[:, 60:] = tokens(1, 50, seed=8), tokens(1, 30, seed=9)
+    prefill = Prefiller(model, [chosen])
+    prefill(first)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        prefill(second)
+    handle.remove()
+    assert torch.equal(prefill(third).next_logits, Prefiller(model, [chosen])(third).next_logits)
+
+
 def test_greedy_stops_as_soon_as_every_row_has_ended():
     model = tiny_model()
     prompt = tokens(1, 30)

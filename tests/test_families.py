@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
@@ -91,6 +94,20 @@ _REFUSED = {
         "different numbers of channels",
     ),
     "minimax": ("MiniMaxForCausalLM", "MiniMaxConfig", {"num_local_experts": 2}, "a cache class of its own"),
+    "diffllama": ("DiffLlamaForCausalLM", "DiffLlamaConfig", {}, "attends twice"),
+    "doge": ("DogeForCausalLM", "DogeConfig", {}, "masks tokens by the values"),
+    "mimo_v2_flash": (
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2FlashConfig",
+        {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "v_head_dim": 16},
+        "different numbers of KV heads",
+    ),
+    "mllama_text_model": (
+        "MllamaForCausalLM",
+        "MllamaTextConfig",
+        {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "cross-attention",
+    ),
 }
 
 
@@ -113,6 +130,48 @@ def test_keys_that_never_reach_attention_are_noticed_at_the_next_token():
     cache.update(keys, keys, 0)
     with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
         cache.update(keys, keys, 0)
+
+
+def test_keys_of_the_only_layer_that_never_reach_attention_are_noticed_in_the_same_call():
+    model = tiny_model(num_hidden_layers=1)
+    cache = CompressedCache(model, "snapkv:window=4", 8)
+    layer = model.model.layers[0].self_attn
+    layer.config = copy.copy(layer.config)
+    layer.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
+        model(tokens(1, 20), **cache.as_argument)
+
+
+def test_values_that_reach_attention_changed_or_twice_are_noticed_at_once():
+    model = tiny_model()
+    cache = CompressedCache(model, "snapkv:window=4", 8)
+    attend, module = ALL_ATTENTION_FUNCTIONS["evolkv_sdpa"], model.model.layers[0].self_attn
+    keys = torch.randn(1, KV_HEADS, 5, HEAD_DIM)
+    keys, values = cache.update(keys, keys, 0)
+    with pytest.raises(ModelError, match="changes its values"):
+        attend(module, keys, keys, values * 2, None)
+    attend(module, keys, keys, values, None)
+    with pytest.raises(ModelError, match="more than once"):
+        attend(module, keys, keys, values, None)
+
+
+def test_heads_that_the_config_does_not_know_of_are_noticed_at_once():
+    cache = CompressedCache(tiny_model(), "snapkv:window=4", 8)
+    keys = torch.randn(1, 2 * KV_HEADS, 5, HEAD_DIM)
+    with pytest.raises(ModelError, match=f"{2 * KV_HEADS} KV heads where its model's config says {KV_HEADS}"):
+        cache.update(keys, keys, 0)
+
+
+def test_a_mask_given_by_name_is_the_mask():
+    model = transformers.AfmoeForCausalLM(
+        transformers.AfmoeConfig(**_SIZES, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
+    )
+    _, prompt, mask = padded([40, 25], "left")
+    with torch.no_grad():
+        model.eval()
+        expected, _ = run(model, prompt, mask)
+        found, _ = run(model, prompt, mask, CompressedCache(model, BudgetProfile.uniform(model, 40)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_biases_by_position_are_refused_where_they_would_be_left_out():

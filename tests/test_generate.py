@@ -197,6 +197,18 @@ def test_scores_and_logits_are_those_of_the_loop(model, budgets):
     assert isinstance(cache_in(output), CompressedCache)
 
 
+def test_attention_weights_are_those_of_the_prompt_or_refused():
+    model = tiny_model(attention="eager")
+    expected = model(tokens(1, 40), output_attentions=True).attentions
+    with compress(model, profile(model, DENSE)):
+        output = model(tokens(1, 40), output_attentions=True)
+        assert all(map(torch.equal, output.attentions, expected))
+        with pytest.raises(UsageError, match="output_attentions cannot be had of tokens that follow"):
+            model(tokens(1, 1), output_attentions=True, **{cache_keyword(model): cache_in(output)})
+        with pytest.raises(UsageError, match="output_attentions"):
+            model.generate(tokens(1, 40), output_attentions=True, return_dict_in_generate=True, **GREEDY)
+
+
 @pytest.mark.parametrize("budgets", [[400] * LAYERS, RAGGED], ids=["covering", "heads"])
 def test_stopping_works_as_ever(model, budgets):
     prompt = tokens(1, 40)
@@ -316,6 +328,15 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="cannot go on from a cache"):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)
+
+
+def test_a_call_after_refused_assistance_is_a_prompt_without_drafts(model):
+    expected, cache = (CompressedCache(model, profile(model, RAGGED)) for _ in range(2))
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(tokens(2, 40), **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    logits = model(tokens(2, 40), **expected.as_argument).logits
+    assert torch.equal(model(tokens(2, 40), **cache.as_argument).logits, logits)
+    assert cache.kv_bytes == expected.kv_bytes
 
 
 # What else a prompt can look like.

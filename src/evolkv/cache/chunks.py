@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evolkv.errors import UsageError
-from evolkv.models.forward import given_cache
+from evolkv.models.forward import by_name, given_cache
 
 # What has a column for each new token in its last dimension but so many.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
@@ -19,7 +18,7 @@ def hook_chunks(decoder: nn.Module) -> list[Any]:
     """Has a decoder read calls piece by piece where their cache wants it; returns the handles to remove.
 
     A cache wants it if its ``most_tokens`` is a number. The output is that of one call: the last hidden state of every
-    token.
+    token. Caches of ours are told where a call begins and ends.
     """
     return [
         decoder.register_forward_pre_hook(_read_all_but_last, with_kwargs=True),
@@ -36,31 +35,43 @@ def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
 def _read_all_but_last(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if args:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(module, args, kwargs)
     cache = given_cache(kwargs)[1]
-    chunk = getattr(cache, "most_tokens", None)
+    if not hasattr(cache, "begin_call"):
+        return None
+    cache.begin_call()
+    if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
+        raise UsageError(
+            "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
+            "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
+        )
+    chunk = cache.most_tokens
     if chunk is None:
         return None
-    cache.states_of_chunks = None
     tokens = _num_tokens(kwargs)
     pieces = lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
         return None
     _check(module, kwargs)
     past, start, states = cache.get_seq_length(), 0, []
-    for piece in pieces[:-1]:
-        output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
-        states.append(output.last_hidden_state)
-        start += piece
+    try:
+        for piece in pieces[:-1]:
+            output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
+            states.append(output.last_hidden_state)
+            start += piece
+    finally:
+        # Between the pieces all layers agree, but the call is not over.
+        cache.unfinished |= start > 0
     cache.states_of_chunks = states
     return (), _columns(kwargs, start, tokens, past)
 
 
 def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = given_cache(kwargs)[1]
-    states = getattr(cache, "states_of_chunks", None)
+    cache = given_cache(by_name(module, args, kwargs))[1]
+    if not hasattr(cache, "end_call"):
+        return None
+    cache.end_call()
+    states = cache.states_of_chunks
     if not states:
         return None
     cache.states_of_chunks = None
@@ -75,10 +86,15 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
+def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for a further output, or else the model's config does."""
+    wanted = kwargs.get(name)
+    return bool(getattr(module.config, name, False) if wanted is None else wanted)
+
+
 def _check(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
-        wanted = kwargs.get(name)
-        if getattr(module.config, name, False) if wanted is None else wanted:
+        if _is_wanted(name, module, kwargs):
             raise UsageError(
                 f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
                 "token at a time); leave it out"

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evolkv.cache.adaptive import AdaptiveLayer
-from evolkv.cache.hook import attach
+from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.forward import by_name, cache_keyword, given_cache
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
@@ -58,9 +58,13 @@ class HookedCache(Cache):
         states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
         kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
         state_layers: the layers with a recurrent state.
+        unfinished: whether some layers have read tokens of a forward call that has not ended.
     """
 
     states_of_chunks: list[Tensor] | None = None
+    unfinished: bool = False
+    #: The layer whose keys and values were the last to be sent to attention.
+    _sent: Any = None
 
     def __init__(self, model: PreTrainedModel, kv_layers: list[Any], states: Sequence[StateLayer] | None = None):
         self.kv_layers: list[Any] = kv_layers
@@ -82,6 +86,70 @@ class HookedCache(Cache):
         if model is None:
             raise UsageError("the model that this cache is for has been deleted; keep it for as long as the cache")
         return model
+
+    @torch.compiler.disable
+    def begin_call(self) -> None:
+        """What the decoder does before it reads a call.
+
+        Raises:
+            UsageError: if the call before this one failed half-way.
+            ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
+        """
+        self.check_finished()
+        # Of a call that failed there may be some left.
+        self.states_of_chunks = None
+        wrap_again(self.model())
+
+    @torch.compiler.disable
+    def end_call(self) -> None:
+        """What the decoder does after it has read a call.
+
+        Raises:
+            ModelError: if keys and values did not reach attention.
+        """
+        if self._sent is not None:
+            check_arrival(self._sent)
+        self.unfinished = False
+
+    def check_finished(self) -> None:
+        """Raises `UsageError` if a call failed half-way, so that layers differ in what they have read."""
+        if self.unfinished:
+            raise UsageError(
+                "a forward call failed half-way, and only some layers of this cache have read its tokens; reset() the "
+                "cache, or make a new one, and read the whole text again"
+            )
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values on to attention, for a layer.
+
+        Raises:
+            ModelError: if those of the layer before did not get there.
+        """
+        if self._sent is not None:
+            check_arrival(self._sent)
+        sent = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._sent, self.unfinished = self.layers[layer_idx], True
+        return sent
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_conv_state`."""
+        self.unfinished = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_recurrent_state`."""
+        self.unfinished = True
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Empties the cache, which is then ready for another prompt, also after a call that failed half-way."""
+        super().reset()
+        self.unfinished, self._sent = False, None
+        for layer in self.kv_layers:
+            forget_sent(layer)
 
     @property
     def as_argument(self) -> dict[str, Any]:
@@ -236,7 +304,11 @@ class CompressedCache(HookedCache):
 
         Both share the memory of the keys and values held now, so a copy costs nothing until it grows (`kv_bytes` counts
         what is shared for each); recurrent states are copied. `copy.copy` and `copy.deepcopy` do the same.
+
+        Raises:
+            UsageError: if a call failed half-way.
         """
+        self.check_finished()
         model = self.model()
         layers: list[CompressedLayer] = []
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
@@ -258,9 +330,10 @@ class CompressedCache(HookedCache):
         A cache that evicts again is written with its settings and what the next cut will need.
 
         Raises:
-            UsageError: if there is nothing to write yet, or no file can be at `path`.
+            UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`.
             RunError: if the file cannot be written.
         """
+        self.check_finished()
         from evolkv.cache.files import write_cache
 
         write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids)
@@ -321,10 +394,12 @@ class CompressedCache(HookedCache):
             if cache is not None and drafting is not cache:
                 return
             handle.remove()
-            if cache is not None:
+            kept = kwargs.get("logits_to_keep")
+            # A call that is not generate's has no drafts: generate may have failed before its first.
+            if cache is not None and isinstance(kept, int) and kept > 1:
                 for layer in cache.kv_layers:
                     # transformers wants logits of the last prompt token and of each draft.
-                    layer.drafted = kwargs["logits_to_keep"] - 1
+                    layer.drafted = kept - 1
 
         handle = self.model().register_forward_pre_hook(find_drafted, with_kwargs=True)
 
@@ -539,6 +614,7 @@ def compress(
     make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        kwargs = by_name(module, args, kwargs)
         name, given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -560,7 +636,7 @@ def compress(
             )
         kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
         kwargs["use_cache"] = True
-        return args, kwargs
+        return (), kwargs
 
     detach = attach(model)
     # First in line: of nested blocks the innermost one must be the first to bring its cache.

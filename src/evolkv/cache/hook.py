@@ -51,22 +51,34 @@ class AttendingLayer(Protocol):
         ...
 
 
-def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
-    """Marks `key` as coming from `layer`, for the attention call that follows.
+def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tensor]:
+    """Marks keys and values as coming from `layer`, for the attention call that follows.
 
     Raises:
         ModelError: if the keys that were marked before never got there, and so were not stored.
     """
+    check_arrival(layer)
+    setattr(layer, _ON_THE_WAY, True)
+    # Fresh views: the caller's own tensors must stay unmarked.
+    key, value = key.view_as(key), value.view_as(value)
+    setattr(key, _LAYER, layer)
+    setattr(value, _LAYER, layer)
+    return key, value
+
+
+def check_arrival(layer: AttendingLayer) -> None:
+    """Raises `ModelError` if keys and values of the layer went to attention, and never got there."""
     if getattr(layer, _ON_THE_WAY, False):
         raise ModelError(
-            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, "
-            "so that they cannot be compressed; EvolKV needs keys that go to attention as the cache returned them"
+            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, so "
+            "that they cannot be compressed (or the cache was released, or made for another model); EvolKV needs keys "
+            "that go to attention as the cache returned them"
         )
-    setattr(layer, _ON_THE_WAY, True)
-    # A fresh view: the caller's own tensor must stay unmarked.
-    key = key.view_as(key)
-    setattr(key, _LAYER, layer)
-    return key
+
+
+def forget_sent(layer: AttendingLayer) -> None:
+    """Expects no keys and values of the layer to reach attention any more."""
+    setattr(layer, _ON_THE_WAY, False)
 
 
 def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
@@ -125,14 +137,22 @@ def _flash_attention(
 
 
 def _attention(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    # The mask has transformers' name for it, since some models give it by that.
     own = _own_attention(module, name)
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
-        return own(module, query, key, value, mask, **kwargs)
+        return own(module, query, key, value, attention_mask, **kwargs)
+    expected = getattr(layer, _ON_THE_WAY, False) and getattr(value, _LAYER, None) is layer
+    if not expected:
+        raise ModelError(
+            f"{type(module).__name__} changes its values between cache and attention, or attends to them more than "
+            "once for each token, so that they cannot be compressed; EvolKV needs keys and values that go to attention "
+            "once, as the cache returned them"
+        )
     setattr(layer, _ON_THE_WAY, False)
-    return layer.attend(own, module, query, key, value, mask, **kwargs)
+    return layer.attend(own, module, query, key, value, attention_mask, **kwargs)
 
 
 def _mask(name: str, **kwargs: Any) -> Any:
@@ -202,23 +222,36 @@ class _Attachment:
 
     def __init__(self, model: PreTrainedModel):
         self.users = 0
-        self.own = [(config, config._attn_implementation) for config in _decoder_configs(model)]
-        self.handles: list[Any] = []
-
-    def install(self, model: PreTrainedModel) -> None:
+        self.own = [(config, str(config._attn_implementation)) for config in _decoder_configs(model)]
+        self.wrap()
         self.handles = hook_chunks(model.get_decoder())
-        for config, name in self.own:
+
+    def wrap(self) -> None:
+        """Has the configs name our implementation for the one that they name now.
+
+        Raises:
+            ModelError: if it cannot be wrapped.
+        """
+        names = [str(config._attn_implementation) for config, _ in self.own]
+        chosen = [(at, name) for at, name in enumerate(names) if not name.startswith(_PREFIX)]
+        for _, name in chosen:
+            _check_implementation(name)
+        for at, name in chosen:
             wrapped = _PREFIX + name
             if wrapped not in ALL_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(wrapped, functools.partial(_attention, name))
                 AttentionMaskInterface.register(wrapped, functools.partial(_mask, name))
+            config, _ = self.own[at]
             config._attn_implementation_internal = wrapped
+            self.own[at] = (config, name)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         for config, name in self.own:
-            config._attn_implementation_internal = name
+            # Another may have been chosen meanwhile.
+            if str(config._attn_implementation).startswith(_PREFIX):
+                config._attn_implementation_internal = name
 
 
 def own_attention(model: PreTrainedModel) -> str:
@@ -246,6 +279,18 @@ _attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.
 _lock = threading.RLock()
 
 
+def wrap_again(model: PreTrainedModel) -> None:
+    """Wraps what `set_attn_implementation` has chosen since the hook was installed, if it did.
+
+    Raises:
+        ModelError: if it cannot be wrapped.
+    """
+    with _lock:
+        attachment = _attachments.get(model)
+        if attachment is not None:
+            attachment.wrap()
+
+
 def attach(model: PreTrainedModel) -> Callable[[], None]:
     """Installs the hook; the model is restored when every caller has called what is returned.
 
@@ -255,11 +300,9 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
     with _lock:
         attachment = _attachments.get(model)
         if attachment is None:
-            attachment = _Attachment(model)
-            for _, name in attachment.own:
-                _check_implementation(str(name))
-            attachment.install(model)
-            _attachments[model] = attachment
+            attachment = _attachments[model] = _Attachment(model)
+        else:
+            attachment.wrap()
         attachment.users += 1
     # The model may be gone before its last cache is; a weak reference lets it.
     reference = weakref.ref(model)

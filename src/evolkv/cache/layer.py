@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from evolkv.cache.hook import Attention, boolean_mask, hides_nothing, padding_of, tag
 from evolkv.cache.math import attention, check_plain_logits, extra_term, fold_sinks, scaling_of, sinks_of
-from evolkv.errors import RunError, UsageError
+from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Entries above which copying a row costs more than attending to it apart from others of its length.
@@ -274,6 +274,11 @@ class CompressedLayer(CacheLayerMixin):
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
+        if key_states.shape[1] != self.num_kv_heads:
+            raise ModelError(
+                f"a layer brings keys of {key_states.shape[1]} KV heads where its model's config says "
+                f"{self.num_kv_heads}; EvolKV needs the number that the config says, the same in every layer"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif len(key_states) != self.batch:
@@ -281,7 +286,7 @@ class CompressedLayer(CacheLayerMixin):
                 f"the cache holds {self.batch} sequences, but this call brings {len(key_states)}; for several beams, "
                 "returned sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
             )
-        return tag(key_states, self), value_states
+        return tag(key_states, value_states, self)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far (padding included), held or not."""

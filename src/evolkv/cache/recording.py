@@ -54,7 +54,7 @@ class RecordingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, and marks the keys for `attend`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return tag(keys, self), values
+        return tag(keys, values, self)
 
     def attend(
         self,

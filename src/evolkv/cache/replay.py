@@ -124,7 +124,7 @@ class ReplayLayer(CacheLayerMixin):
         """Appends each row's new tokens, ``[rows, kv_heads, new, dim]``."""
         self.new_keys = torch.cat([self.new_keys, key_states.transpose(0, 1)], dim=2)
         self.new_values = torch.cat([self.new_values, value_states.transpose(0, 1)], dim=2)
-        return tag(key_states, self), value_states
+        return tag(key_states, value_states, self)
 
     def get_seq_length(self) -> int:
         """Tokens seen by the rows of the longest prompt."""

@@ -100,6 +100,8 @@ class Prefiller:
         if self._cache is None or shared == 0:
             self._cache = RecordingCache(self.model, self.selectors, self.observers)
             shared = 0
+        # If this fails, nobody knows what the cache holds.
+        self._last = []
         self._cache.cut(shared)
         with torch.inference_mode():
             output = self.model(

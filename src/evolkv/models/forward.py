@@ -31,6 +31,14 @@ def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
     return name, None if name is None else kwargs[name]
 
 
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward call, those given by position too, under the names that the module has for them."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def cache_in(output: Any) -> Any:
     """The cache that a model's output holds."""
     return getattr(output, _NAMES[0] if hasattr(output, _NAMES[0]) else _NAMES[1])

@@ -24,6 +24,15 @@ from evolkv.errors import ModelError
 
 # What a modelling file that goes through transformers' attention interface has in its namespace.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Model types whose wiring no config tells, and what of it a compressed cache cannot give.
+_WIRED_OTHERWISE = {
+    "diffllama": "attends twice to what a layer holds, with other values each time; EvolKV needs one attention a layer",
+    "doge": "masks tokens by the values that a layer holds of all of them; EvolKV needs masks that no value decides",
+    "mimo_v2_flash": "has layers with different numbers of KV heads: sliding ones have twice as many as full ones; "
+    "EvolKV needs the same number in every layer",
+    "mllama_text_model": "has cross-attention layers, which read an image's keys and values back from the cache; "
+    "EvolKV needs self-attention in every layer",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def refuse(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} is an encoder-decoder; EvolKV needs a decoder-only language model")
     text = config.get_text_config(decoder=True)
     kind = f"model type {text.model_type!r}"
+    if text.model_type in _WIRED_OTHERWISE:
+        raise ModelError(f"{kind} {_WIRED_OTHERWISE[text.model_type]}")
     if getattr(text, "kv_lora_rank", None):
         raise ModelError(
             f"{kind} has latent attention: it keeps one vector per token, from which the keys and values of all heads "
