@@ -230,6 +230,9 @@ class CompressedLayer(CacheLayerMixin):
         self.appended = 0
         #: Tokens at the end of the first call that come after the prompt: drafts of assisted decoding.
         self.drafted = 0
+        #: Which columns after the prompt are real tokens, ``[batch, appended]``; None where all are. Replaced, never
+        #: written to: copies of the layer share it.
+        self.real: Tensor | None = None
         self.record_past = False
         #: Where the rows lie, for the kernels: a `RowTable`.
         self._table: Any = None
@@ -262,7 +265,15 @@ class CompressedLayer(CacheLayerMixin):
     def real_tokens(self) -> Tensor:
         """Which tokens seen are no padding, ``[batch, tokens]``; of the prompt only how many, as if padded in front."""
         padding = self.prompt_width - torch.tensor(self.prompt_lengths, device=self.device)
-        return torch.arange(self.get_seq_length(), device=self.device) >= padding[:, None]
+        found = torch.arange(self.get_seq_length(), device=self.device) >= padding[:, None]
+        if self.real is not None:
+            found[:, self.prompt_width :] = self.real
+        return found
+
+    def note_padding(self, real: Tensor) -> None:
+        """Says which tokens after the prompt, ``[batch, appended]``, are real; those known as padding stay padding."""
+        real = real.to(self.device) & self.real_tokens()[:, self.prompt_width :]
+        self.real = None if bool(real.all()) else real
 
     # What transformers asks of a cache layer.
 
@@ -323,6 +334,8 @@ class CompressedLayer(CacheLayerMixin):
         for group in self.groups:
             group.keep_entries(slice(None, -count))
         self.appended -= count
+        if self.real is not None:
+            self.real = self.real[:, : self.appended]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
@@ -346,6 +359,8 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_lengths = [self.prompt_lengths[sequence] for sequence in order]
         if self.budgets.ndim == 2:
             self.budgets = self.budgets[order]
+        if self.real is not None:
+            self.real = self.real[sequences.to(self.real.device)]
 
     def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
         """A layer that holds the same, in the same memory until either grows.
@@ -413,6 +428,7 @@ class CompressedLayer(CacheLayerMixin):
             )
             self.store_prompt(prompt, padding_of(mask))
             return output
+        self._note_columns(self._real_columns(mask, key.shape[2]), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def _attend_drafted(
@@ -559,6 +575,21 @@ class CompressedLayer(CacheLayerMixin):
         self._drop_out_of_window()
         return output
 
+    def _real_columns(self, mask: Any, new: int) -> Tensor | None:
+        """Which of a call's tokens are real, ``[batch, new]``; None where all are."""
+        padding = padding_of(mask) if new > 1 else None
+        if padding is None:
+            return None
+        columns = padding[:, -new:].bool()
+        return None if bool(columns.all()) else columns
+
+    def _note_columns(self, real: Tensor | None, new: int) -> None:
+        if real is None and self.real is None:
+            return
+        before = self.real if self.real is not None else torch.ones(self.batch, self.appended, dtype=torch.bool)
+        now = torch.ones(self.batch, new, dtype=torch.bool) if real is None else real
+        self.real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
+
     def _row_order(self) -> RowOrder:
         rows = [group.rows for group in self.groups]
         return torch.cat(rows), [part.shape[0] for part in rows]
@@ -687,7 +718,10 @@ class CompressedLayer(CacheLayerMixin):
             asking = group.positions[:, -queries:, None]
             inside = group.positions[:, None] > asking - self.sliding_window
             shown = inside if shown is None else shown & inside
-        return shown
+        if shown is None or self.real is None:
+            return shown
+        # Padding that sees nothing would come out as no number, and spoil what it is multiplied with.
+        return shown | ~shown.any(dim=-1, keepdim=True)
 
 
 def _kernels(query: Tensor) -> ModuleType | None:
