@@ -104,8 +104,9 @@ class RowGroup:
         """
         held, new = self.keys.shape[1], keys.shape[1]
         # Nothing is written in place that a gradient may be asked for.
-        if keys.requires_grad or not self._has_room(new):
-            if self.keys.nbytes < _WORTH_ROOM or keys.requires_grad:
+        graph = keys.requires_grad or (self.keys.requires_grad and torch.is_grad_enabled())
+        if graph or not self._has_room(new):
+            if self.keys.nbytes < _WORTH_ROOM or graph:
                 self._reserved, self._start = None, 0
                 self.keys, self.values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
                 return
@@ -461,13 +462,16 @@ class CompressedLayer(CacheLayerMixin):
             prompt: the layer's attention inputs for the (padded) prompts.
             padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
         """
-        with torch.no_grad():
-            if padding is None or bool(padding.all()):
-                self._store(prompt.key, prompt.value, self._rank(prompt))
-            else:
-                real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+        # Which entries are kept has no gradient; what they hold may have one.
+        if padding is None or bool(padding.all()):
+            with torch.no_grad():
+                ranking = self._rank(prompt)
+            self._store(prompt.key, prompt.value, ranking)
+        else:
+            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+            with torch.no_grad():
                 rankings = [self._rank(one_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
-                self._store_padded(prompt.key, prompt.value, rankings, real)
+            self._store_padded(prompt.key, prompt.value, rankings, real)
 
     def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
         """Keeps one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.

@@ -177,21 +177,19 @@ class ReevictingLayer(CompressedLayer):
         self._cutting = first or self._cuts_after(key.shape[2])
         if first:
             output = own(module, query, key, value, mask, **kwargs)
-            with torch.no_grad():
-                self._take(key, value, real)
+            self._take(key, value, real)
         else:
             self._note_columns(real, key.shape[2])
             output = self._decode(own, module, query, key, value, mask, **kwargs)
-        with torch.no_grad():
-            self._remember(query, real)
-            if self._cutting:
-                logits = {
-                    "scaling": scaling_of(query, kwargs),
-                    "softcap": kwargs.get("softcap"),
-                    "sinks": sinks_of(kwargs),
-                }
-                self._cut(logits, first)
-                self._cutting = False
+        self._remember(query, real)
+        if self._cutting:
+            logits = {
+                "scaling": scaling_of(query, kwargs),
+                "softcap": kwargs.get("softcap"),
+                "sinks": sinks_of(kwargs),
+            }
+            self._cut(logits, first)
+            self._cutting = False
         return output
 
     def _cuts_after(self, new: int) -> bool:
@@ -247,6 +245,9 @@ class ReevictingLayer(CompressedLayer):
         none = torch.empty((batch * heads, 0), dtype=torch.int32, device=key.device)
         self.groups = [RowGroup(rows, key.flatten(0, 1), value.flatten(0, 1), none)]
 
+    # Which entries are kept has no gradient; what they hold may have one.
+
+    @torch.no_grad()
     def _remember(self, query: Tensor, real: Tensor | None) -> None:
         """Keeps the queries that the next cut will need."""
         wanted, new = self.selector.observed_queries, query.shape[2]
@@ -315,6 +316,7 @@ class ReevictingLayer(CompressedLayer):
         budgets = np.broadcast_to(self.budgets, (self.batch, self.num_kv_heads)).reshape(-1)
         return np.minimum(budgets, held)
 
+    @torch.no_grad()
     def _ranked(
         self,
         places: list[tuple[RowGroup, int]],
