@@ -23,7 +23,7 @@ from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.forward import cache_keyword, given_cache, input_device
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
@@ -191,8 +191,8 @@ class CompressedCache(HookedCache):
             ProfileError, ModelError, UsageError: as for the class.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        ids = input_ids.to(model.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(model.device)
+        ids = input_ids.to(input_device(model))
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
         # The decoder alone, which computes no logits.

@@ -31,6 +31,7 @@ from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, empty_states
 from evolkv.errors import CacheFileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, sliding_windows
+from evolkv.models.forward import input_device
 from evolkv.selectors import Selector, get_selector
 from evolkv.whole_files import write_with
 
@@ -216,7 +217,7 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
 
 
 def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCache:
-    """Reads a file, tensor by tensor, onto the model's device, and checks it.
+    """Reads a file, tensor by tensor, onto the device that the model's ids go to, and checks it.
 
     Raises:
         CacheFileError: if it is missing, no such file, damaged, of another version, or made with another model.
@@ -244,7 +245,7 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
     if not path.is_file():
         raise CacheFileError("no such file; expected a cache written by CompressedCache.save")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
+        with safe_open(path, framework="pt", device=str(input_device(model))) as file:
             description = _description(file.metadata() or {})
             info = describe_model(model)
             _check_model(description.model, _model(model, info))

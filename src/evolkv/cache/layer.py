@@ -96,6 +96,10 @@ class RowGroup:
         keys, values = self._reserved or (self.keys, self.values)
         return keys.nbytes + values.nbytes
 
+    def to(self, device: torch.device) -> RowGroup:
+        """The same rows on a device."""
+        return RowGroup(self.rows.to(device), self.keys.to(device), self.values.to(device), self.positions.to(device))
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds entries ``[group, new, dim]`` behind those held, in reserved room as far as there is any.
 
@@ -293,7 +297,16 @@ class CompressedLayer(CacheLayerMixin):
                 f"the cache holds {self.batch} sequences, but this call brings {len(key_states)}; for several beams, "
                 "returned sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
             )
+        elif key_states.device != self.device:
+            # What was loaded is on one device, the model's layers perhaps on several.
+            self.move(key_states.device)
         return tag(key_states, self), value_states
+
+    def move(self, device: torch.device) -> None:
+        """Holds everything on another device."""
+        self.groups = [group.to(device) for group in self.groups]
+        self.real = None if self.real is None else self.real.to(device)
+        self.device, self._table = device, None
 
     def get_seq_length(self) -> int:
         """Tokens seen so far (padding included), held or not."""

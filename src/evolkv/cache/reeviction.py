@@ -112,6 +112,12 @@ class ReevictingLayer(CompressedLayer):
         if not self.reeviction.after_prompt:
             self.queries, self.received = [], []
 
+    def move(self, device: torch.device) -> None:
+        """See `CompressedLayer.move`."""
+        super().move(device)
+        self.queries = [queries.to(device) for queries in self.queries]
+        self.received = [received.to(device) for received in self.received]
+
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Positions held for one row, of the tokens up to the last cut, ascending, ``[entries]`` int64."""
         positions = super().kept_positions(sequence, head)

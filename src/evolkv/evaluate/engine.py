@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
 from evolkv.models import describe_model
+from evolkv.models.forward import input_device
 from evolkv.tasks import Example, encode_prompt
 from evolkv.tasks.metrics import get_metric
 
@@ -79,7 +80,7 @@ def encode_prompts(tokenizer: Any, model: PreTrainedModel, examples: Sequence[Ex
                 f"example {example.id}: the prompt has {length} tokens, more than the model's context of "
                 f"{max_context}; use a shorter context or a model with a longer one"
             )
-        prompts.append(ids.to(model.device))
+        prompts.append(ids.to(input_device(model)))
     return prompts
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 _NAMES = ("cache", "past_key_values")
@@ -29,6 +30,15 @@ def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
     if name is None:
         name = next((name for name in _NAMES if name in kwargs), None)
     return name, None if name is None else kwargs[name]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: where its embeddings are, or are brought to if accelerate offloads them."""
+    place: torch.device = model.device
+    if place.type != "meta":
+        return place
+    execution = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if execution is None else execution)
 
 
 def cache_in(output: Any) -> Any:
