@@ -42,7 +42,10 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
         return rotary_of(held, index)
 
     places, _ = cached_layers(model)
-    return [LayerContext(row, functools.partial(rotary, place.index), memory) for row, place in enumerate(places)]
+    return [
+        LayerContext(row, functools.partial(rotary, place.index), memory, last=row == len(places) - 1)
+        for row, place in enumerate(places)
+    ]
 
 
 class HookedCache(Cache):

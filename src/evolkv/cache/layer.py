@@ -441,6 +441,8 @@ class CompressedLayer(CacheLayerMixin):
                 sinks=sinks_of(kwargs),
             )
             self.store_prompt(prompt, padding_of(mask))
+            if self.context is not None:
+                self.context.leave()
             return output
         self._note_columns(self._real_columns(mask, key.shape[2]), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
