@@ -237,6 +237,33 @@ def test_padding_of_a_later_turn_is_not_read_when_going_on(tmp_path, family, eve
         torch.testing.assert_close(together[0][:, i : i + 1], turn(model, alone, QUESTION, 2)[0], atol=1e-4, rtol=0)
 
 
+@HOW
+@pytest.mark.parametrize("selector", SELECTORS, ids=str)
+@pytest.mark.parametrize("window", [None, 200], ids=["full", "sliding"])
+def test_rows_that_ended_before_others_go_on_evicting_as_if_alone(settings, selector, window):
+    # A cut in the middle of the padding would take it for text.
+    settings = {**settings, "prefill_chunk": None, "evict_every": settings.get("evict_every") and 50}
+    model = tiny_model("llama") if window is None else tiny_model("mistral", sliding_window=window)
+    prompts, question, more = tokens(2, 40), tokens(2, 5, seed=9), tokens(2, 9, seed=8)
+    plain = {"do_sample": False, "max_new_tokens": 12}
+    profile = BudgetProfile.from_budgets(model, RAGGED, selector)
+    told = model.generate(
+        **CompressedCache.prefill(model, profile, prompts, **settings).followed_by(question), eos_token_id=None, **plain
+    )
+    end = int(told[0, 47])
+    assert end not in told[1, 45:]
+
+    def conversation(rows):
+        cache = CompressedCache.prefill(model, profile, prompts[rows], **settings)
+        cache.input_ids = model.generate(**cache.followed_by(question[rows]), eos_token_id=end, pad_token_id=0, **plain)
+        return [turn(model, cache, text[rows], 4)[0] for text in (more, question)]
+
+    together = conversation(slice(0, 2))
+    for i in range(2):
+        for found, expected in zip(together, conversation(slice(i, i + 1)), strict=True):
+            torch.testing.assert_close(found[:, i : i + 1], expected, atol=1e-4, rtol=0)
+
+
 # Files that cannot be used.
 
 

@@ -240,6 +240,22 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         prefilled(model, RAGGED).save(tmp_path / "file" / "a")
 
 
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 16, "evict_every": 50}], ids=["once", "again"])
+def test_what_was_loaded_goes_where_its_layer_computes(tmp_path, settings):
+    model = tiny_model("gemma3")
+    _, batch, mask = padded((40, 33), "left")
+    chosen = BudgetProfile.from_budgets(model, RAGGED, {"name": "h2o", "window": 4})
+    CompressedCache.prefill(model, chosen, batch, mask, **settings).save(tmp_path / "a.cache")
+    loaded = CompressedCache.load(tmp_path / "a.cache", model)
+    for layer in loaded.kv_layers:
+        layer.real = torch.ones(2, 0, dtype=torch.bool)
+        # There is no second device here that computes.
+        layer.update(torch.empty(2, 2, 1, 16, device="meta"), torch.empty(2, 2, 1, 16, device="meta"))
+        held = [part for group in layer.groups for part in (group.rows, group.keys, group.values, group.positions)]
+        held += [layer.real, *getattr(layer, "queries", []), *getattr(layer, "received", [])]
+        assert {part.device.type for part in [*held, layer]} == {"meta"}
+
+
 def test_loading_holds_the_entries_once(tmp_path):
     path = tmp_path / "a.cache"
     script = f"""

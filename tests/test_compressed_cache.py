@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
+from evolkv.cache.layer import RowGroup
 from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.models.layers import continues_by_token
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
@@ -207,6 +208,79 @@ def test_nothing_else_of_the_prompt_stays_alive(budgets):
     # `type(...) is` rather than isinstance, which would wake lazy modules among all objects.
     large = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 4 and x.shape[-2:] == (50, HEAD_DIM)]
     assert not large
+
+
+# Gradients.
+
+
+def loss(model, embedded, cache):
+    """Of a prompt's embeddings, through what a cache keeps of them; tokens are read singly and together."""
+    model(inputs_embeds=embedded, cache=cache)
+    logits = [model(tokens(len(embedded), n, seed=n), cache=cache).logits for n in (3, 1, 1)]
+    return torch.cat(logits, dim=1).sin().sum()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_gradients_pass_through_a_covered_prompt_as_through_a_dynamic_cache(family):
+    model = tiny_model(family).requires_grad_(True)
+    found = []
+    for cache in (DynamicCache(config=model.config), CompressedCache(model, profile(model, 200))):
+        model.zero_grad()
+        embedded = model.get_input_embeddings()(tokens(2, 40)).detach().requires_grad_(True)
+        loss(model, embedded, cache).backward()
+        found.append([embedded.grad, *(each.grad for each in model.parameters())])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (RAGGED, {}),
+        (RAGGED, {"evict": "again"}),
+        (RAGGED, {"evict_every": 4}),
+        (RAGGED, {"prefill_chunk": 16}),
+        ("adakv+snapkv:window=4", {}),
+        ("cake+snapkv:window=4", {}),
+    ],
+    ids=str,
+)
+def test_gradients_pass_through_what_is_kept(method, settings):
+    # Its norms compute in the format of their input, Llama's in float32.
+    model = tiny_model("stablelm").double()
+    kept = (method, 9) if isinstance(method, str) else (profile(model, method),)
+    embedded = model.get_input_embeddings()(tokens(2, 40)).detach().requires_grad_(True)
+    loss(model, embedded, CompressedCache(model, *kept, **settings)).backward()
+    change = torch.randn(embedded.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1)) * 1e-6
+    with torch.no_grad():
+        up, down = (loss(model, embedded + s * change, CompressedCache(model, *kept, **settings)) for s in (1, -1))
+    torch.testing.assert_close((embedded.grad * change).sum(), (up - down) / 2, rtol=1e-4, atol=0)
+
+
+def test_large_groups_are_not_written_to_where_a_gradient_may_be_asked_for():
+    prompt = torch.ones(2, 5000, HEAD_DIM, requires_grad=True)
+    group = RowGroup(torch.arange(2), prompt * 1, prompt * 1, torch.zeros(2, 0))
+    total = torch.zeros(())
+    for _ in range(2):
+        group.append(torch.ones(2, 1, HEAD_DIM), torch.ones(2, 1, HEAD_DIM))
+        total = total + group.keys.square().sum()
+    total.backward()
+    assert torch.equal(prompt.grad, torch.full_like(prompt, 4.0))
+    # Without gradients it has room as ever.
+    with torch.no_grad():
+        group.append(torch.ones(2, 1, HEAD_DIM), torch.ones(2, 1, HEAD_DIM))
+    assert group.nbytes > group.keys.nbytes + group.values.nbytes
+    assert not group.keys.requires_grad
+
+
+def test_without_gradients_no_graph_is_held():
+    model = tiny_model().requires_grad_(True)
+    cache = CompressedCache(model, profile(model, RAGGED))
+    with torch.no_grad():
+        model(tokens(1, 40), cache=cache)
+    assert not any(
+        x.requires_grad for layer in cache.layers for group in layer.groups for x in (group.keys, group.values)
+    )
 
 
 def test_positions_are_true_positions():

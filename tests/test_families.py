@@ -395,6 +395,24 @@ def test_offloaded_weights_have_the_same_fingerprint_and_give_the_same_logits(tm
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+def test_offloaded_embeddings_read_documents_and_load_caches(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    chosen, settings = profile(model, RAGGED), {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
+    CompressedCache.prefill(model, chosen, tokens(1, 40)).save(tmp_path / "a.cache")
+    cache = CompressedCache.load(tmp_path / "a.cache", model)
+    expected = model.generate(**cache.followed_by(tokens(1, 4)), **settings)
+    del cache
+    accelerate.cpu_offload(model)
+    assert model.device.type == "meta"
+    read, loaded = (
+        CompressedCache.prefill(model, chosen, tokens(1, 40)),
+        CompressedCache.load(tmp_path / "a.cache", model),
+    )
+    for each in (read, loaded):
+        assert torch.equal(model.generate(**each.followed_by(tokens(1, 4)), **settings), expected)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", ["torchao", "optimum.quanto", "bitsandbytes"])
 def test_quantized_models_are_compressed_and_take_a_profile_of_the_original(tmp_path, library):

@@ -430,6 +430,115 @@ def test_what_the_cache_does_not_know_it_asks_for(model):
         cache.followed_by(tokens(2, 3))
 
 
+def ended(model, cache, question, count=12):
+    """Two rows answer, of which the first stops at its third token; what they say, and the end's id."""
+    asked = cache.copy().followed_by(question)
+    told = model.generate(**asked, **{**GREEDY, "max_new_tokens": count})
+    end = int(told[0, asked["input_ids"].shape[1] + 2])
+    assert end not in told[1, asked["input_ids"].shape[1] :]
+    found = model.generate(
+        **cache.followed_by(question), max_new_tokens=count, do_sample=False, eos_token_id=end, pad_token_id=0
+    )
+    assert (found[0, -count + 3 :] == 0).all()
+    return found, end
+
+
+@BUDGETS
+def test_rows_that_ended_before_others_go_on_as_if_alone(model, budgets, tmp_path):
+    prompts, questions, more = tokens(2, 40), tokens(2, 5, seed=9), tokens(2, 6, seed=8)
+    cache = CompressedCache.prefill(model, profile(model, budgets), prompts)
+    cache.input_ids, end = ended(model, cache, questions)
+    cache.save(tmp_path / "a.cache")
+    loaded = CompressedCache.load(tmp_path / "a.cache", model)
+    cache.input_ids = model.generate(**cache.followed_by(more[:, :1]), **GREEDY)
+    # The padding is known in the turn after the next one, too, and in a file.
+    cache.save(tmp_path / "b.cache")
+    both = [cache, CompressedCache.load(tmp_path / "b.cache", model)]
+    third = [model.generate(**each.followed_by(more), **GREEDY) for each in both]
+    assert torch.equal(*third)
+    second = model.generate(**loaded.followed_by(more[:, :1]), **GREEDY)
+    assert torch.equal(second, cache.input_ids)
+    for i in range(2):
+        alone = CompressedCache.prefill(model, profile(model, budgets), prompts[i : i + 1])
+        settings = {**GREEDY, "max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 0}
+        alone.input_ids = model.generate(**alone.followed_by(questions[i : i + 1]), **settings)
+        alone.input_ids = model.generate(**alone.followed_by(more[i : i + 1, :1]), **GREEDY)
+        assert torch.equal(second[i, -8:], alone.input_ids[0, -8:])
+        expected = model.generate(**alone.followed_by(more[i : i + 1]), **GREEDY)
+        assert torch.equal(third[0][i, -8:], expected[0, -8:])
+
+
+def test_the_end_of_an_answer_is_no_padding_where_both_are_one_token(model):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(2, 40))
+    cache.input_ids = torch.cat([cache.input_ids, torch.tensor([[9, 1, 1], [9, 9, 1]])], dim=1)
+    pads = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    try:
+        for model.generation_config.pad_token_id in (1, None):
+            mask = cache.followed_by(tokens(1, 2))["attention_mask"]
+            assert mask[:, 40:].tolist() == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+        model.generation_config.eos_token_id = None
+        assert cache.followed_by(tokens(1, 2))["attention_mask"].all()
+    finally:
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = pads
+
+
+@BUDGETS
+@pytest.mark.parametrize("how", ["of the turn", "of everything", "read before"])
+def test_questions_of_several_lengths_are_answered_as_if_alone(model, budgets, how, tmp_path):
+    prompts, prompt, prompt_mask = padded([40, 33], "left")
+    questions, question, mask = padded([4, 7], "left")
+    more = tokens(1, 3, seed=8)
+    cache = CompressedCache.prefill(model, profile(model, budgets), prompt, prompt_mask)
+    whole = torch.cat([prompt_mask, mask], dim=1)
+    if how == "read before":
+        model(question, attention_mask=whole, position_ids=(whole.cumsum(1) - 1)[:, 40:], **cache.as_argument)
+        cache.input_ids = torch.cat([prompt, question], dim=1)
+        cache.save(tmp_path / "a.cache")
+        loaded = CompressedCache.load(tmp_path / "a.cache", model)
+        found = model.generate(**cache.followed_by(more), **GREEDY)
+        assert torch.equal(found, model.generate(**loaded.followed_by(more), **GREEDY))
+    else:
+        given = mask if how == "of the turn" else whole
+        cache.input_ids = model.generate(**cache.followed_by(question, given), **GREEDY)
+        found = model.generate(**cache.followed_by(more), **GREEDY)
+    for i, (one, other) in enumerate(zip(prompts, questions, strict=True)):
+        alone = CompressedCache.prefill(model, profile(model, budgets), one[None])
+        text = other[None]
+        if how == "read before":
+            text = torch.cat([text, more], dim=1)
+        else:
+            alone.input_ids = model.generate(**alone.followed_by(text), **GREEDY)
+            text = more
+        assert torch.equal(found[i, -8:], model.generate(**alone.followed_by(text), **GREEDY)[0, -8:])
+
+
+def test_a_mask_of_another_shape_is_refused(model):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(2, 40))
+    with pytest.raises(UsageError, match=r"attention_mask is \[1, 4\]; expected \[2, 3\].*or \[2, 43\] for the whole"):
+        cache.followed_by(tokens(2, 3), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("returned", [1, 3])
+def test_beams_are_not_taken_for_what_was_returned(model, returned, tmp_path):
+    cache = CompressedCache.prefill(model, profile(model, RAGGED), tokens(1, 40))
+    asked = cache.followed_by(tokens(1, 6, seed=9))
+    cache.batch_repeat_interleave(3)
+    branch = cache.copy()
+    cache.input_ids = model.generate(**asked, num_beams=3, num_return_sequences=returned, **GREEDY)
+    for each in (cache, cache.copy()):
+        with pytest.raises(UsageError, match="beam search has been through the cache"):
+            each.followed_by(tokens(1, 3))
+        with pytest.raises(UsageError, match="beam search has been through the cache"):
+            each.save(tmp_path / "a.cache")
+    branch.input_ids = tokens(2, 40)
+    with pytest.raises(UsageError, match="input_ids has 2 rows, but the cache holds 3 sequences"):
+        branch.followed_by(tokens(1, 3))
+    cache.reset()
+    model(tokens(1, 40), **cache.as_argument)
+    cache.input_ids = tokens(1, 40)
+    cache.followed_by(tokens(1, 3))
+
+
 # Pipelines.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -158,6 +159,23 @@ def test_chunkkv_keeps_the_same_in_a_cache_of_its_own_as_in_a_recorded_prompt(fa
             for ranking, kept, budget in zip(layer.rankings[selector][0], heads, row, strict=True):
                 window = min(budget, layer.sliding_window or budget)
                 assert kept.tolist() == sorted(ranking[:window].tolist())
+
+
+@pytest.mark.parametrize("padding", [0, 20])
+@pytest.mark.parametrize("method", ["chunkkv:window=4", "cake+adakv+chunkkv:window=4"])
+def test_nothing_that_chunkkv_remembered_outlives_the_prompt(method, padding):
+    model = tiny_model()
+    mask = torch.ones(2, 311, dtype=torch.long)
+    mask[0, :padding] = 0
+    cache = CompressedCache(model, method, 12)
+    model(tokens(2, 311), attention_mask=mask, cache=cache)
+    recorded = Prefiller(model, [get_selector("chunkkv")])(tokens(1, 311))
+    assert recorded.cache.layers[0].context.memory == {}
+    del recorded, mask
+    gc.collect()
+    # `type(...) is` rather than isinstance, which would wake lazy modules among all objects.
+    found = [x.shape for x in gc.get_objects() if type(x) is torch.Tensor and {311, 291} & set(x.shape)]
+    assert not found
 
 
 def test_chunkkv_remembers_each_sequence_of_a_padded_batch_on_its_own():

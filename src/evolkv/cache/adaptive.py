@@ -86,10 +86,10 @@ class AdaptiveLayer(CompressedLayer):
         """See `CompressedLayer.store_prompt`; what layers compete for is stored with the last of them."""
         with torch.no_grad():
             self._waiting = self._see(prompt, padding)
-            if self._method.layers is None:
-                _decide(self._method, [self])
-            elif self is self._layers[-1]:
-                _decide(self._method, self._layers)
+        if self._method.layers is None:
+            _decide(self._method, [self])
+        elif self is self._layers[-1]:
+            _decide(self._method, self._layers)
 
     def _see(self, prompt: PromptAttention, padding: Tensor | None) -> _Waiting:
         real, batch = None, len(prompt.key)

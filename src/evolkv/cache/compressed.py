@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -22,7 +23,7 @@ from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.methods import Method, get_method
 from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import by_name, cache_keyword, given_cache
+from evolkv.models.forward import by_name, cache_keyword, given_cache, input_device
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.profile import BudgetProfile
@@ -41,7 +42,10 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
         return rotary_of(held, index)
 
     places, _ = cached_layers(model)
-    return [LayerContext(row, functools.partial(rotary, place.index), memory) for row, place in enumerate(places)]
+    return [
+        LayerContext(row, functools.partial(rotary, place.index), memory, last=row == len(places) - 1)
+        for row, place in enumerate(places)
+    ]
 
 
 class HookedCache(Cache):
@@ -181,8 +185,8 @@ class CompressedCache(HookedCache):
 
     Attributes:
         input_ids: ids of the text so far, ``[batch, tokens]``, padding included: all tokens seen, and perhaps some that
-            are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`.
-            None where nobody said.
+            are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`,
+            unless that was beam search. None where nobody said.
 
     Args:
         model: a transformers decoder-only model.
@@ -206,6 +210,7 @@ class CompressedCache(HookedCache):
 
     kv_layers: list[CompressedLayer]
     input_ids: Tensor | None = None
+    _searched: bool = False
 
     def __init__(
         self,
@@ -257,8 +262,8 @@ class CompressedCache(HookedCache):
             ProfileError, ModelError, UsageError: as for the class.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        ids = input_ids.to(model.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(model.device)
+        ids = input_ids.to(input_device(model))
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
         # The decoder alone, which computes no logits.
@@ -268,17 +273,22 @@ class CompressedCache(HookedCache):
         cache.input_ids = ids
         return cache
 
-    def followed_by(self, input_ids: Tensor) -> dict[str, Any]:
+    def followed_by(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """What `generate` needs to go on from here: ``model.generate(**cache.followed_by(question), ...)``.
 
         The tokens that the cache has seen are not computed again. What they and the answer add is kept whole (unless
         the cache evicts again); to ask another question of the same text, ask a `copy`.
 
         Args:
-            input_ids: what is read next, ``[batch, tokens]``, without padding; or one row, for every sequence.
+            input_ids: what is read next, ``[batch, tokens]``; or one row, for every sequence.
+            attention_mask: 0 for padding, for what is read next, in the shape of `input_ids`; or for the whole text, as
+                `generate` takes it. Default: nothing of what is read next is padding. Of the text so far that is known
+                where calls had a mask; and where `generate` filled up the rows of a batch that ended before others with
+                the model's pad token (that of its `generation_config`).
 
         Raises:
-            UsageError: if the text so far is not known, or not all of it; or for another number of sequences.
+            UsageError: if the text so far is not known, or not all of it; for another number of sequences; or after
+                beam search.
         """
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
         if not seen:
@@ -288,6 +298,7 @@ class CompressedCache(HookedCache):
                 f"the cache has seen {seen} tokens and knows the ids of {known}; set cache.input_ids to the text so "
                 "far, such as what generate() returned"
             )
+        self._check_text()
         if input_ids.ndim != 2 or len(input_ids) not in (1, self.num_rows):
             raise UsageError(
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
@@ -295,9 +306,29 @@ class CompressedCache(HookedCache):
             )
         new = input_ids.to(self.input_ids.device).expand(self.num_rows, -1)
         ids = torch.cat([self.input_ids, new], dim=1)
+        after = self.kv_layers[0].prompt_width
         mask = torch.ones_like(ids)
-        mask[:, :seen] = self.kv_layers[0].real_tokens()
+        mask[:, :seen] = self.kv_layers[0].real_tokens().to(ids.device)
+        mask[:, after:known] *= ~_filled_up(self.model(), self.input_ids)[:, after:]
+        if attention_mask is not None:
+            width = _check_mask(attention_mask, input_ids, ids)
+            mask[:, -width:] = attention_mask.to(mask)
+        for layer in self.kv_layers:
+            layer.note_padding(mask[:, after:seen].bool())
         return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
+
+    def _check_text(self) -> None:
+        """Raises `UsageError` if `input_ids` cannot be what the rows hold."""
+        if self._searched:
+            raise UsageError(
+                "beam search has been through the cache: its rows are the last beams, not what generate() returned; go "
+                "on from a cache.copy() made before, or read the text with CompressedCache.prefill"
+            )
+        if self.input_ids is not None and self.num_rows and len(self.input_ids) != self.num_rows:
+            raise UsageError(
+                f"cache.input_ids has {len(self.input_ids)} rows, but the cache holds {self.num_rows} sequences; set "
+                "it to the text of each"
+            )
 
     def copy(self) -> CompressedCache:
         """A cache that holds the same and goes its own way.
@@ -314,7 +345,7 @@ class CompressedCache(HookedCache):
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache._with_layers(model, layers, [state.copy() for state in self.state_layers])
-        twin.input_ids = self.input_ids
+        twin.input_ids, twin._searched = self.input_ids, self._searched
         return twin
 
     def __copy__(self) -> CompressedCache:
@@ -330,12 +361,14 @@ class CompressedCache(HookedCache):
         A cache that evicts again is written with its settings and what the next cut will need.
 
         Raises:
-            UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`.
+            UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`; if
+                `input_ids` has another number of rows than there are sequences; or after beam search.
             RunError: if the file cannot be written.
         """
         self.check_finished()
         from evolkv.cache.files import write_cache
 
+        self._check_text()
         write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids)
 
     @classmethod
@@ -364,6 +397,11 @@ class CompressedCache(HookedCache):
         if self.input_ids is not None:
             self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """What beam search asks for: makes sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        self._searched = True
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
@@ -373,7 +411,7 @@ class CompressedCache(HookedCache):
     def reset(self) -> None:
         """Empties the cache, which is then ready for another prompt."""
         super().reset()
-        self.input_ids = None
+        self.input_ids, self._searched = None, False
 
     def activate_past_recording(self) -> None:
         """What assisted decoding asks for before its first call, which brings drafted tokens along with the prompt.
@@ -508,6 +546,33 @@ class CompressedCache(HookedCache):
             [CompressedLayer.merge(list(column), room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
+
+
+def _filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What `generate` put behind the rows of a batch that ended before others, ``[batch, tokens]``."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    # What generate() takes, too.
+    pad = settings.pad_token_id if settings.pad_token_id is not None else ends[0]
+    # Nothing is put behind the longest row, and so behind a single one.
+    if pad is None or len(ids) == 1:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    run = (ids == pad).flip(1).cumprod(dim=1).flip(1).bool()
+    if pad in ends:
+        # The first of the run is the row's own end.
+        run = run & F.pad(run[:, :-1], (1, 0))
+    return run
+
+
+def _check_mask(attention_mask: Tensor, new: Tensor, ids: Tensor) -> int:
+    """How many of the last tokens of a text a mask is for."""
+    shape = tuple(attention_mask.shape)
+    if shape not in (tuple(new.shape), (len(ids), new.shape[1]), tuple(ids.shape)):
+        raise UsageError(
+            f"the shape of attention_mask is {list(shape)}; expected {list(new.shape)}, that of input_ids, or "
+            f"{list(ids.shape)} for the whole text"
+        )
+    return shape[1]
 
 
 def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:

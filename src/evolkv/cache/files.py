@@ -4,7 +4,8 @@ A file is in the safetensors format: tensors, and a description in JSON. Both ar
 layer ``i`` and group ``j`` of its rows it has the tensors ``i.j.rows``, ``i.j.positions``, ``i.j.keys`` and
 ``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known. Layer ``i`` of a hybrid model's layers with
 states has ``states.i.0.conv`` and the like (see `StateLayer.parts`). For the next cut of a cache that evicts again (see
-`ReevictingLayer`) there are ``i.queries.s`` of sequence ``s``, ``i.j.received`` of a group's rows, and ``real``.
+`ReevictingLayer`) there are ``i.queries.s`` of sequence ``s`` and ``i.j.received`` of a group's rows. Where there is
+padding among the tokens after the prompt, ``real`` says which are none.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, empty_states
 from evolkv.errors import CacheFileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, sliding_windows
+from evolkv.models.forward import input_device
 from evolkv.selectors import Selector, get_selector
 from evolkv.whole_files import write_with
 
@@ -110,7 +112,8 @@ class StoredCache:
         input_ids: the text, ``[batch, tokens]``, or None.
         states: the layers of a hybrid model that have states instead.
         reeviction: when the cache evicts again.
-        open, real: see `ReevictingLayer`.
+        open: see `ReevictingLayer`.
+        real: see `CompressedLayer`.
         queries, received: see `ReevictingLayer`; for each layer.
     """
 
@@ -134,9 +137,9 @@ class StoredCache:
             layer.lazy_initialization(groups[0].keys, groups[0].values)
             layer.groups, layer.prompt_lengths = groups, list(self.prompt_lengths)
             layer.prompt_width, layer.appended = self.prompt_width, self.appended
-            layer.is_initialized = True
+            layer.is_initialized, layer.real = True, self.real
             if isinstance(layer, ReevictingLayer):
-                layer.open, layer.real = self.open, self.real
+                layer.open = self.open
                 layer.queries, layer.received = self.queries[i], self.received[i]
 
 
@@ -180,6 +183,9 @@ def write_cache(
     for i, layer in enumerate(layers):
         if isinstance(layer, ReevictingLayer):
             tensors |= _for_the_next_cut(i, layer)
+    # The same for all layers.
+    if first.real is not None:
+        tensors["real"] = first.real
     if input_ids is not None:
         tensors["input_ids"] = input_ids
     # Rows that have room for more must not be stored with it.
@@ -207,14 +213,11 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
         # Rows were put in groups by the entries they kept at the last cut, so those of a group have as many numbers.
         for j, group in enumerate(layer.groups):
             tensors[f"{number}.{j}.received"] = torch.stack([layer.received[row] for row in group.rows.tolist()])
-    # The same for all layers.
-    if number == 0 and layer.real is not None:
-        tensors["real"] = layer.real
     return tensors
 
 
 def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCache:
-    """Reads a file, tensor by tensor, onto the model's device, and checks it.
+    """Reads a file, tensor by tensor, onto the device that the model's ids go to, and checks it.
 
     Raises:
         CacheFileError: if it is missing, no such file, damaged, of another version, or made with another model.
@@ -242,7 +245,7 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
     if not path.is_file():
         raise CacheFileError("no such file; expected a cache written by CompressedCache.save")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
+        with safe_open(path, framework="pt", device=str(input_device(model))) as file:
             description = _description(file.metadata() or {})
             info = describe_model(model)
             _check_model(description.model, _model(model, info))
@@ -317,7 +320,8 @@ class _Reader:
             raise CacheFileError("damaged: budgets have rows of different lengths; write it again") from None
         shapes = ((self.heads,), (self.batch, self.heads))
         _check(all(each.shape in shapes for each in budgets), "budgets do not fit its sequences and heads")
-        real = self._tensor("real", torch.bool) if again is not None and again.real else None
+        padded = again.real if again is not None else "real" in self.file.keys()  # noqa: SIM118
+        real = self._tensor("real", torch.bool) if padded else None
         if real is not None:
             _check(real.shape == (self.batch, said.appended), "real does not fit its sequences and tokens")
         groups = [

@@ -96,6 +96,10 @@ class RowGroup:
         keys, values = self._reserved or (self.keys, self.values)
         return keys.nbytes + values.nbytes
 
+    def to(self, device: torch.device) -> RowGroup:
+        """The same rows on a device."""
+        return RowGroup(self.rows.to(device), self.keys.to(device), self.values.to(device), self.positions.to(device))
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds entries ``[group, new, dim]`` behind those held, in reserved room as far as there is any.
 
@@ -104,8 +108,9 @@ class RowGroup:
         """
         held, new = self.keys.shape[1], keys.shape[1]
         # Nothing is written in place that a gradient may be asked for.
-        if keys.requires_grad or not self._has_room(new):
-            if self.keys.nbytes < _WORTH_ROOM or keys.requires_grad:
+        graph = keys.requires_grad or (self.keys.requires_grad and torch.is_grad_enabled())
+        if graph or not self._has_room(new):
+            if self.keys.nbytes < _WORTH_ROOM or graph:
                 self._reserved, self._start = None, 0
                 self.keys, self.values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
                 return
@@ -230,6 +235,9 @@ class CompressedLayer(CacheLayerMixin):
         self.appended = 0
         #: Tokens at the end of the first call that come after the prompt: drafts of assisted decoding.
         self.drafted = 0
+        #: Which columns after the prompt are real tokens, ``[batch, appended]``; None where all are. Replaced, never
+        #: written to: copies of the layer share it.
+        self.real: Tensor | None = None
         self.record_past = False
         #: Where the rows lie, for the kernels: a `RowTable`.
         self._table: Any = None
@@ -262,7 +270,15 @@ class CompressedLayer(CacheLayerMixin):
     def real_tokens(self) -> Tensor:
         """Which tokens seen are no padding, ``[batch, tokens]``; of the prompt only how many, as if padded in front."""
         padding = self.prompt_width - torch.tensor(self.prompt_lengths, device=self.device)
-        return torch.arange(self.get_seq_length(), device=self.device) >= padding[:, None]
+        found = torch.arange(self.get_seq_length(), device=self.device) >= padding[:, None]
+        if self.real is not None:
+            found[:, self.prompt_width :] = self.real
+        return found
+
+    def note_padding(self, real: Tensor) -> None:
+        """Says which tokens after the prompt, ``[batch, appended]``, are real; those known as padding stay padding."""
+        real = real.to(self.device) & self.real_tokens()[:, self.prompt_width :]
+        self.real = None if bool(real.all()) else real
 
     # What transformers asks of a cache layer.
 
@@ -286,7 +302,16 @@ class CompressedLayer(CacheLayerMixin):
                 f"the cache holds {self.batch} sequences, but this call brings {len(key_states)}; for several beams, "
                 "returned sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
             )
+        elif key_states.device != self.device:
+            # What was loaded is on one device, the model's layers perhaps on several.
+            self.move(key_states.device)
         return tag(key_states, value_states, self)
+
+    def move(self, device: torch.device) -> None:
+        """Holds everything on another device."""
+        self.groups = [group.to(device) for group in self.groups]
+        self.real = None if self.real is None else self.real.to(device)
+        self.device, self._table = device, None
 
     def get_seq_length(self) -> int:
         """Tokens seen so far (padding included), held or not."""
@@ -328,6 +353,8 @@ class CompressedLayer(CacheLayerMixin):
         for group in self.groups:
             group.keep_entries(slice(None, -count))
         self.appended -= count
+        if self.real is not None:
+            self.real = self.real[:, : self.appended]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
@@ -351,6 +378,8 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_lengths = [self.prompt_lengths[sequence] for sequence in order]
         if self.budgets.ndim == 2:
             self.budgets = self.budgets[order]
+        if self.real is not None:
+            self.real = self.real[sequences.to(self.real.device)]
 
     def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
         """A layer that holds the same, in the same memory until either grows.
@@ -417,7 +446,10 @@ class CompressedLayer(CacheLayerMixin):
                 sinks=sinks_of(kwargs),
             )
             self.store_prompt(prompt, padding_of(mask))
+            if self.context is not None:
+                self.context.leave()
             return output
+        self._note_columns(self._real_columns(mask, key.shape[2]), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def _attend_drafted(
@@ -450,13 +482,16 @@ class CompressedLayer(CacheLayerMixin):
             prompt: the layer's attention inputs for the (padded) prompts.
             padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
         """
-        with torch.no_grad():
-            if padding is None or bool(padding.all()):
-                self._store(prompt.key, prompt.value, self._rank(prompt))
-            else:
-                real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+        # Which entries are kept has no gradient; what they hold may have one.
+        if padding is None or bool(padding.all()):
+            with torch.no_grad():
+                ranking = self._rank(prompt)
+            self._store(prompt.key, prompt.value, ranking)
+        else:
+            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
+            with torch.no_grad():
                 rankings = [self._rank(one_sequence(prompt, i, tokens)) for i, tokens in enumerate(real)]
-                self._store_padded(prompt.key, prompt.value, rankings, real)
+            self._store_padded(prompt.key, prompt.value, rankings, real)
 
     def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
         """Keeps one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.
@@ -563,6 +598,21 @@ class CompressedLayer(CacheLayerMixin):
             output = self._attend_groups(module, query, order, visible, kwargs), None
         self._drop_out_of_window()
         return output
+
+    def _real_columns(self, mask: Any, new: int) -> Tensor | None:
+        """Which of a call's tokens are real, ``[batch, new]``; None where all are."""
+        padding = padding_of(mask) if new > 1 else None
+        if padding is None:
+            return None
+        columns = padding[:, -new:].bool()
+        return None if bool(columns.all()) else columns
+
+    def _note_columns(self, real: Tensor | None, new: int) -> None:
+        if real is None and self.real is None:
+            return
+        before = self.real if self.real is not None else torch.ones(self.batch, self.appended, dtype=torch.bool)
+        now = torch.ones(self.batch, new, dtype=torch.bool) if real is None else real
+        self.real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
 
     def _row_order(self) -> RowOrder:
         rows = [group.rows for group in self.groups]
@@ -692,7 +742,10 @@ class CompressedLayer(CacheLayerMixin):
             asking = group.positions[:, -queries:, None]
             inside = group.positions[:, None] > asking - self.sliding_window
             shown = inside if shown is None else shown & inside
-        return shown
+        if shown is None or self.real is None:
+            return shown
+        # Padding that sees nothing would come out as no number, and spoil what it is multiplied with.
+        return shown | ~shown.any(dim=-1, keepdim=True)
 
 
 def _kernels(query: Tensor) -> ModuleType | None:

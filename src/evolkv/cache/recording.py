@@ -88,6 +88,7 @@ class RecordingLayer(DynamicLayer):
         for selector in self.selectors:
             self.rankings[selector], observed = rank_and_observe(prompt, selector, self.observers)
             self.observations |= observed
+        self.context.leave()
 
     def most_held(self, tokens: int) -> int:
         """The most entries that a head may keep of a prompt."""

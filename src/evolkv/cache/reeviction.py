@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evolkv.cache.hook import Attention, padding_of
+from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer, RowGroup, group_rows
 from evolkv.cache.math import scaling_of, sinks_of
 from evolkv.errors import RunError, UsageError
@@ -104,8 +104,6 @@ class ReevictingLayer(CompressedLayer):
         self.queries: list[Tensor] = []
         #: Of each row, what the selector has accumulated for the entries of the last cut, ``[entries]``.
         self.received: list[Tensor] = []
-        #: Which columns since the last cut are real tokens, ``[batch, appended]``; None where all are.
-        self.real: Tensor | None = None
         self._cutting = False
 
     def end_prompt(self) -> None:
@@ -114,17 +112,30 @@ class ReevictingLayer(CompressedLayer):
         if not self.reeviction.after_prompt:
             self.queries, self.received = [], []
 
+    def move(self, device: torch.device) -> None:
+        """See `CompressedLayer.move`."""
+        super().move(device)
+        self.queries = [queries.to(device) for queries in self.queries]
+        self.received = [received.to(device) for received in self.received]
+
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Positions held for one row, of the tokens up to the last cut, ascending, ``[entries]`` int64."""
         positions = super().kept_positions(sequence, head)
         return positions[positions >= 0]
 
-    def real_tokens(self) -> Tensor:
-        """See `CompressedLayer.real_tokens`; of the tokens since the last cut padding is known, and where it is."""
-        found = super().real_tokens()
-        if self.real is not None:
-            found[:, self.prompt_width :] = self.real
-        return found
+    def note_padding(self, real: Tensor) -> None:
+        """See `CompressedLayer.note_padding`; here the tokens since the last cut come after the prompt."""
+        before = self.real_tokens()[:, self.prompt_width :]
+        super().note_padding(real)
+        if self.real is None or torch.equal(self.real, before):
+            return
+        self.queries = [_queries_that_stay(queries, self.real[i][before[i]]) for i, queries in enumerate(self.queries)]
+        if self.sliding_window is not None:
+            since = self._positions_since()
+            for group in self.groups:
+                held = max(0, group.positions.shape[1] - self.appended)
+                newest = since[group.rows // self.num_kv_heads, held - group.positions.shape[1] :]
+                group.positions = torch.cat([group.positions[:, :held], newest], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, where no later token is ever evicted."""
@@ -135,8 +146,6 @@ class ReevictingLayer(CompressedLayer):
                 "evict='again' and evict_every"
             )
         super().crop(tokens_to_remove)
-        if self.real is not None:
-            self.real = self.real[:, : self.appended]
 
     def activate_past_recording(self) -> None:
         """Raises `UsageError`: drafts cannot be told from a prompt that goes on, nor be taken back after a cut."""
@@ -156,8 +165,6 @@ class ReevictingLayer(CompressedLayer):
             self.queries = [self.queries[i] for i in order]
         if self.received:
             self.received = [self.received[i * self.num_kv_heads + head] for i in order for head in heads]
-        if self.real is not None:
-            self.real = self.real[order]
 
     @torch.compiler.disable
     def attend(
@@ -176,21 +183,19 @@ class ReevictingLayer(CompressedLayer):
         self._cutting = first or self._cuts_after(key.shape[2])
         if first:
             output = own(module, query, key, value, mask, **kwargs)
-            with torch.no_grad():
-                self._take(key, value, real)
+            self._take(key, value, real)
         else:
             self._note_columns(real, key.shape[2])
             output = self._decode(own, module, query, key, value, mask, **kwargs)
-        with torch.no_grad():
-            self._remember(query, real)
-            if self._cutting:
-                logits = {
-                    "scaling": scaling_of(query, kwargs),
-                    "softcap": kwargs.get("softcap"),
-                    "sinks": sinks_of(kwargs),
-                }
-                self._cut(logits, first)
-                self._cutting = False
+        self._remember(query, real)
+        if self._cutting:
+            logits = {
+                "scaling": scaling_of(query, kwargs),
+                "softcap": kwargs.get("softcap"),
+                "sinks": sinks_of(kwargs),
+            }
+            self._cut(logits, first)
+            self._cutting = False
         return output
 
     def _cuts_after(self, new: int) -> bool:
@@ -203,21 +208,6 @@ class ReevictingLayer(CompressedLayer):
         return every is not None and self.appended + new >= every
 
     # Padding.
-
-    def _real_columns(self, mask: Any, new: int) -> Tensor | None:
-        """Which of a call's tokens are real, ``[batch, new]``; None where all are."""
-        padding = padding_of(mask) if new > 1 else None
-        if padding is None:
-            return None
-        columns = padding[:, -new:].bool()
-        return None if bool(columns.all()) else columns
-
-    def _note_columns(self, real: Tensor | None, new: int) -> None:
-        if real is None and self.real is None:
-            return
-        before = self.real if self.real is not None else torch.ones(self.batch, self.appended, dtype=torch.bool)
-        now = torch.ones(self.batch, new, dtype=torch.bool) if real is None else real
-        self.real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
 
     def _positions_since(self) -> Tensor:
         """Positions of all columns since the last cut, ``[batch, appended]`` int32, -1 for padding."""
@@ -234,13 +224,6 @@ class ReevictingLayer(CompressedLayer):
         since = self._positions_since()[:, -new:]
         for group in self.groups:
             group.positions = torch.cat([group.positions, since[group.rows // self.num_kv_heads]], dim=1)
-
-    def _visible_to_group(self, group: RowGroup, queries: int, visible: Tensor | None) -> Tensor | None:
-        shown = super()._visible_to_group(group, queries, visible)
-        if shown is None or self.real is None:
-            return shown
-        # Padding that sees nothing would come out as no number, and spoil what it is multiplied with.
-        return shown | ~shown.any(dim=-1, keepdim=True)
 
     def _drop_out_of_window(self) -> None:
         # The cut that follows tells padding from tokens.
@@ -268,6 +251,9 @@ class ReevictingLayer(CompressedLayer):
         none = torch.empty((batch * heads, 0), dtype=torch.int32, device=key.device)
         self.groups = [RowGroup(rows, key.flatten(0, 1), value.flatten(0, 1), none)]
 
+    # Which entries are kept has no gradient; what they hold may have one.
+
+    @torch.no_grad()
     def _remember(self, query: Tensor, real: Tensor | None) -> None:
         """Keeps the queries that the next cut will need."""
         wanted, new = self.selector.observed_queries, query.shape[2]
@@ -336,6 +322,7 @@ class ReevictingLayer(CompressedLayer):
         budgets = np.broadcast_to(self.budgets, (self.batch, self.num_kv_heads)).reshape(-1)
         return np.minimum(budgets, held)
 
+    @torch.no_grad()
     def _ranked(
         self,
         places: list[tuple[RowGroup, int]],
@@ -441,3 +428,10 @@ class ReevictingLayer(CompressedLayer):
             keys, values, positions = (torch.stack(part) for part in parts)
             groups.append(RowGroup(torch.from_numpy(rows).to(self.device), keys, values, positions))
         self.groups = groups
+
+
+def _queries_that_stay(queries: Tensor, real: Tensor) -> Tensor:
+    """The queries ``[heads, queries, head_dim]`` of the newest tokens without those of the latest that are not real."""
+    count = queries.shape[1]
+    real = real[max(0, len(real) - count) :]
+    return queries[:, F.pad(real, (count - len(real), 0), value=True).to(queries.device)]

@@ -17,7 +17,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
-from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.forward import cache_keyword, given_cache, input_device
 from evolkv.tasks.base import encode_text, user_message
 
 
@@ -189,7 +189,7 @@ def _prompt_inputs(
     evict_every: int | None,
 ) -> dict[str, Any]:
     text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
-    ids = torch.tensor([encode_text(tokenizer, text)], device=model.device)
+    ids = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
     cache: DynamicCache | CompressedCache
     if method is not None:
         cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from evolkv.errors import RunError, UsageError
 from evolkv.models import describe_model
+from evolkv.models.forward import input_device
 from evolkv.tasks import Example, encode_prompt
 from evolkv.tasks.base import encode_text
 from evolkv.tasks.metrics import get_metric
@@ -108,7 +109,7 @@ def encode_prompts(
                 f"example {example.id}: the prompt has {length} tokens and its answer up to {answer}, more than the "
                 f"model's context of {max_context}; use a shorter context or a model with a longer one"
             )
-        prompts.append(ids.to(model.device))
+        prompts.append(ids.to(input_device(model)))
     return prompts
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.recording import Observer, Recording, RecordingCache
+from evolkv.models.forward import input_device
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
@@ -105,7 +106,7 @@ class Prefiller:
         self._cache.cut(shared)
         with torch.inference_mode():
             output = self.model(
-                input_ids[:, shared:].to(self.model.device),
+                input_ids[:, shared:].to(input_device(self.model)),
                 **self._cache.as_argument,
                 use_cache=True,
                 logits_to_keep=1,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 _NAMES = ("cache", "past_key_values")
@@ -37,6 +38,15 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return dict(kwargs)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: where its embeddings are, or are brought to if accelerate offloads them."""
+    place: torch.device = model.device
+    if place.type != "meta":
+        return place
+    execution = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if execution is None else execution)
 
 
 def cache_in(output: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
+from evolkv.models.forward import input_device
 from evolkv.profile import BudgetProfile
 from evolkv.tasks import Example, encode_prompt
 
@@ -27,7 +28,7 @@ def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, pro
     tokens = ids.shape[1]
     cache = CompressedCache(model, profile)
     with torch.inference_mode():
-        model(ids.to(model.device), **cache.as_argument, use_cache=True, logits_to_keep=1)
+        model(ids.to(input_device(model)), **cache.as_argument, use_cache=True, logits_to_keep=1)
     size = max(1, math.ceil(tokens / min(_BINS, _CELLS // len(cache.positions))))
     bins = math.ceil(tokens / size)
     room = torch.tensor([min(size, tokens - size * i) for i in range(bins)])

@@ -21,15 +21,22 @@ class LayerContext:
         index: its number in the model, from 0.
         rotary: gives its rotary position embedding; raises `ModelError` if it has none.
         memory: what selectors remember of the same prompt from layer to layer.
+        last: whether no layer comes after it.
     """
 
     index: int
     rotary: Callable[[], Rotary]
     memory: dict[Any, Any] = field(default_factory=dict)
+    last: bool = False
 
     def of_sequence(self, number: int) -> LayerContext:
         """The same for one sequence of a batch, with a memory of its own."""
         return replace(self, memory=self.memory.setdefault(number, {}))
+
+    def leave(self) -> None:
+        """Says that the layer has ranked the prompt; nobody remembers anything of it after the last one has."""
+        if self.last:
+            self.memory.clear()
 
 
 @dataclass(frozen=True)
