@@ -194,7 +194,7 @@ class CompressedCache(HookedCache):
             ProfileError, ModelError, UsageError: as for the class.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        ids = input_ids.to(input_device(model))
+        ids = input_ids.to(input_device(model)).long()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
