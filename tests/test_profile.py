@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 from dataclasses import FrozenInstanceError
 from dataclasses import replace as replace_field
@@ -314,8 +315,14 @@ def test_check_model_says_what_does_not_fit(profile):
         profile.check_model(tiny_llama(kv_heads=4))
     other = tiny_llama(seed=1)
     mine, theirs = profile.model["fingerprint"], describe_model(other).fingerprint
-    with pytest.raises(ProfileError, match=f"{mine}.*{theirs}"):
+    with pytest.raises(ProfileError, match=f"{mine}.*{theirs}.*from_budgets") as caught:
         profile.check_model(other)
+    # What the message advises is a way.
+    advice = re.search(r"BudgetProfile\.from_budgets\(.*\)", str(caught.value))[0]
+    made = eval(advice, {"BudgetProfile": BudgetProfile, "model": other, "profile": profile})
+    made.check_model(other)
+    assert made.budgets.tolist() == profile.budgets.tolist()
+    assert made.selector == profile.selector
 
 
 def test_check_model_can_let_a_relative_pass(profile):

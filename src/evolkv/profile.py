@@ -255,7 +255,8 @@ class BudgetProfile:
                     "BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
                 )
             raise ProfileError(
-                f"{message}search a profile for this model, or check it with strict=False to try one from a relative"
+                f"{message}search a profile for this model; to try one from a relative, such as the model that it was "
+                "tuned from, use BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
             )
 
     def to_dict(self) -> dict[str, Any]:
