@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 from dataclasses import FrozenInstanceError
 from dataclasses import replace as replace_field
 
@@ -187,6 +187,12 @@ def test_provenance_that_json_cannot_hold_is_refused_and_the_file_stays(profile,
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_provenance_that_no_file_can_hold_is_refused(profile, tmp_path):
+    with pytest.raises(ProfileError, match="is half of a character"):
+        replace_field(profile, search={"task": "\ud800"}).save(tmp_path / "p.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_replaces_the_file_and_leaves_nothing_else(profile, saved):
     replace_field(profile, scores={"new": 1}).save(saved)
     assert BudgetProfile.load(saved).scores == {"new": 1}
@@ -231,6 +237,7 @@ def test_saving_over_a_folder_is_refused(profile, tmp_path):
         ),
         (b'{"format": "evolkv.profile/1"}', "model is missing"),
         (b'{"format": NaN}', "NaN is not a JSON number"),
+        (rb'{"format": "evolkv.profile/1", "search": {"task": "\ud800"}}', r"'\\ud800' is half of a character"),
         (b"[" * 100_000, "not JSON that can be read"),
         (b'{"format": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
     ],
