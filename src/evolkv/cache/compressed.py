@@ -583,6 +583,9 @@ def compress(
     would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
     exception.
 
+    The block switches the model, for all threads that call it: have one block per model at a time. Where requests come
+    from several threads, give each call a cache of its own, ``generate(cache=CompressedCache(model, profile))``.
+
     Args:
         model: a transformers decoder-only model.
         profile: as for `CompressedCache`.
