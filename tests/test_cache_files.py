@@ -209,6 +209,15 @@ def test_another_model_is_refused(saved):
             lambda tensors, metadata, said: tensors.update({"0.0.keys": tensors["0.0.keys"][..., :4].contiguous()}),
             "16 channels",
         ),
+        (
+            lambda tensors, metadata, said: tensors.update({"0.0.values": tensors["0.0.values"][..., :4].contiguous()}),
+            "0.0.values do not have the model's 16 channels",
+        ),
+        (lambda tensors, metadata, said: said["layers"][0].update(budgets=[2**63, 9]), "budgets"),
+        (lambda tensors, metadata, said: said["layers"][0].update(budgets=[-1, 9]), "budgets"),
+        (lambda tensors, metadata, said: said.update(prompt_width=2**70), "prompt_width"),
+        (lambda tensors, metadata, said: said.update(appended=2**70), "appended"),
+        (lambda tensors, metadata, said: said["selector"].update(window=2**31), "selector: ['window'] is out of range"),
         (lambda tensors, metadata, said: tensors.update({"0.0.keys": tensors["0.0.keys"].half()}), "float16"),
         (lambda tensors, metadata, said: tensors.update({"0.0.rows": tensors["0.0.rows"] + 7}), "not rows of"),
         (lambda tensors, metadata, said: tensors.update({"0.0.rows": 1 - tensors["0.0.rows"]}), "each row once"),
@@ -226,6 +235,15 @@ def test_another_model_is_refused(saved):
 def test_damaged_files_are_refused(saved, tmp_path, change, complaint):
     path, model = saved
     refused(edited(path, tmp_path / "a", change), model, complaint)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_any_whole_numbers_are_read_and_saved(tmp_path, dtype):
+    model = tiny_model()
+    cache = CompressedCache.prefill(model, BudgetProfile.uniform(model, 9, SNAPKV), tokens(1, 40).to(dtype))
+    cache.input_ids = tokens(1, 41).to(dtype)
+    cache.save(tmp_path / "a.cache")
+    assert torch.equal(CompressedCache.load(tmp_path / "a.cache", model).input_ids, tokens(1, 41))
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

@@ -108,6 +108,8 @@ def test_version_is_printed(run):
         (["eval", MODEL, "--task", TASK, "--method", "snapkv", "--budget", "64,x"], "'x'"),
         (["eval", MODEL, "--task", TASK, "--method", "snapkv"], "--budget"),
         (["list", "modls"], "'models'"),
+        (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "'--seed'"),
+        (["compare", "a.jsonl", "--seed", 2**63], "'--seed'"),
         (["profile"], "--help"),
         (["generate", MODEL], "--prompt"),
         (["generate", MODEL, "-", "--prompt", "x"], "once"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -361,6 +362,21 @@ def test_without_a_cache_nothing_is_compressed(model):
 def test_other_kinds_of_cache_are_refused(model, implementation):
     with pytest.raises((UsageError, ImportError), match=r"compress\(\) replaces the default cache|quant"):
         generated(model, tokens(1, 40), DENSE, False, cache_implementation=implementation, **GREEDY)
+
+
+def test_calls_from_several_threads_keep_to_their_own_caches(model):
+    kept = [DENSE, RAGGED, [40] * LAYERS, [5] * LAYERS]
+    settings = [{}, {"prefill_chunk": 16}, {}, {"evict_every": 3}]
+    prompts = [tokens(1, 40 - i, seed=i) for i in range(4)]
+
+    def told(i):
+        cache = CompressedCache(model, profile(model, kept[i]), **settings[i])
+        return model.generate(prompts[i], **cache.as_argument, **GREEDY)
+
+    expected = [told(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(told, range(4)), expected))
 
 
 # Going on.

@@ -165,6 +165,15 @@ def test_addresses_are_read_as_huggingface_writes_them():
     assert HubAddress.parse("hf://org/name") == HubAddress("org/name", "profile.json", None)
     assert HubAddress.parse("hf://org/name@v1/a/b.json") == HubAddress("org/name", "a/b.json", "v1")
     assert str(HubAddress("org/name", "a/b.json", "v1")) == "hf://org/name@v1/a/b.json"
+    for text, revision in {
+        "hf://org/name@refs/pr/1/a/b.json": "refs/pr/1",
+        "hf://org/name@refs/convert/parquet/a/b.json": "refs/convert/parquet",
+        "hf://org/name@user%2Ftopic/a/b.json": "user/topic",
+        "hf://org/name@refs/a/b.json": "refs",
+    }.items():
+        assert HubAddress.parse(text) == HubAddress("org/name", "a/b.json", revision)
+        assert str(HubAddress("org/name", "a/b.json", revision)) == text
+    assert HubAddress.parse("hf://org/name@refs/pr/1") == HubAddress("org/name", "profile.json", "refs/pr/1")
     for wrong in ("hf://", "hf://name", "hf://org/", "hf:///name"):
         with pytest.raises(ProfileError, match="is no address"):
             HubAddress.parse(wrong)

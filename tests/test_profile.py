@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import FrozenInstanceError
 from dataclasses import replace as replace_field
 
@@ -186,6 +187,12 @@ def test_provenance_that_json_cannot_hold_is_refused_and_the_file_stays(profile,
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_provenance_that_no_file_can_hold_is_refused(profile, tmp_path):
+    with pytest.raises(ProfileError, match="is half of a character"):
+        replace_field(profile, search={"task": "\ud800"}).save(tmp_path / "p.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_replaces_the_file_and_leaves_nothing_else(profile, saved):
     replace_field(profile, scores={"new": 1}).save(saved)
     assert BudgetProfile.load(saved).scores == {"new": 1}
@@ -230,6 +237,7 @@ def test_saving_over_a_folder_is_refused(profile, tmp_path):
         ),
         (b'{"format": "evolkv.profile/1"}', "model is missing"),
         (b'{"format": NaN}', "NaN is not a JSON number"),
+        (rb'{"format": "evolkv.profile/1", "search": {"task": "\ud800"}}', r"'\\ud800' is half of a character"),
         (b"[" * 100_000, "not JSON that can be read"),
         (b'{"format": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
     ],
@@ -314,8 +322,14 @@ def test_check_model_says_what_does_not_fit(profile):
         profile.check_model(tiny_llama(kv_heads=4))
     other = tiny_llama(seed=1)
     mine, theirs = profile.model["fingerprint"], describe_model(other).fingerprint
-    with pytest.raises(ProfileError, match=f"{mine}.*{theirs}"):
+    with pytest.raises(ProfileError, match=f"{mine}.*{theirs}.*from_budgets") as caught:
         profile.check_model(other)
+    # What the message advises is a way.
+    advice = re.search(r"BudgetProfile\.from_budgets\(.*\)", str(caught.value))[0]
+    made = eval(advice, {"BudgetProfile": BudgetProfile, "model": other, "profile": profile})
+    made.check_model(other)
+    assert made.budgets.tolist() == profile.budgets.tolist()
+    assert made.selector == profile.selector
 
 
 def test_check_model_can_let_a_relative_pass(profile):

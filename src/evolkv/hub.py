@@ -13,6 +13,8 @@ from evolkv.errors import EvolKVError, ProfileError, RunError
 
 PREFIX = "hf://"
 FILE_NAME = "profile.json"
+# Revisions that the Hub makes, for a pull request among others.
+_REFERENCE = r"refs/(?:pr|convert)/[^/]+"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class HubAddress:
     Args:
         repo_id: ``org/name`` of a model repository.
         filename: the file's path in it.
-        revision: branch, tag or commit; None for the main branch.
+        revision: branch, tag or commit, or ``refs/pr/1`` for a pull request; None for the main branch. In a text the
+            slashes of other names are written ``%2F``.
     """
 
     repo_id: str
@@ -31,6 +34,8 @@ class HubAddress:
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
+        if self.revision is not None and not re.fullmatch(_REFERENCE, self.revision):
+            revision = revision.replace("/", "%2F")
         return f"{PREFIX}{self.repo_id}{revision}/{self.filename}"
 
     @classmethod
@@ -40,10 +45,11 @@ class HubAddress:
         Raises:
             ProfileError: for a text that is no address.
         """
-        found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", text)
+        found = re.fullmatch(rf"hf://([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
         if found is None:
             raise ProfileError(f"{text!r} is no address; expected hf://org/name or hf://org/name@revision/{FILE_NAME}")
-        return cls(found[1], found[3] or FILE_NAME, found[2])
+        revision = None if found[2] is None else re.sub("%2F", "/", found[2], flags=re.IGNORECASE)
+        return cls(found[1], found[3] or FILE_NAME, revision)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:

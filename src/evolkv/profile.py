@@ -255,7 +255,8 @@ class BudgetProfile:
                     "BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
                 )
             raise ProfileError(
-                f"{message}search a profile for this model, or check it with strict=False to try one from a relative"
+                f"{message}search a profile for this model; to try one from a relative, such as the model that it was "
+                "tuned from, use BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -403,9 +404,11 @@ class BudgetProfile:
     def _text(self) -> str:
         """What is in the file."""
         try:
-            return _to_json(self.to_dict())
+            text = _to_json(self.to_dict())
         except (TypeError, ValueError) as error:
             raise ProfileError(f"search and scores must hold finite JSON values: {error}") from None
+        _check_characters(text)
+        return text
 
 
 def _info(model: Any) -> ModelInfo:
@@ -482,11 +485,23 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise ProfileError(f"cannot be read: {error.strerror or error}") from None
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        data = json.loads(text, parse_constant=_reject_constant)
+        _check_characters(json.dumps(data, ensure_ascii=False))
+        return data
     except json.JSONDecodeError as error:
         raise ProfileError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise ProfileError(f"not JSON that can be read: {error}") from None
+
+
+def _check_characters(text: str) -> None:
+    # JSON can spell half of a surrogate pair, which no file can hold.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ProfileError(
+            f"{text[error.start]!a} is half of a character; write the whole character, or leave it out"
+        ) from None
 
 
 def _reject_constant(name: str) -> Any:

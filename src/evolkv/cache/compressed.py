@@ -262,7 +262,7 @@ class CompressedCache(HookedCache):
             ProfileError, ModelError, UsageError: as for the class.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        ids = input_ids.to(input_device(model))
+        ids = input_ids.to(input_device(model)).long()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
@@ -657,6 +657,9 @@ def compress(
     transformers 5.24). Calls that pass a cache which already holds tokens, or ``use_cache=False``, go on as they
     would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
     exception.
+
+    The block switches the model, for all threads that call it: have one block per model at a time. Where requests come
+    from several threads, give each call a cache of its own, ``generate(cache=CompressedCache(model, profile))``.
 
     Args:
         model: a transformers decoder-only model.

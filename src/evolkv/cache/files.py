@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,12 @@ from evolkv.selectors import Selector, get_selector
 from evolkv.whole_files import write_with
 
 FORMAT = "evolkv.cache/1"
+#: No text is longer; what says so is damaged.
+_MOST = 2**31
 _PARTS = ("rows", "positions", "keys", "values")
+
+
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
 
 
 class _Model(BaseModel):
@@ -55,7 +60,7 @@ class _Model(BaseModel):
 class _Layer(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    budgets: list[int] | list[list[int]]
+    budgets: list[_Count] | list[list[_Count]]
     #: How many groups of rows there are.
     groups: int = Field(ge=1)
 
@@ -91,8 +96,8 @@ class _Description(BaseModel):
     model: _Model
     selector: dict[str, Any]
     prompt_lengths: list[int] = Field(min_length=1)
-    prompt_width: int = Field(ge=1)
-    appended: int = Field(ge=0)
+    prompt_width: int = Field(ge=1, le=_MOST)
+    appended: _Count
     layers: list[_Layer]
     states: list[_States]
     reeviction: _Reeviction | None
@@ -187,7 +192,7 @@ def write_cache(
     if first.real is not None:
         tensors["real"] = first.real
     if input_ids is not None:
-        tensors["input_ids"] = input_ids
+        tensors["input_ids"] = input_ids.long()
     # Rows that have room for more must not be stored with it.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
@@ -295,6 +300,7 @@ class _Reader:
     def __init__(self, file: Any, description: _Description, model: PreTrainedModel, info: ModelInfo):
         self.file, self.said = file, description
         self.heads, self.head_dim, self.dtype = description.model.num_kv_heads, info.head_dim, model.dtype
+        self.value_dim = getattr(model.config.get_text_config(decoder=True), "v_head_dim", None) or info.head_dim
         self.query_heads = info.num_heads
         self.batch = len(description.prompt_lengths)
 
@@ -309,6 +315,8 @@ class _Reader:
                 reeviction.check_selector(selector)
         except UsageError as error:
             raise CacheFileError(f"damaged: {error}") from None
+        large = [name for name, value in said.selector.items() if isinstance(value, int) and value >= _MOST]
+        _check(not large, f"selector: {large} is out of range")
         _check(reeviction.wanted == (again is not None), "its settings for evicting again say never")
         _check(len(said.layers) == said.model.num_layers, "it has another number of layers than its model")
         _check(
@@ -369,6 +377,7 @@ class _Reader:
             f"{name}.keys or values have the wrong shape",
         )
         _check(keys.shape[2] == self.head_dim, f"{name}.keys do not have the model's {self.head_dim} channels")
+        _check(values.shape[2] == self.value_dim, f"{name}.values do not have the model's {self.value_dim} channels")
         # In a sliding-window layer later tokens have positions too.
         later = self.said.appended if window is None else 0
         _check(positions.shape == (shape[0], shape[1] - later), f"{name}.positions has the wrong shape")

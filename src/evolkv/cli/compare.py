@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Markdown
+from evolkv.cli.options import MOST_SEED, Markdown
 from evolkv.cli.tables import print_table
 from evolkv.errors import UsageError
 
@@ -23,7 +23,7 @@ def compare(
     budget: Annotated[
         int | None, typer.Option("--budget", metavar="C", help="Of methods that are on record at several.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of resamples and flips.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of resamples and flips.", min=0, max=MOST_SEED)] = 0,
     json_out: Annotated[
         str | None, typer.Option("--json", metavar="COMPARISON.json", help="Where the numbers go.")
     ] = None,

@@ -27,7 +27,9 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0)]
+# What torch takes, and databases.
+MOST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0, max=MOST_SEED)]
 Markdown = Annotated[
     str | None,
     typer.Option("--markdown", metavar="FILE|-", help="Where the table goes as Markdown; - is standard output."),
