@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evolkv.errors import UsageError
 from evolkv.models.forward import by_name, given_cache
+from evolkv.models.rotary import stretching
 
 # What has a column for each new token in its last dimension but so many.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
@@ -45,6 +46,7 @@ def _read_all_but_last(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
             "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
         )
+    _check_rotary(module, cache, kwargs)
     chunk = cache.most_tokens
     if chunk is None:
         return None
@@ -84,6 +86,25 @@ def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _num_tokens(kwargs: dict[str, Any]) -> int:
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     return int(inputs.shape[1])
+
+
+def _check_rotary(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `UsageError` for a call after which a cache would hold keys that were turned in two ways."""
+    past = cache.get_seq_length()
+    for kind, limit in stretching(module.config):
+        # Beyond its limit a dynamic embedding turns each new token in a way of its own, with any cache.
+        if kind != "longrope" or past == 0 or past + (tokens := _num_tokens(kwargs)) <= limit:
+            continue
+        positions = kwargs.get("position_ids")
+        # Padding takes no position; the longest sequence decides for all.
+        start = past if positions is None else int(positions[..., 0].max())
+        stop = past + tokens if positions is None else int(positions.max()) + 1
+        if start <= limit < stop:
+            raise UsageError(
+                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, so "
+                f"that a cache that holds {start} tokens cannot take it to {stop}; read the whole text as one prompt, "
+                f"or stop at {limit} tokens (with Phi-3, generate() in a compress() block reads it anew by itself)"
+            )
 
 
 def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
