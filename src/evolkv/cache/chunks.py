@@ -54,8 +54,8 @@ def _read_all_but_last(
     pieces = lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
         return None
-    _check(module, kwargs)
     past, start, states = cache.get_seq_length(), 0, []
+    _check(module, kwargs, past + pieces[0], past + tokens)
     try:
         for piece in pieces[:-1]:
             output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
@@ -113,8 +113,24 @@ def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module.config, name, False) if wanted is None else wanted)
 
 
-def _check(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
+def _check(module: nn.Module, kwargs: dict[str, Any], first: int, last: int) -> None:
+    """Raises `UsageError` for a call that means something else in pieces, of which the first and last end there."""
+    for kind, limit in stretching(module.config):
+        # A dynamic embedding turns each piece in a way of its own.
+        if last > limit and (first <= limit or kind != "longrope"):
+            raise UsageError(
+                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, "
+                f"and the first pieces of a text of {last} tokens cannot know that; leave out prefill_chunk, or "
+                f"read at most {limit} tokens"
+            )
+    for name, value in kwargs.items():
+        known = name in _BY_TOKEN or name == "attention_mask"
+        if isinstance(value, Tensor) and not known and _num_tokens(kwargs) in value.shape:
+            raise UsageError(
+                f"a call that is read in pieces cannot take {name!r} apart, which has a place for each token (as "
+                "images have in a prompt); leave it out, or prefill_chunk"
+            )
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if _is_wanted(name, module, kwargs):
             raise UsageError(
                 f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
