@@ -125,6 +125,25 @@ def test_nothing_is_shared_with_a_prefill_that_failed():
     assert torch.equal(prefill(third).next_logits, Prefiller(model, [chosen])(third).next_logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_nothing_is_shared_with_a_prompt_whose_keys_were_turned_otherwise(family, rope):
+    limit = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
+    model = tiny_model(family, rope_parameters={"rope_theta": 10000.0, **rope}, **limit)
+    chosen = get_selector({"name": "snapkv", "window": 4})
+    first, second = tokens(1, 60), torch.cat([tokens(1, 60)[:, :45], tokens(1, 35, seed=9)], dim=1)
+    prefill = Prefiller(model, [chosen])
+    prefill(first)
+    after = prefill(second).next_logits
+    assert torch.equal(after, Prefiller(model, [chosen])(second).next_logits)
+
+
 def test_greedy_stops_as_soon_as_every_row_has_ended():
     model = tiny_model()
     prompt = tokens(1, 30)

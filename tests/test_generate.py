@@ -352,6 +352,45 @@ def test_prompt_embeddings_give_the_text_of_the_prompt(model, budgets, explicit)
     assert torch.equal(found, Loop(model, prompt, budgets).greedy(8))
 
 
+def longrope(limit, **changes):
+    """A tiny Phi-3 that turns keys by other factors in texts of more than `limit` tokens."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+    return tiny_model(
+        "phi3",
+        original_max_position_embeddings=limit,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+@pytest.mark.parametrize("tell_mask", [False, True])
+def test_prompts_beyond_the_limit_of_a_long_rotary_embedding_are_compressed(explicit, tell_mask):
+    model = longrope(32)
+    prompt = tokens(1, 60)
+    settings = {"return_dict_in_generate": True, **({"attention_mask": torch.ones_like(prompt)} if tell_mask else {})}
+    found = generated(model, prompt, RAGGED, explicit, **settings, **GREEDY)
+    assert torch.equal(found.sequences[0, 60:], Loop(model, prompt, RAGGED).greedy(8)[0])
+    assert isinstance(cache_in(found), CompressedCache)
+    assert cache_in(found).get_seq_length() == 67
+
+
+def test_a_text_that_outgrows_a_long_rotary_embedding_is_read_anew_or_refused():
+    model = longrope(44)
+    prompt = tokens(1, 40)
+    settings = {**GREEDY, "max_new_tokens": 12, "return_dict_in_generate": True}
+    expected = model.generate(prompt, **settings).sequences
+    # Read anew, its budgets cover the text as they did.
+    assert torch.equal(generated(model, prompt, [400] * LAYERS, False, **settings).sequences, expected)
+    with pytest.raises(
+        UsageError, match="more than 44 tokens, so that a cache that holds 44 tokens cannot take it to 45"
+    ):
+        generated(model, prompt, DENSE, True, **settings)
+    _, batch, mask = padded([40, 25], "left")
+    with pytest.raises(UsageError, match="cannot take it to 45"):
+        generated(model, batch, DENSE, True, attention_mask=mask, **settings)
+
+
 def test_without_a_cache_nothing_is_compressed(model):
     prompt = tokens(1, 40)
     expected = model.generate(prompt, use_cache=False, **GREEDY)

@@ -626,6 +626,34 @@ def test_what_chunks_cannot_give_is_refused():
             model(tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
 
 
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_chunks_of_a_text_beyond_the_limit_of_its_rotary_embedding_are_refused(family, rope):
+    limit = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
+    model = tiny_model(family, rope_parameters={"rope_theta": 10000.0, **rope}, **limit)
+    with compress(model, profile(model, 100), prefill_chunk=16):
+        with pytest.raises(UsageError, match="more than 32 tokens, and the first pieces of a text of 33"):
+            model(tokens(1, 33))
+        model(tokens(1, 32))
+
+
+def test_what_chunks_of_experts_or_images_cannot_give_is_refused():
+    experts = tiny_model("mixtral")
+    cache = CompressedCache(experts, profile(experts, 9), prefill_chunk=8)
+    with pytest.raises(UsageError, match="output_router_logits"):
+        experts(tokens(1, 20), cache=cache, output_router_logits=True)
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 9), prefill_chunk=8)
+    with pytest.raises(UsageError, match="cannot take 'visual_pos_masks' apart"):
+        model(tokens(1, 20), cache=cache, visual_pos_masks=torch.zeros(1, 20, dtype=torch.bool))
+
+
 def test_caches_that_evict_again_are_not_merged():
     model = tiny_model()
     caches = [CompressedCache(model, profile(model, 9), evict="again") for _ in range(2)]

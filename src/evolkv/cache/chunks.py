@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evolkv.errors import UsageError
 from evolkv.models.forward import by_name, given_cache
+from evolkv.models.rotary import stretching
 
 # What has a column for each new token in its last dimension but so many.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
@@ -45,6 +46,7 @@ def _read_all_but_last(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
             "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
         )
+    _check_rotary(module, cache, kwargs)
     chunk = cache.most_tokens
     if chunk is None:
         return None
@@ -52,8 +54,8 @@ def _read_all_but_last(
     pieces = lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
         return None
-    _check(module, kwargs)
     past, start, states = cache.get_seq_length(), 0, []
+    _check(module, kwargs, past + pieces[0], past + tokens)
     try:
         for piece in pieces[:-1]:
             output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
@@ -86,14 +88,49 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
+def _check_rotary(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `UsageError` for a call after which a cache would hold keys that were turned in two ways."""
+    past = cache.get_seq_length()
+    for kind, limit in stretching(module.config):
+        # Beyond its limit a dynamic embedding turns each new token in a way of its own, with any cache.
+        if kind != "longrope" or past == 0 or past + (tokens := _num_tokens(kwargs)) <= limit:
+            continue
+        positions = kwargs.get("position_ids")
+        # Padding takes no position; the longest sequence decides for all.
+        start = past if positions is None else int(positions[..., 0].max())
+        stop = past + tokens if positions is None else int(positions.max()) + 1
+        if start <= limit < stop:
+            raise UsageError(
+                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, so "
+                f"that a cache that holds {start} tokens cannot take it to {stop}; read the whole text as one prompt, "
+                f"or stop at {limit} tokens (with Phi-3, generate() in a compress() block reads it anew by itself)"
+            )
+
+
 def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for a further output, or else the model's config does."""
     wanted = kwargs.get(name)
     return bool(getattr(module.config, name, False) if wanted is None else wanted)
 
 
-def _check(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
+def _check(module: nn.Module, kwargs: dict[str, Any], first: int, last: int) -> None:
+    """Raises `UsageError` for a call that means something else in pieces, of which the first and last end there."""
+    for kind, limit in stretching(module.config):
+        # A dynamic embedding turns each piece in a way of its own.
+        if last > limit and (first <= limit or kind != "longrope"):
+            raise UsageError(
+                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, "
+                f"and the first pieces of a text of {last} tokens cannot know that; leave out prefill_chunk, or "
+                f"read at most {limit} tokens"
+            )
+    for name, value in kwargs.items():
+        known = name in _BY_TOKEN or name == "attention_mask"
+        if isinstance(value, Tensor) and not known and _num_tokens(kwargs) in value.shape:
+            raise UsageError(
+                f"a call that is read in pieces cannot take {name!r} apart, which has a place for each token (as "
+                "images have in a prompt); leave it out, or prefill_chunk"
+            )
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if _is_wanted(name, module, kwargs):
             raise UsageError(
                 f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "

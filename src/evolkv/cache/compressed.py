@@ -48,6 +48,12 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
     ]
 
 
+class _Block:
+    """A `compress` block."""
+
+    is_open = True
+
+
 class HookedCache(Cache):
     """A cache of layers that compute their own attention.
 
@@ -62,10 +68,12 @@ class HookedCache(Cache):
         states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
         kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
         state_layers: the layers with a recurrent state.
+        block: the `compress` block that made the cache; None where it was made explicitly.
         unfinished: whether some layers have read tokens of a forward call that has not ended.
     """
 
     states_of_chunks: list[Tensor] | None = None
+    block: _Block | None = None
     unfinished: bool = False
     #: The layer whose keys and values were the last to be sent to attention.
     _sent: Any = None
@@ -79,6 +87,14 @@ class HookedCache(Cache):
         self._keyword = cache_keyword(model)
         self._by_token = bool(self.state_layers) and continues_by_token(model)
         self._detach = weakref.finalize(self, attach(model))
+
+    def __bool__(self) -> bool:
+        """Whether a `compress` block that is still open made the cache, and would make another in its place.
+
+        Phi-3 leaves out a cache that is true, and not longer than the limit of its short rotary embedding, to read a
+        longer text anew: with a cache of transformers', unless there is such a block.
+        """
+        return self.block is not None and self.block.is_open
 
     def release(self) -> None:
         """Gives the model's attention back now rather than when this object goes."""
@@ -680,6 +696,7 @@ def compress(
         ...     model.generate(**inputs)
     """
     make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
+    block = _Block()
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         kwargs = by_name(module, args, kwargs)
@@ -702,7 +719,9 @@ def compress(
                 "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
                 "give generate() an empty CompressedCache(model, profile) as its cache"
             )
-        kwargs[name or cache_keyword(module)] = CompressedCache._with_layers(model, make_layers())
+        cache = CompressedCache._with_layers(model, make_layers())
+        cache.block = block
+        kwargs[name or cache_keyword(module)] = cache
         kwargs["use_cache"] = True
         return (), kwargs
 
@@ -713,6 +732,7 @@ def compress(
     try:
         yield
     finally:
+        block.is_open = False
         for handle in handles:
             handle.remove()
         detach()

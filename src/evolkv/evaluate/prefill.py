@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.recording import Observer, Recording, RecordingCache
 from evolkv.models.forward import input_device
+from evolkv.models.rotary import stretching
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
@@ -119,6 +120,11 @@ class Prefiller:
     def _shared_with_last(self, ids: list[int]) -> int:
         if self._observed is None or (self._cache is not None and self._cache.state_layers):
             return 0
+        for kind, longest in stretching(self.model.get_decoder().config):
+            both = {len(ids) > longest, len(self._last) > longest}
+            # Beyond its limit a text is turned in another way, or each length in its own.
+            if len(both) > 1 or (kind != "longrope" and True in both):
+                return 0
         limit = min(len(ids) - max(1, self._observed), len(self._last))
         shared = next((i for i in range(max(0, limit)) if ids[i] != self._last[i]), max(0, limit))
         return shared if shared >= _MIN_SHARED else 0

@@ -83,3 +83,20 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary:
     if "layer_type" in inspect.signature(module.forward).parameters:
         settings["layer_type"] = model.config.get_text_config(decoder=True).layer_types[layer]
     return Rotary(module, rotate, settings)
+
+
+def stretching(config: Any) -> list[tuple[str, int]]:
+    """The kinds of a model's rotary embedding that turn all tokens otherwise in texts of more than so many tokens.
+
+    ``longrope`` has a second set of angles for longer texts, ``dynamic`` one for each length.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = []
+    # One kind for all layers, or one for each type of layer.
+    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        kind = str(each.get("rope_type"))
+        if kind == "longrope":
+            found.append((kind, int(each["original_max_position_embeddings"])))
+        elif "dynamic" in kind:
+            found.append((kind, int(config.max_position_embeddings)))
+    return found
