@@ -286,8 +286,6 @@ class CompressedLayer(CacheLayerMixin):
         """Nothing is allocated ahead of the prompt."""
         self.dtype, self.device = key_states.dtype, key_states.device
 
-    # A compiled model runs `update` and `attend` as they are: their state is in Python objects, and grows.
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new keys on to attention, which calls `attend`; entries are stored there."""
         if key_states.shape[1] != self.num_kv_heads:
@@ -419,6 +417,7 @@ class CompressedLayer(CacheLayerMixin):
 
     # Attention.
 
+    # A compiled model runs this, and the cache's `update`, as they are: their state is in Python objects, and grows.
     @torch.compiler.disable
     def attend(
         self,
