@@ -147,7 +147,8 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
     row = json.dumps({"prompt": "a b c", "answer": "d"})
     (tmp_path / "malformed.jsonl").write_text(f"{row}\n{{oops\n")
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 9000, "answer": "d"}))
+    rows = [json.dumps({"prompt": f"{first} " + "word " * 9000, "answer": "d"}) for first in "ab"]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
     (tmp_path / "profile.json").write_text("precious")
     (tmp_path / "rows.json").write_text("precious")
     method = ["--method", "snapkv"] if command == "eval" else ["--train", "1", "--val", "1"]

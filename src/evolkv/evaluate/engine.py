@@ -74,7 +74,7 @@ def _continuation(tokenizer: Any, before: str, text: str) -> Tensor:
 
 
 def encode_prompts(
-    tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None
+    tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None = None
 ) -> list[Tensor]:
     """Token ids of every prompt, ``[1, tokens]`` each.
 
