@@ -411,6 +411,11 @@ def test_profile_commands_show_expand_and_export(run, demo, tmp_path):
     assert sum(int(line.split(",")[2]) for line in lines[1:]) == profile.total
     assert run("profile", "export", path, "--to", "json", "--out", "copy.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "copy.json") == profile
+    generate = ("generate", MODEL, "--prompt", "x", "--profile", "copy.json", "--save-cache", "copy.json")
+    for words in (("profile", "export", "copy.json", "--to", "csv", "--out", "copy.json"), generate):
+        code, _, err = run(*words)
+        assert (code, "is read by this command" in err) == (2, True)
+    assert BudgetProfile.load(tmp_path / "copy.json") == profile
 
 
 def test_profile_show_prints_every_head(run, tmp_path):

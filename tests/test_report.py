@@ -401,7 +401,19 @@ def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
 
 def test_only_scores_of_the_same_examples_are_compared():
     rows = [row("snapkv", 64, 0.1), row("snapkv", 64, 0.1, task="other"), row("snapkv", 64, 0.1, n=49)]
-    assert len(comparisons(_rows(rows), [], [])) == 3
+    rows += [row("snapkv", 64, 0.1, seed=1), row("snapkv", 64, 0.1, protocol="agnostic")]
+    assert len(comparisons(_rows(rows), [], [])) == 5
+
+
+def test_protocols_are_named_and_stand_apart(write):
+    rows = [row("full", None, 1.0), row("evolkv", 128, 0.9), row("snapkv", 128, 0.1)]
+    aware = write("a.json", {"format": "evolkv.results/1", "rows": [{**each, "protocol": "aware"} for each in rows]})
+    later = [{**each, "protocol": "agnostic", "score": 0.05, "ci95": [0.0, 0.1]} for each in rows]
+    text = page(aware, write("b.json", {"format": "evolkv.results/1", "rows": later})).text
+    assert "snapkv 0.10." in text
+    assert "protocol aware" in text
+    assert "protocol agnostic" in text
+    assert "--protocol agnostic" in text
 
 
 def test_marks_of_a_score_stand_where_its_number_says():
@@ -487,7 +499,8 @@ def write_studies(storage, *names):
                     Evaluation(allocation(64, i + number), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)
                 ]
                 study.record("budget 64", generation, entries)
-            study.put("validation", {"64": search(64)["validation"]})
+            found = search(64)["validation"]
+            study.put("validation", {"64": [{**each, "score": each["score"] + number / 50} for each in found]})
 
 
 def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
@@ -501,7 +514,7 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
     assert run(capsys, storage, "--study", "two", "--out", out)[0] == 0
     text = Page(out.read_text()).text
     assert "12 candidates in 3 generations" in text
-    assert "evolved budgets score 0.89 with 64 entries per KV head" in text
+    assert "evolved budgets score 0.91 with 64 entries per KV head" in text
     assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
 
 
@@ -512,6 +525,8 @@ def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsy
     text = Page(out.read_text()).text
     assert "Budget 64, snapkv:window=8" in text
     assert "Budget 64, keydiff" in text
+    # That of the one which did best.
+    assert "evolved budgets score 0.91 with 64 entries per KV head" in text
 
 
 def _rows(rows):

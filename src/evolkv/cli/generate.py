@@ -81,6 +81,10 @@ def generate(
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
     chosen = _method(profile, method, budget)
     _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
+    if save_cache is not None:
+        from evolkv.report.files import check_apart
+
+        check_apart([save_cache], [path for path in (profile, prompt_file) if path is not None])
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     from evolkv.cli.generation import generate_text, save_document
 

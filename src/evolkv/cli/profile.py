@@ -75,10 +75,11 @@ def export(
     out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
-    from evolkv.report.files import check_writable, write_text
+    from evolkv.report.files import check_apart, check_writable, write_text
 
     if out is not None:
         check_writable(out)
+        check_apart([out], [path])
     profile = _load(path)
     if to == "json":
         text = json.dumps(profile.to_dict(), indent=1, ensure_ascii=False) + "\n"

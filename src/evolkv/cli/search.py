@@ -59,7 +59,7 @@ def search(
     ] = 24,
     max_evals: Annotated[
         int | None,
-        typer.Option("--max-evals", help="Candidates to evaluate at most.", rich_help_panel=_STRATEGY),
+        typer.Option("--max-evals", help="Candidates to evaluate, in whole generations.", rich_help_panel=_STRATEGY),
     ] = None,
     minibatch: Annotated[
         int | None,

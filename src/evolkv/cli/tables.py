@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from evolkv.report.axes import Table as TextTable
 
 #: Columns whose texts may be longer than there is room for, and matter to their end.
-_FOLDED = frozenset({"task", "method"})
 _BAR_WIDTH = 48
 #: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
 _RAMP = [
@@ -63,7 +62,8 @@ def shown(found: TextTable) -> Table:
         if column in NUMERIC:
             table.add_column(column, justify="right")
         else:
-            table.add_column(column, overflow="fold" if column in _FOLDED else "ellipsis")
+            # A number cut short is worse than one on two lines.
+            table.add_column(column, overflow="fold")
     for row in found.rows:
         table.add_row(*row)
     return table

@@ -1,4 +1,4 @@
-"""Scores that may stand side by side: one model, task, metric and number of examples."""
+"""Scores that may stand side by side: one model, task, metric, protocol, seed and number of examples."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ class Comparison:
     def first(self) -> Row:
         """A row, for what all have in common."""
         return self.entries[0].row
+
+    @property
+    def asked(self) -> str:
+        """The protocol, to stand behind other words; empty where it is not known."""
+        return f", {self.first.protocol}" if self.first.protocol else ""
 
     @property
     def full(self) -> Entry | None:
@@ -109,7 +114,7 @@ class Comparison:
                 cells.append(percent(share))
             cells += [entry.source, ("yes" if entry.on_front else "no") if entry.source else ""] * self.of_curve
             rows.append(cells)
-        return Table(f"{self.first.task}: {self.first.metric} by method", columns, rows)
+        return Table(f"{self.first.task}: {self.first.metric} by method{self.asked}", columns, rows)
 
     def by_budget(self) -> ScoreChart:
         """Score against mean budget; the full cache is a line across."""
@@ -149,9 +154,9 @@ def is_path(method: str) -> bool:
 
 def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[Profile]) -> list[Comparison]:
     """Group rows and curves by what they were measured on."""
-    groups: dict[tuple[str, str, str, int], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.task, row.metric, row.n), []).append(row)
+        groups.setdefault((row.model, row.task, row.metric, row.n, row.protocol, row.seed), []).append(row)
     found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
     return [_from_curve(curve, profiles) for curve in curves] + found
 

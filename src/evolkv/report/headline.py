@@ -49,8 +49,10 @@ def headline(
     best = next((group for group in comparisons if group.evolved), None)
     if best is not None:
         return _evolved(best, search_sentences, search_facts)
-    result = next((search for search in searches if search.result is not None), None)
-    if result is not None:
+    results = [search for search in searches if search.result is not None]
+    if results:
+        # Of a search under several selectors the one that won; a curve's first otherwise.
+        result = max(results, key=lambda search: search.result.score if search.result and search.rival else 0.0)
         return _chosen(result, model, task, search_sentences, search_facts)
     if searches:
         course = searches[0].course()

@@ -169,6 +169,7 @@ class Row(_Scored):
     kv_bytes: Annotated[float, Field(gt=0)]
     mean_budget: Annotated[float, Field(gt=0)]
     seed: int | None = None
+    protocol: str = ""
 
 
 class Point(_Scored):

@@ -93,6 +93,7 @@ def methods(group: Comparison) -> Methods:
     """The methods of a comparison."""
     first, styles = group.first, group.styles()
     finding = f"Task {short(first.task)}, metric {short(first.metric)}, {counted(first.n, 'held-out example')}"
+    finding += f", protocol {short(first.protocol)}" if first.protocol else ""
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
         return Methods(_title(group), f"{finding}.{hollow}", [], group.by_budget(), group.table())
@@ -235,7 +236,7 @@ def _memory_note(group: Comparison, entry: Entry) -> str:
 
 def _title(group: Comparison) -> str:
     first = group.first
-    return f"{short(first.model)}, {short(first.task)}, n = {first.n}"
+    return f"{short(first.model)}, {short(first.task)}, n = {first.n}{group.asked}"
 
 
 def search_title(search: Search) -> str:

@@ -34,6 +34,7 @@ _OPTIONS = {
     "minibatch": "--minibatch",
     "start": "--start",
     "dtype": "--dtype",
+    "protocol": "--protocol",
 }
 
 
@@ -137,12 +138,15 @@ def selector_spec(selector: Mapping[str, Any]) -> str | None:
 
 
 def eval_command(rows: Sequence[Row]) -> list[str]:
-    """The command that scores the methods of rows of one model, task, metric and number of examples, in pieces."""
+    """The command that scores the methods of one comparison's rows, in pieces."""
     methods = list(dict.fromkeys("profile.json" if row.method == "evolkv" else row.method for row in rows))
     budgets = sorted({row.budget for row in rows if row.budget is not None})
     words = ["evolkv", "eval", rows[0].model, "--task", rows[0].task, "--method", *methods]
     words += ["--budget", *map(str, budgets)] if budgets else []
-    words += ["--samples", str(rows[0].n), "--metric", rows[0].metric]
+    words += ["--samples", str(rows[0].n)]
+    # Where examples have several metrics, these are their own.
+    words += ["--metric", rows[0].metric] if "+" not in rows[0].metric else []
+    words += ["--protocol", rows[0].protocol] if rows[0].protocol else []
     words += ["--seed", str(rows[0].seed)] if rows[0].seed is not None else []
     return _pieces(words)
 

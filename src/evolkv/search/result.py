@@ -82,16 +82,16 @@ class SearchResult:
     """
 
     profile: BudgetProfile
-    history: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    best: dict[str, Any]
+    history: list[dict[str, Any]] = field(repr=False)
+    validation: list[dict[str, Any]] = field(repr=False)
+    best: dict[str, Any] = field(repr=False)
     chosen: str
     improved: bool
     evaluations: int
     seconds: float
     interrupted: bool
-    settings: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    kept: dict[str, Any] | None = field(default=None, repr=False)
     rivals: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
