@@ -15,7 +15,7 @@ from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.layer import RowGroup
 from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.models.layers import continues_by_token
-from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
+from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, failing, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
@@ -451,14 +451,9 @@ def test_a_call_that_failed_half_way_is_not_gone_on_from(tmp_path, family, setti
     if holds_a_prompt:
         model(prompt, cache=cache)
 
-    def fail(*_):
-        raise ZeroDivisionError
-
     layer = model.model.layers[at]
-    handle = getattr(layer, "mlp" if hasattr(layer, "mlp") else "feed_forward").register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError):
+    with failing(layer.mlp if hasattr(layer, "mlp") else layer.feed_forward):
         model(more if holds_a_prompt else prompt, cache=cache)
-    handle.remove()
     for go_on in (lambda: model(more, cache=cache), cache.copy, lambda: cache.save(tmp_path / "cache")):
         with pytest.raises(UsageError, match="failed half-way"):
             go_on()
@@ -469,17 +464,8 @@ def test_a_call_that_failed_half_way_is_not_gone_on_from(tmp_path, family, setti
 def test_a_call_that_failed_between_two_chunks_is_not_gone_on_from():
     model = tiny_model()
     cache = CompressedCache(model, profile(model, 12), prefill_chunk=16)
-    calls = []
-
-    def fail(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise ZeroDivisionError
-
-    handle = model.model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError):
+    with failing(model.model.layers[0], call=2):
         model(tokens(1, 40), cache=cache)
-    handle.remove()
     with pytest.raises(UsageError, match="failed half-way"):
         model(tokens(1, 40), cache=cache)
 

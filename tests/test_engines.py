@@ -17,7 +17,7 @@ from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.evaluate.decode import RepetitionPenalty, greedy, target_log_probs
-from evolkv.evaluate.engine import encode_later, encode_target
+from evolkv.evaluate.engine import encode_example
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.evaluate.replay import _candidate_bytes, lowest_changed
@@ -26,7 +26,7 @@ from evolkv.evaluate.workers import Workers
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
-from tiny import FAMILIES, KV_HEADS, LAYERS, tiny_model, tokens
+from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, failing, stretching_model, tiny_model, tokens
 
 SNAPKV = get_selector({"name": "snapkv", "window": 4})
 
@@ -115,27 +115,14 @@ def test_nothing_is_shared_with_a_prefill_that_failed():
     prefill = Prefiller(model, [chosen])
     prefill(first)
 
-    def fail(*_):
-        raise ZeroDivisionError
-
-    handle = model.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError):
+    with failing(model.model.layers[1]):
         prefill(second)
-    handle.remove()
     assert torch.equal(prefill(third).next_logits, Prefiller(model, [chosen])(third).next_logits)
 
 
-@pytest.mark.parametrize(
-    ("family", "rope"),
-    [
-        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}),
-        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
-    ],
-    ids=["longrope", "dynamic"],
-)
-def test_nothing_is_shared_with_a_prompt_whose_keys_were_turned_otherwise(family, rope):
-    limit = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
-    model = tiny_model(family, rope_parameters={"rope_theta": 10000.0, **rope}, **limit)
+@pytest.mark.parametrize("kind", STRETCHING)
+def test_nothing_is_shared_with_a_prompt_whose_keys_were_turned_otherwise(kind):
+    model = stretching_model(kind, 64)
     chosen = get_selector({"name": "snapkv", "window": 4})
     first, second = tokens(1, 60), torch.cat([tokens(1, 60)[:, :45], tokens(1, 35, seed=9)], dim=1)
     prefill = Prefiller(model, [chosen])
@@ -320,7 +307,7 @@ def test_repetition_penalty_is_that_of_generate(penalty):
     prompt, budgets = tokens(1, 45), candidates(4, 45)
     ranked = rank(model, prompt)
     logits = ranked.next_logits.expand(4, -1)
-    applied = RepetitionPenalty.of(model, [prompt[0]] * 4, logits)
+    applied = RepetitionPenalty.of(model, [prompt[0]] * 4, prompt[0, :0], logits)
     texts = greedy(model, ReplayCache(model, [ranked], budgets), logits, [45] * 4, [20] * 4, (), penalty=applied)
     for text, candidate in zip(texts, budgets, strict=True):
         cache = CompressedCache(model, BudgetProfile.from_budgets(model, candidate, SNAPKV.to_dict()))
@@ -366,7 +353,8 @@ def metaspace():
 
 def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(metaspace):
     example = Example(id="x", prompt="a b", later="c d", references=("e",), target=" e f")
-    pieces = [metaspace.convert_ids_to_tokens(encode(metaspace, example)) for encode in (encode_later, encode_target)]
+    encoded = encode_example(metaspace, example, "logprob")
+    pieces = [metaspace.convert_ids_to_tokens(ids) for ids in (encoded.later, encoded.target)]
     assert pieces == [["c", "▁", "d"], ["▁", "e", "▁", "f"]]
 
 
@@ -374,7 +362,7 @@ def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(meta
 def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(smollm2):
     tokenizer = smollm2[1]
     example = Example(id="x", prompt="The answ", references=("er",), target="er is here")
-    assert encode_target(tokenizer, example).tolist() == tokenizer("er is here")["input_ids"]
+    assert encode_example(tokenizer, example, "logprob").target.tolist() == tokenizer("er is here")["input_ids"]
     assert tokenizer("The answer is here")["input_ids"][:2] != tokenizer("The answ")["input_ids"][:2]
 
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import RunError, UsageError
 from evolkv.models.forward import cache_in, cache_keyword
-from tiny import KV_HEADS, LAYERS, padded, tiny_model, tokens
+from tiny import KV_HEADS, LAYERS, padded, stretching_model, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 DENSE = [9, 12, 7, 16]
@@ -352,21 +352,10 @@ def test_prompt_embeddings_give_the_text_of_the_prompt(model, budgets, explicit)
     assert torch.equal(found, Loop(model, prompt, budgets).greedy(8))
 
 
-def longrope(limit, **changes):
-    """A tiny Phi-3 that turns keys by other factors in texts of more than `limit` tokens."""
-    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
-    return tiny_model(
-        "phi3",
-        original_max_position_embeddings=limit,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
-        **changes,
-    )
-
-
 @pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
 @pytest.mark.parametrize("tell_mask", [False, True])
 def test_prompts_beyond_the_limit_of_a_long_rotary_embedding_are_compressed(explicit, tell_mask):
-    model = longrope(32)
+    model = stretching_model("longrope", 32)
     prompt = tokens(1, 60)
     settings = {"return_dict_in_generate": True, **({"attention_mask": torch.ones_like(prompt)} if tell_mask else {})}
     found = generated(model, prompt, RAGGED, explicit, **settings, **GREEDY)
@@ -376,7 +365,7 @@ def test_prompts_beyond_the_limit_of_a_long_rotary_embedding_are_compressed(expl
 
 
 def test_a_text_that_outgrows_a_long_rotary_embedding_is_read_anew_or_refused():
-    model = longrope(44)
+    model = stretching_model("longrope", 44)
     prompt = tokens(1, 40)
     settings = {**GREEDY, "max_new_tokens": 12, "return_dict_in_generate": True}
     expected = model.generate(prompt, **settings).sequences

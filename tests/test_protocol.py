@@ -12,7 +12,7 @@ import evolkv
 from evolkv.errors import TaskError, UsageError
 from evolkv.evaluate import NaiveEngine, ReplayEngine, decode
 from evolkv.evaluate.decode import greedy, target_log_probs
-from evolkv.evaluate.engine import encode_later, encode_prompts, encode_target
+from evolkv.evaluate.engine import encode_example, encode_examples
 from evolkv.evaluate.prefill import Prefiller
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -175,7 +175,7 @@ def test_what_is_kept_does_not_depend_on_the_question(smollm2):
     model, tokenizer = smollm2
     examples = under_protocol(AGNOSTIC, people(tokenizer))
     prefill = Prefiller(model, [get_selector("snapkv")])
-    prompts = encode_prompts(tokenizer, model, examples)
+    prompts = [each.prompt for each in encode_examples(tokenizer, model, examples)]
     kept = []
     for ids in prompts:
         recorded = prefill(ids)
@@ -196,7 +196,7 @@ def test_evaluation_names_its_protocol_and_compresses_the_context(smollm2):
     assert {row["protocol"] for row in aware} == {"aware"}
     assert {row["protocol"] for row in agnostic} == {"agnostic"}
     examples = under_protocol(AGNOSTIC, get_task("niah:context=300").examples("report", 2, tokenizer))
-    contexts = [ids.shape[1] for ids in encode_prompts(tokenizer, model, examples)]
+    contexts = [ids.shape[1] for ids in (each.prompt for each in encode_examples(tokenizer, model, examples))]
     assert agnostic[0]["mean_budget"] == np.mean(contexts) < aware[0]["mean_budget"]
     assert agnostic[1]["mean_budget"] == 48
     # The whole context with the question after it is the same text.
@@ -226,6 +226,7 @@ def test_question_and_prompt_together_must_fit_the_model(smollm2):
     model, tokenizer = smollm2
     example = Example("long", "a " * 8000, ("b",), later=" b" * 300)
     with pytest.raises(UsageError, match="more than the model's context"):
-        encode_prompts(tokenizer, model, [example])
-    assert len(encode_later(tokenizer, example)) == 300
-    assert len(encode_target(tokenizer, example)) >= 1
+        encode_examples(tokenizer, model, [example])
+    encoded = encode_example(tokenizer, example, "logprob")
+    assert len(encoded.later) == 300
+    assert len(encoded.target) >= 1

@@ -18,7 +18,20 @@ from evolkv.selectors import SELECTORS, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from test_compressed_cache import check_beams
 from test_selectors import prompt as random_prompt
-from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
+from tiny import (
+    EAGER_ONLY,
+    FAMILIES,
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    STRETCHING,
+    WINDOW,
+    failing,
+    padded,
+    stretching_model,
+    tiny_model,
+    tokens,
+)
 
 SNAPKV = {"name": "snapkv", "window": 4}
 #: Every selector, small enough for tiny budgets.
@@ -626,17 +639,9 @@ def test_what_chunks_cannot_give_is_refused():
             model(tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize(
-    ("family", "rope"),
-    [
-        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}),
-        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
-    ],
-    ids=["longrope", "dynamic"],
-)
-def test_chunks_of_a_text_beyond_the_limit_of_its_rotary_embedding_are_refused(family, rope):
-    limit = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
-    model = tiny_model(family, rope_parameters={"rope_theta": 10000.0, **rope}, **limit)
+@pytest.mark.parametrize("kind", STRETCHING)
+def test_chunks_of_a_text_beyond_the_limit_of_its_rotary_embedding_are_refused(kind):
+    model = stretching_model(kind, 32)
     with compress(model, profile(model, 100), prefill_chunk=16):
         with pytest.raises(UsageError, match="more than 32 tokens, and the first pieces of a text of 33"):
             model(tokens(1, 33))
@@ -668,17 +673,8 @@ def test_a_failed_call_leaves_nothing_behind():
     expected = CompressedCache(model, profile(model, 9), prefill_chunk=8)
     logits = model(tokens(1, 20), cache=expected).logits
     cache = CompressedCache(model, profile(model, 9), prefill_chunk=8)
-    calls = []
-
-    def fail(module, args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise ZeroDivisionError
-
-    handle = model.model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError):
+    with failing(model.model.layers[0], call=3):
         model(tokens(1, 20), cache=cache)
-    handle.remove()
     cache.reset()
     assert torch.equal(model(tokens(1, 20), cache=cache).logits, logits)
 

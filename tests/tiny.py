@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import pytest
 import torch
 import transformers
 
@@ -127,6 +130,35 @@ def tiny_model(family="llama", attention=None, seed=0, **changes):
         if parameter_name.endswith("sinks"):
             parameter.normal_()
     return model
+
+
+#: Rotary embeddings that turn all tokens otherwise in long texts.
+STRETCHING = ("longrope", "dynamic")
+
+
+def stretching_model(kind, limit):
+    """A tiny Phi-3 (longrope) or Llama (dynamic) that turns keys otherwise in texts of more than `limit` tokens."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+        return tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=limit)
+    return tiny_model("llama", rope_parameters={**rope, "factor": 2.0}, max_position_embeddings=limit)
+
+
+@contextlib.contextmanager
+def failing(module, call=1):
+    """Has a call of a module raise ZeroDivisionError, which is expected: the first, or number `call`."""
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise ZeroDivisionError
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        yield
+    handle.remove()
 
 
 def tokens(*shape, seed=0):

@@ -15,7 +15,6 @@ from evolkv.report.units import mebibytes, with_interval
 if TYPE_CHECKING:
     from evolkv.report.axes import Table as TextTable
 
-#: Columns whose texts may be longer than there is room for, and matter to their end.
 _BAR_WIDTH = 48
 #: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
 _RAMP = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluate.engine import encode_prompts
+from evolkv.evaluate.engine import encode_examples
 from evolkv.evaluate.intervals import ci95
 from evolkv.evaluate.measure import Questions, Row, measure
 from evolkv.evaluate.records import (
@@ -175,7 +176,7 @@ def run_evaluation(
     asked = []
     for spec, part in named.items():
         examples = list(part.values())
-        asked.append(Questions(spec, list(part), examples, encode_prompts(tokenizer, model, examples, metric)))
+        asked.append(Questions(spec, list(part), examples, encode_examples(tokenizer, model, examples, metric)))
         _check_budgets(asked[-1], rows)
     settings = Settings(
         model=_describe(model),
@@ -243,12 +244,11 @@ def summarise(records: Records) -> list[dict[str, Any]]:
 
 def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Mean score and number of examples in each bin of length, where a task sorts its examples into such."""
-    names = [str(record.extra["bin"]) for record in column if "bin" in record.extra]
-    found = {}
-    for name in sorted(set(names)):
-        scores = [record.score for record in column if record.extra.get("bin") == name]
-        found[name] = {"n": len(scores), "score": float(np.mean(scores))}
-    return found
+    scores = defaultdict(list)
+    for record in column:
+        if "bin" in record.extra:
+            scores[str(record.extra["bin"])].append(record.score)
+    return {name: {"n": len(found), "score": float(np.mean(found))} for name, found in sorted(scores.items())}
 
 
 def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:

@@ -46,10 +46,14 @@ class RepetitionPenalty:
             self.seen[row, ids.to(logits.device)] = True
 
     @classmethod
-    def of(cls, model: PreTrainedModel, seen: Sequence[Tensor], logits: Tensor) -> RepetitionPenalty | None:
-        """That of the model's generation config; None where it asks for none."""
+    def of(
+        cls, model: PreTrainedModel, prompts: Sequence[Tensor], later: Tensor, logits: Tensor
+    ) -> RepetitionPenalty | None:
+        """That of the model's generation config, over each row's prompt and what all read later; None for none."""
         factor = getattr(model.generation_config, "repetition_penalty", None)
-        return None if factor is None or factor == 1 else cls(factor, seen, logits)
+        if factor is None or factor == 1:
+            return None
+        return cls(factor, [torch.cat([ids, later.to(ids.device)]) for ids in prompts], logits)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The logits after the penalty."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from evolkv.errors import RunError, UsageError
 from evolkv.models import describe_model
 from evolkv.models.forward import input_device
-from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks import Example
 from evolkv.tasks.base import encode_text
 from evolkv.tasks.metrics import get_metric
 
@@ -42,46 +43,67 @@ class Engine(Protocol):
         ...
 
 
-def encode_target(tokenizer: Any, example: Example) -> Tensor:
-    """Token ids of the reference answer as it continues the prompt, ``[target]``.
+@dataclass(frozen=True)
+class Encoded:
+    """The token ids of an example.
+
+    Args:
+        prompt: ``[1, tokens]`` int64.
+        later: of what is read after the prompt was compressed, ``[question]`` int64; most often none.
+        target: of the reference answer as it continues the text, ``[target]`` int64, where its probability is the
+            score; None under a text metric.
+    """
+
+    prompt: Tensor
+    later: Tensor
+    target: Tensor | None
+
+
+def encode_example(tokenizer: Any, example: Example, metric: str | None = None) -> Encoded:
+    """The token ids of an example, scored by a metric, or its own.
 
     Raises:
-        UsageError: if the answer has no tokens.
+        UsageError: if the answer has no tokens, and its probability is asked for.
     """
-    ids = _continuation(tokenizer, example.prompt + example.later, example.target)
-    if not len(ids):
-        raise UsageError(f"example {example.id}: the reference answer is empty; metric 'logprob' needs a text")
-    return ids
+    prompt = encode_text(tokenizer, example.prompt)
+    before, known = example.prompt, prompt
+    later: list[int] = []
+    if example.later:
+        before += example.later
+        later, known = _continued(tokenizer, prompt, before, example.later)
+    target = None
+    if (metric or example.metric) == "logprob":
+        target, _ = _continued(tokenizer, known, before + example.target, example.target)
+        if not target:
+            raise UsageError(f"example {example.id}: the reference answer is empty; metric 'logprob' needs a text")
+    return Encoded(_ids([prompt]), _ids(later), None if target is None else _ids(target))
 
 
-def encode_later(tokenizer: Any, example: Example) -> Tensor:
-    """Token ids of what is read after the prompt was compressed, ``[question]``; most often none."""
-    if not example.later:
-        return torch.empty(0, dtype=torch.long)
-    return _continuation(tokenizer, example.prompt, example.later)
-
-
-def _continuation(tokenizer: Any, before: str, text: str) -> Tensor:
-    """Token ids of a text as it continues another one, ``[tokens]`` int64.
+def _continued(tokenizer: Any, known: list[int], whole: str, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text as it ends a whole one, of which all before is `known`; and those of the whole.
 
     A tokenizer may put a space before whatever it is given, which has no place in the middle of a text. Where the two
     texts' characters share a token, both are encoded on their own.
     """
-    known, ids = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    ids = encode_text(tokenizer, whole)
     if ids[: len(known)] != known:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    return torch.tensor(ids[len(known) :], dtype=torch.long)
+        return tokenizer(text, add_special_tokens=False)["input_ids"], ids
+    return ids[len(known) :], ids
 
 
-def encode_prompts(
+def _ids(ids: Any) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def encode_examples(
     tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None = None
-) -> list[Tensor]:
-    """Token ids of every prompt, ``[1, tokens]`` each.
+) -> list[Encoded]:
+    """The token ids of examples; prompts are where the model takes them.
 
     Args:
         tokenizer: the model's.
         model: what will read them.
-        examples: the prompts.
+        examples: what to encode.
         metric: "logprob", a text metric, or None for each example's own.
 
     Raises:
@@ -90,27 +112,26 @@ def encode_prompts(
     """
     if not examples:
         raise UsageError("there are no examples to score; the task is empty")
-    max_context = describe_model(model).max_context
-    prompts = []
+    max_context, device = describe_model(model).max_context, input_device(model)
+    found = []
     for example in examples:
-        ids = encode_prompt(tokenizer, example)
-        if ids.shape[1] == 0:
+        encoded = encode_example(tokenizer, example, metric)
+        if encoded.prompt.shape[1] == 0:
             raise UsageError(f"example {example.id}: the prompt has no tokens; give it a text")
-        chosen = metric or example.metric
-        if chosen == "logprob":
-            answer = len(encode_target(tokenizer, example))
+        if encoded.target is not None:
+            answer = len(encoded.target)
         else:
             # What a metric needs beside the answer is missed now, not after everything was computed.
-            text_score(chosen, "", example)
+            text_score(metric or example.metric, "", example)
             answer = example.max_new_tokens
-        length = ids.shape[1] + len(encode_later(tokenizer, example))
+        length = encoded.prompt.shape[1] + len(encoded.later)
         if length + answer > max_context:
             raise UsageError(
                 f"example {example.id}: the prompt has {length} tokens and its answer up to {answer}, more than the "
                 f"model's context of {max_context}; use a shorter context or a model with a longer one"
             )
-        prompts.append(ids.to(input_device(model)))
-    return prompts
+        found.append(replace(encoded, prompt=encoded.prompt.to(device)))
+    return found
 
 
 def text_score(metric: str, prediction: str, example: Example) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import encode_later, encode_target, free_memory, mean_probability, text_score
+from evolkv.evaluate.engine import Encoded, free_memory, mean_probability, text_score
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
 from evolkv.evaluate.workers import Workers, check_wanted
@@ -73,18 +73,18 @@ class Questions:
         task: its spec.
         names: of the examples, each once.
         examples: in order.
-        prompts: token ids ``[1, tokens]`` of each.
+        encoded: the token ids of each.
     """
 
     task: str
     names: list[str]
     examples: list[Example]
-    prompts: list[Tensor]
+    encoded: list[Encoded]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(ids.shape[1] for ids in self.prompts)
+        return max(each.prompt.shape[1] for each in self.encoded)
 
 
 def measure(
@@ -167,7 +167,7 @@ class _Shard:
         waiting: list[_Prefilled] = []
         for column in columns:
             example = self.questions.examples[column]
-            recorded = prefill(self.questions.prompts[column])
+            recorded = prefill(self.questions.encoded[column].prompt)
             if self._metric_of(example) == "logprob":
                 if column in missing:
                     self._force(self._cut(column, recorded, 0))
@@ -214,12 +214,12 @@ class _Shard:
     def _force(self, item: _Prefilled) -> None:
         """The metric logprob."""
         rows = len(self.rows)
-        target = encode_target(self.tokenizer, self.questions.examples[item.column])
+        this = self.questions.encoded[item.column]
+        assert this.target is not None
         held = self._held(item)
         logits = item.next_logits.expand(rows, -1)
-        later = encode_later(self.tokenizer, self.questions.examples[item.column])
-        tokens = [item.tokens] * rows
-        log_probs = target_log_probs(self.model, item.cache, logits, tokens, [target] * rows, [later] * rows)
+        tokens, targets, later = [item.tokens] * rows, [this.target] * rows, [this.later] * rows
+        log_probs = target_log_probs(self.model, item.cache, logits, tokens, targets, later)
         self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
@@ -244,9 +244,9 @@ class _Shard:
         logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
         tokens = [item.tokens for item in waiting for _ in range(rows)]
         limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
-        later = encode_later(self.tokenizer, self.questions.examples[waiting[0].column])
-        prompts = [torch.cat([self.questions.prompts[item.column][0].cpu(), later]) for item in waiting]
-        penalty = RepetitionPenalty.of(self.model, [ids for ids in prompts for _ in range(rows)], logits)
+        later = self.questions.encoded[waiting[0].column].later
+        prompts = [self.questions.encoded[item.column].prompt[0] for item in waiting for _ in range(rows)]
+        penalty = RepetitionPenalty.of(self.model, prompts, later, logits)
         ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         for i, item in enumerate(waiting):

@@ -14,9 +14,7 @@ from evolkv.cache.compressed import CompressedCache, compress
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import (
     Progress,
-    encode_later,
-    encode_prompts,
-    encode_target,
+    encode_examples,
     mean_probability,
     text_score,
 )
@@ -53,8 +51,7 @@ class NaiveEngine:
     ):
         self.model, self.tokenizer, self.examples, self.selector = model, tokenizer, list(examples), selector
         self.metrics = [metric or example.metric for example in self.examples]
-        self.prompts = encode_prompts(tokenizer, model, self.examples, metric)
-        self.lengths = [ids.shape[1] for ids in self.prompts]
+        self.encoded = encode_examples(tokenizer, model, self.examples, metric)
         self.end = end_tokens(model, tokenizer)
         if on_progress is not None:
             on_progress(len(self.examples), len(self.examples))
@@ -74,26 +71,24 @@ class NaiveEngine:
 
     def _mean_probability(self, column: int, budgets: np.ndarray) -> float:
         cache, logits = self._prefill(column, budgets)
-        target, later = encode_target(self.tokenizer, self.examples[column]), self._later(column)
-        tokens = [self.lengths[column]]
-        return mean_probability(target_log_probs(self.model, cache, logits, tokens, [target], [later])[0])
-
-    def _later(self, column: int) -> Tensor:
-        return encode_later(self.tokenizer, self.examples[column])
+        this = self.encoded[column]
+        assert this.target is not None
+        tokens = [this.prompt.shape[1]]
+        return mean_probability(target_log_probs(self.model, cache, logits, tokens, [this.target], [this.later])[0])
 
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
         cache = CompressedCache(self.model, self._profile(budgets))
         with torch.inference_mode():
-            output = self.model(self.prompts[column], **cache.as_argument, use_cache=True, logits_to_keep=1)
+            output = self.model(self.encoded[column].prompt, **cache.as_argument, use_cache=True, logits_to_keep=1)
         return cache, output.logits[:, -1].float()
 
     def generate(self, column: int, budgets: np.ndarray) -> str:
         """The greedy text that a candidate gives for example number `column`."""
-        ids, later = self.prompts[column], self._later(column)
+        ids, later = self.encoded[column].prompt, self.encoded[column].later
         if len(later):
             cache, logits = self._prefill(column, budgets)
             limit = self.examples[column].max_new_tokens
-            penalty = RepetitionPenalty.of(self.model, [torch.cat([ids[0], later.to(ids.device)])], logits)
+            penalty = RepetitionPenalty.of(self.model, [ids[0]], later, logits)
             (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
             return str(self.tokenizer.decode(text, skip_special_tokens=True))
         with compress(self.model, self._profile(budgets)):

@@ -16,9 +16,7 @@ from evolkv.errors import RunError, UsageError
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import (
     Progress,
-    encode_later,
-    encode_prompts,
-    encode_target,
+    encode_examples,
     free_memory,
     mean_probability,
     text_score,
@@ -84,13 +82,9 @@ class ReplayEngine:
             raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
         self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
         self.metrics = [metric or example.metric for example in self.examples]
-        prompts = encode_prompts(tokenizer, model, self.examples, metric)
-        self.lengths = [ids.shape[1] for ids in prompts]
-        self.targets = [
-            encode_target(tokenizer, example) if name == "logprob" else None
-            for example, name in zip(self.examples, self.metrics, strict=True)
-        ]
-        self.later = [encode_later(tokenizer, example) for example in self.examples]
+        encoded = encode_examples(tokenizer, model, self.examples, metric)
+        self.lengths = [each.prompt.shape[1] for each in encoded]
+        self.targets, self.later = [each.target for each in encoded], [each.later for each in encoded]
         self.end = end_tokens(model, tokenizer)
         #: Bytes that one batch of candidates may take.
         self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
@@ -98,7 +92,7 @@ class ReplayEngine:
         self.held_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(self.lengths)
         self._rankings, self._store = [selector, *rankings], store
-        self._inputs, self._on_progress = prompts, on_progress
+        self._inputs, self._on_progress = [each.prompt for each in encoded], on_progress
         self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
@@ -196,8 +190,8 @@ class ReplayEngine:
         limits = [self.examples[column].max_new_tokens for column, _ in batch for _ in range(rows)]
         cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
         later = self.later[batch[0][0]]
-        seen = [torch.cat([self._inputs[column][0].cpu(), later]) for column, _ in batch for _ in range(rows)]
-        penalty = RepetitionPenalty.of(self.model, seen, logits)
+        prompts = [self._inputs[column][0] for column, _ in batch for _ in range(rows)]
+        penalty = RepetitionPenalty.of(self.model, prompts, later, logits)
         ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return [texts[start : start + rows] for start in range(0, len(texts), rows)]

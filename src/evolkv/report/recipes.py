@@ -40,8 +40,8 @@ def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[
             own = {name: value for name, value in settings.items() if name not in common}
             found.append(Recipe(search_title(search), [], _facts(own, search.seconds)))
     for profile in sources.profiles if not sources.searches else []:
-        settings = {"model": profile.model.name, "budget": profile.budget, "selector": profile.selector}
-        settings["granularity"] = profile.granularity
+        found_in = {"granularity": profile.granularity, "selector": profile.selector}
+        settings = {"model": profile.model.name, "budget": profile.budget, **found_in}
         recipe = _recipe(f"Profile, budget {profile.budget}", {**settings, **profile.search})
         found.append(recipe if "strategy" in profile.search else replace(recipe, command=[]))
     for group in groups:
