@@ -487,20 +487,28 @@ def test_ticks_are_few_round_and_within_the_axis(log):
         assert len({tick.label for tick in ticks}) == len(ticks)
 
 
-def write_studies(storage, *names):
+def write_studies(storage, *names, budgets=(64,)):
     from evolkv.search.result import Evaluation
     from evolkv.search.study import Study
+    from evolkv.selectors import parse_selector
 
-    settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": [64]}
+    settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": list(budgets)}
     for number, name in enumerate(names):
+        settings["selector"] = parse_selector(name.rpartition("/")[2]) if "/" in name else {"name": "snapkv"}
         with Study.open(str(storage), name, settings) as study:
-            for generation in range(3):
-                entries = [
-                    Evaluation(allocation(64, i + number), 0.5, 0.4, 1.0, generation, [0.4], 0.5) for i in range(4)
-                ]
-                study.record("budget 64", generation, entries)
-            found = search(64)["validation"]
-            study.put("validation", {"64": [{**each, "score": each["score"] + number / 50} for each in found]})
+            study.put("max_evals", 12)
+            validation = {}
+            for place, budget in enumerate(budgets):
+                for generation in range(3):
+                    entries = [
+                        Evaluation(allocation(budget, i + number), 0.5, 0.4, 1.0, generation, [0.4], 0.5)
+                        for i in range(4)
+                    ]
+                    study.record(f"budget {budget}", generation, entries)
+                found = search(budget)["validation"]
+                gain = number / 50 - place / 10
+                validation[str(budget)] = [{**each, "score": each["score"] + gain} for each in found]
+            study.put("validation", validation)
 
 
 def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
@@ -516,6 +524,7 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
     assert "12 candidates in 3 generations" in text
     assert "evolved budgets score 0.91 with 64 entries per KV head" in text
     assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
+    assert "--max-evals 12" in text
 
 
 def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsys):
@@ -527,6 +536,17 @@ def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsy
     assert "Budget 64, keydiff" in text
     # That of the one which did best.
     assert "evolved budgets score 0.91 with 64 entries per KV head" in text
+    assert text.count(f"evolkv search {MODEL}") == 1
+    assert "--selector snapkv:window=8 keydiff" in text
+
+
+def test_study_of_a_curve_names_first_what_does_almost_as_well_as_the_best(tmp_path):
+    storage = tmp_path / "s.db"
+    write_studies(storage, "search", budgets=(256, 128, 64))
+    text = page(storage).text
+    assert "evolved budgets score 0.89 with 256 entries per KV head" in text
+    assert "--budget 256,128,64" in text
+    assert "--first largest" in text
 
 
 def _rows(rows):

@@ -126,7 +126,9 @@ def test_a_finished_search_is_not_searched_again(smollm2, finished):
 @pytest.mark.model
 def test_a_finished_search_goes_on_with_more_candidates(smollm2, finished):
     storage, settings, result = finished
+    assert read_study(storage).facts["max_evals"] == 12
     more = evolkv.search(*smollm2, storage=storage, **{**settings, "max_evals": 20})
+    assert read_study(storage).facts["max_evals"] == 20
     assert more.evaluations == 20
     assert more.history[:12] == result.history
 
@@ -193,6 +195,7 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
     for result, point in zip(curve.results, curve.points, strict=True):
         assert point["score"] == max(row["score"] for row in result.validation)
     assert curve.points[0]["on_front"]
+    assert sum(result.seconds for result in curve.results) < curve.seconds
     again = search_curve(*smollm2, **settings)
     assert again.points == curve.points
     assert json.dumps(curve.to_dict(["a", "b", "c"]))

@@ -12,6 +12,7 @@ import evolkv
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.prefill import Prefiller, RecordingStore
 from evolkv.search import SearchProgress
+from evolkv.search.study import read_study
 from evolkv.selectors import get_selector, parse_selector
 
 SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 28, "seed": 0}
@@ -183,14 +184,21 @@ def test_interruption_before_the_first_score_is_passed_on(smollm2):
         ({"max_evals": 0}, UsageError, "--max-evals is 0"),
         ({"strategy": "evolkv", "group_size": 0}, UsageError, "--group-size is 0"),
         ({"strategy": "evolkv", "granularity": "head"}, UsageError, "layers only"),
+        ({"strategy": "evolkv", "start": "pyramid"}, UsageError, "starts from uniform"),
+        ({"sigma": 0}, UsageError, "sigma must be a positive number"),
+        ({"sigma": float("nan")}, UsageError, "sigma must be a positive number"),
+        ({"population": 2}, UsageError, "population must be a whole number of at least 4"),
         ({"task": "niah:context=9000"}, UsageError, "more than the model's context of 8192"),
     ],
 )
-def test_unusable_settings_are_refused_in_one_line(smollm2, changes, error, words):
+def test_unusable_settings_are_refused_in_one_line_and_block_no_study(smollm2, tmp_path, changes, error, words):
+    storage = tmp_path / "study.db"
     with pytest.raises(error) as caught:
-        evolkv.search(*smollm2, **{**SETTINGS, **changes})
+        evolkv.search(*smollm2, storage=str(storage), **{**SETTINGS, **changes})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    # A study without a generation takes other settings.
+    assert not storage.exists() or not read_study(storage).stages
 
 
 @pytest.mark.model

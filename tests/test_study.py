@@ -306,6 +306,15 @@ def test_a_refused_study_is_let_go(path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_study_without_a_generation_takes_other_settings(new_path):
+    with Study.open(new_path, "search", {"budget": 1}) as study:
+        assert not study.begun
+    record(new_path, 1)
+    assert read_study(new_path).settings == SETTINGS
+    with pytest.raises(StudyError, match="other settings"):
+        Study.open(new_path, "search", {"budget": 1})
+
+
 def test_studies_begun_at_once_in_one_new_file_all_begin(new_path, start):
     together = [start(record, new_path, 3, f"study {i}") for i in range(3)]
     for process in together:

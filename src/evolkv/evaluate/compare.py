@@ -234,6 +234,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "mean_budget": float(np.mean([record.mean_budget for record in column])),
                 "seed": settings.seed,
                 "protocol": settings.protocol,
+                "dtype": settings.model.dtype,
             }
             if method.expanded_from is not None:
                 result["expanded_from"] = method.expanded_from

@@ -1,4 +1,4 @@
-"""Scores that may stand side by side: one model, task, metric, protocol, seed and number of examples."""
+"""Scores that may stand side by side: one model, dtype, task, metric, protocol, seed and number of examples."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence
     """Group rows and curves by what they were measured on."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.task, row.metric, row.n, row.protocol, row.seed), []).append(row)
+        groups.setdefault((row.model, row.task, row.metric, row.n, row.protocol, row.dtype, row.seed), []).append(row)
     found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
     return [_from_curve(curve, profiles) for curve in curves] + found
 

@@ -51,9 +51,7 @@ def headline(
         return _evolved(best, search_sentences, search_facts)
     results = [search for search in searches if search.result is not None]
     if results:
-        # Of a search under several selectors the one that won; a curve's first otherwise.
-        result = max(results, key=lambda search: search.result.score if search.result and search.rival else 0.0)
-        return _chosen(result, model, task, search_sentences, search_facts)
+        return _chosen(_first(results), model, task, search_sentences, search_facts)
     if searches:
         course = searches[0].course()
         title = f"{_of(model, task)}: {counted(sum(len(s.history) for s in searches), 'candidate')} so far"
@@ -104,6 +102,18 @@ def _best(group: Comparison) -> Entry:
     return next(
         (entry for entry in evolved if entry.row.score >= target), max(evolved, key=lambda entry: entry.row.score)
     )
+
+
+def _first(searches: Sequence[Search]) -> Search:
+    """Of results the one to name: the smallest budget that scores almost as the best does, under its best selector."""
+
+    def of(search: Search) -> Validated:
+        assert search.result is not None
+        return search.result
+
+    target = _CLOSE * max(of(search).score for search in searches)
+    close = [search for search in searches if of(search).score >= target]
+    return min(close, key=lambda search: (mean_of(of(search).budgets), -of(search).score))
 
 
 def _chosen(search: Search, model: str, task: str, sentences: list[str], facts: list[Fact]) -> Headline:

@@ -11,7 +11,7 @@ from evolkv.report.records import Profile, Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import duration
 from evolkv.report.views import search_title
-from evolkv.report.words import eval_command, facts, search_command
+from evolkv.report.words import counted, eval_command, facts, search_command
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,15 @@ def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[
             title = "Search" if len(sources.searches) == 1 else f"Search: {search_title(searches[0])}"
             found.append(_recipe(title, known[0], searches[0].seconds))
             continue
-        budgets = ",".join(dict.fromkeys(str(settings["budget"]) for settings in known if "budget" in settings))
+        budgets = list(dict.fromkeys(str(settings["budget"]) for settings in known if "budget" in settings))
         common = {name: value for name, value in known[0].items() if all(value == each.get(name) for each in known)}
-        found.append(_recipe(f"Search at {len(searches)} budgets", {**common, "budget": budgets}))
+        whole = {**common, "budget": ",".join(budgets)}
+        what = [counted(len(budgets), "budget")]
+        if len(rivals := dict.fromkeys(search.rival for search in searches)) > 1:
+            what.append(f"under {counted(len(rivals), 'selector')}")
+            selectors = {search.rival: each.get("selector") for search, each in zip(searches, known, strict=True)}
+            whole["rivals"] = [{"selector": selector} for selector in selectors.values()]
+        found.append(_recipe(f"Search at {' '.join(what)}", whole))
         for search, settings in zip(searches, known, strict=True):
             own = {name: value for name, value in settings.items() if name not in common}
             found.append(Recipe(search_title(search), [], _facts(own, search.seconds)))
@@ -60,7 +66,9 @@ def _settings(search: Search, profiles: Sequence[Profile], model: str) -> dict[s
         known |= {"budget": round(mean_of(chosen.budgets)), "granularity": "layer" if by_layer else "head"}
     if profile is not None:
         known |= {"budget": profile.budget, "granularity": profile.granularity, "selector": profile.selector}
-    # A study names all of its budgets; a search has one of them.
+    # A study names all of its budgets, in their order; a search has one of them.
+    if isinstance(order := search.settings.get("budgets"), list) and len(order) > 1:
+        known["first"] = "largest" if order[0] > order[-1] else "smallest"
     return {**known, **{name: value for name, value in search.settings.items() if name != "budgets"}}
 
 

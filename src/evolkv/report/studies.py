@@ -50,6 +50,8 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         for entry in generation
     ]
     settings = dict(record.settings)
+    if settings.get("max_evals") is None and "max_evals" in record.facts:
+        settings["max_evals"] = record.facts["max_evals"]
     if isinstance(versions := record.facts.get("versions"), Mapping):
         settings["versions"] = dict(versions)
     data = {
@@ -59,7 +61,7 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         "history": history,
         "stage": stage if several else "",
         "rival": rival,
-        "origin": f"study {record.name}",
+        "origin": f"study {record.name.removesuffix(f'/{rival}') if rival else record.name}",
     }
     budget = stage.rpartition(" ")[2]
     rows, kept = (_of_budget(record, fact, budget) for fact in ("validation", "kept"))

@@ -33,6 +33,7 @@ _OPTIONS = {
     "engine": "--engine",
     "minibatch": "--minibatch",
     "start": "--start",
+    "first": "--first",
     "dtype": "--dtype",
     "protocol": "--protocol",
 }
@@ -147,6 +148,7 @@ def eval_command(rows: Sequence[Row]) -> list[str]:
     # Where examples have several metrics, these are their own.
     words += ["--metric", rows[0].metric] if "+" not in rows[0].metric else []
     words += ["--protocol", rows[0].protocol] if rows[0].protocol else []
+    words += ["--dtype", rows[0].dtype] if rows[0].dtype else []
     words += ["--seed", str(rows[0].seed)] if rows[0].seed is not None else []
     return _pieces(words)
 

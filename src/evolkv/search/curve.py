@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -142,16 +142,19 @@ def search_curve(
         order = ascending if first == "smallest" else ascending[::-1]
         running.open_study(storage, study, order, start)
         evolutions: dict[int, Evolution] = {}
+        seconds: dict[int, float] = {}
         # All budgets after the first share as many candidates as that one had.
         rest = math.ceil(running.settings.evaluations(running.plan.shape) / (len(order) - 1))
         near: np.ndarray | None = None
         try:
             for budget in order:
+                began = time.perf_counter()
                 if not evolutions:
                     evolution = running.evolve(budget, start)
                 else:
                     evolution = running.evolve(budget, near, rest, 1.0 if near is None else _STEP)
                 evolutions[budget] = evolution
+                seconds[budget] = time.perf_counter() - began
                 if evolution.interrupted:
                     break
                 near = _evolved(evolution) if running.settings.name == "joint" else None
@@ -164,12 +167,13 @@ def search_curve(
         validation = {}
         if len(evolutions) == len(order) and not evolution.interrupted:
             validation = running.choose({str(budget): part for budget, part in choices.items()})
-        seconds = time.perf_counter() - started
         results = [
-            running.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds)
+            running.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds[budget])
             for budget, part in choices.items()
         ]
-        return CurveResult(results, _points(running, results), seconds, any(each.interrupted for each in results))
+        results = [replace(each, settings={**each.settings, "first": first}) for each in results]
+        interrupted = any(each.interrupted for each in results)
+        return CurveResult(results, _points(running, results), time.perf_counter() - started, interrupted)
 
 
 def _fitting(selector: Selector, smallest: int) -> Selector:

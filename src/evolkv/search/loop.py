@@ -223,6 +223,8 @@ class Session:
             self._start = f"profile {digest[:16]}"
         elif start is not None:
             self._start = start
+        # Settings that no strategy can use are not put on record.
+        self.settings.strategy(self.plan, budgets[0], start)
         if storage is None:
             return
         from evolkv.search.study import Study
@@ -237,8 +239,12 @@ class Session:
         if len(budgets) > 1:
             identity["max_evals"] = self.settings.max_evals
         self.study = Study.open(storage, name, identity)
-        if self.study.get("versions") is None:
+        if not self.study.begun:
             self.study.put("versions", versions())
+        # Not part of what identifies a search: one that goes on may have more of them.
+        evaluations = self.settings.evaluations(self.plan.shape)
+        if self.study.get("max_evals") != evaluations:
+            self.study.put("max_evals", evaluations)
 
     def evolve(self, budget: int, start: Start, max_evals: int | None = None, step: float = 1.0) -> Evolution:
         """Searches at one budget; `step` is a factor on the default sigma."""

@@ -71,7 +71,7 @@ class SearchResult:
         chosen: name of the one chosen.
         improved: whether an evolved allocation beat every heuristic on the validation examples.
         evaluations: number of candidates evaluated.
-        seconds: wall-clock time of the whole search.
+        seconds: wall-clock time of the whole search; of one of a curve's, of evolving at its budget.
         interrupted: whether the search was stopped before its end.
         settings: task, strategy, seed, … as the profile records them.
         kept: which parts of one validation prompt the profile keeps; see `evolkv.search.kept.kept_positions`. None

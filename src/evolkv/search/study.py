@@ -132,7 +132,7 @@ class Study:
         Args:
             storage: see `storage_url`. A missing file is made, with its folders.
             name: of the study; one storage holds any number.
-            settings: plain JSON values that a continued search must share.
+            settings: plain JSON values that a continued search must share. A study without a generation takes new ones.
 
         Raises:
             StudyError: the study was begun with other settings, is in use by another process, or is none of ours;
@@ -156,12 +156,19 @@ class Study:
                 claim = Lease(opened, study_id, location, name)
                 undo.callback(claim.release)
             found = opened.get_study_user_attrs(study_id).get(_HEADER)
-            if found is None:
-                opened.set_study_user_attr(study_id, _HEADER, header)
-            else:
+            if found is not None:
                 _check_header(name, location, found)
+            if found is not None and opened.get_n_trials(study_id):
                 _check_settings(name, location, found["settings"], header["settings"])
+            elif found != header:
+                # Stopped before its first generation, it holds nothing that other settings would contradict.
+                opened.set_study_user_attr(study_id, _HEADER, header)
             return cls(location, name, opened, study_id, header["settings"], claim, undo.pop_all())
+
+    @property
+    def begun(self) -> bool:
+        """Whether any generation is on record."""
+        return bool(self._stages)
 
     def generations(self, stage: str) -> list[list[Evaluation]]:
         """The recorded generations of a stage, from the first, in order."""
