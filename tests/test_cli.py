@@ -98,6 +98,9 @@ def test_version_is_printed(run):
         (["search", MODEL, "--task", TASK, "--budget", "many"], "--budget"),
         (["search", MODEL, "--task", "niah:context=300,depht=0.5", "--budget", 64], "'depth'"),
         (["search", MODEL, "--task", "niha", "--budget", 64], "'niah'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--first", "largest"], "--budget several, such as 32,64"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--group-size", 4], "--strategy evolkv"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--storage", "none", "--study", "x"], "--study names"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--strategy", "joined"], "'joint'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--granularity", "heads"], "'head'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--metric", "logprop"], "'logprob'"),
@@ -328,6 +331,10 @@ def test_a_document_is_saved_once_and_asked_several_times(run):
     asked = json.loads(run("generate", MODEL, "--cache", "all.cache", *asking[4:], "Who?")[1])
     whole = json.loads(run("generate", MODEL, *asking[4:], f"{document}\n\nWho?")[1])
     assert (asked["text"], asked["prompt_tokens"]) == (whole["text"], whole["prompt_tokens"])
+    assert run(*saving, "--raw", "--prompt", document)[0] == 0
+    code, _, err = run(*asking, "Who?")
+    assert (code, "ask with --raw" in one_line(err)) == (2, True)
+    assert run(*asking, "Who?", "--raw")[0] == 0
 
 
 def test_a_saved_document_says_when_to_evict_again(run):
@@ -412,7 +419,10 @@ def test_profile_commands_show_expand_and_export(run, demo, tmp_path):
     assert run("profile", "export", path, "--to", "json", "--out", "copy.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "copy.json") == profile
     generate = ("generate", MODEL, "--prompt", "x", "--profile", "copy.json", "--save-cache", "copy.json")
-    for words in (("profile", "export", "copy.json", "--to", "csv", "--out", "copy.json"), generate):
+    export = ("profile", "export", "copy.json", "--to", "csv", "--out", "copy.json")
+    expand = ("profile", "expand", "copy.json", "--budget", 48, "--out", "copy.json")
+    search = ("search", MODEL, "--task", TASK, "--budget", 48, "--start", "copy.json", "--out", "copy.json")
+    for words in (export, expand, search, generate):
         code, _, err = run(*words)
         assert (code, "is read by this command" in err) == (2, True)
     assert BudgetProfile.load(tmp_path / "copy.json") == profile

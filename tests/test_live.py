@@ -113,7 +113,7 @@ def test_view_shows_how_far_how_fast_and_how_good():
     lines = plain(drawn(standing(), 79, 23))
     assert re.fullmatch(r"search ━{20}─{20}  50% 140/280", lines[0])
     assert lines[1] == "3.5/s · 39 s left · 1 min 03 s so far"
-    assert lines[2] == "best score 0.8723 · fitness 0.9100 · generation 11"
+    assert lines[2] == "score 0.8723 · fitness 0.9100 · generation 11"
     marks = lines[3].split()[2]
     assert (len(marks), marks[0], marks[-1]) == (12, "▁", "█")
     assert list(marks) == sorted(marks)
@@ -182,7 +182,7 @@ def test_view_leaves_nothing_behind_after_an_exception():
     def fail():
         with View(on, lambda columns, rows: drawn(standing(), columns, rows, on)):
             shown = Screen(60, 16).feed(written(on))
-            assert "best score" in shown.text
+            assert "score 0" in shown.text
             assert not shown.cursor_visible
             raise RuntimeError
 
@@ -280,7 +280,7 @@ def test_without_a_terminal_progress_is_plain_lines(settings, capsys, monkeypatc
     assert [line.split(",")[0] for line in lines] == (
         ["prefill 1/2", "prefill 2/2", "search 10/30", "search 30/30", "validation 1/1"]
     )
-    assert "best score 0.4000, best fitness 0.5000" in lines[3]
+    assert "score 0.4000, fitness 0.5000" in lines[3]
 
 
 def test_quiet_progress_says_nothing(settings, capsys):
@@ -424,7 +424,7 @@ def test_real_terminal_is_clean_after_the_end(end):
         child.kill()
         os.close(master)
     assert "evolkv: warning: look" in shown
-    assert "best score 0.8000" in shown
+    assert "score 0.8000" in shown
     screen = Screen(60, 16).feed(output.decode().replace("^C", ""))
     assert screen.text.splitlines() == ["$ evolkv search", "evolkv: warning: look", "over"]
     assert screen.cursor_visible

@@ -343,9 +343,9 @@ def _plain(step: Standing, now: float) -> str:
     if step.rate is not None:
         parts.append(speed(step.rate))
     if step.best_score is not None:
-        parts.append(f"best score {step.best_score:.4f}")
+        parts.append(f"score {step.best_score:.4f}")
     if step.best_fitness is not None:
-        parts.append(f"best fitness {step.best_fitness:.4f}")
+        parts.append(f"fitness {step.best_fitness:.4f}")
     left = step.seconds_left(now)
     if left is not None:
         parts.append(f"{duration(left)} left")

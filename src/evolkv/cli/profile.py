@@ -10,6 +10,7 @@ import typer
 from evolkv.cli import console
 from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of
 from evolkv.cli.tables import budgets_picture
+from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
@@ -58,9 +59,12 @@ def expand(
     out: Annotated[str, typer.Option("--out", metavar="Q.json", help="Where the new profile goes.")],
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
-    from evolkv.report.files import check_writable
+    from evolkv.report.files import check_apart, check_writable
 
     check_writable(out)
+    check_apart([out], [path])
+    if budget < 1:
+        raise UsageError(f"--budget is {budget}; expected a whole number of cache entries per KV head")
     profile = _load(path).expand(budget)
     profile.save(out)
     console.OUT.print(f"mean budget {profile.mean_budget:,.6g}; profile written to {out}", soft_wrap=True)

@@ -34,7 +34,7 @@ def search(
         ),
     ],
     budget: Annotated[
-        str,
+        list[str],
         typer.Option("--budget", metavar="C[,C...]", help="Mean cache entries per KV head; several make a curve."),
     ],
     selector: Annotated[
@@ -93,8 +93,11 @@ def search(
     ] = None,
     sigma: Annotated[float | None, typer.Option("--sigma", help="Initial step.", rich_help_panel=_STRATEGY)] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Layers per group of strategy evolkv.", rich_help_panel=_STRATEGY)
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--group-size", help="Layers per group of strategy evolkv. (default: 8)", rich_help_panel=_STRATEGY
+        ),
+    ] = None,
     lam: Annotated[
         float, typer.Option("--lam", help="Weight of the cache score in the fitness.", rich_help_panel=_OBJECTIVE)
     ] = 0.3,
@@ -180,7 +183,7 @@ def search(
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
     from evolkv.report.files import check_apart, check_writable, write_json
 
-    budgets = whole_numbers("--budget", [budget])
+    budgets = whole_numbers("--budget", budget)
     outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
     targets: list[str | Path] = [*outs, *([] if json_out is None else [json_out])]
     for path in targets:
@@ -189,10 +192,17 @@ def search(
         raise UsageError(f"--out and --json are both {json_out}; give two files")
     if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
+    if first != "smallest" and len(budgets) == 1:
+        raise UsageError(f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}")
+    if group_size is not None and strategy != "evolkv":
+        raise UsageError("--group-size is for --strategy evolkv")
+    if storage == "none" and study is not None:
+        raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
     where = storage if storage is not None else str(Path(out).with_suffix(".study.db"))
     from evolkv.profile import BudgetProfile
     from evolkv.search import STRATEGIES, SearchResult, search_curve
     from evolkv.search import search as run_search
+    from evolkv.search.plan import HEURISTICS
     from evolkv.search.storage import locate
     from evolkv.selectors import get_selector, parse_selector
     from evolkv.tasks import get_task
@@ -200,7 +210,7 @@ def search(
 
     # What can be judged without the model is, before it is loaded.
     chosen_task, specs = get_task(task), [parse_selector(each) for each in selector]
-    check_apart(targets, chosen_task.files())
+    check_apart(targets, [*chosen_task.files(), *([] if start in HEURISTICS else [start])])
     for spec in specs:
         get_selector(spec)
     check_metric(metric)
@@ -208,7 +218,7 @@ def search(
     file = None if where == "none" else locate(where).path
     if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
         raise UsageError(f"--storage is {where}, which the result would overwrite; give the study a file of its own")
-    begun = start if start in ("uniform", "pyramid") else BudgetProfile.load(start)
+    begun = start if start in HEURISTICS else BudgetProfile.load(start)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     settings: dict[str, Any] = {
         "task": chosen_task,
@@ -224,7 +234,7 @@ def search(
         "minibatch": minibatch,
         "population": population,
         "sigma": sigma,
-        "group_size": group_size,
+        "group_size": 8 if group_size is None else group_size,
         "lam": lam,
         "gamma": gamma,
         "floor": floor,

@@ -51,7 +51,7 @@ def progress_picture(
         pace += [(f"{duration(left)} left", PLAIN)] if left else []
         lines.append(glyphs.facts([*pace, (f"{duration(elapsed)} so far", DIM)], columns))
     if step.best_score is not None and rows > 1:
-        best = [(f"best score {step.best_score:.4f}", BOLD)]
+        best = [(f"score {step.best_score:.4f}", BOLD)]
         best += [(f"fitness {step.best_fitness:.4f}", PLAIN)] if step.best_fitness is not None else []
         best += [(f"generation {step.generation}", DIM)] if step.generation is not None else []
         best += [(f"budget {step.budget}", DIM)] if step.budget is not None else []

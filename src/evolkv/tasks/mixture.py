@@ -32,7 +32,7 @@ class Mixture(Task):
             raise TaskError("a mixture needs at least two tasks; give the one task itself")
         for index, task in enumerate(self.tasks):
             if task in self.tasks[:index]:
-                raise TaskError(f"a mixture has the task {task.spec()} twice; give each task once")
+                raise TaskError(f"task {task.name} is given twice with the same settings; give each once")
 
     def files(self) -> list[str]:
         """Those of all tasks."""
