@@ -7,12 +7,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 import evolkv.models
 from evolkv.cli import main
+from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer, whole_numbers
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
@@ -170,7 +172,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("--out", "file/profile.json", "not a folder"),
         ("--out", "/dev/null", "not a regular file"),
         ("--json", "folder", "folder is a folder"),
-        ("--json", "profile.json", "give two files"),
+        ("--json", "profile.json", "a file of its own"),
         ("--storage", "profile.json", "a file of its own"),
     ],
 )
@@ -575,7 +577,8 @@ def test_lists_are_spelt_out_for_the_options_that_take_several_values():
         ["eval", "m", "--method", "a", "--method", "b", "--budget=1", "--budget", "2", "--seed", "0"]
     )
     searching = ["search", "m", "--task", "a", "b", "--budget", "1", "2"]
-    assert for_typer(searching) == ["search", "m", "--task", "a", "--task", "b", "--budget", "1", "2"]
+    expected = ["search", "m", "--task", "a", "--task", "b", "--budget", "1", "--budget", "2"]
+    assert for_typer(searching) == expected
     assert for_typer(["generate", "m", "--task", "a", "b"]) == ["generate", "m", "--task", "a", "b"]
 
 
@@ -587,3 +590,22 @@ def test_numbers_and_selectors_are_parsed_or_refused():
             parse_selector(bad)
     with pytest.raises(UsageError, match="whole numbers"):
         whole_numbers("--budget", ["64;128"])
+
+
+def test_an_interrupt_while_an_object_is_collected_still_ends_the_program(capsys):
+    class Collected:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def wait():
+        Collected()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), no_interrupt_lost():
+            wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == ""

@@ -12,13 +12,13 @@ from evolkv.errors import UsageError
 from evolkv.evaluate import EvaluationProgress, Method, evaluate
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.report.files import check_folder, check_writable, write_json, write_text
 from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
 from evolkv.search import SearchProgress, SearchResult, search
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import Example, get_task
+from evolkv.whole_files import check_folder, check_writable, write_json, write_text
 
 #: What budgets are evolved under. Under it they find nearly twice as many needles at 64 entries as under SnapKV
 #: (docs/results.md); a window of 32 would be half of such a budget.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.settings.log_json = "--log-json" in takewhile(GLOBAL_FLAGS.__contains__, given)
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
-        with typer.main.get_command(app).make_context("evolkv", given or ["--help"]) as context:
+        command = typer.main.get_command(app)
+        with no_interrupt_lost(), command.make_context("evolkv", given or ["--help"]) as context:
             code = context.command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as leave:
@@ -112,6 +115,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Sends Ctrl-C again where Python drops it, as all that is raised while an object is collected."""
+    report = sys.unraisablehook
+
+    def send_again(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            # From a thread and later: sent from here it would be raised here, and dropped as well.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def _fail(code: int, message: str) -> int:

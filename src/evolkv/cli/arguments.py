@@ -9,7 +9,10 @@ from evolkv.errors import UsageError
 #: They may stand anywhere.
 GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
 #: Options that take several values, by command.
-_SEVERAL_VALUES = {"eval": {"--task", "--method", "--budget", "--sample-ids"}, "search": {"--task", "--selector", "--budget"}}
+_SEVERAL_VALUES = {
+    "eval": {"--task", "--method", "--budget", "--sample-ids"},
+    "search": {"--task", "--selector", "--budget"},
+}
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -10,7 +9,6 @@ import typer
 from evolkv.cli import console
 from evolkv.cli.options import MOST_SEED, Markdown
 from evolkv.cli.tables import print_table
-from evolkv.errors import UsageError
 
 
 def compare(
@@ -30,16 +28,10 @@ def compare(
     markdown: Markdown = None,
 ) -> None:
     """Compare two methods on the same examples: mean difference, its interval, and how likely chance alone is."""
-    from evolkv.report.files import check_writable, write_json
+    from evolkv.whole_files import check_outputs, write_json
 
     outs = [path for path in (json_out, None if markdown == "-" else markdown) if path is not None]
-    for path in outs:
-        check_writable(path)
-    places = [os.path.realpath(path) for path in [*records, *outs]]
-    if len(set(places[len(records) :]) - set(places[: len(records)])) < len(outs):
-        raise UsageError(
-            f"--json and --markdown go to {', '.join(outs)}; give each a file of its own, not one of RECORDS"
-        )
+    check_outputs(outs, records)
     with console.busy("comparing"):
         from evolkv.evaluate.pairs import compare_records
         from evolkv.report.tables import comparison_note, comparison_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,6 @@ from evolkv.cli import console
 from evolkv.cli.arguments import whole_numbers
 from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Protocol, Seed, Trust
 from evolkv.cli.tables import print_table
-from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
     from evolkv.evaluate import EvaluationProgress
@@ -61,23 +59,20 @@ def evaluate(
 
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
-    from evolkv.report.files import check_apart, check_writable, write_json
+    from evolkv.whole_files import check_outputs, write_json
 
     beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
     kept = None if records == "none" else records or beside
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
-    for path in outs:
-        check_writable(path)
-    if len({os.path.realpath(path) for path in outs}) < len(outs):
-        raise UsageError(f"--json, --records and --markdown go to {', '.join(outs)}; give each a file of its own")
+    check_outputs(outs)
     budgets = whole_numbers("--budget", budget or [])
     from evolkv.evaluate import get_method, run_evaluation
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
-    check_apart(outs, [path for reader in tasks for path in reader.files()])
-    check_apart(outs, [path for reader in methods for path in reader.files(budgets)])
+    check_outputs(outs, [path for reader in tasks for path in reader.files()])
+    check_outputs(outs, [path for reader in methods for path in reader.files(budgets)])
     for each in methods:
         for number in budgets:
             each.at(number)

@@ -82,9 +82,9 @@ def generate(
     chosen = _method(profile, method, budget)
     _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
     if save_cache is not None:
-        from evolkv.report.files import check_apart
+        from evolkv.whole_files import check_outputs
 
-        check_apart([save_cache], [path for path in (profile, prompt_file) if path is not None])
+        check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     from evolkv.cli.generation import generate_text, save_document
 
@@ -173,12 +173,8 @@ def _check_cache(
     save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
 ) -> None:
     """Whether what is asked of cache files goes together."""
-    if save_cache is not None:
-        if method is None:
-            raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
-        from evolkv.report.files import check_writable
-
-        check_writable(save_cache)
+    if save_cache is not None and method is None:
+        raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
     if cache is not None and prefill_chunk is not None:
         raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
     if cache is not None and evict_every is not None:

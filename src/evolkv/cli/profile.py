@@ -59,10 +59,9 @@ def expand(
     out: Annotated[str, typer.Option("--out", metavar="Q.json", help="Where the new profile goes.")],
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
-    from evolkv.report.files import check_apart, check_writable
+    from evolkv.whole_files import check_outputs
 
-    check_writable(out)
-    check_apart([out], [path])
+    check_outputs([out], [path])
     if budget < 1:
         raise UsageError(f"--budget is {budget}; expected a whole number of cache entries per KV head")
     profile = _load(path).expand(budget)
@@ -79,11 +78,10 @@ def export(
     out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
-    from evolkv.report.files import check_apart, check_writable, write_text
+    from evolkv.whole_files import check_outputs, write_text
 
     if out is not None:
-        check_writable(out)
-        check_apart([out], [path])
+        check_outputs([out], [path])
     profile = _load(path)
     if to == "json":
         text = json.dumps(profile.to_dict(), indent=1, ensure_ascii=False) + "\n"

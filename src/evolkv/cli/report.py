@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from evolkv.cli import console
-from evolkv.errors import UsageError
 
 
 def report(
@@ -26,11 +24,9 @@ def report(
     ] = None,
 ) -> None:
     """Make one page of charts that shows a search, its budgets and how they compare; it needs no network."""
-    from evolkv.report.files import check_writable, write_text
+    from evolkv.whole_files import check_outputs, write_text
 
-    check_writable(out)
-    if any(os.path.realpath(out) == os.path.realpath(path) for path in inputs):
-        raise UsageError(f"--out is {out}, which is also read; give the page another name, such as report.html")
+    check_outputs([out], inputs)
     from evolkv.report.page import render
     from evolkv.report.sources import read_sources
 

@@ -181,19 +181,18 @@ def search(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
-    from evolkv.report.files import check_apart, check_writable, write_json
+    from evolkv.whole_files import check_outputs, write_json
 
     budgets = whole_numbers("--budget", budget)
     outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
     targets: list[str | Path] = [*outs, *([] if json_out is None else [json_out])]
-    for path in targets:
-        check_writable(path)
-    if json_out is not None and os.path.realpath(json_out) in map(os.path.realpath, outs):
-        raise UsageError(f"--out and --json are both {json_out}; give two files")
+    check_outputs(targets)
     if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
     if first != "smallest" and len(budgets) == 1:
-        raise UsageError(f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}")
+        raise UsageError(
+            f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}"
+        )
     if group_size is not None and strategy != "evolkv":
         raise UsageError("--group-size is for --strategy evolkv")
     if storage == "none" and study is not None:
@@ -210,7 +209,7 @@ def search(
 
     # What can be judged without the model is, before it is loaded.
     chosen_task, specs = get_task(task), [parse_selector(each) for each in selector]
-    check_apart(targets, [*chosen_task.files(), *([] if start in HEURISTICS else [start])])
+    check_outputs(targets, [*chosen_task.files(), *([] if start in HEURISTICS else [start])])
     for spec in specs:
         get_selector(spec)
     check_metric(metric)

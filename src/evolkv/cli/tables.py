@@ -42,8 +42,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 def print_table(table: TextTable, markdown: str | None = None) -> None:
     """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file beside what is printed."""
     if markdown is not None:
-        from evolkv.report.files import write_text
         from evolkv.report.markdown import markdown as as_markdown
+        from evolkv.whole_files import write_text
 
         if markdown == "-":
             console.OUT.print(as_markdown(table), end="", soft_wrap=True)

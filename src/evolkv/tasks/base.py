@@ -18,6 +18,8 @@ from evolkv.registry import unknown_name
 
 Split = Literal["train", "validation", "report"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+#: The settings of tasks that name a file.
+_PATHS = ("path", "shots_path", "haystack")
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,7 @@ class Task(ABC):
 
     def files(self) -> list[str]:
         """Paths of the files that the examples are read from."""
-        # A setting that is no path, such as a subset, does no harm here.
-        return [value for name, value in self.spec().items() if isinstance(value, str) and name != "name"]
+        return [value for name, value in self.spec().items() if name in _PATHS and isinstance(value, str)]
 
 
 def check_request(split: str, n: int) -> None:
