@@ -330,14 +330,15 @@ def test_engines_and_evaluation_apply_the_repetition_penalty_alike(smollm2, monk
     assert replayed != ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)[0]
 
 
+@pytest.mark.parametrize("engine", [ReplayEngine, NaiveEngine])
 @pytest.mark.parametrize("metric", ["logprob", "contains"])
-def test_a_model_whose_logits_are_not_numbers_scores_nothing(metric, metaspace):
+def test_a_model_whose_logits_are_not_numbers_scores_nothing(metric, metaspace, engine):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     example = Example(id="a", prompt="b c d e f g h", references=("c",))
     with pytest.raises(RunError, match="not a number"):
-        ReplayEngine(model, metaspace, [example], SNAPKV, metric).score(np.full((2, LAYERS, KV_HEADS), 8))
+        engine(model, metaspace, [example], SNAPKV, metric).score(np.full((2, LAYERS, KV_HEADS), 8))
 
 
 @pytest.fixture

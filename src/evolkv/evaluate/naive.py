@@ -16,6 +16,7 @@ from evolkv.evaluate.engine import (
     Progress,
     encode_examples,
     mean_probability,
+    not_a_number,
     text_score,
 )
 from evolkv.profile import BudgetProfile
@@ -92,14 +93,18 @@ class NaiveEngine:
             (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
             return str(self.tokenizer.decode(text, skip_special_tokens=True))
         with compress(self.model, self._profile(budgets)):
-            output = self.model.generate(
+            output: Any = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.examples[column].max_new_tokens,
                 do_sample=False,
                 eos_token_id=sorted(self.end) or None,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        if any(bool(logits.isnan().any()) for logits in output.logits):
+            raise not_a_number()
+        return str(self.tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True))
 
     def close(self) -> None:
         """Nothing: no memory is held between calls."""
