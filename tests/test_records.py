@@ -23,6 +23,7 @@ import evolkv
 from evolkv import BudgetProfile
 from evolkv.cli import console, main
 from evolkv.cli.arguments import for_typer
+from evolkv.cli.tables import print_table
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import EvaluationProgress, Method, run_evaluation
 from evolkv.evaluate.compare import summarise
@@ -716,3 +717,32 @@ def test_log_probs_of_a_real_model_agree_to_the_last_bit_after_a_cut(smollm2, tm
     path.write_bytes(b"".join(text[:5]) + text[5][:40])
     assert evolkv.evaluate(*smollm2, metric="logprob", records=path, **settings) == rows
     assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(text)
+
+
+def test_a_narrow_terminal_has_what_rows_share_in_headings_and_every_number_whole(capsys, monkeypatch):
+    scored = {"n": 16, "metric": "logprob", "score": 0.5, "ci95": [0.25, 0.75], "kv_bytes": 2**20, "mean_budget": 99.0}
+    tasks, methods = ("niah:context=3200", "ruler:task=niah_multiquery"), ("full", "adakv+snapkv")
+    rows = [
+        {
+            **scored,
+            "task": task,
+            "method": method,
+            "budget": None if method == "full" else budget,
+            "mean_budget": 3987.7,
+        }
+        for task in tasks
+        for method in methods
+        for budget in (64, 128)
+    ]
+    table = results_table(rows)
+    monkeypatch.setattr(console.OUT, "width", 80)
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "n = 16" in line] == [f"{task}, n = 16, metric logprob" for task in tasks]
+    assert sum("0.500 (0.25–0.75)" in line for line in lines) == len(rows)
+    assert max(map(len, lines)) <= 80
+    monkeypatch.setattr(console.OUT, "width", 200)
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert all("logprob" in line and "16" in line for line in lines[1:])

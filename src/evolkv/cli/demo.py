@@ -14,7 +14,7 @@ import typer
 from evolkv.cli import console
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust
 from evolkv.cli.search import show_search
-from evolkv.cli.tables import results_table
+from evolkv.cli.tables import print_table
 
 if TYPE_CHECKING:
     from evolkv.demo import DemoResult
@@ -42,6 +42,7 @@ def demo(
 ) -> int:
     """Evolve a profile on an embedded model, compare it on held-out examples, and write it all down."""
     from evolkv.demo import DemoFiles, check_demo_folder, run_demo
+    from evolkv.report.tables import results_table
     from evolkv.tasks import get_task
 
     get_task(f"niah:context={context}")
@@ -69,7 +70,7 @@ def demo(
         what = "the fittest budgets so far are" if result.search.interrupted else "the profile is"
         console.say(f"evolkv: interrupted; {what} in {files.profile}")
         return 130
-    console.OUT.print(results_table(result.rows))
+    print_table(results_table(result.rows))
     console.OUT.print(f"\n{_summary(result)}\n", soft_wrap=True)
     names = (files.report, files.profile, files.results, files.picture, files.search, files.prompt)
     console.OUT.print(f"Written to {files.folder}: {', '.join(path.name for path in names)}", soft_wrap=True)

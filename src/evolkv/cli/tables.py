@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -25,18 +26,9 @@ _RAMP = [
     ("#7ad151", "black"),
     ("#fde725", "black"),
 ]
+#: Columns that may become a heading, and how it says them.
+_SHARED = {"task": "{}", "metric": "metric {}", "n": "n = {}"}
 _SHADES = "·░▒▓█"
-
-
-def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of an evaluation, with their intervals and what they cost.
-
-    Args:
-        rows: as `evolkv.evaluate` returns them.
-    """
-    from evolkv.report import tables
-
-    return shown(tables.results_table(rows))
 
 
 def print_table(table: TextTable, markdown: str | None = None) -> None:
@@ -49,7 +41,31 @@ def print_table(table: TextTable, markdown: str | None = None) -> None:
             console.OUT.print(as_markdown(table), end="", soft_wrap=True)
             return
         write_text(markdown, as_markdown(table))
-    console.OUT.print(shown(table))
+    for number, (heading, part) in enumerate(_fitting(table)):
+        if number:
+            console.OUT.print()
+        if heading:
+            console.OUT.print(Text(heading, style="dim"), soft_wrap=True)
+        console.OUT.print(part)
+
+
+def _fitting(table: TextTable) -> list[tuple[str, Table]]:
+    """A table as the terminal has room for it: what all rows share, and tasks, go into headings where it has not."""
+    whole = shown(table)
+    unbounded = console.OUT.options.update(width=10_000)
+    if not table.rows or console.OUT.measure(whole, options=unbounded).maximum <= console.OUT.width:
+        return [("", whole)]
+    if table.columns[0] == "task" and len(tasks := list(dict.fromkeys(row[0] for row in table.rows))) > 1:
+        parts = [replace(table, rows=[row for row in table.rows if row[0] == task]) for task in tasks]
+        return [each for part in parts for each in _fitting(part)]
+    shared = [
+        at for at, name in enumerate(table.columns) if name in _SHARED and len({row[at] for row in table.rows}) == 1
+    ]
+    heading = ", ".join(_SHARED[table.columns[at]].format(table.rows[0][at]) for at in shared)
+    columns, *rows = (
+        [cell for at, cell in enumerate(cells) if at not in shared] for cells in (table.columns, *table.rows)
+    )
+    return [(heading, shown(replace(table, columns=columns, rows=rows)))]
 
 
 def shown(found: TextTable) -> Table:
