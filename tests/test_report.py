@@ -362,6 +362,13 @@ def test_bad_arguments_get_one_line(write, tmp_path, capsys, monkeypatch, argv, 
     assert not (tmp_path / "report.html").exists()
 
 
+def test_nothing_that_a_folder_holds_is_written_over(demo, capsys):
+    before = (demo / "search.json").read_bytes()
+    code, _, err = run(capsys, demo, "--out", demo / "search.json")
+    assert (code, "is read by this command" in err) == (2, True)
+    assert (demo / "search.json").read_bytes() == before
+
+
 def test_a_file_counts_once_however_often_it_is_named(demo):
     found = read_sources([demo, demo / "results.json", demo / "search.json"])
     assert (len(found.rows), len(found.searches), len(found.profiles)) == (4, 1, 1)

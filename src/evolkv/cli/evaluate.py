@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,15 +65,14 @@ def evaluate(
     beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
     kept = None if records == "none" else records or beside
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
-    check_outputs(outs)
     budgets = whole_numbers("--budget", budget or [])
     from evolkv.evaluate import get_method, run_evaluation
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
-    check_outputs(outs, [path for reader in tasks for path in reader.files()])
-    check_outputs(outs, [path for reader in methods for path in reader.files(budgets)])
+    read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
+    check_outputs(outs, chain.from_iterable(read))
     for each in methods:
         for number in budgets:
             each.at(number)

@@ -30,6 +30,9 @@ def report(
     from evolkv.report.page import render
     from evolkv.report.sources import read_sources
 
-    page = render(read_sources(inputs, study))
+    sources = read_sources(inputs, study)
+    # What was read of folders, too.
+    check_outputs([out], sources.files)
+    page = render(sources)
     write_text(out, page)
     console.OUT.print(f"report written to {Path(out)} ({len(page.encode()) / 1000:,.0f} kB)", soft_wrap=True)

@@ -186,7 +186,6 @@ def search(
     budgets = whole_numbers("--budget", budget)
     outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
     targets: list[str | Path] = [*outs, *([] if json_out is None else [json_out])]
-    check_outputs(targets)
     if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
     if first != "smallest" and len(budgets) == 1:
