@@ -720,7 +720,7 @@ def test_log_probs_of_a_real_model_agree_to_the_last_bit_after_a_cut(smollm2, tm
 
 
 def test_a_narrow_terminal_has_what_rows_share_in_headings_and_every_number_whole(capsys, monkeypatch):
-    scored = {"n": 16, "metric": "logprob", "score": 0.5, "ci95": [0.25, 0.75], "kv_bytes": 2**20, "mean_budget": 99.0}
+    scored = {"n": 16, "metric": "logprob", "score": 0.5, "ci95": [0.25, 0.75], "kv_bytes": 2**20}
     tasks, methods = ("niah:context=3200", "ruler:task=niah_multiquery"), ("full", "adakv+snapkv")
     rows = [
         {

@@ -18,7 +18,7 @@ from evolkv.report.sources import read_sources
 from evolkv.search import SearchProgress, SearchResult, search
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import Example, get_task
-from evolkv.whole_files import check_folder, check_writable, write_json, write_text
+from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
 #: What budgets are evolved under. Under it they find nearly twice as many needles at 64 entries as under SnapKV
 #: (docs/results.md); a window of 32 would be half of such a budget.
@@ -211,8 +211,7 @@ def check_demo_folder(files: DemoFiles) -> None:
     if files.folder.is_file():
         raise UsageError(f"{files.folder} is a file; give --out a folder")
     check_folder(files.folder)
-    for path in (files.profile, files.search, files.results, files.picture, files.report, files.prompt):
-        check_writable(path)
+    check_outputs([files.profile, files.search, files.results, files.picture, files.report, files.prompt])
 
 
 def _evolved(profile: BudgetProfile) -> Method:

@@ -26,12 +26,11 @@ def report(
     """Make one page of charts that shows a search, its budgets and how they compare; it needs no network."""
     from evolkv.whole_files import check_outputs, write_text
 
-    check_outputs([out], inputs)
+    check_outputs([out])
     from evolkv.report.page import render
     from evolkv.report.sources import read_sources
 
     sources = read_sources(inputs, study)
-    # What was read of folders, too.
     check_outputs([out], sources.files)
     page = render(sources)
     write_text(out, page)

@@ -232,7 +232,6 @@ def search(
         "minibatch": minibatch,
         "population": population,
         "sigma": sigma,
-        "group_size": 8 if group_size is None else group_size,
         "lam": lam,
         "gamma": gamma,
         "floor": floor,
@@ -247,6 +246,8 @@ def search(
         "storage": None if where == "none" else where,
         "study": study or Path(out).stem,
     }
+    if group_size is not None:
+        settings["group_size"] = group_size
     with console.Progress() as progress:
         settings["on_progress"] = lambda step: show_search(progress, step)
         if len(budgets) == 1:

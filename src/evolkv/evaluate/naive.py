@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache, compress
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
@@ -22,6 +22,15 @@ from evolkv.evaluate.engine import (
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
+
+
+class _Numbers(LogitsProcessor):
+    """Leaves logits as they are, and raises `RunError` where some are not numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise not_a_number()
+        return scores
 
 
 class NaiveEngine:
@@ -93,18 +102,15 @@ class NaiveEngine:
             (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
             return str(self.tokenizer.decode(text, skip_special_tokens=True))
         with compress(self.model, self._profile(budgets)):
-            output: Any = self.model.generate(
+            output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.examples[column].max_new_tokens,
                 do_sample=False,
                 eos_token_id=sorted(self.end) or None,
-                return_dict_in_generate=True,
-                output_logits=True,
+                logits_processor=LogitsProcessorList([_Numbers()]),
             )
-        if any(bool(logits.isnan().any()) for logits in output.logits):
-            raise not_a_number()
-        return str(self.tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True))
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     def close(self) -> None:
         """Nothing: no memory is held between calls."""
