@@ -21,6 +21,7 @@ import pytest
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
+from evolkv.cli import main
 from evolkv.errors import RunError, StudyError
 from evolkv.search.result import Evaluation
 from evolkv.search.storage import LEASE, Lease, _AppendLock, close_storage, locate, open_storage
@@ -132,6 +133,16 @@ def test_what_is_read_is_what_was_recorded(path):
     assert found.settings == SETTINGS
     assert found.facts == {"validation": [{"name": "best", "ci95": [0.1, 0.3]}]}
     assert repr(found.stages[STAGE]) == repr(generations(3))
+
+
+@pytest.mark.parametrize("given", [str, storage_url])
+def test_a_report_is_not_written_over_the_study_it_shows(path, given, capsys):
+    with Study.open(path, "search", SETTINGS) as study:
+        study.record(STAGE, 0, [replace(entry, scores=None) for entry in generation(0)])
+    before = path.read_bytes()
+    assert main(["report", given(path), "--out", str(path)]) == 2
+    assert "is read by this command" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_a_study_continues_where_it_ended(new_path):

@@ -70,8 +70,10 @@ class Sources:
 
     def add_study(self, storage: str, name: str | None) -> None:
         """Take the searches of a study."""
-        label, searches = study_searches(storage, name)
+        label, file, searches = study_searches(storage, name)
         self.names.append(label)
+        if file is not None:
+            self.files.add(os.path.realpath(file))
         self.studies += 1
         for search in searches:
             self._add_search(search)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 _CANDIDATE = ("budgets", "fitness", "score", "cache_score", "scores")
 
 
-def study_searches(storage: str, name: str | None) -> tuple[str, list[Search]]:
+def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, list[Search]]:
     """Read a study, or those of one search under several selectors.
 
     Args:
@@ -22,12 +23,13 @@ def study_searches(storage: str, name: str | None) -> tuple[str, list[Search]]:
         name: of the study; needed where the storage holds several.
 
     Returns:
-        What to call it, and one search per stage that has candidates.
+        What to call it, the file that it lies in (None for a server), and one search per stage that has candidates.
 
     Raises:
         UsageError: it cannot be read, or is empty.
     """
     # Takes seconds to import, and no other input needs it.
+    from evolkv.search.storage import locate
     from evolkv.search.study import read_studies
 
     records = read_studies(storage, name)
@@ -39,7 +41,7 @@ def study_searches(storage: str, name: str | None) -> tuple[str, list[Search]]:
     names = ", ".join(record.name for record in records)
     if not searches:
         raise UsageError(f"{records[0].storage}: study {names} has no candidates yet; try again when it has some")
-    return f"study {names}", searches
+    return f"study {names}", locate(storage).path, searches
 
 
 def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Search:
