@@ -149,6 +149,51 @@ def test_unusable_requests_are_refused_in_one_line(smollm2, arguments, error, wo
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize("metric", ["contains", "logprob"])
+def test_prompts_read_in_chunks_score_as_each_method_does_by_itself(smollm2, tmp_path, metric):
+    model, tokenizer = smollm2
+    budgets = np.random.default_rng(0).integers(40, 90, size=(30, 3))
+    profile = BudgetProfile.from_budgets(model, budgets, selector="keydiff")
+    profile.save(tmp_path / "ragged.json")
+    settings = {"task": TASK, "samples": 2, "metric": metric}
+    methods = ["full", "snapkv", str(tmp_path / "ragged.json")]
+    rows = evolkv.evaluate(model, tokenizer, **settings, methods=methods, budgets=[profile.budget], prefill_chunk=70)
+    assert [row["prefill_chunk"] for row in rows] == [70] * 3
+    (full,) = evolkv.evaluate(model, tokenizer, **settings, methods=["full"])
+    assert rows[0]["score"] == pytest.approx(full["score"], abs=1e-5)
+    assert rows[0]["kv_bytes"] == full["kv_bytes"]
+    assert rows[2]["kv_bytes"] == profile.total * 64 * 2 * 4
+    examples = get_task(TASK).examples("report", 2, tokenizer, 0)
+    of_method = {"snapkv": np.full((30, 3), profile.budget), "keydiff": budgets}
+    for row, (selector, held) in zip(rows[1:], of_method.items(), strict=True):
+        engine = NaiveEngine(model, tokenizer, examples, get_selector(selector), metric, prefill_chunk=70)
+        assert row["score"] == pytest.approx(engine.score(held[None]).mean(), abs=1e-5)
+
+
+@pytest.mark.model
+def test_what_is_evicted_while_a_prompt_is_read_is_not_there_for_later_chunks(smollm2):
+    settings = {"task": TASK, "methods": ["keydiff"], "budgets": [40], "samples": 1, "metric": "logprob"}
+    rows = [evolkv.evaluate(*smollm2, **settings, prefill_chunk=chunk)[0] for chunk in (None, 240, 60)]
+    assert rows[1]["score"] == pytest.approx(rows[0]["score"], abs=1e-5)
+    assert abs(rows[2]["score"] - rows[0]["score"]) > 1e-4
+    assert rows[2]["kv_bytes"] == rows[0]["kv_bytes"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("method", "chunk", "words"),
+    [
+        ("adakv+snapkv", 64, "lays out budgets once, for the whole prompt"),
+        ("chunkkv", 64, "reuse=1"),
+        ("snapkv", 3, "at least 4 tokens"),
+    ],
+)
+def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(smollm2, method, chunk, words):
+    with pytest.raises(UsageError, match=words):
+        evolkv.evaluate(*smollm2, task=TASK, methods=["full", method], budgets=[64], samples=1, prefill_chunk=chunk)
+
+
 def test_method_names_of_the_field_are_known():
     assert get_method("pyramidkv").allocator == "pyramid"
     assert get_method("uniform+tova").selector == get_selector("tova")

@@ -272,6 +272,7 @@ def test_methods_that_are_not_clear_are_refused_in_one_line(write, a, b, words):
         ({"model": {"fingerprint": "1" * 16}}, {}, "model 0000000000000000 there, 1111111111111111 here"),
         ({"model": {"dtype": "float16"}}, {}, "dtype float32 there"),
         ({"protocol": "agnostic"}, {}, "protocol aware there, agnostic here"),
+        ({"prefill_chunk": 512}, {}, "prefill_chunk None there, 512 here"),
         ({}, {"prompt_sha256": "another"}, "their prompts differ"),
         ({}, {"metric": "qa_f1"}, "metric contains, then qa_f1"),
         ({}, {"example": "e1"}, "no example in common"),

@@ -659,13 +659,32 @@ def test_what_chunks_of_experts_or_images_cannot_give_is_refused():
         model(tokens(1, 20), cache=cache, visual_pos_masks=torch.zeros(1, 20, dtype=torch.bool))
 
 
-def test_caches_that_evict_again_are_not_merged():
+@pytest.mark.parametrize("when", [{"evict": "again"}, {"evict_every": 4}, {"prefill_chunk": 8}])
+def test_caches_that_evict_later_are_not_merged(when):
     model = tiny_model()
-    caches = [CompressedCache(model, profile(model, 9), evict="again") for _ in range(2)]
+    caches = [CompressedCache(model, profile(model, 9), **when) for _ in range(2)]
     for cache in caches:
         model(tokens(1, 20), cache=cache)
     with pytest.raises(UsageError, match="cannot be merged"):
         CompressedCache.merge(model, caches)
+
+
+def test_caches_of_prompts_that_were_read_in_chunks_are_merged():
+    model = tiny_model()
+    caches = [CompressedCache(model, profile(model, budget), prefill_chunk=8) for budget in (9, 17)]
+    for cache in caches:
+        model(tokens(1, 30), cache=cache)
+        cache.end_prompt()
+    alone = [cache.copy() for cache in caches]
+    merged = CompressedCache.merge(model, caches, room=4)
+    for number in range(4):
+        new = tokens(2, 1, seed=number)
+        places = torch.full((2, 1), 30 + number)
+        logits = model(new, position_ids=places, cache=merged).logits
+        for i, cache in enumerate(alone):
+            expected = model(new[i : i + 1], position_ids=places[:1], cache=cache).logits
+            torch.testing.assert_close(logits[i : i + 1], expected)
+    assert [merged.kv_bytes_of(i) for i in range(2)] == [cache.kv_bytes for cache in alone]
 
 
 def test_a_failed_call_leaves_nothing_behind():

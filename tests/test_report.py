@@ -409,7 +409,8 @@ def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
 def test_only_scores_of_the_same_examples_are_compared():
     rows = [row("snapkv", 64, 0.1), row("snapkv", 64, 0.1, task="other"), row("snapkv", 64, 0.1, n=49)]
     rows += [row("snapkv", 64, 0.1, seed=1), row("snapkv", 64, 0.1, protocol="agnostic")]
-    assert len(comparisons(_rows(rows), [], [])) == 5
+    rows += [row("snapkv", 64, 0.1, prefill_chunk=512)]
+    assert len(comparisons(_rows(rows), [], [])) == 6
 
 
 def test_protocols_are_named_and_stand_apart(write):
@@ -421,6 +422,13 @@ def test_protocols_are_named_and_stand_apart(write):
     assert "protocol aware" in text
     assert "protocol agnostic" in text
     assert "--protocol agnostic" in text
+
+
+def test_how_prompts_were_read_is_named(write):
+    rows = [row("full", None, 1.0, prefill_chunk=512), row("snapkv", 128, 0.1, prefill_chunk=512)]
+    text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "prompts read in chunks of 512" in text
+    assert "--prefill-chunk 512" in text
 
 
 def test_marks_of_a_score_stand_where_its_number_says():

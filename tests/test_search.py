@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import evolkv
-from evolkv.errors import BudgetError, UsageError
+from evolkv.errors import BudgetError, StudyError, UsageError
+from evolkv.evaluate import NaiveEngine
 from evolkv.evaluate.prefill import Prefiller, RecordingStore
 from evolkv.search import SearchProgress
 from evolkv.search.study import read_study
 from evolkv.selectors import get_selector, parse_selector
+from evolkv.tasks import get_task
 
 SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 28, "seed": 0}
 
@@ -114,6 +116,38 @@ def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(smo
 
 
 @pytest.mark.model
+def test_a_profile_that_a_search_starts_from_is_among_what_it_has_to_beat(smollm2, result):
+    begun = result[0].profile
+    found = evolkv.search(*smollm2, **{**SETTINGS, "budget": 60, "max_evals": 14}, start=begun)
+    rows = {row["name"]: row for row in found.validation}
+    assert {"uniform", "pyramid", "start", "best"} <= set(rows)
+    assert [name for name, row in rows.items() if not row["evolved"]] == [
+        name for name in rows if name in ("uniform", "pyramid", "start")
+    ]
+    budgets = np.array(rows["start"]["budgets"])
+    assert budgets.sum() == 60 * 90
+    # Brought from 48 to 60 entries, and otherwise as it was.
+    assert np.corrcoef(budgets[:, 0], begun.budgets[:, 0])[0, 1] > 0.99
+
+
+@pytest.mark.model
+def test_a_search_scores_prompts_read_in_chunks_as_an_evaluation_does(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    settings = {"engine": "naive", "max_evals": 4, "population": 4, "train": 1, "val": 2, "prefill_chunk": 60}
+    found = evolkv.search(model, tokenizer, **{**SETTINGS, **settings}, storage=str(tmp_path / "study.db"))
+    assert found.profile.search["prefill_chunk"] == found.settings["prefill_chunk"] == 60
+    examples = get_task(SETTINGS["task"]).examples("validation", 2, tokenizer, SETTINGS["seed"])
+    engine = NaiveEngine(model, tokenizer, examples, get_selector("snapkv"), prefill_chunk=60)
+    assert engine.score(found.profile.budgets[None])[0].tolist() == pytest.approx(found.validation[0]["scores"])
+    at_once = NaiveEngine(model, tokenizer, examples, get_selector("snapkv"))
+    assert at_once.score(found.profile.budgets[None])[0].tolist() != pytest.approx(found.validation[0]["scores"])
+    with pytest.raises(StudyError, match="prefill_chunk"):
+        evolkv.search(
+            model, tokenizer, **{**SETTINGS, **settings, "prefill_chunk": 64}, storage=str(tmp_path / "study.db")
+        )
+
+
+@pytest.mark.model
 def test_interruption_keeps_the_best_so_far(smollm2):
     def stop(event: SearchProgress):
         if event.stage == "search":
@@ -179,6 +213,8 @@ def test_interruption_before_the_first_score_is_passed_on(smollm2):
         ({"metric": "logprobs"}, UsageError, "Did you mean 'logprob'"),
         ({"granularity": "heads"}, UsageError, "Did you mean 'head'"),
         ({"engine": "replai"}, UsageError, "Did you mean 'replay'"),
+        ({"prefill_chunk": 64}, UsageError, "add --engine naive"),
+        ({"prefill_chunk": 64, "engine": "naive", "selector": "chunkkv"}, UsageError, "reuse=1"),
         ({"train": 0}, UsageError, "--train is 0"),
         ({"val": 0}, UsageError, "--val is 0"),
         ({"max_evals": 0}, UsageError, "--max-evals is 0"),

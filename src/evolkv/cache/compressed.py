@@ -469,6 +469,11 @@ class CompressedCache(HookedCache):
         return self.reeviction.prefill_chunk
 
     @property
+    def evicts_later(self) -> bool:
+        """Whether a later call may evict something: of a prompt that goes on, or after it."""
+        return any(isinstance(layer, ReevictingLayer) and layer.evicts_later for layer in self.kv_layers)
+
+    @property
     def most_tokens(self) -> int | None:
         """See `HookedCache.most_tokens`."""
         return self.prefill_chunk or super().most_tokens
@@ -551,10 +556,14 @@ class CompressedCache(HookedCache):
         The caches must not be used afterwards: the new one shares memory with them.
 
         Raises:
-            UsageError: for caches that evict again.
+            UsageError: for caches that may evict again. One whose prompt was read in chunks does not, once `end_prompt`
+                has said that it is complete.
         """
-        if any(other.reeviction.wanted for other in caches):
-            raise UsageError("caches that evict again cannot be merged; leave out prefill_chunk, evict and evict_every")
+        if any(other.evicts_later for other in caches):
+            raise UsageError(
+                "caches that evict again cannot be merged; leave out evict and evict_every, and call end_prompt() "
+                "after a prompt that was read in chunks"
+            )
         columns = zip(*(other.kv_layers for other in caches), strict=True)
         states = zip(*(other.state_layers for other in caches), strict=True)
         return cls._with_layers(

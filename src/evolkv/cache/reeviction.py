@@ -106,6 +106,11 @@ class ReevictingLayer(CompressedLayer):
         self.received: list[Tensor] = []
         self._cutting = False
 
+    @property
+    def evicts_later(self) -> bool:
+        """Whether a later call may evict something."""
+        return self.open or self.reeviction.after_prompt
+
     def end_prompt(self) -> None:
         """What comes next is no longer the prompt, however many tokens a call has."""
         self.open = False
@@ -257,7 +262,7 @@ class ReevictingLayer(CompressedLayer):
     def _remember(self, query: Tensor, real: Tensor | None) -> None:
         """Keeps the queries that the next cut will need."""
         wanted, new = self.selector.observed_queries, query.shape[2]
-        if wanted == 0 or not (self._cutting or self.open or self.reeviction.after_prompt):
+        if wanted == 0 or not (self._cutting or self.evicts_later):
             return
         # Between the turns of a conversation all queries would be more than all entries.
         if wanted is None and new == 1 and self.reeviction.evict_every is None and not self._cutting:
@@ -283,9 +288,9 @@ class ReevictingLayer(CompressedLayer):
         self.prompt_lengths = seen
         self.prompt_width += self.appended
         self.appended, self.real = 0, None
-        if self.selector.observed_queries is None or not (self.open or self.reeviction.after_prompt):
+        if self.selector.observed_queries is None or not self.evicts_later:
             self.queries = []
-        if not (self.open or self.reeviction.after_prompt):
+        if not self.evicts_later:
             self.received = []
 
     def _tokens_since(self) -> list[int]:

@@ -10,7 +10,18 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import whole_numbers
-from evolkv.cli.options import Attention, Device, Dtype, Markdown, Model, ModelOptions, Protocol, Seed, Trust
+from evolkv.cli.options import (
+    Attention,
+    Device,
+    Dtype,
+    Markdown,
+    Model,
+    ModelOptions,
+    PrefillChunk,
+    Protocol,
+    Seed,
+    Trust,
+)
 from evolkv.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -41,6 +52,7 @@ def evaluate(
     seed: Seed = 0,
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
     protocol: Protocol = "aware",
+    prefill_chunk: PrefillChunk = None,
     json_out: Annotated[str | None, typer.Option("--json", metavar="RESULTS.json", help="Where the rows go.")] = None,
     records: Annotated[
         str | None,
@@ -90,6 +102,7 @@ def evaluate(
             seed=seed,
             metric=metric,
             protocol=protocol,
+            prefill_chunk=prefill_chunk,
             sample_ids=sample_ids,
             records=kept,
             on_progress=lambda step: _show(progress, step, kept),

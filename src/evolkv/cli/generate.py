@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, Seed, Trust
+from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, PrefillChunk, Seed, Trust
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
 
@@ -34,12 +34,7 @@ def generate(
         int | None,
         typer.Option("--budget", metavar="C", help="Mean cache entries per KV head; a profile has its own."),
     ] = None,
-    prefill_chunk: Annotated[
-        int | None,
-        typer.Option(
-            "--prefill-chunk", metavar="N", help="Read the prompt in chunks of N tokens, evicting after each."
-        ),
-    ] = None,
+    prefill_chunk: PrefillChunk = None,
     evict_every: Annotated[
         int | None,
         typer.Option(

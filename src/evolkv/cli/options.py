@@ -43,6 +43,10 @@ Protocol = Annotated[
         help="Whether the question is in the prompt that is compressed, or is read after the context was.",
     ),
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option("--prefill-chunk", metavar="N", help="Read prompts in chunks of N tokens, evicting after each."),
+]
 Granularity = Annotated[
     str,
     typer.Option(

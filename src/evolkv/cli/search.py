@@ -11,7 +11,19 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import whole_numbers
-from evolkv.cli.options import Attention, Device, Dtype, Granularity, Model, ModelOptions, Protocol, Seed, Trust, one_of
+from evolkv.cli.options import (
+    Attention,
+    Device,
+    Dtype,
+    Granularity,
+    Model,
+    ModelOptions,
+    PrefillChunk,
+    Protocol,
+    Seed,
+    Trust,
+    one_of,
+)
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
 from evolkv.report.units import duration
@@ -120,6 +132,7 @@ def search(
             help="Prefill once per example, or once per candidate and example.",
         ),
     ] = "replay",
+    prefill_chunk: PrefillChunk = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -239,6 +252,7 @@ def search(
         "start": begun,
         "seed": seed,
         "engine": engine,
+        "prefill_chunk": prefill_chunk,
         "backend": backend
         if backend == "local"
         else _ray(loaded, tokenizer, workers, ray_address, worker_cpus, worker_gpus),

@@ -81,6 +81,7 @@ def evaluate(
     seed: int = 0,
     metric: str | None = None,
     protocol: str = AWARE,
+    prefill_chunk: int | None = None,
     sample_ids: Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
@@ -88,7 +89,7 @@ def evaluate(
     """Scores methods at several budgets on held-out examples.
 
     Every example is prefilled once. For each method and budget a compressed cache is then cut from that prefill, with
-    exactly the entries it may hold, and continued.
+    exactly the entries it may hold, and continued. With `prefill_chunk` each method reads it for itself.
 
     Args:
         model: a transformers decoder-only model.
@@ -102,6 +103,8 @@ def evaluate(
         metric: a text metric or "logprob"; default: the task's own.
         protocol: "aware" (the question is in the prompt that is compressed) or "agnostic" (the context is compressed
             before the question is seen); see `evolkv.tasks.protocol`.
+        prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does;
+            a prefill per method and example. Default: all at once.
         sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
             default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
@@ -110,8 +113,8 @@ def evaluate(
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
-        mean_budget, seed, protocol``; `score` and `ci95` in [0, 1]; `kv_bytes` and `mean_budget` are what the cache
-        held after prefill, averaged over examples (and heads).
+        mean_budget, seed, protocol, dtype``, and ``prefill_chunk`` where there is one; `score` and `ci95` in [0, 1];
+        `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples (and heads).
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -128,6 +131,7 @@ def evaluate(
         seed=seed,
         metric=metric,
         protocol=protocol,
+        prefill_chunk=prefill_chunk,
         sample_ids=sample_ids,
         records=records,
         on_progress=on_progress,
@@ -148,6 +152,7 @@ def run_evaluation(
     seed: int = 0,
     metric: str | None = None,
     protocol: str = AWARE,
+    prefill_chunk: int | None = None,
     sample_ids: Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
@@ -162,6 +167,10 @@ def run_evaluation(
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
     rows = _rows(model, chosen, budgets)
+    if prefill_chunk is not None:
+        for row in rows:
+            # What cannot read prompts so is refused before any is read.
+            row.new_cache(model, prefill_chunk)
     _warn_of_seen(tasks, rows)
     drawn = {
         format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
@@ -182,6 +191,7 @@ def run_evaluation(
         model=_describe(model),
         metric=metric,
         protocol=protocol,
+        prefill_chunk=prefill_chunk,
         seed=seed,
         samples=samples,
         sample_ids=None if sample_ids is None else list(sample_ids),
@@ -204,7 +214,7 @@ def run_evaluation(
         if recorded and on_progress is not None:
             on_progress(EvaluationProgress(recorded, total, recorded))
         for each in asked:
-            measure(model, tokenizer, each, rows, metric, settings.protocol, log, advance)
+            measure(model, tokenizer, each, rows, settings, log, advance)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -236,6 +246,8 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,
             }
+            if settings.prefill_chunk is not None:
+                result["prefill_chunk"] = settings.prefill_chunk
             if method.expanded_from is not None:
                 result["expanded_from"] = method.expanded_from
             bins = _by_bin(column)

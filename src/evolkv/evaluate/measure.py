@@ -1,4 +1,8 @@
-"""All methods on a task's examples, each prompt prefilled once; what is on record already is not measured again."""
+"""All methods on a task's examples; what is on record already is not measured again.
+
+Each prompt is prefilled once for all methods, unless it is read in chunks: what is evicted early then decides what
+later chunks see, and every method has to read the prompt for itself.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluate.engine import Encoded, free_memory, mean_probability, text_score
 from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
-from evolkv.evaluate.records import MethodSettings, Record, RecordLog, label, sha256
+from evolkv.evaluate.records import MethodSettings, Record, RecordLog, Settings, label, sha256
 from evolkv.evaluate.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -48,6 +53,18 @@ class Row:
     def label(self) -> str:
         """See `evolkv.evaluate.records.label`."""
         return label(self.method.name, self.budget)
+
+    def new_cache(self, model: PreTrainedModel, prefill_chunk: int) -> CompressedCache:
+        """An empty cache that reads a prompt in chunks.
+
+        Raises:
+            UsageError: for a method that cannot evict before it has seen the whole prompt.
+        """
+        method: Method | BudgetProfile = self.method
+        if self.method.is_full:
+            everything = np.minimum(self.budgets, describe_model(model).max_context)
+            method = BudgetProfile.from_budgets(model, everything, selector=self.selector.to_dict())
+        return CompressedCache(model, method, self.budget, prefill_chunk=prefill_chunk)
 
     def describe(self) -> MethodSettings:
         """What identifies it."""
@@ -92,8 +109,7 @@ def measure(
     tokenizer: Any,
     questions: Questions,
     rows: list[Row],
-    metric: str | None,
-    protocol: str,
+    settings: Settings,
     log: RecordLog,
     on_step: Callable[[], None],
 ) -> None:
@@ -104,8 +120,7 @@ def measure(
         tokenizer: its tokenizer.
         questions: the examples.
         rows: the methods.
-        metric: "logprob", a text metric, or None for each example's own.
-        protocol: what the records say of it.
+        settings: of the evaluation.
         log: where the records go; examples that it has are left out.
         on_step: called after each example that goes on record.
     """
@@ -117,7 +132,7 @@ def measure(
     step = max(1, min(_SHARD_SIZE, -(-size // threads)))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
     workers = Workers(model.device, min(len(shards), free_memory(model.device) // (8 * prompt_bytes)))
-    shard = _Shard(model, tokenizer, questions, rows, metric, protocol, log, workers.count)
+    shard = _Shard(model, tokenizer, questions, rows, settings, log, workers.count)
     try:
         # Those on record, too: the number of jobs decides how many cores each of them gets.
         workers.run([partial(shard, columns) for columns in shards], on_step)
@@ -127,7 +142,10 @@ def measure(
 
 @dataclass(frozen=True)
 class _Prefilled:
-    """An example that has been prefilled; its rows wait to be decoded with others."""
+    """An example that has been prefilled; its rows wait to be decoded with others.
+
+    `next_logits` are ``[rows, vocabulary]``.
+    """
 
     column: int
     cache: CompressedCache
@@ -146,13 +164,12 @@ class _Shard:
         tokenizer: Any,
         questions: Questions,
         rows: list[Row],
-        metric: str | None,
-        protocol: str,
+        settings: Settings,
         log: RecordLog,
         side_by_side: int,
     ):
         self.model, self.tokenizer, self.questions, self.rows = model, tokenizer, questions, rows
-        self.metric, self.protocol, self.log, self.side_by_side = metric, protocol, log, side_by_side
+        self.settings, self.log, self.side_by_side = settings, log, side_by_side
         self.end = end_tokens(model, tokenizer)
         info = describe_model(model)
         self.heads = info.num_layers * info.num_kv_heads
@@ -162,21 +179,21 @@ class _Shard:
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
-        observers = [observer for row in self.rows for observer in row.method.observers]
-        prefill = Prefiller(self.model, [row.selector for row in self.rows], observers)
+        read = self._reader()
         waiting: list[_Prefilled] = []
         for column in columns:
             example = self.questions.examples[column]
-            recorded = prefill(self.questions.encoded[column].prompt)
-            if self._metric_of(example) == "logprob":
+            forced = self._metric_of(example) == "logprob"
+            item = read(column, 0 if forced else example.max_new_tokens)
+            if forced:
                 if column in missing:
-                    self._force(self._cut(column, recorded, 0))
+                    self._force(item)
                     step()
             else:
                 if example.later and waiting:
                     self._generate(waiting, missing, step)
                     waiting.clear()
-                waiting.append(self._cut(column, recorded, example.max_new_tokens))
+                waiting.append(item)
                 if self._enough(waiting):
                     self._generate(waiting, missing, step)
                     waiting.clear()
@@ -188,7 +205,32 @@ class _Shard:
         return self.log.has(self.questions.task, self.questions.names[column])
 
     def _metric_of(self, example: Example) -> str:
-        return self.metric or example.metric
+        return self.settings.metric or example.metric
+
+    def _reader(self) -> Callable[[int, int], _Prefilled]:
+        """What prefills example after example, each with room for so many new tokens."""
+        chunk = self.settings.prefill_chunk
+        if chunk is not None:
+            return partial(self._read_in_chunks, chunk)
+        observers = [observer for row in self.rows for observer in row.method.observers]
+        prefill = Prefiller(self.model, [row.selector for row in self.rows], observers)
+        return lambda column, room: self._cut(column, prefill(self.questions.encoded[column].prompt), room)
+
+    def _read_in_chunks(self, chunk: int, column: int, room: int) -> _Prefilled:
+        """The same by reading the prompt again for every row."""
+        ids = self.questions.encoded[column].prompt
+        caches, logits = [], []
+        for row in self.rows:
+            cache = row.new_cache(self.model, chunk)
+            with torch.inference_mode():
+                output = self.model(ids, **cache.as_argument, use_cache=True, logits_to_keep=1)
+            cache.end_prompt()
+            caches.append(cache)
+            logits.append(output.logits[:, -1].float())
+            check_wanted()
+        group = caches[0].kv_layers[0].groups[0]
+        merged = CompressedCache.merge(self.model, caches, room)
+        return _Prefilled(column, merged, _entry_bytes(group.keys, group.values), torch.cat(logits), ids.shape[1], room)
 
     def _cut(self, column: int, recorded: RecordedPrompt, room: int) -> _Prefilled:
         """A compressed cache with one sequence per row, cut from one recorded prompt."""
@@ -199,9 +241,8 @@ class _Shard:
         selector = self.rows[0].selector
         states = recorded.cache.state_layers
         cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room, states)
-        key, value = keys_values[0]
-        entry_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
-        return _Prefilled(column, cache, entry_bytes, recorded.next_logits, recorded.tokens, room)
+        logits = recorded.next_logits.expand(len(self.rows), -1)
+        return _Prefilled(column, cache, _entry_bytes(*keys_values[0]), logits, recorded.tokens, room)
 
     @staticmethod
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
@@ -217,9 +258,8 @@ class _Shard:
         this = self.questions.encoded[item.column]
         assert this.target is not None
         held = self._held(item)
-        logits = item.next_logits.expand(rows, -1)
         tokens, targets, later = [item.tokens] * rows, [this.target] * rows, [this.later] * rows
-        log_probs = target_log_probs(self.model, item.cache, logits, tokens, targets, later)
+        log_probs = target_log_probs(self.model, item.cache, item.next_logits, tokens, targets, later)
         self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
@@ -241,7 +281,7 @@ class _Shard:
         held = [self._held(item) for item in waiting]
         room = max(item.max_new_tokens for item in waiting)
         cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
-        logits = torch.cat([item.next_logits.expand(rows, -1) for item in waiting])
+        logits = torch.cat([item.next_logits for item in waiting])
         tokens = [item.tokens for item in waiting for _ in range(rows)]
         limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
         later = self.questions.encoded[waiting[0].column].later
@@ -271,7 +311,7 @@ class _Shard:
             "prompt_sha256": sha256(example.prompt + example.later),
             "prompt_tokens": item.tokens,
             "metric": self._metric_of(example),
-            "protocol": self.protocol,
+            "protocol": self.settings.protocol,
             "first_line": example.first_line,
             "stop": list(example.stop),
             "references": list(example.references),
@@ -292,3 +332,8 @@ class _Shard:
                 for row, size, (prediction, score) in zip(self.rows, held, answers, strict=True)
             ]
         )
+
+
+def _entry_bytes(keys: Tensor, values: Tensor) -> int:
+    """Bytes of one entry of a KV head."""
+    return (keys.shape[-1] + values.shape[-1]) * keys.element_size()

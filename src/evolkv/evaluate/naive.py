@@ -45,6 +45,7 @@ class NaiveEngine:
         selector: decides which tokens a budget keeps.
         metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
         on_progress: called with (done, total) once, since nothing is prepared.
+        prefill_chunk: tokens of the chunks in which prompts are read; None for all at once.
 
     Raises:
         UsageError: for no examples, or a prompt that does not fit the model.
@@ -58,8 +59,10 @@ class NaiveEngine:
         selector: Selector,
         metric: str | None = "logprob",
         on_progress: Progress | None = None,
+        prefill_chunk: int | None = None,
     ):
         self.model, self.tokenizer, self.examples, self.selector = model, tokenizer, list(examples), selector
+        self.prefill_chunk = prefill_chunk
         self.metrics = [metric or example.metric for example in self.examples]
         self.encoded = encode_examples(tokenizer, model, self.examples, metric)
         self.end = end_tokens(model, tokenizer)
@@ -87,9 +90,10 @@ class NaiveEngine:
         return mean_probability(target_log_probs(self.model, cache, logits, tokens, [this.target], [this.later])[0])
 
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
-        cache = CompressedCache(self.model, self._profile(budgets))
+        cache = CompressedCache(self.model, self._profile(budgets), prefill_chunk=self.prefill_chunk)
         with torch.inference_mode():
             output = self.model(self.encoded[column].prompt, **cache.as_argument, use_cache=True, logits_to_keep=1)
+        cache.end_prompt()
         return cache, output.logits[:, -1].float()
 
     def generate(self, column: int, budgets: np.ndarray) -> str:
@@ -101,7 +105,7 @@ class NaiveEngine:
             penalty = RepetitionPenalty.of(self.model, [ids[0]], later, logits)
             (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
             return str(self.tokenizer.decode(text, skip_special_tokens=True))
-        with compress(self.model, self._profile(budgets)):
+        with compress(self.model, self._profile(budgets), prefill_chunk=self.prefill_chunk):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -114,6 +114,7 @@ def _merged(
             ("model", start.model.fingerprint, settings.model.fingerprint),
             ("dtype", start.model.dtype, settings.model.dtype),
             ("protocol", start.protocol, settings.protocol),
+            ("prefill_chunk", start.prefill_chunk, settings.prefill_chunk),
         ):
             if before != now:
                 raise UsageError(

@@ -71,7 +71,10 @@ class TaskSettings(_Checked):
 
 
 class Settings(_Checked):
-    """What identifies an evaluation. Methods go by `label`, tasks by their spec."""
+    """What identifies an evaluation. Methods go by `label`, tasks by their spec.
+
+    `prefill_chunk` is the number of tokens in which prompts were read, None for all at once.
+    """
 
     model: ModelSettings
     metric: str | None
@@ -79,6 +82,7 @@ class Settings(_Checked):
     seed: int
     samples: int
     sample_ids: list[str] | None
+    prefill_chunk: int | None = None
     methods: Annotated[dict[str, MethodSettings], Field(min_length=1)]
     tasks: Annotated[dict[str, TaskSettings], Field(min_length=1)]
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""Scores that may stand side by side: one model, dtype, task, metric, protocol, seed and number of examples."""
+"""Scores that may stand side by side: all but the method and its budget is the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.records import Curve, Profile, Row, Search, mean_of
 from evolkv.report.units import mebibytes
-from evolkv.report.words import interval, number, percent, score
+from evolkv.report.words import in_chunks, interval, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
@@ -53,8 +53,9 @@ class Comparison:
 
     @property
     def asked(self) -> str:
-        """The protocol, to stand behind other words; empty where it is not known."""
-        return f", {self.first.protocol}" if self.first.protocol else ""
+        """The protocol and how prompts were read, to stand behind other words; empty where nothing is to be said."""
+        first = self.first
+        return "".join(f", {said}" for said in (first.protocol, in_chunks(first.prefill_chunk)) if said)
 
     @property
     def full(self) -> Entry | None:
@@ -156,7 +157,8 @@ def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence
     """Group rows and curves by what they were measured on."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.task, row.metric, row.n, row.protocol, row.dtype, row.seed), []).append(row)
+        shared = (row.model, row.task, row.metric, row.n, row.protocol, row.prefill_chunk, row.dtype, row.seed)
+        groups.setdefault(shared, []).append(row)
     found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
     return [_from_curve(curve, profiles) for curve in curves] + found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.report.axes import Axis, Table, Tick
 from evolkv.report.heatmaps import LEVELS, HeatMap, heat_paths
-from evolkv.report.words import counted, number, short
+from evolkv.report.words import counted, in_chunks, number, short
 
 if TYPE_CHECKING:
     from evolkv.evaluate.records import Record, Records
@@ -44,7 +44,8 @@ def needle_grids(records: Sequence[Records]) -> list[NeedleGrid]:
                 if placed is None:
                     continue
                 rest, context, depth = placed
-                group = (each.settings.model.name, rest, record.protocol, record.metric, record.label)
+                read = in_chunks(each.settings.prefill_chunk)
+                group = (each.settings.model.name, rest, record.protocol, read, record.metric, record.label)
                 # The same example may be in several files.
                 once = (*group, record.task, record.example, record.prompt_sha256)
                 if once in seen:

@@ -170,6 +170,7 @@ class Row(_Scored):
     mean_budget: Annotated[float, Field(gt=0)]
     seed: int | None = None
     protocol: str = ""
+    prefill_chunk: Count | None = None
     dtype: str = ""
 
 

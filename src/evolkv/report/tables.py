@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.report.axes import Table
 from evolkv.report.units import mebibytes, with_interval
-from evolkv.report.words import counted
+from evolkv.report.words import counted, in_chunks
 
 if TYPE_CHECKING:
     from evolkv.evaluate.paired import PairedComparison
@@ -40,7 +40,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         if full:
             line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
         cells.append(line)
-    return Table("Scores of methods on the same held-out examples", columns, cells)
+    read = in_chunks(rows[0].get("prefill_chunk"))
+    title = "Scores of methods on the same held-out examples"
+    return Table(f"{title}, prompts read {read}" if read else title, columns, cells)
 
 
 def comparison_table(found: MethodComparison) -> Table:

@@ -13,7 +13,7 @@ from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.records import Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import mebibytes
-from evolkv.report.words import counted, number, percent, short
+from evolkv.report.words import counted, in_chunks, number, percent, short
 
 _PLAIN_STYLE, _EVOLVED_STYLE = 0, 1
 
@@ -94,6 +94,7 @@ def methods(group: Comparison) -> Methods:
     first, styles = group.first, group.styles()
     finding = f"Task {short(first.task)}, metric {short(first.metric)}, {counted(first.n, 'held-out example')}"
     finding += f", protocol {short(first.protocol)}" if first.protocol else ""
+    finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
         return Methods(_title(group), f"{finding}.{hollow}", [], group.by_budget(), group.table())

@@ -31,6 +31,7 @@ _OPTIONS = {
     "ceiling": "--ceiling",
     "seed": "--seed",
     "engine": "--engine",
+    "prefill_chunk": "--prefill-chunk",
     "minibatch": "--minibatch",
     "start": "--start",
     "first": "--first",
@@ -52,6 +53,11 @@ def score(value: float) -> str:
 def interval(bounds: Sequence[float]) -> str:
     """A 95 % interval."""
     return f"{bounds[0]:.2f}–{bounds[1]:.2f}"
+
+
+def in_chunks(tokens: int | None) -> str:
+    """How prompts were read, if it was not at once."""
+    return "" if tokens is None else f"in chunks of {number(tokens)}"
 
 
 def percent(share: float) -> str:
@@ -148,6 +154,7 @@ def eval_command(rows: Sequence[Row]) -> list[str]:
     # Where examples have several metrics, these are their own.
     words += ["--metric", rows[0].metric] if "+" not in rows[0].metric else []
     words += ["--protocol", rows[0].protocol] if rows[0].protocol else []
+    words += ["--prefill-chunk", str(chunk)] if (chunk := rows[0].prefill_chunk) is not None else []
     words += ["--dtype", rows[0].dtype] if rows[0].dtype else []
     words += ["--seed", str(rows[0].seed)] if rows[0].seed is not None else []
     return _pieces(words)

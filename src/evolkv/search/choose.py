@@ -8,15 +8,15 @@ import numpy as np
 
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.intervals import ci95
-from evolkv.search.plan import HEURISTICS
+from evolkv.search.plan import HEURISTICS, START
 from evolkv.search.result import Validated, as_lists
 
-# Two allocations whose scores differ by no more than rounding are equal, and of equals a heuristic is chosen.
+# Two allocations whose scores differ by no more than rounding are equal.
 _DIGITS = 4
 
 
 def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
-    """Scores the allocations of several choices at once, and puts the one to choose first; of equals a heuristic is.
+    """Scores the allocations of several choices at once, and puts the one to choose first; see `ranked`.
 
     Args:
         engine: over the validation examples.
@@ -31,11 +31,11 @@ def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[st
 
 
 def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated]:
-    """Allocations with their scores ``[choices, examples]``, best first; of equals a heuristic is."""
+    """Allocations with their scores ``[choices, examples]``, best first; of equals what did not have to be evolved."""
     rows = [
         Validated(
             name,
-            name not in HEURISTICS,
+            name not in (*HEURISTICS, START),
             as_lists(budgets),
             round(float(scores[i].mean()), _DIGITS),
             ci95(scores[i]),

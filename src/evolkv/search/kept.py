@@ -17,8 +17,14 @@ from evolkv.tasks import Example, encode_prompt
 _BINS, _CELLS = 100, 8_000
 
 
-def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, profile: BudgetProfile) -> dict[str, Any]:
-    """The share of each stretch of a prompt that each layer keeps.
+def kept_positions(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    example: Example,
+    profile: BudgetProfile,
+    prefill_chunk: int | None = None,
+) -> dict[str, Any]:
+    """The share of each stretch of a prompt that each layer keeps; `prefill_chunk` as for `CompressedCache`.
 
     Returns:
         ``example`` (its id), ``tokens`` (the prompt's length), ``bin`` (tokens per stretch) and ``share``: for each
@@ -26,7 +32,7 @@ def kept_positions(model: PreTrainedModel, tokenizer: Any, example: Example, pro
     """
     ids = encode_prompt(tokenizer, example)
     tokens = ids.shape[1]
-    cache = CompressedCache(model, profile)
+    cache = CompressedCache(model, profile, prefill_chunk=prefill_chunk)
     with torch.inference_mode():
         model(ids.to(input_device(model)), **cache.as_argument, use_cache=True, logits_to_keep=1)
     size = max(1, math.ceil(tokens / min(_BINS, _CELLS // len(cache.positions))))

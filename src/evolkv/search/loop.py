@@ -23,7 +23,7 @@ from evolkv.search.backends import BackendName, backend_maker
 from evolkv.search.choose import choose, rows_from
 from evolkv.search.evolve import Evolution, Rotation, evolve
 from evolkv.search.kept import kept_positions
-from evolkv.search.plan import EngineName, Granularity, Plan
+from evolkv.search.plan import START, EngineName, Granularity, Plan
 from evolkv.search.progress import OnProgress, SearchProgress
 from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, without_seconds
 from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
@@ -62,6 +62,7 @@ def search(
     start: str | BudgetProfile | None = None,
     seed: int = 0,
     engine: EngineName = "replay",
+    prefill_chunk: int | None = None,
     backend: BackendName | Callable[[], Backend] = "local",
     workers: int | None = None,
     storage: str | None = None,
@@ -100,6 +101,9 @@ def search(
             to the budget.
         seed: of the examples and the strategy. The same seed on the same machine gives the same history.
         engine: "replay" (prefill once per example) or "naive" (once per candidate and example).
+        prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does:
+            for a model that will be run so. Needs engine "naive", and so as many prefills as there are candidates and
+            examples: start from a profile that was found without. Default: all at once.
         backend: where replay runs: "local" (threads of this process), "ray" (see `evolkv.evaluate.on_ray.RayBackend`),
             or a function that makes a backend.
         workers: threads, or Ray workers. Default: one per core, or one per GPU.
@@ -143,6 +147,7 @@ def search(
         ceiling=ceiling,
         seed=seed,
         engine=engine,
+        prefill_chunk=prefill_chunk,
         backend=backend,
         workers=workers,
         on_progress=on_progress,
@@ -207,6 +212,7 @@ class Session:
         self.study: Study | None = None
         self._scorer: Engine | None = None
         self._start = "uniform"
+        self._given: BudgetProfile | None = None
 
     def close(self) -> None:
         """Ends the workers and lets go of the study."""
@@ -220,7 +226,7 @@ class Session:
         """Creates a study, or continues one with the same settings; without a storage nothing is recorded."""
         if isinstance(start, BudgetProfile):
             digest = hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()
-            self._start = f"profile {digest[:16]}"
+            self._start, self._given = f"profile {digest[:16]}", start
         elif start is not None:
             self._start = start
         # Settings that no strategy can use are not put on record.
@@ -257,6 +263,8 @@ class Session:
         evolved = {"best": np.array(evolution.best.budgets)}
         if evolution.mean is not None:
             evolved["mean"] = evolution.mean
+        if self._given is not None:
+            evolved[START] = self._given.budgets
         completed = {name: self.plan.completed(budgets, budget) for name, budgets in evolved.items()}
         return {**self.plan.heuristics(budget), **completed}
 
@@ -345,7 +353,8 @@ class Session:
         )
 
     def _kept(self, profile: BudgetProfile) -> dict[str, Any]:
-        found = kept_positions(self.plan.model, self.plan.tokenizer, self.plan.held_out[0], profile)
+        plan = self.plan
+        found = kept_positions(plan.model, plan.tokenizer, plan.held_out[0], profile, plan.prefill_chunk)
         if self.study is not None:
             self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): found})
         return found

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import complete, pyramid, uniform
+from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.naive import NaiveEngine
@@ -26,6 +27,8 @@ EngineName = Literal["replay", "naive"]
 Granularity = Literal["layer", "head"]
 #: Allocations that need no search.
 HEURISTICS = ("uniform", "pyramid")
+#: Name of the profile that a search started from, among what it has to beat.
+START = "start"
 
 
 class Plan:
@@ -40,6 +43,7 @@ class Plan:
         metric: what to maximise.
         protocol: whether questions are known when prompts are compressed; see `evolkv.tasks.protocol`.
         engine: "replay" or "naive".
+        prefill_chunk: tokens of the chunks in which prompts are read, for engine "naive"; None for all at once.
         train: examples that candidates are scored on.
         val: examples that the result is chosen on.
         floor: the least a head may get, or None for one more than the selector always keeps.
@@ -72,11 +76,17 @@ class Plan:
         seed: int,
         backend: Callable[[], Backend],
         protocol: str = AWARE,
+        prefill_chunk: int | None = None,
     ):
         if granularity not in ("layer", "head"):
             raise unknown_name("granularity", granularity, ("layer", "head"))
         if engine not in ("replay", "naive"):
             raise unknown_name("engine", engine, ("replay", "naive"))
+        if prefill_chunk is not None and engine == "replay":
+            raise UsageError(
+                "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
+                "add --engine naive, which reads each prompt for each candidate"
+            )
         if metric not in METRIC_NAMES:
             raise unknown_name("metric", metric, METRIC_NAMES)
         # Checks its arguments, long before the first candidate would.
@@ -86,7 +96,11 @@ class Plan:
         self.lam, self.gamma, self.seed = lam, gamma, seed
         info = describe_model(model)
         self.layers, self.heads = info.num_layers, info.num_kv_heads
-        self.protocol = protocol
+        self.protocol, self.prefill_chunk = protocol, prefill_chunk
+        if prefill_chunk is not None:
+            # Refused now, if the selector or the model cannot be read so.
+            some = BudgetProfile.uniform(model, selector.min_budget + 1, selector.to_dict())
+            CompressedCache(model, some, prefill_chunk=prefill_chunk)
         self.train = under_protocol(protocol, task.examples("train", _at_least_one("train", train), tokenizer, seed))
         self.held_out = under_protocol(
             protocol, task.examples("validation", _at_least_one("val", val), tokenizer, seed)
@@ -186,7 +200,9 @@ class Plan:
         """An engine over the examples of a split; those of training are held for many calls."""
         examples = self.train if split == "train" else self.held_out
         if self.engine_name == "naive":
-            return NaiveEngine(self.model, self.tokenizer, examples, self.selector, self.metric, on_progress)
+            return NaiveEngine(
+                self.model, self.tokenizer, examples, self.selector, self.metric, on_progress, self.prefill_chunk
+            )
         if self._backend is None:
             self._backend = self._make_backend()
         return ShardedEngine(
@@ -215,6 +231,8 @@ class Plan:
             "floor": self.floor,
             "ceiling": self.ceiling,
             "engine": self.engine_name,
+            # Left out where it says nothing: studies from before it existed go on.
+            **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
             "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
             "validation": {"n": len(self.held_out), "fingerprint": fingerprint(self.held_out)},
         }
