@@ -36,6 +36,14 @@ def test_adakv_gives_heads_what_they_have_among_the_highest_scores():
     assert AdaKV(safeguard=0.5).heads([steep], np.array([4]), 1, np.array([7])).tolist() in ([[5, 3]], [[6, 2]])
 
 
+def test_allocators_take_parameters_by_name():
+    method = get_method("cake:tau1=2,tau2=0.4,window=8+adakv:safeguard=0+snapkv:window=8")
+    assert method.layers == CAKE(tau1=2.0, tau2=0.4, window=8)
+    assert method.heads == AdaKV(safeguard=0.0)
+    assert method.selector == get_selector({"name": "snapkv", "window": 8})
+    assert get_method("dynamickv:most=3+keydiff").layers == DynamicKV(most=3)
+
+
 def test_adakv_keeps_equal_shares_where_nothing_is_left_to_decide():
     scores = np.full((2, 6), INF)
     assert AdaKV().heads([scores], np.array([4]), 1, np.array([6])).tolist() == [[4, 4]]
@@ -236,6 +244,15 @@ def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):
         ("cake+pyramid+snapkv", "more than one allocator"),
         ("adakv+adakv+snapkv", "more than one allocator"),
         ("cak+snapkv", "Did you mean 'cake'"),
+        ("cak:window=8+snapkv", "Did you mean 'cake'"),
+        ("cake:windw=8+snapkv", "Did you mean 'window'"),
+        ("cake:window=1.5+snapkv", "expected int like 32"),
+        ("cake:window=0+snapkv", "at least 1 token"),
+        ("cake:tau1=0+snapkv", "a number above 0"),
+        ("cake:tau2=nan+snapkv", "a number above 0"),
+        ("adakv:safeguard=1.5+snapkv", "between 0 and 1"),
+        ("dynamickv:most=0+snapkv", "at least 1"),
+        ("pyramid:beta=1+snapkv", "takes no parameters"),
         ("cake+snapvk", "Did you mean 'snapkv'"),
         ("cake", "unknown method"),
         ("snapkv:gqa=sum", "'mean' or 'max'"),

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.evaluate.engine import text_score
 from evolkv.tasks import SPLITS, get_task
 from evolkv.tasks.jsonl import JsonLines
 
@@ -45,6 +46,17 @@ def test_row_becomes_an_example(write):
     assert example.target == "Food"
     assert (example.metric, example.max_new_tokens) == ("exact_match", 5)
     assert example.extra == {"all_classes": ("Food", "Date")}
+
+
+def test_row_says_what_of_an_answer_is_judged(write):
+    row = {"prompt": "Which?", "answer": "Food", "metric": "exact_match"}
+    judged = {"first_line": True, "stop": ["###", "\n"]}
+    (example,) = JsonLines(write({**row, **judged}), split="all").examples("train", 1, None)
+    assert (example.first_line, example.stop) == (True, ("###", "\n"))
+    assert text_score("exact_match", "Food ### Meal", example) == 1.0
+    (plain,) = JsonLines(write(row), split="all").examples("train", 1, None)
+    assert (plain.first_line, plain.stop) == (False, ())
+    assert text_score("exact_match", "Food ### Meal", plain) == 0.0
 
 
 def test_row_may_give_one_answer_and_nothing_else(write):
@@ -171,6 +183,11 @@ def test_chat_without_a_template_is_refused(write):
         ({"prompt": "a", "answer": "b", "max_new_tokens": "many"}, "line 2: 'max_new_tokens' is \"many\""),
         ({"prompt": "a", "answer": "b", "all_classes": "x"}, "line 2: 'all_classes' is a text"),
         ({"prompt": "a", "answer": "b", "id": [1]}, "line 2: 'id' is a list"),
+        ({"prompt": "a", "answer": "b", "id": "\ud8006"}, "line 2: 'id' holds half of a surrogate pair"),
+        ({"prompt": "a", "answer": "b", "answers": ["b"]}, "line 2: both 'answers' and 'answer' are given"),
+        ({"prompt": "a", "answer": "b", "first_line": 1}, "line 2: 'first_line' is a number; expected a truth value"),
+        ({"prompt": "a", "answer": "b", "stop": "x"}, "line 2: 'stop' is a text; expected a list of texts"),
+        ({"prompt": "a", "answer": "b", "stop": [""]}, "line 2: an entry of 'stop' is empty"),
     ],
 )
 def test_malformed_row_is_named_by_file_and_line(row, message, write):

@@ -326,6 +326,19 @@ def test_numbers_that_json_lacks_become_null(settings, capsys):
     assert (event["best_fitness"], event["best_score"], event["done"]) == (None, None, 1)
 
 
+def test_what_is_done_all_at_once_has_no_rate(settings, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    progress = Progress()
+    for done in range(1, 5):
+        progress("examples", done, 8)
+        clock[0] += 0.0003
+    assert progress._standing.rate is None
+    clock[0] += 8
+    progress("examples", 5, 8)
+    assert progress._standing.rate == pytest.approx(0.5, rel=0.01)
+
+
 def test_time_left_follows_the_pace_of_the_last_minute(settings, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])

@@ -151,7 +151,7 @@ def header(methods, tasks, **changes):
                 "method": label.partition("@")[0],
                 "budget": int(label.partition("@")[2]) if "@" in label else None,
                 "budgets_sha256": changes.pop("budgets_sha256", label) if "@" in label else None,
-                "selector": None,
+                "selector": changes.pop("selector", None),
                 "expanded_from": None,
             }
             for label in methods
@@ -293,6 +293,9 @@ def test_one_method_with_two_allocations_or_two_scores_is_refused(write):
     other = write("b.jsonl", header(["p@64"], tasks, budgets_sha256="another"), line("p@64", "e1", 1.0))
     with pytest.raises(UsageError, match="other budgets"):
         compare_records([first, other])
+    ranked = write("r.jsonl", header(["p@64"], tasks, selector={"name": "knorm"}), line("p@64", "e1", 1.0))
+    with pytest.raises(UsageError, match="another selector"):
+        compare_records([first, ranked])
     changed = write("c.jsonl", header(["p@64"], tasks), line("p@64", "e0", 0.0))
     with pytest.raises(UsageError, match="not as in the files before"):
         compare_records([first, changed])

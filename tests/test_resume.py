@@ -198,6 +198,12 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
     assert sum(result.seconds for result in curve.results) < curve.seconds
     again = search_curve(*smollm2, **settings)
     assert again.points == curve.points
+    stages = read_study(settings["storage"]).stages
+    for result in again.results:
+        # What was recorded took the time that it took.
+        recorded = sum(entry.seconds for part in stages[f"budget {result.profile.budget}"] for entry in part)
+        assert recorded <= result.seconds < recorded + again.seconds
+    assert again.seconds > sum(result.seconds for result in again.results) - 0.1
     assert json.dumps(curve.to_dict(["a", "b", "c"]))
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import ALLOCATORS, complete, pyramid, uniform
-from evolkv.allocators.adaptive import ADAPTIVE, HeadAllocator, LayerAllocator, Observations, Observer
+from evolkv.allocators.adaptive import (
+    ADAPTIVE,
+    HeadAllocator,
+    LayerAllocator,
+    Observations,
+    Observer,
+    get_adaptive,
+)
 from evolkv.errors import BudgetError, UsageError
 from evolkv.models import describe_model, sliding_windows
 from evolkv.profile import BudgetProfile
@@ -143,7 +150,7 @@ def get_method(name: str) -> Method:
 
     Args:
         name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
-            selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake+adakv+snapkv``); ``pyramidkv``
+            selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake:window=8+adakv+snapkv``); ``pyramidkv``
             (= ``pyramid+snapkv``); the path of a profile, or its address on the Hub (``hf://org/name``); or, with
             ``{}`` in place of the budget, that of one profile for each budget (``profile-{}.json``).
 
@@ -156,7 +163,7 @@ def get_method(name: str) -> Method:
         return Method(name)
     *allocators, selector = spec.split("+")
     known = {*ALLOCATORS, *ADAPTIVE}
-    if selector.partition(":")[0] in SELECTORS and all(each in known for each in allocators):
+    if selector.partition(":")[0] in SELECTORS and all(each.partition(":")[0] in known for each in allocators):
         return _combined(name, allocators, get_selector(parse_selector(selector)))
     if "{}" in spec:
         return Method(name, profiles=spec)
@@ -164,8 +171,8 @@ def get_method(name: str) -> Method:
         profile = BudgetProfile.load(spec)
         return Method(name, get_selector(profile.selector), profile=profile)
     for each in allocators:
-        if each not in known:
-            raise unknown_name("allocator", each, known)
+        if each.partition(":")[0] not in known:
+            raise unknown_name("allocator", each.partition(":")[0], known)
     if allocators:
         raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
     names = ["full", *SELECTORS, *_ALIASES, *(f"{a}+{s}" for a in known for s in SELECTORS)]
@@ -174,7 +181,14 @@ def get_method(name: str) -> Method:
 
 def _combined(name: str, allocators: list[str], selector: Selector) -> Method:
     """At most one allocator for the layers, then at most one for the heads."""
-    chosen: list[Any] = [ADAPTIVE[each]() if each in ADAPTIVE else each for each in allocators]
+    chosen: list[Any] = []
+    for each in allocators:
+        if each.partition(":")[0] in ADAPTIVE:
+            chosen.append(get_adaptive(each))
+        elif each in ALLOCATORS:
+            chosen.append(each)
+        else:
+            raise UsageError(f"method {name!r}: allocator {each.partition(':')[0]} takes no parameters; leave them out")
     heads = chosen.pop() if chosen and isinstance(chosen[-1], HeadAllocator) else None
     layers = chosen.pop() if chosen else "uniform"
     if chosen or isinstance(layers, HeadAllocator):

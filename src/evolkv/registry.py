@@ -19,6 +19,63 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
+def parse_named(text: str, kind: str, example: str) -> dict[str, Any]:
+    """A mapping with ``name`` and parameters, from ``name`` or ``name:parameter=value,parameter=value``.
+
+    Args:
+        text: what to read.
+        kind: what is named, for messages.
+        example: of such a text, for messages.
+
+    Raises:
+        UsageError: a part that is not parameter=value, or a parameter given twice.
+    """
+    name, _, rest = text.partition(":")
+    spec: dict[str, Any] = {"name": name.strip()}
+    for part in filter(str.strip, rest.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key:
+            raise UsageError(f"{kind} {text!r}: {part!r} is not parameter=value; write for example {example}")
+        if key in spec:
+            raise UsageError(f"{kind} {text!r}: {key} is given twice; give it once")
+        spec[key] = _value(value)
+    return spec
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def check_parameters(name: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of parameters, of the types that their defaults have.
+
+    Args:
+        name: of what has them.
+        values: by name.
+        known: all parameters and their defaults.
+
+    Raises:
+        UsageError: an unknown parameter, or a value of another type.
+    """
+    found = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"parameter of {name}", key, known)
+        kind = type(known[key])
+        # bool is an int in Python, but `"window": true` in a file is a mistake.
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UsageError(f"{name}: {key} is {value!r}; expected {kind.__name__} like {known[key]!r}")
+        found[key] = kind(value)
+    return found
+
+
 class Registry(Mapping[str, T]):
     """A read-only mapping from names to entries of one kind.
 

@@ -42,6 +42,4 @@ def compare(
     table = comparison_table(found)
     if markdown != "-":
         console.OUT.print(f"{table.caption}\n", soft_wrap=True)
-    print_table(table, markdown)
-    if markdown != "-":
-        console.OUT.print(f"\n{comparison_note(found)}", soft_wrap=True)
+    print_table(table, markdown, comparison_note(found))

@@ -369,7 +369,8 @@ class _Pace:
         while len(points) > _PACE_STEPS and now - points[1][0] > _PACE_SECONDS:
             points.popleft()
         (since, before), (until, after) = points[0], points[-1]
-        return (after - before) / (until - since) if after > before and until > since else None
+        # What is computed together is done together, in no time.
+        return (after - before) / (until - since) if after > before and until - since >= _PACE_EVERY_SECONDS else None
 
 
 def speed(per_second: float) -> str:

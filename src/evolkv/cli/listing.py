@@ -59,11 +59,12 @@ def selectors(as_json: AsJson = False) -> None:
 
 @app.command()
 def allocators(as_json: AsJson = False) -> None:
-    """Allocators: uniform and pyramid for all prompts alike, the others for each prompt anew."""
+    """Allocators, and the parameters that may follow their names: uniform and pyramid have none."""
     from evolkv.allocators import ALLOCATORS
     from evolkv.allocators.adaptive import ADAPTIVE
 
-    _print([_row(name, allocator) for name, allocator in {**ALLOCATORS, **ADAPTIVE}.items()], as_json)
+    fixed = [_row(name, allocator, {}) for name, allocator in ALLOCATORS.items()]
+    _print([*fixed, *(_row(name, each, each.parameters()) for name, each in ADAPTIVE.items())], as_json)
 
 
 @app.command()

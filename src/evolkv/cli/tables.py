@@ -31,22 +31,28 @@ _SHARED = {"task": "{}", "metric": "metric {}", "n": "n = {}"}
 _SHADES = "·░▒▓█"
 
 
-def print_table(table: TextTable, markdown: str | None = None) -> None:
-    """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file beside what is printed."""
+def print_table(table: TextTable, markdown: str | None = None, note: str = "") -> None:
+    """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file beside what is printed.
+
+    A note goes below it.
+    """
     if markdown is not None:
         from evolkv.report.markdown import markdown as as_markdown
         from evolkv.whole_files import write_text
 
+        text = as_markdown(table) + (f"\n{note}\n" if note else "")
         if markdown == "-":
-            console.OUT.print(as_markdown(table), end="", soft_wrap=True)
+            console.OUT.print(text, end="", soft_wrap=True)
             return
-        write_text(markdown, as_markdown(table))
+        write_text(markdown, text)
     for number, (heading, part) in enumerate(_fitting(table)):
         if number:
             console.OUT.print()
         if heading:
             console.OUT.print(Text(heading, style="dim"), soft_wrap=True)
         console.OUT.print(part)
+    if note:
+        console.OUT.print(f"\n{note}", soft_wrap=True)
 
 
 def _fitting(table: TextTable) -> list[tuple[str, Table]]:

@@ -122,8 +122,11 @@ def _merged(
                     "give files that share it"
                 )
         for label, method in settings.methods.items():
-            if methods.setdefault(label, method).budgets_sha256 != method.budgets_sha256:
-                raise UsageError(f"{path}: {label} has other budgets than in the files before; give files that agree")
+            known = methods.setdefault(label, method)
+            other = known.budgets_sha256 != method.budgets_sha256
+            if other or known.selector != method.selector:
+                what = "other budgets" if other else "another selector"
+                raise UsageError(f"{path}: {label} has {what} than in the files before; give files that agree")
         _merge(path, records, examples)
     return methods, examples, start.model.name
 

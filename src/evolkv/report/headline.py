@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from evolkv.report.comparisons import Comparison, Entry
 from evolkv.report.records import Profile, Search, Validated, mean_of
 from evolkv.report.units import duration, mebibytes
-from evolkv.report.words import counted, interval, listing, number, percent, short
+from evolkv.report.words import candidates, counted, interval, listing, number, percent, short
 
 #: A budget is worth naming first if its score is this close to the full cache's.
 _CLOSE = 0.95
@@ -152,7 +152,8 @@ def _search_sentences(search: Search, count: int) -> list[str]:
     metric = f", scored by {short(str(settings['metric']))}" if "metric" in settings else ""
     took = f" in {duration(search.seconds)}" if search.seconds else ""
     if search.history:
-        said.append(f"{how} evaluated {counted(search.evaluations, 'candidate')}{took}{metric}{on}.")
+        tried = counted(candidates(search.evaluations, settings), "candidate")
+        said.append(f"{how} evaluated {tried}{took}{metric}{on}.")
     if search.interrupted:
         said.append("The search was interrupted: the budgets are the fittest so far.")
     elif search.result is not None:
@@ -169,7 +170,7 @@ def _choice(search: Search, result: Validated) -> str:
 
 
 def _search_facts(searches: Sequence[Search]) -> list[Fact]:
-    evaluations = sum(search.evaluations for search in searches)
+    evaluations = sum(candidates(search.evaluations, search.settings) for search in searches)
     if not evaluations:
         return []
     seconds = sum(search.seconds for search in searches)

@@ -136,6 +136,13 @@ def _rivals(settings: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     return found
 
 
+def candidates(evaluations: int, settings: Mapping[str, Any]) -> int:
+    """How many candidates a search evaluated, under all of its selectors."""
+    rows = rows if isinstance(rows := settings.get("rivals"), list) else []
+    counts = [row.get("evaluations") for row in rows if isinstance(row, Mapping)]
+    return sum(count for count in counts if isinstance(count, int)) or evaluations
+
+
 def selector_spec(selector: Mapping[str, Any]) -> str | None:
     """A selector as the command line takes it, such as snapkv:window=32,kernel=7; None if it has no name."""
     if not isinstance(name := selector.get("name"), str):

@@ -48,7 +48,7 @@ class CurveResult:
         points: for each of them ``budget, score, ci95, n, metric, kv_bytes, mean_budget, source, evaluations, selector,
             on_front``; `source` is "search", a heuristic or "expanded from …"; `on_front` says that no smaller budget
             does as well.
-        seconds: wall-clock time of everything.
+        seconds: wall-clock time of everything, of earlier runs as far as the study knows it.
         interrupted: whether it was stopped before its end.
     """
 
@@ -154,7 +154,7 @@ def search_curve(
                 else:
                     evolution = running.evolve(budget, near, rest, 1.0 if near is None else _STEP)
                 evolutions[budget] = evolution
-                seconds[budget] = time.perf_counter() - began
+                seconds[budget] = time.perf_counter() - began + evolution.recorded_seconds
                 if evolution.interrupted:
                     break
                 near = _evolved(evolution) if running.settings.name == "joint" else None
@@ -173,7 +173,8 @@ def search_curve(
         ]
         results = [replace(each, settings={**each.settings, "first": first}) for each in results]
         interrupted = any(each.interrupted for each in results)
-        return CurveResult(results, _points(running, results), time.perf_counter() - started, interrupted)
+        took = time.perf_counter() - started + sum(each.recorded_seconds for each in evolutions.values())
+        return CurveResult(results, _points(running, results), took, interrupted)
 
 
 def _fitting(selector: Selector, smallest: int) -> Selector:

@@ -31,12 +31,14 @@ class Evolution:
         best: the candidate to put forward.
         mean: the distribution's mean as ``[layers, kv_heads]`` budgets, or None where there is no such candidate.
         interrupted: whether it was stopped before its end.
+        recorded_seconds: that earlier runs took for what the study held.
     """
 
     history: list[Evaluation]
     best: Evaluation
     mean: np.ndarray | None
     interrupted: bool
+    recorded_seconds: float = 0.0
 
 
 class Rotation:
@@ -106,7 +108,7 @@ def evolve(
     recorded = study.generations(stage) if study is not None else []
     leader = _Leader(rotation)
     interrupted = False
-    done = 0
+    done, recorded_seconds = 0, 0.0
     try:
         while not strategy.done and done < total:
             group, generation = strategy.group, strategy.generation
@@ -118,6 +120,7 @@ def evolve(
                         f"generation {generation} of {stage} in the study is not what this version of the libraries "
                         "proposes; continue with the versions that the study was made with, or start another --study"
                     )
+                recorded_seconds += sum(entry.seconds for entry in evaluations)
             else:
                 columns = rotation(generation)
                 engine = scorer()
@@ -165,7 +168,7 @@ def evolve(
     if not leader.history:
         raise KeyboardInterrupt
     mean = None if strategy.mean is None else plan.matrix(strategy.mean)
-    return Evolution(leader.history, leader.finalist(), mean, interrupted)
+    return Evolution(leader.history, leader.finalist(), mean, interrupted, recorded_seconds)
 
 
 def stage_name(budget: int) -> str:

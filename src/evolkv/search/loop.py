@@ -159,7 +159,8 @@ def search(
         validation: list[Validated] = []
         if not evolution.interrupted:
             validation = running.choose({str(budget): choices}).get(str(budget), [])
-        return running.result(budget, evolution, choices, validation, time.perf_counter() - started)
+        took = time.perf_counter() - started + evolution.recorded_seconds
+        return running.result(budget, evolution, choices, validation, took)
 
 
 @contextmanager

@@ -134,9 +134,11 @@ class Plan:
                 f"use --floor {selector.min_budget} or more"
             )
         if budget < least:
+            other = "a selector with a smaller window, such as --selector snapkv:window=16"
+            if least > selector.min_budget + 1:
+                other = f"a lower --floor ({selector.name} always keeps {selector.min_budget})"
             raise BudgetError(
-                f"the budget is {budget}, below the floor of {least}; use --budget {least} or more, "
-                "a lower --floor, or a selector with a smaller window, such as --selector snapkv:window=16"
+                f"the budget is {budget}, below the floor of {least}; use --budget {least} or more, or {other}"
             )
         if budget >= self.longest:
             raise BudgetError(

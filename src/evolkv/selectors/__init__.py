@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evolkv.errors import UsageError
-from evolkv.registry import Registry, unknown_name
+from evolkv.registry import Registry, check_parameters, parse_named
 from evolkv.selectors.base import LayerContext, PromptAttention, Selector
 from evolkv.selectors.chunkkv import ChunkKV
 from evolkv.selectors.expected_attention import ExpectedAttention
@@ -44,20 +44,8 @@ def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
     cls = SELECTORS[spec["name"]]
-    known = cls.parameters()
     values = {key: value for key, value in spec.items() if key != "name"}
-    for key, value in values.items():
-        if key not in known:
-            raise unknown_name(f"parameter of {cls.name}", key, known)
-        # bool is an int in Python, but `"window": true` in a file is a mistake.
-        if type(value) is not type(known[key]):
-            raise UsageError(
-                f"{cls.name}: {key} is {value!r}; expected {type(known[key]).__name__} like {known[key]!r}"
-            )
-    return cls(**values)
-
-
-_TRUTH = {"true": True, "false": False}
+    return cls(**check_parameters(cls.name, values, cls.parameters()))
 
 
 def parse_selector(text: str) -> dict[str, Any]:
@@ -66,16 +54,7 @@ def parse_selector(text: str) -> dict[str, Any]:
     Raises:
         UsageError: a part that is not parameter=value, or a parameter given twice.
     """
-    name, _, rest = text.partition(":")
-    spec: dict[str, Any] = {"name": name.strip()}
-    for part in filter(str.strip, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key:
-            raise UsageError(f"selector {text!r}: {part!r} is not parameter=value; write for example snapkv:window=16")
-        if key in spec:
-            raise UsageError(f"selector {text!r}: {key} is given twice; give it once")
-        spec[key] = _TRUTH.get(value.lower(), int(value) if value.lstrip("-").isdecimal() else value)
-    return spec
+    return parse_named(text, "selector", "snapkv:window=16")
 
 
 __all__ = [

@@ -19,8 +19,9 @@ class ChunkKV(Selector):
     """Keeps chunks of neighbouring tokens, those that the observation window attends to most, alike for all heads.
 
     Every token of a chunk has the chunk's score, its mean attention from the window's queries over tokens and heads.
-    The window is always kept. Where a budget ends within a chunk, the chunk's first tokens are kept. Of every `reuse`
-    layers the first decides for all of them.
+    The window is always kept. In the chunk that it begins in, its tokens count as much as the most attended of all
+    older ones (as in kvpress 0.5.5; the paper leaves it open), so that this chunk is among the first. Where a budget
+    ends within a chunk, the chunk's first tokens are kept. Of every `reuse` layers the first decides for all of them.
 
     Liu et al. 2025, "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference",
     arXiv 2502.00299, section 3 (algorithms 1 and 2). Layers with a sliding window and layers without do not decide for
@@ -87,7 +88,7 @@ class ChunkKV(Selector):
         older = votes[..., : tokens - window]
         if older.shape[-1] == 0:
             return votes
-        # Tokens of the window count as much as the most attended one in the chunk that they share with older ones.
+        # In a chunk that the window begins in, its tokens count as much as the most attended of all older tokens.
         highest = older.amax(dim=-1, keepdim=True)
         votes = F.pad(older, (0, window)).where(votes.isfinite(), highest)
         scores = _means(votes, self.chunk) if prompt.positions is None else _means_of_held(votes, prompt, self.chunk)

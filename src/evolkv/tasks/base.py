@@ -164,6 +164,8 @@ def read_text(path: str) -> str:
     Raises:
         TaskError: the file is missing, a folder, unreadable or not UTF-8.
     """
+    if not path:
+        raise TaskError("the path of a file is empty; give one")
     file = Path(path).expanduser()
     if file.is_dir():
         raise TaskError(f"{path} is a folder; give the path of a file")

@@ -21,6 +21,7 @@ from evolkv.tasks.rows import (
     get_name,
     get_text,
     get_texts,
+    kind_of,
     parse_rows,
 )
 
@@ -29,10 +30,15 @@ from evolkv.tasks.rows import (
 class JsonLines(Task):
     """Prompts and answers from a JSON Lines file.
 
-    A row is an object with `prompt` (text) and `answers` (a list of texts) or `answer` (one text), and
-    optionally `metric`, `max_new_tokens`, `all_classes` (a list of texts), `question` (a text that ends the prompt,
-    which the protocol "agnostic" leaves out of what it compresses) and `id`. Other fields are ignored, blank lines
-    too. Rows that differ in nothing but `id` and `question` count as one.
+    A row is an object with `prompt` (text) and `answers` (a list of texts) or `answer` (one text), and optionally
+
+    * `metric`, `max_new_tokens`, and `all_classes` (a list of texts) for the metric that takes them;
+    * `first_line` (whether a text metric judges only the first line of the answer) and `stop` (a list of texts that end
+      the answer);
+    * `question`, a text that ends the prompt, which the protocol "agnostic" leaves out of what it compresses;
+    * `id`.
+
+    Other fields are ignored, blank lines too. Rows that differ in nothing but `id` and `question` count as one.
 
     Args:
         path: the file, UTF-8.
@@ -99,6 +105,8 @@ class JsonLines(Task):
         metric = self.metric or _metric(fields, where)
         _check_scorable(metric, answers, all_classes, where)
         own = [fields.get("metric"), fields.get("max_new_tokens")]
+        # Only where they are: what a row is drawn by shall not depend on the version.
+        own += [fields[name] for name in ("first_line", "stop") if fields.get(name) is not None]
         return _Row(
             id=get_name(fields, "id", where, default=f"{Path(self.path).stem}-{number}"),
             prompt=prompt,
@@ -106,6 +114,8 @@ class JsonLines(Task):
             metric=metric,
             max_new_tokens=self.max_new_tokens or _max_new_tokens(fields, where),
             all_classes=all_classes,
+            first_line=_first_line(fields, where),
+            stop=_stop(fields, where),
             question=_question(fields, prompt, where),
             # Of the row as it is in the file, so that overriding its settings draws the same rows.
             content=digest(json.dumps([prompt, answers, all_classes, own])),
@@ -122,6 +132,8 @@ class JsonLines(Task):
             max_new_tokens=row.max_new_tokens,
             metric=row.metric,
             question_at=None if row.question is None else question_at(prompt, row.question),
+            first_line=row.first_line,
+            stop=row.stop,
             extra={} if row.all_classes is None else {"all_classes": row.all_classes},
         )
 
@@ -136,6 +148,8 @@ class _Row:
     metric: str
     max_new_tokens: int
     all_classes: tuple[str, ...] | None
+    first_line: bool
+    stop: tuple[str, ...]
     question: str | None
     content: str
 
@@ -146,11 +160,30 @@ class _Row:
 
 
 def _answers(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if "answers" in fields and "answer" in fields:
+        raise TaskError(f"{where}: both 'answers' and 'answer' are given; give all of them as 'answers'")
     if "answers" in fields:
         return get_texts(fields, "answers", where)
     if "answer" in fields:
         return (get_text(fields, "answer", where),)
     raise TaskError(f"{where}: field 'answers' is missing; expected a list of texts, or one text as 'answer'")
+
+
+def _first_line(fields: Mapping[str, Any], where: str) -> bool:
+    value = fields.get("first_line")
+    if value is not None and not isinstance(value, bool):
+        raise TaskError(f"{where}: 'first_line' is {kind_of(value)}; expected a truth value")
+    return bool(value)
+
+
+def _stop(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if fields.get("stop") is None:
+        return ()
+    # A line break is a text to stop at, too.
+    texts = get_texts(fields, "stop", where, blank=True)
+    if "" in texts:
+        raise TaskError(f"{where}: an entry of 'stop' is empty; expected a text")
+    return texts
 
 
 def _question(fields: Mapping[str, Any], prompt: str, where: str) -> str | None:

@@ -170,7 +170,7 @@ def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> s
         raise TaskError(f"{where}: {key!r} is {kind_of(value)}; expected a text or a whole number")
     if not str(value).strip():
         raise TaskError(f"{where}: {key!r} is blank; give it a name, or leave it out")
-    return str(value)
+    return _check_text(str(value), repr(key), where, blank=False)
 
 
 def _check_text(value: object, name: str, where: str, blank: bool) -> str:

@@ -16,11 +16,23 @@ from evolkv.allocators.adaptive.base import (
 )
 from evolkv.allocators.adaptive.cake import CAKE
 from evolkv.allocators.adaptive.dynamickv import DynamicKV
-from evolkv.registry import Registry
+from evolkv.registry import Registry, check_parameters, parse_named
 
 ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
     "adaptive allocator", {cls.name: cls for cls in (AdaKV, CAKE, DynamicKV)}
 )
+
+
+def get_adaptive(text: str) -> AdaptiveAllocator:
+    """The allocator that a text describes: ``name`` or ``name:parameter=value,parameter=value``.
+
+    Raises:
+        UsageError: for an unknown name or parameter, or a value that is out of range.
+    """
+    spec = parse_named(text, "allocator", "cake:window=8")
+    cls = ADAPTIVE[spec.pop("name")]
+    return cls(**check_parameters(cls.name, spec, cls.parameters()))
+
 
 __all__ = [
     "ADAPTIVE",
@@ -32,5 +44,6 @@ __all__ = [
     "LayerAllocator",
     "Observations",
     "Observer",
+    "get_adaptive",
     "rank_and_observe",
 ]

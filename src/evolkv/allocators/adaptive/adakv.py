@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive.base import HeadAllocator
 from evolkv.allocators.project import project
+from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
 
@@ -31,6 +32,10 @@ class AdaKV(HeadAllocator):
 
     name: ClassVar[str] = "adakv"
     safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.safeguard <= 1:
+            raise UsageError(f"adakv: safeguard is {self.safeguard}; expected a share between 0 and 1")
 
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
         """The scores."""

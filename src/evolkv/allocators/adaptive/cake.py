@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive.base import LayerAllocator
 from evolkv.allocators.project import project
+from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
 
@@ -39,6 +41,13 @@ class CAKE(LayerAllocator):
     tau1: float = 1.0
     tau2: float = 1.0
     window: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in (("tau1", self.tau1), ("tau2", self.tau2)):
+            if not 0 < value < math.inf:
+                raise UsageError(f"cake: {name} is {value}; expected a number above 0, such as 1.6")
+        if self.window < 1:
+            raise UsageError(f"cake: window is {self.window}; expected at least 1 token")
 
     @property
     def observed_queries(self) -> int:

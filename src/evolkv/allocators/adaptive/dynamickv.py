@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive.base import LayerAllocator
 from evolkv.allocators.project import project
+from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
 
@@ -31,6 +32,10 @@ class DynamicKV(LayerAllocator):
 
     name: ClassVar[str] = "dynamickv"
     most: int = 10
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise UsageError(f"dynamickv: most is {self.most}; expected at least 1")
 
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
         """The scores."""
