@@ -424,6 +424,13 @@ def test_protocols_are_named_and_stand_apart(write):
     assert "--protocol agnostic" in text
 
 
+def test_the_headline_counts_the_candidates_of_all_selectors(write):
+    rivals = [{"selector": {"name": name}, "evaluations": 48, "score": 0.5} for name in ("snapkv", "knorm")]
+    found = search()
+    text = page(write("s.json", {**found, "settings": {**found["settings"], "rivals": rivals}})).text
+    assert "evaluated 96 candidates" in text
+
+
 def test_how_prompts_were_read_is_named(write):
     rows = [row("full", None, 1.0, prefill_chunk=512), row("snapkv", 128, 0.1, prefill_chunk=512)]
     text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
