@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from evolkv import BudgetProfile, CompressedCache
+from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import UsageError
 from test_cache_files import edited, refused
 from tiny import HYBRIDS, LAYERS, padded, tiny_model, tokens
@@ -351,3 +351,68 @@ def test_what_a_cache_that_evicts_again_does_not_know_it_asks_for():
     cache.input_ids = cache.input_ids[:, :30]
     with pytest.raises(UsageError, match="seen 57 tokens and knows the ids of 30"):
         cache.followed_by(QUESTION)
+
+
+# --- what cannot be gone on from ------------------------------------------------------------------------------------
+
+
+def test_a_text_that_was_read_to_its_end_needs_something_to_go_on_with():
+    model = tiny_model()
+    cache = prefilled(model)
+    with pytest.raises(UsageError, match="at least one token"):
+        cache.followed_by(QUESTION[:, :0])
+    # Of an answer the last token is still to be read.
+    cache.input_ids = model.generate(**cache.followed_by(QUESTION), max_new_tokens=3, do_sample=False)
+    assert cache.followed_by(QUESTION[:, :0])["input_ids"].shape == cache.input_ids.shape
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = tiny_model(), tiny_model(seed=3)
+    cache = prefilled(model)
+    with compress(other, BudgetProfile.from_budgets(other, RAGGED, SNAPKV)):
+        for mine in (cache, CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, SNAPKV))):
+            with pytest.raises(UsageError, match="made for another model"):
+                other(QUESTION, cache=mine)
+    assert turn(model, cache, QUESTION)
+
+
+@pytest.mark.parametrize("settings", [{}, {"evict": "again"}])
+def test_sequences_are_chosen_as_from_any_tensor(settings):
+    model = tiny_model()
+    chosen = []
+    for indices in (torch.tensor([-1, 0]), torch.tensor([2, 0]), torch.tensor([True, False, True])):
+        cache = prefilled(model, lengths=(40, 33, 15), **settings)
+        cache.batch_select_indices(indices)
+        chosen.append(cache)
+    assert str(chosen[0].positions) == str(chosen[1].positions)
+    assert torch.equal(chosen[0].input_ids, chosen[1].input_ids)
+    assert torch.equal(chosen[2].input_ids, chosen[1].input_ids.flip(0))
+    cache = prefilled(model, lengths=(40, 33), **settings)
+    before = str(cache.positions)
+    for indices in (torch.tensor([0, 5]), torch.tensor([-3]), torch.tensor([True])):
+        with pytest.raises(UsageError, match="does not choose among 2 sequences"):
+            cache.batch_select_indices(indices)
+    assert str(cache.positions) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"evict_every": 2.5}, "evict_every is 2.5; expected a whole number"),
+        ({"evict_every": True}, "evict_every is True"),
+        ({"prefill_chunk": "64"}, "prefill_chunk is '64'"),
+        ({"budget": "64"}, "the budget is '64'"),
+        ({"profile": None}, "None is no method"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, words):
+    with pytest.raises(UsageError) as caught:
+        CompressedCache(tiny_model(), **{"profile": "snapkv", "budget": 40, **settings})
+    assert words in str(caught.value)
+
+
+def test_a_profile_may_be_given_by_its_path(tmp_path):
+    model = tiny_model()
+    BudgetProfile.from_budgets(model, RAGGED, SNAPKV).save(tmp_path / "p.json")
+    cache = CompressedCache.prefill(model, tmp_path / "p.json", tokens(1, 40))
+    assert [[len(head) for head in layer] for layer in cache.positions] == RAGGED

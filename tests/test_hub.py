@@ -157,8 +157,10 @@ def test_the_command_line_takes_addresses(hub, profile, capsys):
     assert "3 layers × 2 KV heads" in capsys.readouterr().out
     assert main(["profile", "validate", "hf://org/other"]) == 2
     assert main(["profile", "validate", "hf://nothing"]) == 2
+    assert main(["profile", "validate", "hf://org/name/../x.json"]) == 2
+    assert main(["profile", "expand", "hf://org/name", "--budget", "128", "--out", "hf://org/name"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [line.startswith("evolkv: error: ") for line in errors] == [True, True]
+    assert [line.startswith("evolkv: error: ") for line in errors] == [True] * 4
 
 
 def test_addresses_are_read_as_huggingface_writes_them():

@@ -144,7 +144,8 @@ def _clear_errors(place: str) -> Iterator[None]:
         raise ProfileError(
             f"{place}: the repository has no such file; add its name, as in hf://org/name/file.json"
         ) from None
-    except errors.HFValidationError as error:
+    except ValueError as error:
+        # Names that are none, of repositories and of files.
         raise ProfileError(f"{place}: {' '.join(str(error).split())}") from None
     except (errors.HTTPError, OSError) as error:
         raise RunError(f"{place}: the Hub says: {' '.join(str(error).split())}") from None

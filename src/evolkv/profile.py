@@ -302,6 +302,8 @@ class BudgetProfile:
             ProfileError: a file that cannot be written, or provenance that JSON cannot hold.
         """
         text = self._text()
+        if os.fspath(path).startswith("hf://"):
+            raise ProfileError(f"{path} is an address on the Hub; use push_to_hub, or give a file name")
         target = Path(path)
         if target.is_dir():
             raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")

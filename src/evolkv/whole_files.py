@@ -43,6 +43,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     if os.fspath(path) == "-":
         raise UsageError("'-' is no name for this file; give a path")
+    if os.fspath(path).startswith("hf://"):
+        raise UsageError(f"{path} is an address on the Hub, to read from; write to a file, then use push_to_hub")
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file, such as {Path(path) / 'result.json'}")

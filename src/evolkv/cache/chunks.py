@@ -40,7 +40,7 @@ def _read_all_but_last(
     cache = given_cache(kwargs)[1]
     if not hasattr(cache, "begin_call"):
         return None
-    cache.begin_call()
+    cache.begin_call(module)
     if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
         raise UsageError(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "

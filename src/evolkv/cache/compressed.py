@@ -108,14 +108,16 @@ class HookedCache(Cache):
         return model
 
     @torch.compiler.disable
-    def begin_call(self) -> None:
+    def begin_call(self, decoder: nn.Module) -> None:
         """What the decoder does before it reads a call.
 
         Raises:
-            UsageError: if the call before this one failed half-way.
+            UsageError: if the call before this one failed half-way, or the decoder is not that of the cache's model.
             ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
         """
         self.check_finished()
+        if decoder is not self.model().get_decoder():
+            raise UsageError("this cache was made for another model; make one for the model that is called")
         # Of a call that failed there may be some left.
         self.states_of_chunks = None
         wrap_again(self.model())
@@ -231,7 +233,7 @@ class CompressedCache(HookedCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str,
+        profile: BudgetProfile | Method | str | os.PathLike[str],
         budget: int | None = None,
         *,
         prefill_chunk: int | None = None,
@@ -253,7 +255,7 @@ class CompressedCache(HookedCache):
     def prefill(
         cls,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str,
+        profile: BudgetProfile | Method | str | os.PathLike[str],
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         budget: int | None = None,
@@ -315,6 +317,8 @@ class CompressedCache(HookedCache):
                 "far, such as what generate() returned"
             )
         self._check_text()
+        if known == seen and input_ids.numel() == 0:
+            raise UsageError("input_ids has no tokens, and all of the text was read; give at least one token to read")
         if input_ids.ndim != 2 or len(input_ids) not in (1, self.num_rows):
             raise UsageError(
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
@@ -408,7 +412,24 @@ class CompressedCache(HookedCache):
         return cache
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        """Keeps the sequences `indices`, in that order; an index may occur several times.
+
+        Args:
+            indices: whole numbers, negative ones from the end, or one truth value for each sequence.
+
+        Raises:
+            UsageError: for indices of sequences that there are not.
+        """
+        rows = self.num_rows if self.get_seq_length() else 0
+        if indices.dtype == torch.bool:
+            fits = indices.shape == (rows,)
+        else:
+            fits = indices.ndim == 1 and bool(((indices >= -rows) & (indices < rows)).all())
+            indices = indices.where(indices >= 0, indices + rows)
+        if rows and not fits:
+            raise UsageError(
+                f"{indices.tolist()} does not choose among {rows} sequences; expected numbers from 0 to {rows - 1}"
+            )
         super().batch_select_indices(indices)
         if self.input_ids is not None:
             self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
@@ -455,7 +476,9 @@ class CompressedCache(HookedCache):
                     # transformers wants logits of the last prompt token and of each draft.
                     layer.drafted = kept - 1
 
-        handle = self.model().register_forward_pre_hook(find_drafted, with_kwargs=True)
+        # `generate` of a compiled model calls the one within.
+        model = self.model()
+        handle = getattr(model, "_orig_mod", model).register_forward_pre_hook(find_drafted, with_kwargs=True)
 
     @property
     def reeviction(self) -> Reeviction:
@@ -619,15 +642,21 @@ class _LayerMaker:
     def __init__(
         self,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str,
+        profile: BudgetProfile | Method | str | os.PathLike[str],
         budget: int | None,
         reeviction: Reeviction,
     ):
         self.model, self.reeviction = model, reeviction
         if isinstance(profile, BudgetProfile):
             method = Method("profile", get_selector(profile.selector), profile=profile)
+        elif isinstance(profile, (str, os.PathLike)):
+            method = get_method(os.fspath(profile))
         else:
-            method = get_method(profile) if isinstance(profile, str) else profile
+            method = profile
+        if not isinstance(method, Method):
+            raise UsageError(f"{method!r} is no method; give a profile, its path, or a name such as 'snapkv'")
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, np.integer))):
+            raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
         if method.is_full:
             raise UsageError("method 'full' evicts nothing; call the model without a compressed cache")
         if budget is None and method.profile is None:
@@ -669,7 +698,7 @@ class _LayerMaker:
 @contextmanager
 def compress(
     model: PreTrainedModel,
-    profile: BudgetProfile | Method | str,
+    profile: BudgetProfile | Method | str | os.PathLike[str],
     budget: int | None = None,
     *,
     prefill_chunk: int | None = None,

@@ -42,6 +42,9 @@ class Reeviction:
     evict_every: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("prefill_chunk", self.prefill_chunk), ("evict_every", self.evict_every)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+                raise UsageError(f"{name} is {value!r}; expected a whole number of tokens")
         if self.prefill_chunk is not None and self.prefill_chunk < 4:
             raise UsageError(
                 f"prefill_chunk is {self.prefill_chunk}; expected at least 4 tokens, such as 512: prompts are cut into "

@@ -205,12 +205,18 @@ def _prompt_inputs(
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
-    before, after = _around_question(tokenizer, raw)
+    _, after = _around_question(tokenizer, raw)
+    before, _ = _around_question(tokenizer, raw=False)
     # What follows may hold a date, and the last token may be one with the document's first.
     start = encode_text(tokenizer, before)[:-1][:4] if before else []
-    known = document.input_ids
-    if known is not None and known[0, : len(start)].tolist() != start:
-        raise UsageError("the document of --cache was read without the chat template, as by --raw; ask with --raw, too")
+    if start and document.input_ids is not None:
+        in_template = document.input_ids[0, : len(start)].tolist() == start
+        if not in_template and not raw:
+            raise UsageError(
+                "the document of --cache was read without the chat template, as by --raw; ask with --raw, too"
+            )
+        if in_template and raw:
+            raise UsageError("the document of --cache was read in the chat template; ask without --raw")
     # In a message the question stands apart from the document; without a template it is for the user to say how.
     text = question if raw else f"\n\n{question}"
     ids = tokenizer(text + after, add_special_tokens=False, verbose=False)["input_ids"]

@@ -36,7 +36,9 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """The arguments of a forward call, those given by position too, under the names that the module has for them."""
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    # The wrapper of a compiled model passes everything on.
+    inner = getattr(module, "_orig_mod", module)
+    names = list(inspect.signature(type(inner).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
