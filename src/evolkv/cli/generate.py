@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +19,9 @@ from evolkv.report.units import mebibytes
 
 if TYPE_CHECKING:
     from evolkv.methods import Method
+
+# In glibc's malloc.h.
+_M_MMAP_THRESHOLD = -3
 
 
 def generate(
@@ -80,6 +86,7 @@ def generate(
         from evolkv.whole_files import check_outputs
 
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
+    _return_large_blocks()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     from evolkv.cli.generation import generate_text, save_document
 
@@ -178,6 +185,19 @@ def _check_cache(
 
 def _weight(held: int, full: int) -> str:
     return f"{mebibytes(held)} MiB, {held / full:.1%} of {mebibytes(full)} MiB"
+
+
+def _return_large_blocks() -> None:
+    """Has glibc give back every large block as soon as it is free.
+
+    Left to itself it keeps more and more of them, with what layers keep of the prompt strewn in between: a long prompt
+    then takes as much memory under a small budget as under none (docs/performance.md).
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    # Other C libraries have no such setting.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:
