@@ -163,16 +163,17 @@ def get_method(name: str) -> Method:
         return Method(name)
     *allocators, selector = spec.split("+")
     known = {*ALLOCATORS, *ADAPTIVE}
-    if selector.partition(":")[0] in SELECTORS and all(each.partition(":")[0] in known for each in allocators):
+    named = [each.partition(":")[0] for each in allocators]
+    if selector.partition(":")[0] in SELECTORS and known.issuperset(named):
         return _combined(name, allocators, get_selector(parse_selector(selector)))
     if "{}" in spec:
         return Method(name, profiles=spec)
     if os.sep in spec or spec.endswith(".json") or Path(spec).exists():
         profile = BudgetProfile.load(spec)
         return Method(name, get_selector(profile.selector), profile=profile)
-    for each in allocators:
-        if each.partition(":")[0] not in known:
-            raise unknown_name("allocator", each.partition(":")[0], known)
+    for each in named:
+        if each not in known:
+            raise unknown_name("allocator", each, known)
     if allocators:
         raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
     names = ["full", *SELECTORS, *_ALIASES, *(f"{a}+{s}" for a in known for s in SELECTORS)]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evolkv import allocators, hub
 from evolkv.errors import ProfileError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized
+from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
 from evolkv.whole_files import write_with
 
@@ -302,7 +303,7 @@ class BudgetProfile:
             ProfileError: a file that cannot be written, or provenance that JSON cannot hold.
         """
         text = self._text()
-        if os.fspath(path).startswith("hf://"):
+        if hub.is_address(path):
             raise ProfileError(f"{path} is an address on the Hub; use push_to_hub, or give a file name")
         target = Path(path)
         if target.is_dir():
@@ -438,7 +439,7 @@ def _matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[n
 
 
 def _check_range(name: str, budget: int, selector: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
+    if not is_whole(budget):
         raise ProfileError(f"{name} is {budget!r}, expected a whole number of cache entries")
     if budget < selector.min_budget:
         raise ProfileError(

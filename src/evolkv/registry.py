@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 from evolkv.errors import UsageError
 
@@ -53,27 +54,27 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
-def check_parameters(name: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of parameters, of the types that their defaults have.
+def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An object of a dataclass that has a name, and defaults for all of its fields.
 
     Args:
-        name: of what has them.
-        values: by name.
-        known: all parameters and their defaults.
+        cls: its class.
+        values: of its parameters, by name; of the types that their defaults have.
 
     Raises:
         UsageError: an unknown parameter, or a value of another type.
     """
+    owner, known = getattr(cls, "name", cls.__name__), {field.name: field.default for field in fields(cast(Any, cls))}
     found = {}
     for key, value in values.items():
         if key not in known:
-            raise unknown_name(f"parameter of {name}", key, known)
+            raise unknown_name(f"parameter of {owner}", key, known)
         kind = type(known[key])
         # bool is an int in Python, but `"window": true` in a file is a mistake.
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UsageError(f"{name}: {key} is {value!r}; expected {kind.__name__} like {known[key]!r}")
+            raise UsageError(f"{owner}: {key} is {value!r}; expected {kind.__name__} like {known[key]!r}")
         found[key] = kind(value)
-    return found
+    return cls(**found)
 
 
 class Registry(Mapping[str, T]):

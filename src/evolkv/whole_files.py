@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from evolkv import hub
 from evolkv.errors import UsageError
 
 
@@ -43,7 +44,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     if os.fspath(path) == "-":
         raise UsageError("'-' is no name for this file; give a path")
-    if os.fspath(path).startswith("hf://"):
+    if hub.is_address(path):
         raise UsageError(f"{path} is an address on the Hub, to read from; write to a file, then use push_to_hub")
     target = Path(os.path.realpath(path))
     if target.is_dir():

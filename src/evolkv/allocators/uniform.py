@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evolkv.errors import BudgetError
+from evolkv.numbers import is_whole
 
 
 def uniform(num_layers: int, budget: int, num_kv_heads: int | None = None) -> NDArray[np.int64]:
@@ -30,5 +31,5 @@ def uniform(num_layers: int, budget: int, num_kv_heads: int | None = None) -> ND
 def check_counts(**counts: int) -> None:
     """Raise `BudgetError` for the first of the named counts that is not a positive int."""
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+        if not is_whole(count) or count < 1:
             raise BudgetError(f"{name} must be a whole number of at least 1, got {count!r}")

@@ -26,6 +26,7 @@ from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import by_name, cache_keyword, given_cache, input_device
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
+from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector, get_selector
 
@@ -655,7 +656,7 @@ class _LayerMaker:
             method = profile
         if not isinstance(method, Method):
             raise UsageError(f"{method!r} is no method; give a profile, its path, or a name such as 'snapkv'")
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, np.integer))):
+        if budget is not None and not is_whole(budget):
             raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
         if method.is_full:
             raise UsageError("method 'full' evicts nothing; call the model without a compressed cache")

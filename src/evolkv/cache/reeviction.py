@@ -18,6 +18,7 @@ from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer, RowGroup, group_rows
 from evolkv.cache.math import scaling_of, sinks_of
 from evolkv.errors import RunError, UsageError
+from evolkv.numbers import is_whole
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 
@@ -43,7 +44,7 @@ class Reeviction:
 
     def __post_init__(self) -> None:
         for name, value in (("prefill_chunk", self.prefill_chunk), ("evict_every", self.evict_every)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+            if value is not None and not is_whole(value):
                 raise UsageError(f"{name} is {value!r}; expected a whole number of tokens")
         if self.prefill_chunk is not None and self.prefill_chunk < 4:
             raise UsageError(

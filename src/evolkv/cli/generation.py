@@ -83,7 +83,7 @@ def save_document(
         UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
     """
     _check_text("document", document)
-    before, _ = _around_question(tokenizer, raw)
+    before = "" if raw else _around_question(tokenizer)[0]
     ids = encode_text(tokenizer, before + document)
     _check_fits(model, "document", ids)
     started = time.perf_counter()
@@ -205,21 +205,19 @@ def _prompt_inputs(
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
-    _, after = _around_question(tokenizer, raw)
-    before, _ = _around_question(tokenizer, raw=False)
+    before, after = _around_question(tokenizer)
     # What follows may hold a date, and the last token may be one with the document's first.
     start = encode_text(tokenizer, before)[:-1][:4] if before else []
-    if start and document.input_ids is not None:
-        in_template = document.input_ids[0, : len(start)].tolist() == start
-        if not in_template and not raw:
-            raise UsageError(
-                "the document of --cache was read without the chat template, as by --raw; ask with --raw, too"
-            )
-        if in_template and raw:
-            raise UsageError("the document of --cache was read in the chat template; ask without --raw")
+    known = document.input_ids
+    if start and known is not None and (known[0, : len(start)].tolist() == start) == raw:
+        raise UsageError(
+            "the document of --cache was read in the chat template; ask without --raw"
+            if raw
+            else "the document of --cache was read without the chat template, as by --raw; ask with --raw, too"
+        )
     # In a message the question stands apart from the document; without a template it is for the user to say how.
-    text = question if raw else f"\n\n{question}"
-    ids = tokenizer(text + after, add_special_tokens=False, verbose=False)["input_ids"]
+    text = question if raw else f"\n\n{question}{after}"
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return document.followed_by(torch.tensor([ids]))
 
 
@@ -227,9 +225,9 @@ def _chats(tokenizer: Any, raw: bool) -> bool:
     return not raw and bool(getattr(tokenizer, "chat_template", None))
 
 
-def _around_question(tokenizer: Any, raw: bool) -> tuple[str, str]:
-    """What a chat template puts before and after the user's message."""
-    if not _chats(tokenizer, raw):
+def _around_question(tokenizer: Any) -> tuple[str, str]:
+    """What a chat template puts before and after the user's message; nothing where there is none."""
+    if not _chats(tokenizer, raw=False):
         return "", ""
     mark = "<<<the message>>>"
     before, _, after = user_message(tokenizer, mark).partition(mark)

@@ -64,7 +64,7 @@ def allocators(as_json: AsJson = False) -> None:
     from evolkv.allocators.adaptive import ADAPTIVE
 
     fixed = [_row(name, allocator, {}) for name, allocator in ALLOCATORS.items()]
-    _print([*fixed, *(_row(name, each, each.parameters()) for name, each in ADAPTIVE.items())], as_json)
+    _print([*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())], as_json)
 
 
 @app.command()

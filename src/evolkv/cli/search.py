@@ -27,6 +27,7 @@ from evolkv.cli.options import (
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
 from evolkv.report.units import duration
+from evolkv.report.words import candidates
 
 if TYPE_CHECKING:
     from evolkv.evaluate.shards import Backend
@@ -335,7 +336,7 @@ def show_search(progress: console.Progress, step: SearchProgress) -> None:
 
 def _candidates(result: SearchResult) -> int:
     """How many were evaluated, under all selectors."""
-    return sum(row["evaluations"] for row in result.rivals) or result.evaluations
+    return candidates(result.evaluations, result.settings)
 
 
 def _among_rivals(result: SearchResult) -> str:

@@ -179,16 +179,21 @@ class _Shard:
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
-        read = self._reader()
+        prefill = None if self.settings.prefill_chunk is not None else self._prefiller()
         waiting: list[_Prefilled] = []
         for column in columns:
             example = self.questions.examples[column]
             forced = self._metric_of(example) == "logprob"
-            item = read(column, 0 if forced else example.max_new_tokens)
+            # Also of what is on record: the next prompt starts where it differs from this one.
+            recorded = None if prefill is None else prefill(self.questions.encoded[column].prompt)
+            if forced and column not in missing:
+                check_wanted()
+                continue
+            room = 0 if forced else example.max_new_tokens
+            item = self._read(column, room) if recorded is None else self._cut(column, recorded, room)
             if forced:
-                if column in missing:
-                    self._force(item)
-                    step()
+                self._force(item)
+                step()
             else:
                 if example.later and waiting:
                     self._generate(waiting, missing, step)
@@ -207,17 +212,14 @@ class _Shard:
     def _metric_of(self, example: Example) -> str:
         return self.settings.metric or example.metric
 
-    def _reader(self) -> Callable[[int, int], _Prefilled]:
-        """What prefills example after example, each with room for so many new tokens."""
-        chunk = self.settings.prefill_chunk
-        if chunk is not None:
-            return partial(self._read_in_chunks, chunk)
+    def _prefiller(self) -> Prefiller:
         observers = [observer for row in self.rows for observer in row.method.observers]
-        prefill = Prefiller(self.model, [row.selector for row in self.rows], observers)
-        return lambda column, room: self._cut(column, prefill(self.questions.encoded[column].prompt), room)
+        return Prefiller(self.model, [row.selector for row in self.rows], observers)
 
-    def _read_in_chunks(self, chunk: int, column: int, room: int) -> _Prefilled:
-        """The same by reading the prompt again for every row."""
+    def _read(self, column: int, room: int) -> _Prefilled:
+        """A compressed cache with one sequence per row, each of which has read the prompt in chunks."""
+        chunk = self.settings.prefill_chunk
+        assert chunk is not None
         ids = self.questions.encoded[column].prompt
         caches, logits = [], []
         for row in self.rows:

@@ -8,7 +8,7 @@ import numpy as np
 
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.intervals import ci95
-from evolkv.search.plan import HEURISTICS, START
+from evolkv.search.plan import NOT_EVOLVED
 from evolkv.search.result import Validated, as_lists
 
 # Two allocations whose scores differ by no more than rounding are equal.
@@ -35,7 +35,7 @@ def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated
     rows = [
         Validated(
             name,
-            name not in (*HEURISTICS, START),
+            name not in NOT_EVOLVED,
             as_lists(budgets),
             round(float(scores[i].mean()), _DIGITS),
             ci95(scores[i]),

@@ -19,7 +19,7 @@ from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.evolve import Evolution
 from evolkv.search.loop import Session, search, session
-from evolkv.search.plan import HEURISTICS, START
+from evolkv.search.plan import NOT_EVOLVED
 from evolkv.search.result import SearchResult
 from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
 from evolkv.selectors import Selector, get_selector
@@ -221,7 +221,7 @@ def _points(running: Session, results: list[SearchResult]) -> list[dict[str, Any
             "metric": plan.metric,
             "kv_bytes": int(np.minimum(result.profile.budgets, plan.longest).sum()) * entry_bytes,
             "mean_budget": result.profile.mean_budget,
-            "source": result.chosen if result.chosen in (*HEURISTICS, START) or " " in result.chosen else "search",
+            "source": result.chosen if result.chosen in NOT_EVOLVED or " " in result.chosen else "search",
             "evaluations": result.evaluations,
             "selector": plan.selector.spec,
         }

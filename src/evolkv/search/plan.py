@@ -15,6 +15,7 @@ from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.naive import NaiveEngine
 from evolkv.evaluate.shards import Backend, ShardedEngine
 from evolkv.models import describe_model, sliding_windows
+from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.objective import fitness
@@ -27,8 +28,10 @@ EngineName = Literal["replay", "naive"]
 Granularity = Literal["layer", "head"]
 #: Allocations that need no search.
 HEURISTICS = ("uniform", "pyramid")
-#: Name of the profile that a search started from, among what it has to beat.
+#: Name of the profile that a search started from.
 START = "start"
+#: What a result has to beat.
+NOT_EVOLVED = (*HEURISTICS, START)
 
 
 class Plan:
@@ -125,7 +128,7 @@ class Plan:
         Raises:
             BudgetError: if it cannot be searched at.
         """
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
+        if not is_whole(budget) or budget < 1:
             raise BudgetError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
         least, most, selector = self.floor, self.ceiling, self.selector
         if least < selector.min_budget:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evolkv.errors import UsageError
-from evolkv.registry import Registry, check_parameters, parse_named
+from evolkv.registry import Registry, parse_named, with_parameters
 from evolkv.selectors.base import LayerContext, PromptAttention, Selector
 from evolkv.selectors.chunkkv import ChunkKV
 from evolkv.selectors.expected_attention import ExpectedAttention
@@ -43,9 +43,7 @@ def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
         spec = {"name": spec}
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
-    cls = SELECTORS[spec["name"]]
-    values = {key: value for key, value in spec.items() if key != "name"}
-    return cls(**check_parameters(cls.name, values, cls.parameters()))
+    return with_parameters(SELECTORS[spec["name"]], {key: value for key, value in spec.items() if key != "name"})
 
 
 def parse_selector(text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from evolkv.allocators.adaptive.base import (
 )
 from evolkv.allocators.adaptive.cake import CAKE
 from evolkv.allocators.adaptive.dynamickv import DynamicKV
-from evolkv.registry import Registry, check_parameters, parse_named
+from evolkv.registry import Registry, parse_named, with_parameters
 
 ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
     "adaptive allocator", {cls.name: cls for cls in (AdaKV, CAKE, DynamicKV)}
@@ -30,8 +30,7 @@ def get_adaptive(text: str) -> AdaptiveAllocator:
         UsageError: for an unknown name or parameter, or a value that is out of range.
     """
     spec = parse_named(text, "allocator", "cake:window=8")
-    cls = ADAPTIVE[spec.pop("name")]
-    return cls(**check_parameters(cls.name, spec, cls.parameters()))
+    return with_parameters(ADAPTIVE[spec.pop("name")], spec)
 
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,6 @@ class AdaptiveAllocator(ABC):
     """
 
     name: ClassVar[str]
-
-    @classmethod
-    def parameters(cls) -> dict[str, Any]:
-        """The parameters and their defaults."""
-        return {field.name: field.default for field in fields(cls)}
 
     @property
     def observed_queries(self) -> int:
