@@ -583,3 +583,22 @@ def test_gemma3_with_covering_budget_gives_the_same_logits_beyond_its_window(gem
     assert float((logits - expected).abs().max()) <= 1e-3
     held = [max(group.keys.shape[1] for group in layer.groups) for layer in cache.layers]
     assert held == [512 if layer.sliding_window else prompt.shape[1] + 7 for layer in cache.layers]
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[1, 2, 3]], None, "input_ids is list; expected a tensor"),
+        (torch.tensor([1, 2, 3]), None, r"input_ids is \[3\]; expected a tensor of shape \[batch, tokens\]"),
+        (torch.zeros(1, 0, dtype=torch.long), None, "not empty"),
+        (
+            torch.ones(1, 3, dtype=torch.long),
+            torch.ones(1, 2),
+            r"attention_mask is \[1, 2\]; expected that of input_ids, \[1, 3\]",
+        ),
+    ],
+)
+def test_prefill_wants_a_batch_of_prompts(ids, mask, message):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=message):
+        CompressedCache.prefill(model, "keydiff", ids, mask, budget=8)

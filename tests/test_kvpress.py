@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -71,3 +73,34 @@ def test_a_models_name_cannot_become_code():
     kinds, expected = ([type(node) for node in ast.parse(text).body] for text in (source, harmless))
     assert kinds == expected
     assert "import os\n" not in source
+
+
+@pytest.mark.parametrize("name", ["my press", "2024", "class"])
+def test_a_file_that_python_cannot_import_is_refused(tmp_path, capsys, name):
+    BudgetProfile.from_budgets(INFO, HEADS, "keydiff").save(tmp_path / "p.json")
+    out = tmp_path / f"{name}.py"
+    assert main(["profile", "export", str(tmp_path / "p.json"), "--to", "kvpress", "--out", str(out)]) == 2
+    assert f"cannot import a file called {name}.py" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_press_refuses_sliding_windows(monkeypatch):
+    base = type("BasePress", (), {"post_init_from_model": lambda self, model: None})
+    parts = {
+        "kvpress": {"KeyDiffPress": base},
+        "kvpress.presses": {},
+        "kvpress.presses.base_press": {"BasePress": base},
+    }
+    for name, content in parts.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    written = ModuleType("press")
+    monkeypatch.setitem(sys.modules, "press", written)
+    exec(press_source(BudgetProfile.from_budgets(INFO, HEADS, "keydiff")), vars(written))
+    config = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=2, _attn_implementation="sdpa")
+    config.get_text_config = lambda: config
+    written.press.post_init_from_model(SimpleNamespace(config=config))
+    config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding windows"):
+        written.press.post_init_from_model(SimpleNamespace(config=config))

@@ -278,9 +278,18 @@ class CompressedCache(HookedCache):
             evict_every: as for the class.
 
         Raises:
-            ProfileError, ModelError, UsageError: as for the class.
+            ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
+        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if given is not None and (not isinstance(given, Tensor) or given.ndim != 2 or not given.numel()):
+                shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise UsageError(f"{name} is {shape}; expected a tensor of shape [batch, tokens] that is not empty")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UsageError(
+                f"the shape of attention_mask is {list(attention_mask.shape)}; expected that of input_ids, "
+                f"{list(input_ids.shape)}"
+            )
         ids = input_ids.to(input_device(model)).long()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from keyword import iskeyword
 
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
@@ -65,6 +66,8 @@ class BudgetsPress(BasePress):
         expected = (len(self.budgets), len(self.budgets[0]))
         if found != expected:
             raise ValueError(f"the budgets are for (layers, KV heads) {expected}, but the model has {found}")
+        if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+            raise ValueError("the model has layers with sliding windows, which kvpress cannot cut to a budget")
         if model.config._attn_implementation == "eager" and any(len(set(row)) > 1 for row in self.budgets):
             raise ValueError("kvpress masks heads under sdpa and flash attention only; load the model with sdpa")
         self.press.post_init_from_model(model)
@@ -135,8 +138,10 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
         module: what the file will be called, without ``.py``; for its docstring.
 
     Raises:
-        UsageError: for a selector that no press of kvpress scores like.
+        UsageError: for a selector that no press of kvpress scores like, or a `module` that Python cannot import.
     """
+    if not module.isidentifier() or iskeyword(module):
+        raise UsageError(f"Python cannot import a file called {module}.py; use letters, digits and underscores")
     name = profile.selector["name"]
     if name not in _PRESSES:
         raise UsageError(
@@ -150,7 +155,7 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
     model = re.sub(r"[^\w./@+-]", "_", profile.model["name"])
     head = _HEAD.format(
         title=f"Budgets of {model} at mean budget {profile.mean_budget:.6g}, as a press of kvpress.",
-        module=re.sub(r"\W", "_", module),
+        module=module,
         imports=base,
         budgets="\n".join(f"    {row}," for row in profile.budgets.tolist()),
     )
