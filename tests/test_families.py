@@ -102,6 +102,12 @@ _REFUSED = {
         {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "v_head_dim": 16},
         "different numbers of KV heads",
     ),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {"lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3},
+        "does not give its cache back",
+    ),
     "mllama_text_model": (
         "MllamaForCausalLM",
         "MllamaTextConfig",

@@ -30,6 +30,8 @@ _WIRED_OTHERWISE = {
     "doge": "masks tokens by the values that a layer holds of all of them; EvolKV needs masks that no value decides",
     "mimo_v2_flash": "has layers with different numbers of KV heads: sliding ones have twice as many as full ones; "
     "EvolKV needs the same number in every layer",
+    "recurrent_gemma": "does not give its cache back with its outputs, so that generate() would take each step for a "
+    "prompt; EvolKV needs outputs that hold the cache",
     "mllama_text_model": "has cross-attention layers, which read an image's keys and values back from the cache; "
     "EvolKV needs self-attention in every layer",
 }
