@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import finish, machine, run, spread
-from evolkv.cache.layer import RowGroup
 from evolkv.cache.math import attention
 from evolkv.errors import UsageError
 
@@ -29,6 +28,8 @@ KV_HEADS, FOLD, HEAD_DIM = 3, 3, 64
 SCALE = HEAD_DIM**-0.5
 #: Rows of the ragged case and the entries of the shortest and the longest.
 ROWS, SHORTEST, LONGEST = 24, 33, 235
+#: What the ragged case is compared with; its result is another.
+DENSE = "dense rows of the same total"
 
 Ways = dict[str, Callable[[], Tensor]]
 
@@ -66,17 +67,16 @@ def folding(dtype: torch.dtype, sequences: int, entries: int) -> Ways:
 def ragged(dtype: torch.dtype) -> Ways:
     """Attention to rows of many lengths; the dense rows of the same total are there to compare with."""
     lengths = torch.linspace(SHORTEST, LONGEST, ROWS).long()
-    total = int(lengths.sum())
     # grouped_mm wants rows of logits that begin at multiples of 16 bytes.
-    lengths[-1] += -total % 8
+    lengths[-1] += -lengths.sum() % 8
     total = int(lengths.sum())
     ends = lengths.cumsum(0)
     query = torch.randn(ROWS, FOLD, HEAD_DIM, dtype=dtype)
     keys, values = torch.randn(2, total, HEAD_DIM, dtype=dtype)
-    parts = [slice(int(end - n), int(end)) for end, n in zip(ends, lengths, strict=True)]
+    # Each in memory of its own, as the groups of a layer are.
     groups = [
-        RowGroup(torch.tensor([row]), keys[None, part].clone(), values[None, part].clone(), torch.empty(1, 0))
-        for row, part in enumerate(parts)
+        (k[None].clone(), v[None].clone())
+        for k, v in zip(*(x.split(lengths.tolist()) for x in (keys, values)), strict=True)
     ]
     owner = torch.repeat_interleave(torch.arange(ROWS), lengths)
     columns = torch.arange(int(lengths.max()))
@@ -90,11 +90,9 @@ def ragged(dtype: torch.dtype) -> Ways:
     offsets, places = ends.int(), owner.expand(FOLD, -1)
 
     def by_group() -> Tensor:
-        outputs = [
-            attention(query[row : row + 1], group.keys, group.values, None, SCALE, None)
-            for row, group in enumerate(groups)
-        ]
-        return torch.cat(outputs)
+        return torch.cat(
+            [attention(query[row : row + 1], key, value, None, SCALE, None) for row, (key, value) in enumerate(groups)]
+        )
 
     def in_one_call() -> Tensor:
         logits = F.grouped_mm(query, keys.T, offs=offsets).float() * SCALE
@@ -119,13 +117,13 @@ def ragged(dtype: torch.dtype) -> Ways:
         "grouped_mm": in_one_call,
         "all against all, masked": all_masked,
         "padded to the longest, masked": padded,
-        "dense rows of the same total": lambda: attention(query, even_keys, even_values, None, SCALE, None),
+        DENSE: lambda: attention(query, even_keys, even_values, None, SCALE, None),
     }
 
 
 def measured(ways: Ways, turns: int) -> dict[str, Any]:
     """Microseconds of each way, in turns; those whose results must be equal are held against the first."""
-    expected, *others = (way() for name, way in ways.items() if "same total" not in name)
+    expected, *others = (way() for name, way in ways.items() if name != DENSE)
     for other in others:
         torch.testing.assert_close(other, expected, atol=2e-2, rtol=2e-2)
     times: dict[str, list[float]] = {name: [] for name in ways}
