@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import evolkv
-from common import finish, machine, parser, run, seconds, spread
+from common import count, counts, finish, machine, parser, run, seconds, spread
 from evolkv.evaluate.decode import end_tokens, greedy
 from evolkv.evaluate.engine import text_score
 from evolkv.models import describe_model
@@ -56,10 +56,10 @@ def watched(model: PreTrainedModel, peak: Peak) -> Iterator[None]:
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=1600)
-    options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--chunks", default="128,512")
-    options.add_argument("--samples", type=int, default=20)
+    options.add_argument("--context", type=count, default=1600)
+    options.add_argument("--budget", type=count, default=128)
+    options.add_argument("--chunks", type=counts, default=[128, 512], metavar="N,N")
+    options.add_argument("--samples", type=count, default=20)
     options.add_argument("--selectors", default="snapkv,keydiff")
     options.add_argument("--profile", default=None, help="a profile, beside the selectors; --budget expands it")
     arguments = options.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
     runs: dict[str, Any] = {"full": (full, None)}
     for name, profile in profiles.items():
         runs[f"{name} at once"] = (profile, None)
-        runs |= {f"{name} in chunks of {n}": (profile, int(n)) for n in arguments.chunks.split(",")}
+        runs |= {f"{name} in chunks of {n}": (profile, n) for n in arguments.chunks}
 
     rows = {}
     for name, (profile, chunk) in runs.items():

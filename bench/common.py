@@ -35,6 +35,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def count(text: str) -> int:
+    """A whole number from 1, for the option of a benchmark."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers from 1 with commas between them, for the option of a benchmark."""
+    return [count(part.strip()) for part in text.split(",")]
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The machine and the libraries that a figure belongs to."""
     return {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import evolkv
-from common import finish, interval_over_seeds, machine, parser, run, spread
+from common import count, finish, interval_over_seeds, machine, parser, run, spread
 from evolkv.search import search_curve
 from trials import Trial
 
@@ -26,14 +26,14 @@ def main() -> None:
     options = parser(__doc__.partition("\n")[0])
     options.add_argument("--task", default="niah:context=1600")
     options.add_argument("--granularity", choices=("layer", "head"), default="head")
-    options.add_argument("--selector-window", type=int, default=16)
-    options.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256])
+    options.add_argument("--selector-window", type=count, default=16)
+    options.add_argument("--budgets", type=count, nargs="+", default=[32, 64, 128, 256])
     options.add_argument("--first", choices=("smallest", "largest"), default="smallest")
-    options.add_argument("--train", type=int, default=6)
-    options.add_argument("--val", type=int, default=6)
-    options.add_argument("--held-out", type=int, default=16)
-    options.add_argument("--max-evals", type=int, default=600)
-    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--train", type=count, default=6)
+    options.add_argument("--val", type=count, default=6)
+    options.add_argument("--held-out", type=count, default=16)
+    options.add_argument("--max-evals", type=count, default=600)
+    options.add_argument("--seeds", type=count, default=5)
     arguments = options.parse_args()
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     budgets, most = sorted(arguments.budgets), arguments.max_evals

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import evolkv
-from common import MOST_SEEDS, finish, interval_over_seeds, machine, parser, run
+from common import MOST_SEEDS, count, finish, interval_over_seeds, machine, parser, run
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.shards import ShardedEngine
 from evolkv.models import describe_model
@@ -254,16 +254,16 @@ def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
     options.add_argument("--task", default="niah:context=1600,passages=4")
-    options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--budgets", type=int, nargs="*", default=[64, 128, 256, 512, 1024], metavar="C")
-    options.add_argument("--train", type=int, default=6)
-    options.add_argument("--held-out", type=int, default=16)
-    options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--evaluations", type=int, default=1800, help="candidate-example pairs per search")
+    options.add_argument("--budget", type=count, default=128)
+    options.add_argument("--budgets", type=count, nargs="*", default=[64, 128, 256, 512, 1024], metavar="C")
+    options.add_argument("--train", type=count, default=6)
+    options.add_argument("--held-out", type=count, default=16)
+    options.add_argument("--seeds", type=count, default=5)
+    options.add_argument("--evaluations", type=count, default=1800, help="candidate-example pairs per search")
     options.add_argument("--transfer", nargs="*", default=[], metavar="SPEC", help="other tasks to score on")
-    options.add_argument("--transfer-samples", type=int, default=40, help="examples of each at most")
-    options.add_argument("--longest", type=int, default=4600, help="longest prompt of --transfer, in tokens")
-    options.add_argument("--target-tokens", type=int, default=64, help="of a reference of --transfer, at most")
+    options.add_argument("--transfer-samples", type=count, default=40, help="examples of each at most")
+    options.add_argument("--longest", type=count, default=4600, help="longest prompt of --transfer, in tokens")
+    options.add_argument("--target-tokens", type=count, default=64, help="of a reference of --transfer, at most")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
     arguments = options.parse_args()
     if not 2 <= arguments.seeds <= MOST_SEEDS:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from common import finish, machine, parser, run, seconds, spread
+from common import count, counts, finish, machine, parser, run, seconds, spread
 from contenders import PLAIN, Contender, PeakMemory, contenders, held
 from kept_tokens import KVPRESS, kvpress_python
 from peers import PRESSES, THEIRS, Side
@@ -32,8 +32,8 @@ from roofline import Floor
 from shapes import load
 
 SECTIONS = ("prefill", "decode", "batch", "memory", "throughput", "kvpress")
-CONTEXTS = {"cpu": "512,1024,2048,4096,7900", "cuda": "512,2048,8192,32768,131072"}
-BATCHES = {"cpu": "1,2,4,8", "cuda": "1,2,4,8,16,32,64"}
+CONTEXTS = {"cpu": [512, 1024, 2048, 4096, 7900], "cuda": [512, 2048, 8192, 32768, 131072]}
+BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [1, 2, 4, 8, 16, 32, 64]}
 #: The prompt after which plain transformers' step is what a compressed cache is held against.
 SHORT = 128
 
@@ -51,7 +51,7 @@ class Bench:
         self.vocabulary = config.vocab_size
         self.contenders = contenders(self.model, arguments.budget, arguments.profile, arguments.seed)
         self.floor = Floor.of(self.model)
-        self.contexts = _numbers(arguments.contexts or CONTEXTS[self.device.type])
+        self.contexts = arguments.contexts or CONTEXTS[self.device.type]
 
     def prompt(self, tokens: int) -> Tensor:
         """Random token ids ``[1, tokens]``: the same for the same length."""
@@ -122,7 +122,7 @@ class Bench:
         """Tokens per second by batch size, all sequences with the same prompt."""
         rows = []
         tokens = self.arguments.prompt_tokens
-        for batch in _numbers(self.arguments.batches or BATCHES[self.device.type]):
+        for batch in self.arguments.batches or BATCHES[self.device.type]:
             running = [(contender, self.filled(contender, tokens, batch)) for contender in self.contenders]
             sizes = [held(cache) for _, cache in running]
             found = self.steps(running, batch)
@@ -228,10 +228,6 @@ def _ratios(times: list[float], others: list[float]) -> dict[str, float]:
     return spread([mine / other for mine, other in zip(times, others, strict=True)])
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -268,21 +264,25 @@ def main() -> None:
     options.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:-1], help="default: all but kvpress"
     )
-    options.add_argument("--contexts", help="prompt lengths, comma-separated; default: by device")
-    options.add_argument("--batches", help="batch sizes, comma-separated; default: by device")
-    options.add_argument("--budget", type=int, default=128, help="mean cache entries per KV head")
+    options.add_argument("--contexts", type=counts, help="prompt lengths, comma-separated; default: by device")
+    options.add_argument("--batches", type=counts, help="batch sizes, comma-separated; default: by device")
+    options.add_argument("--budget", type=count, default=128, help="mean cache entries per KV head")
     options.add_argument("--profile", help="evolved budgets for 'per head' instead of random ones")
-    options.add_argument("--pairs", type=int, default=5, help="repetitions of each prompt")
-    options.add_argument("--steps", type=int, default=24, help="decode steps of each contender")
-    options.add_argument("--prompt-tokens", type=int, default=2000, help="prompt of the sections batch and throughput")
-    options.add_argument("--answer", type=int, default=64, help="tokens that a sequence must have room for")
+    options.add_argument("--pairs", type=count, default=5, help="repetitions of each prompt")
+    options.add_argument("--steps", type=count, default=24, help="decode steps of each contender")
+    options.add_argument(
+        "--prompt-tokens", type=count, default=2000, help="prompt of the sections batch and throughput"
+    )
+    options.add_argument("--answer", type=count, default=64, help="tokens that a sequence must have room for")
     options.add_argument("--memory-mib", type=float, default=64, help="cache memory of the section throughput")
-    options.add_argument("--most-sequences", type=int, default=256)
+    options.add_argument("--most-sequences", type=count, default=256)
     options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the section decode there (png or svg)")
     arguments = options.parse_args()
     if arguments.plot is not None and "decode" not in arguments.sections:
         options.error("--plot draws the section decode; add it to --sections")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
+        options.error(f"--plot {arguments.plot}: expected a name that ends in .png or .svg")
     bench = Bench(arguments)
     result = {name: getattr(bench, name)() for name in arguments.sections}
     finish(

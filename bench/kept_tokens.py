@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from evolkv.tasks import encode_prompt, get_task
 
 KVPRESS = "kvpress==0.5.5"
@@ -122,8 +122,8 @@ def overlaps(cache: evolkv.CompressedCache, theirs: list[list[list[int]]]) -> li
 def main() -> None:
     """Runs the comparison."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=800)
-    options.add_argument("--budget", type=int, default=128)
+    options.add_argument("--context", type=count, default=800)
+    options.add_argument("--budget", type=count, default=128)
     options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
     arguments = options.parse_args()
     model, tokenizer = evolkv.load_model(arguments.model, dtype="float32", device="cpu")

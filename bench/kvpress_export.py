@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from evolkv.allocators import complete
 from evolkv.integrations.kvpress import press_source
 from evolkv.tasks import encode_prompt, get_task
@@ -83,8 +83,8 @@ def profiles(model: Any, budget: int, seed: int) -> dict[str, evolkv.BudgetProfi
 def main() -> None:
     """Runs the comparison."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=800)
-    options.add_argument("--budget", type=int, default=64)
+    options.add_argument("--context", type=count, default=800)
+    options.add_argument("--budget", type=count, default=64)
     options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
     arguments = options.parse_args()
     model, tokenizer = evolkv.load_model(arguments.model, dtype="float32", device="cpu")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import finish, machine, run, spread
+from common import count, finish, machine, run, spread
 from evolkv.cache.math import attention
 from evolkv.errors import UsageError
 
@@ -142,7 +142,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     options.add_argument("--dtype", default="float32")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--pairs", type=int, default=200, help="turns that are timed")
+    options.add_argument("--pairs", type=count, default=200, help="turns that are timed")
     arguments = options.parse_args()
     dtype = getattr(torch, arguments.dtype, None)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from evolkv.evaluate.intervals import ci95
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
@@ -179,9 +179,9 @@ def main() -> None:
     """Runs the comparison."""
     options = parser(__doc__.partition("\n")[0])
     options.add_argument("--task", default="niah:context=1600")
-    options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--samples", type=int, default=32)
-    options.add_argument("--steps", type=int, default=12, help="tokens decoded for every prompt")
+    options.add_argument("--budget", type=count, default=128)
+    options.add_argument("--samples", type=count, default=32)
+    options.add_argument("--steps", type=count, default=12, help="tokens decoded for every prompt")
     options.add_argument("--profile", nargs="+", default=[], help="evolved budgets, as more methods of ours")
     options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
     options.set_defaults(dtype="bfloat16")

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 
 import evolkv
-from common import finish, machine, parser, run, seconds, spread
+from common import count, finish, machine, parser, run, seconds, spread
 from evolkv.selectors import SELECTORS
 
 
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=4096)
-    options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--pairs", type=int, default=7)
+    options.add_argument("--context", type=count, default=4096)
+    options.add_argument("--budget", type=count, default=128)
+    options.add_argument("--pairs", type=count, default=7)
     options.add_argument("--selectors", default="snapkv", help=f"comma-separated; known: {','.join(SELECTORS)}")
     arguments = options.parse_args()
 

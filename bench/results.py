@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from evolkv.evaluate.pairs import compare_records
 from evolkv.evaluate.records import label
 from evolkv.models import describe_model
@@ -288,16 +288,16 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True, help="folder for everything")
     options.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
     options.add_argument("--data", type=Path, default=Path("data"), help="folder with gsm8k_test.jsonl, minilongbench/")
-    options.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512])
+    options.add_argument("--budgets", type=count, nargs="+", default=[64, 128, 256, 512])
     options.add_argument("--protocol", nargs="+", choices=SELECTORS, default=list(SELECTORS))
     options.add_argument("--methods", nargs="+", default=list(PUBLISHED), help="published methods to compare with")
     options.add_argument(
         "--selector", nargs="+", help="what budgets are evolved under, the best on validation; default: by protocol"
     )
-    options.add_argument("--max-evals", type=int, default=900, help="candidates at the first budget")
+    options.add_argument("--max-evals", type=count, default=900, help="candidates at the first budget")
     options.add_argument("--first", choices=("smallest", "largest"), default="smallest", help="where curves begin")
     for name, what in (("samples", "held-out"), ("train", "training"), ("val", "validation")):
-        options.add_argument(f"--{name}", type=int, help=f"{what} examples per task; default: the table's")
+        options.add_argument(f"--{name}", type=count, help=f"{what} examples per task; default: the table's")
     options.add_argument("--tasks", nargs="+", help="only tasks whose spec contains one of these")
     options.set_defaults(dtype="bfloat16")
     arguments = options.parse_args()

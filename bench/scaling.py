@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import evolkv
-from common import finish, machine, parser, run, spread
+from common import count, finish, machine, parser, run, spread
 from evolkv.evaluate.on_ray import RayBackend
 from evolkv.search import SearchProgress
 from evolkv.search.study import Study
@@ -24,11 +24,11 @@ from evolkv.search.study import Study
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=1600)
-    options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--train", type=int, default=6)
-    options.add_argument("--max-evals", type=int, default=340)
-    options.add_argument("--pairs", type=int, default=3)
+    options.add_argument("--context", type=count, default=1600)
+    options.add_argument("--budget", type=count, default=128)
+    options.add_argument("--train", type=count, default=6)
+    options.add_argument("--max-evals", type=count, default=340)
+    options.add_argument("--pairs", type=count, default=3)
     arguments = options.parse_args()
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     settings: dict[str, Any] = {

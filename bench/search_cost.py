@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from evolkv.evaluate.engine import Engine
 from evolkv.search.evolve import Rotation, evolve
 from evolkv.search.progress import SearchProgress
@@ -169,13 +169,13 @@ def summary(runs: list[dict[str, Any]], variants: list[str], thresholds: list[st
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=1600)
-    options.add_argument("--budget", type=int, default=128)
+    options.add_argument("--context", type=count, default=1600)
+    options.add_argument("--budget", type=count, default=128)
     options.add_argument("--granularity", choices=("layer", "head"), default="head")
-    options.add_argument("--train", type=int, default=12)
-    options.add_argument("--val", type=int, default=16)
-    options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--limit", type=int, default=2400, help="example evaluations at most")
+    options.add_argument("--train", type=count, default=12)
+    options.add_argument("--val", type=count, default=16)
+    options.add_argument("--seeds", type=count, default=5)
+    options.add_argument("--limit", type=count, default=2400, help="example evaluations at most")
     options.add_argument("--thresholds", default="0.8,0.85", help="held-out scores")
     options.add_argument("--variants", default="all,minibatch-2,racing,pyramid,neighbour,small-step")
     arguments = options.parse_args()

@@ -14,7 +14,7 @@ import statistics
 import numpy as np
 
 import evolkv
-from common import finish, machine, matrix_rate, parser, run, seconds, spread
+from common import count, finish, machine, matrix_rate, parser, run, seconds, spread
 from evolkv.evaluate import NaiveEngine, ReplayEngine
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
@@ -32,9 +32,9 @@ def candidates(count: int, layers: int, heads: int, longest: int, seed: int) -> 
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=1600)
-    options.add_argument("--examples", type=int, default=2)
-    options.add_argument("--pairs", type=int, default=3, help="paired runs of both engines")
+    options.add_argument("--context", type=count, default=1600)
+    options.add_argument("--examples", type=count, default=2)
+    options.add_argument("--pairs", type=count, default=3, help="paired runs of both engines")
     arguments = options.parse_args()
 
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)

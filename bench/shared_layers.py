@@ -13,7 +13,7 @@ import statistics
 import numpy as np
 
 import evolkv
-from common import finish, machine, parser, run, seconds, spread
+from common import count, finish, machine, parser, run, seconds, spread
 from evolkv.evaluate import ReplayEngine, replay
 from evolkv.search import GroupedCMA
 from evolkv.selectors import get_selector
@@ -23,10 +23,10 @@ from evolkv.tasks import get_task
 def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--context", type=int, default=1600)
-    options.add_argument("--examples", type=int, default=2)
-    options.add_argument("--group-size", type=int, default=8)
-    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--context", type=count, default=1600)
+    options.add_argument("--examples", type=count, default=2)
+    options.add_argument("--group-size", type=count, default=8)
+    options.add_argument("--seeds", type=count, default=5)
     arguments = options.parse_args()
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     config = model.config.get_text_config(decoder=True)

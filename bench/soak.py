@@ -4,11 +4,12 @@
 
 A request is a (padded) batch of random prompts under a random method, budget and selector: through `compress()` and
 `generate()`, through a `CompressedCache` given to `generate()`, or through forward calls of one or several tokens on
-such a cache; a quarter of these caches are reset and used again. Every answer is held against the same prompts one at a
-time: all logits must agree to a thousandth of their standard deviation, up to the first token that differs, if one does
-(two logits that close may change places). Memory is the resident set after each request, garbage collected and free
-memory returned; from after the warm-up (the first fifth) to the end it may grow by less than 1 %. Exits with 1 if a
-check fails.
+such a cache (a quarter of these caches are reset and used again); or the prompts are documents that are read first,
+some in chunks, and asked two questions in turn, of a copy of the cache or from a file, where some caches evict again.
+Every answer is held against the same prompts one at a time: all logits must agree to a thousandth of their standard
+deviation, up to the first token that differs, if one does (two logits that close may change places). Memory is the
+resident set after each request, garbage collected and free memory returned; from after the warm-up (the first fifth) to
+the end it may grow by less than 1 %. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 import evolkv
-from common import finish, machine, parser, run
+from common import count, finish, machine, parser, run
 from contenders import return_free_memory
 from evolkv.selectors import get_selector
 from shapes import load
@@ -36,7 +39,9 @@ TOLERANCE = 1e-3
 MOST_GROWTH = 0.01
 METHODS = ("per layer", "per head", "pyramid+snapkv", "adakv+snapkv", "cake+snapkv")
 SELECTORS = ("snapkv", "knorm", "tova", "streaming_llm", "h2o", "keydiff")
-MODES = ("compress", "cache", "forward")
+MODES = ("compress", "cache", "forward", "conversation")
+#: What a conversation goes on with once the documents are read: their cache, a copy of it, or one from a file.
+BRANCHES = ("itself", "copy", "file")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Request:
         mode: one of `MODES`.
         answer: tokens to generate, or to feed.
         reset: whether the cache serves another prompt first.
+        settings: of a conversation: when its cache evicts again.
+        branch: of a conversation: one of `BRANCHES`.
     """
 
     prompts: list[Tensor]
@@ -58,6 +65,8 @@ class Request:
     mode: str
     answer: int
     reset: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    branch: str = "itself"
 
 
 class Soak:
@@ -93,7 +102,23 @@ class Soak:
         else:
             chosen = f"{method}:window=4"
         self.kinds.update([method, mode, f"batch of {batch}"])
-        return Request(prompts, chosen, budget, mode, int(self.random.integers(1, 12)), self.random.random() < 0.25)
+        request = Request(prompts, chosen, budget, mode, int(self.random.integers(1, 12)), self.random.random() < 0.25)
+        if mode != "conversation":
+            return request
+        settings: dict[str, Any] = {}
+        # Methods whose layers compete lay out budgets once.
+        if method in ("per layer", "per head", "pyramid+snapkv"):
+            when = str(self.random.choice(["once", "again", "evict_every", "prefill_chunk"]))
+            # Chunks are cut by columns, padding included: rows of several lengths would be cut otherwise alone.
+            if when == "prefill_chunk" and len(set(lengths)) == 1:
+                settings["prefill_chunk"] = int(self.random.integers(4, 64))
+            elif when == "evict_every":
+                settings["evict_every"] = int(self.random.integers(1, 16))
+            elif when == "again":
+                settings["evict"] = "again"
+        branch = str(self.random.choice(BRANCHES))
+        self.kinds.update([*settings, branch])
+        return replace(request, settings=settings, branch=branch)
 
     def answer(self, request: Request, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens ``[rows, answer]`` and the logits that each followed from, ``[rows, answer, vocabulary]``."""
@@ -103,6 +128,8 @@ class Soak:
         for i, row in enumerate(rows):
             ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if request.mode == "conversation":
+            return self._converse(ids, mask, request)
         if request.mode == "compress":
             with evolkv.compress(self.model, request.method, request.budget):
                 return self._generate(ids, mask, request.answer)
@@ -113,6 +140,25 @@ class Soak:
         if request.mode == "cache":
             return self._generate(ids, mask, request.answer, **cache.as_argument)
         return self._forward(ids, mask, request.answer, cache)
+
+    def _converse(self, ids: Tensor, mask: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+        """The answers to two questions, the same for every row, one behind the other."""
+        cache = evolkv.CompressedCache.prefill(
+            self.model, request.method, ids, mask, request.budget, **request.settings
+        )
+        if request.branch == "copy":
+            cache = cache.copy()
+        elif request.branch == "file":
+            with tempfile.TemporaryDirectory() as folder:
+                cache.save(Path(folder) / "a.cache")
+                cache = evolkv.CompressedCache.load(Path(folder) / "a.cache", self.model)
+        found = []
+        for length in (5, 3):
+            question = (torch.arange(length, device=ids.device) * 5 % (self.vocabulary - 3) + 3)[None]
+            asked = cache.followed_by(question)
+            found.append(self._generate(asked.pop("input_ids"), asked.pop("attention_mask"), request.answer, **asked))
+            cache.input_ids = torch.cat([cache.input_ids, question.expand(len(ids), -1), found[-1][0]], dim=1)
+        return torch.cat([tokens for tokens, _ in found], dim=1), torch.cat([logits for _, logits in found], dim=1)
 
     def _generate(self, ids: Tensor, mask: Tensor, tokens: int, **cache: Any) -> tuple[Tensor, Tensor]:
         output = self.model.generate(
@@ -159,10 +205,12 @@ class Soak:
 def main() -> None:
     """Runs the requests."""
     options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--requests", type=int, default=2000)
-    options.add_argument("--longest", type=int, default=256, help="tokens of the longest prompt")
+    options.add_argument("--requests", type=count, default=2000)
+    options.add_argument("--longest", type=count, default=256, help="tokens of the longest prompt")
     options.set_defaults(model="random:tiny", device="cpu")
     arguments = options.parse_args()
+    if arguments.longest < 16:
+        options.error(f"--longest {arguments.longest}: expected at least 16 tokens")
     torch.manual_seed(arguments.seed)
     model = load(arguments.model, arguments.dtype, arguments.device)
     soak = Soak(model, arguments.seed, arguments.longest)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import evolkv
-from common import finish, machine, parser, run, seconds, spread
+from common import count, counts, finish, machine, parser, run, seconds, spread
 from evolkv.evaluate import ReplayEngine, replay
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
@@ -24,9 +24,15 @@ def main() -> None:
     """Runs the benchmark."""
     options = parser(__doc__.partition("\n")[0])
     options.add_argument("--task", default="niah:context=1600")
-    options.add_argument("--tokens", default="256,512,1024,2048,4096,100000", help="at once at most, comma-separated")
-    options.add_argument("--examples", type=int, default=2)
-    options.add_argument("--pairs", type=int, default=2, help="times that each is run, in turn")
+    options.add_argument(
+        "--tokens",
+        type=counts,
+        default=[256, 512, 1024, 2048, 4096, 100_000],
+        metavar="N,N",
+        help="at once at most, comma-separated",
+    )
+    options.add_argument("--examples", type=count, default=2)
+    options.add_argument("--pairs", type=count, default=2, help="times that each is run, in turn")
     arguments = options.parse_args()
 
     model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
@@ -36,7 +42,7 @@ def main() -> None:
     shape = (POPULATION, info.num_layers, info.num_kv_heads)
     population = np.random.default_rng(arguments.seed).integers(33, 256, size=shape)
 
-    limits = [int(each) for each in arguments.tokens.split(",")]
+    limits = arguments.tokens
     times: dict[int, list[float]] = {limit: [] for limit in limits}
     scores: list[np.ndarray] = []
     for _ in range(arguments.pairs):

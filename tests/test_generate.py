@@ -299,6 +299,12 @@ def test_assisted_decoding_gives_the_greedy_text(model, budgets, assistant):
     assert torch.equal(more[:, 39 + 24 + 3 :], loop.greedy(8))
 
 
+def test_drafts_of_the_first_layers_alone_give_the_greedy_text(model):
+    prompt = tokens(1, 13).repeat(1, 3)
+    found = generated(model, prompt, RAGGED, True, assistant_early_exit=2, **GREEDY)
+    assert torch.equal(found, generated(model, prompt, RAGGED, True, **GREEDY))
+
+
 def test_assisted_decoding_under_budgets_of_the_prompt_gives_the_greedy_text(model):
     prompt = tokens(1, 13).repeat(1, 3)
     plain, assisted = (CompressedCache(model, "adakv+snapkv:window=4", 9) for _ in range(2))
@@ -318,8 +324,11 @@ def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
 
 def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     prompt = tokens(1, 13).repeat(1, 3)
-    with pytest.raises(UsageError, match="cannot tell where they begin"):
-        generated(model, prompt, DENSE, False, prompt_lookup_num_tokens=3, **GREEDY)
+    for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}):
+        with pytest.raises(UsageError, match="cannot tell where they begin"):
+            generated(model, prompt, DENSE, False, **how, **GREEDY)
+    # transformers sets it to that of the drafts, and leaves it so if drafting raises.
+    assert model.config.num_hidden_layers == LAYERS
     # Before 5.24 transformers does not ask whether a cache can be cropped; it just does so.
     with pytest.raises((ValueError, RunError), match=r"cache that can be cropped|cannot take back"):
         generated(tiny_model("mistral"), prompt, DENSE, True, prompt_lookup_num_tokens=3, **GREEDY)
@@ -384,6 +393,24 @@ def test_without_a_cache_nothing_is_compressed(model):
     prompt = tokens(1, 40)
     expected = model.generate(prompt, use_cache=False, **GREEDY)
     assert torch.equal(generated(model, prompt, DENSE, False, use_cache=False, **GREEDY), expected)
+
+
+def test_a_cache_that_the_block_has_replaced_is_not_taken_for_another_prompt(model):
+    # What it would mean: each further token read as a prompt of its own.
+    plain = DynamicCache()
+    with compress(model, profile(model, DENSE)):
+        output = model(tokens(1, 40), **{cache_keyword(model): plain})
+        with pytest.raises(UsageError, match=r"stayed empty.*go on with the one that the model's output holds"):
+            model(tokens(1, 1), **{cache_keyword(model): plain})
+        more = model(tokens(1, 1), **{cache_keyword(model): cache_in(output)})
+    assert cache_in(more) is cache_in(output)
+
+
+def test_a_compressed_cache_without_caching_is_refused(model):
+    cache = CompressedCache(model, profile(model, DENSE))
+    with pytest.raises(UsageError, match="says use_cache=False"):
+        model.generate(tokens(1, 40), **cache.as_argument, use_cache=False, **GREEDY)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("implementation", ["offloaded", "static", "quantized"])
@@ -474,6 +501,35 @@ def test_what_the_cache_does_not_know_it_asks_for(model):
         cache.followed_by(tokens(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [([1, 2, 3], "list"), ("Who?", "str"), (torch.rand(1, 3), "torch.float32")]
+)
+def test_what_is_no_tensor_of_ids_does_not_go_on(model, given, named):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    with pytest.raises(UsageError, match=f"input_ids is {named}; expected a tensor of token ids"):
+        cache.followed_by(given)
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5, True])
+def test_sequences_are_repeated_a_whole_number_of_times(model, repeats):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    with pytest.raises(UsageError, match="expected a whole number from 1"):
+        cache.batch_repeat_interleave(repeats)
+    assert cache.num_rows == 1
+
+
+def test_a_cache_does_not_go_on_in_another_dtype():
+    model = tiny_model()
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    asked = cache.followed_by(tokens(1, 3))
+    model.bfloat16()
+    with pytest.raises(UsageError, match=r"holds torch\.float32, but the model now computes in torch\.bfloat16"):
+        model.generate(**asked, **GREEDY)
+    cache.reset()
+    model.generate(tokens(1, 40), **cache.as_argument, **GREEDY)
+    assert cache.kv_bytes
+
+
 def ended(model, cache, question, count=12):
     """Two rows answer, of which the first stops at its third token; what they say, and the end's id."""
     asked = cache.copy().followed_by(question)
@@ -527,11 +583,13 @@ def test_the_end_of_an_answer_is_no_padding_where_both_are_one_token(model):
 
 
 @BUDGETS
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("how", ["of the turn", "of everything", "read before"])
-def test_questions_of_several_lengths_are_answered_as_if_alone(model, budgets, how, tmp_path):
+def test_questions_of_several_lengths_are_answered_as_if_alone(family, budgets, how, tmp_path):
+    model = tiny_model(family)
     prompts, prompt, prompt_mask = padded([40, 33], "left")
     questions, question, mask = padded([4, 7], "left")
-    more = tokens(1, 3, seed=8)
+    turns, more, more_mask = padded([3, 12], "left")
     cache = CompressedCache.prefill(model, profile(model, budgets), prompt, prompt_mask)
     whole = torch.cat([prompt_mask, mask], dim=1)
     if how == "read before":
@@ -539,20 +597,20 @@ def test_questions_of_several_lengths_are_answered_as_if_alone(model, budgets, h
         cache.input_ids = torch.cat([prompt, question], dim=1)
         cache.save(tmp_path / "a.cache")
         loaded = CompressedCache.load(tmp_path / "a.cache", model)
-        found = model.generate(**cache.followed_by(more), **GREEDY)
-        assert torch.equal(found, model.generate(**loaded.followed_by(more), **GREEDY))
+        found = model.generate(**cache.followed_by(more, more_mask), **GREEDY)
+        assert torch.equal(found, model.generate(**loaded.followed_by(more, more_mask), **GREEDY))
     else:
         given = mask if how == "of the turn" else whole
         cache.input_ids = model.generate(**cache.followed_by(question, given), **GREEDY)
-        found = model.generate(**cache.followed_by(more), **GREEDY)
-    for i, (one, other) in enumerate(zip(prompts, questions, strict=True)):
+        found = model.generate(**cache.followed_by(more, more_mask), **GREEDY)
+    for i, one in enumerate(prompts):
         alone = CompressedCache.prefill(model, profile(model, budgets), one[None])
-        text = other[None]
+        text, then = questions[i][None], turns[i][None]
         if how == "read before":
-            text = torch.cat([text, more], dim=1)
+            text = torch.cat([text, then], dim=1)
         else:
             alone.input_ids = model.generate(**alone.followed_by(text), **GREEDY)
-            text = more
+            text = then
         assert torch.equal(found[i, -8:], model.generate(**alone.followed_by(text), **GREEDY)[0, -8:])
 
 

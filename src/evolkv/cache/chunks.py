@@ -41,6 +41,11 @@ def _read_all_but_last(
     if not hasattr(cache, "begin_call"):
         return None
     cache.begin_call(module)
+    if kwargs.get("use_cache") is False:
+        raise UsageError(
+            "this call brings a compressed cache and says use_cache=False; generate() would then read the whole text "
+            "again at every step, behind what the cache holds; leave out the one or the other"
+        )
     if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
         raise UsageError(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "

@@ -318,6 +318,11 @@ class CompressedCache(HookedCache):
             UsageError: if the text so far is not known, or not all of it; for another number of sequences; or after
                 beam search.
         """
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            raise UsageError(
+                f"input_ids is {input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__}; "
+                "expected a tensor of token ids [batch, tokens], as tokenizer(text, return_tensors='pt').input_ids is"
+            )
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
         if not seen:
             raise UsageError("the cache holds nothing yet; read a text with CompressedCache.prefill first")
@@ -450,7 +455,13 @@ class CompressedCache(HookedCache):
         self._searched = True
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times."""
+        """Repeats every sequence `repeats` times.
+
+        Raises:
+            UsageError: unless `repeats` is a positive whole number.
+        """
+        if not is_whole(repeats) or repeats < 1:
+            raise UsageError(f"repeats is {repeats!r}; expected a whole number from 1")
         super().batch_repeat_interleave(repeats)
         if self.input_ids is not None:
             self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
@@ -745,6 +756,7 @@ def compress(
     """
     make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
     block = _Block()
+    replaced: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         kwargs = by_name(module, args, kwargs)
@@ -755,6 +767,10 @@ def compress(
         if isinstance(given, HookedCache) or not (use_cache or given is not None):
             return None
         if given is not None and given.get_seq_length() > 0:
+            return None
+        # transformers drafts with the first layers alone (assistant_early_exit), and does not restore their number if
+        # that raises. The call that brings the drafts is refused below.
+        if len(cached_layers(model)[0]) < len(make_layers.budgets):
             return None
         if given is not None and (type(given) is not DynamicCache or given.offloading):
             raise UsageError(
@@ -767,8 +783,16 @@ def compress(
                 "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
                 "give generate() an empty CompressedCache(model, profile) as its cache"
             )
+        if given is not None and given in replaced:
+            raise UsageError(
+                "this call brings a cache that stayed empty, since compress() has put one of its own in its place "
+                f"before; go on with the one that the model's output holds (output.{name}), or give each prompt a "
+                "new cache; a model whose output holds none cannot be compressed in a block"
+            )
         cache = CompressedCache._with_layers(model, make_layers())
         cache.block = block
+        if given is not None:
+            replaced.add(given)
         kwargs[name or cache_keyword(module)] = cache
         kwargs["use_cache"] = True
         return (), kwargs

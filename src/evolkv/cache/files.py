@@ -333,7 +333,7 @@ class _Reader:
         if real is not None:
             _check(real.shape == (self.batch, said.appended), "real does not fit its sequences and tokens")
         groups = [
-            [self._group(f"{i}.{j}", said.model.sliding_windows[i]) for j in range(layer.groups)]
+            [self._group(f"{i}.{j}", said.model.sliding_windows[i], padded) for j in range(layer.groups)]
             for i, layer in enumerate(said.layers)
         ]
         for i, layer in enumerate(groups):
@@ -366,7 +366,7 @@ class _Reader:
             received=received,
         )
 
-    def _group(self, name: str, window: int | None) -> RowGroup:
+    def _group(self, name: str, window: int | None, padded: bool) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)
         keys, values = (self._tensor(f"{name}.{part}", self.dtype) for part in ("keys", "values"))
         fits = rows.ndim == 1 and len(rows) > 0 and 0 <= int(rows.min()) <= int(rows.max()) < self.batch * self.heads
@@ -384,8 +384,7 @@ class _Reader:
         ends = torch.tensor(self.said.prompt_lengths, device=rows.device)[rows // self.heads, None]
         ends = ends if window is None else ends + self.said.appended
         # Padding that has not been dropped yet has the position -1 there.
-        again = self.said.reeviction
-        first = -1 if window is not None and again is not None and again.real else 0
+        first = -1 if window is not None and padded else 0
         _check(bool(((positions >= first) & (positions < ends)).all()), f"{name}.positions are out of range")
         return RowGroup(rows, keys, values, positions)
 

@@ -93,6 +93,11 @@ def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
     return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
 
 
+def was_padding(mask: Tensor | BlockMask | None) -> bool:
+    """Whether a mask says no more than which tokens are padding, and what the model's attention hides anyway."""
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) or hasattr(mask, _PADDING)
+
+
 def _as_booleans(mask: Tensor | BlockMask) -> Tensor:
     """Any implementation's mask with True where visible, in the shape it has."""
     if isinstance(mask, BlockMask):

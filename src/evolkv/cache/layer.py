@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from evolkv.cache.hook import Attention, boolean_mask, hides_nothing, padding_of, tag
+from evolkv.cache.hook import Attention, boolean_mask, hides_nothing, padding_of, tag, was_padding
 from evolkv.cache.math import attention, check_plain_logits, extra_term, fold_sinks, scaling_of, sinks_of
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -48,7 +48,7 @@ class RowGroup:
         keys: ``[group, entries, head_dim]``, oldest entry first.
         values: ``[group, entries, value_dim]``.
         positions: prompt position of each entry that came from the prompt, ``[group, prompt_entries]``, int32.
-            In a sliding-window layer new tokens are recorded too, since any entry may have to go.
+            In a sliding-window layer new tokens are recorded too, since any entry may have to go; padding has -1.
     """
 
     rows: Tensor
@@ -264,7 +264,7 @@ class CompressedLayer(CacheLayerMixin):
             slot = (group.rows == row).nonzero()
             if len(slot):
                 positions = group.positions[slot[0, 0]].long()
-                return positions[positions < self.prompt_lengths[sequence]]
+                return positions[(positions >= 0) & (positions < self.prompt_lengths[sequence])]
         return torch.empty(0, dtype=torch.long)
 
     def real_tokens(self) -> Tensor:
@@ -279,6 +279,12 @@ class CompressedLayer(CacheLayerMixin):
         """Says which tokens after the prompt, ``[batch, appended]``, are real; those known as padding stay padding."""
         real = real.to(self.device) & self.real_tokens()[:, self.prompt_width :]
         self.real = None if bool(real.all()) else real
+        if self.sliding_window is not None and self.real is not None:
+            since = self._positions_since()
+            for group in self.groups:
+                held = max(0, group.positions.shape[1] - self.appended)
+                newest = since[group.rows // self.num_kv_heads, held - group.positions.shape[1] :]
+                group.positions = torch.cat([group.positions[:, :held], newest], dim=1)
 
     # What transformers asks of a cache layer.
 
@@ -299,6 +305,11 @@ class CompressedLayer(CacheLayerMixin):
             raise UsageError(
                 f"the cache holds {self.batch} sequences, but this call brings {len(key_states)}; for several beams, "
                 "returned sequences or questions repeat what it holds first, with cache.batch_repeat_interleave(n)"
+            )
+        elif key_states.dtype != self.dtype:
+            raise UsageError(
+                f"the cache holds {self.dtype}, but the model now computes in {key_states.dtype}; after the model's "
+                "dtype has changed, reset() the cache or make a new one"
             )
         elif key_states.device != self.device:
             # What was loaded is on one device, the model's layers perhaps on several.
@@ -569,7 +580,7 @@ class CompressedLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         batch, _, new, _ = key.shape
-        visible = boolean_mask(mask, batch, new, self.appended + new, key.device)
+        visible = self._visible_columns(mask, batch, new)
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
         dense = self._is_dense(batch)
         kernels = None if dense or new > 1 else _kernels(query)
@@ -605,6 +616,15 @@ class CompressedLayer(CacheLayerMixin):
             return None
         columns = padding[:, -new:].bool()
         return None if bool(columns.all()) else columns
+
+    def _visible_columns(self, mask: Any, batch: int, new: int) -> Tensor | None:
+        """Which columns after the prompt each new token sees, ``[batch or 1, 1, new, columns]``; None for all."""
+        columns = self.appended + new
+        if self.sliding_window is not None and self.real is not None and was_padding(mask):
+            # The mask counts padding between turns as tokens, so that a token leaves the window too early.
+            earlier = torch.ones(new, columns, dtype=torch.bool, device=self.device).tril(self.appended)
+            return self.real[:, None, None] & earlier
+        return boolean_mask(mask, batch, new, columns, self.device)
 
     def _note_columns(self, real: Tensor | None, new: int) -> None:
         if real is None and self.real is None:
@@ -670,13 +690,18 @@ class CompressedLayer(CacheLayerMixin):
         rows, sizes = order
         return values.index_select(0, rows).split_with_sizes(sizes)
 
+    def _positions_since(self) -> Tensor:
+        """Positions of all columns after the prompt, ``[batch, appended]`` int32, -1 for padding."""
+        start = torch.tensor(self.prompt_lengths, device=self.device)[:, None]
+        if self.real is None:
+            return (start + torch.arange(self.appended, device=self.device)).to(torch.int32)
+        places = start + self.real.cumsum(dim=1) - 1
+        return places.where(self.real, -1).to(torch.int32)
+
     def _record_positions(self, new: int) -> None:
+        since = self._positions_since()[:, self.appended - new :]
         for group in self.groups:
-            sequences = (group.rows // self.num_kv_heads).tolist()
-            start = torch.tensor([self.prompt_lengths[i] + self.appended - new for i in sequences], device=self.device)
-            steps = torch.arange(new, device=self.device)
-            positions = (start[:, None] + steps).to(torch.int32)
-            group.positions = torch.cat([group.positions, positions], dim=1)
+            group.positions = torch.cat([group.positions, since[group.rows // self.num_kv_heads]], dim=1)
 
     def _window_may_hide(self) -> bool:
         return self.sliding_window is not None and max(self.prompt_lengths) + self.appended > self.sliding_window
@@ -684,8 +709,17 @@ class CompressedLayer(CacheLayerMixin):
     def _drop_out_of_window(self) -> None:
         if self.sliding_window is None:
             return
+        if self.real is None:
+            for group in self.groups:
+                surplus = group.keys.shape[1] - self.sliding_window
+                if surplus > 0:
+                    group.drop_oldest(surplus)
+            return
+        seen = torch.tensor(self.prompt_lengths, device=self.device) + self.real.sum(dim=1)
         for group in self.groups:
-            surplus = group.keys.shape[1] - self.sliding_window
+            # Padding takes no token's place in the window, and the rows of a group stay equally long.
+            outside = group.positions < (seen - self.sliding_window)[group.rows // self.num_kv_heads, None]
+            surplus = int(outside.cumprod(dim=1).sum(dim=1).min())
             if surplus > 0:
                 group.drop_oldest(surplus)
 

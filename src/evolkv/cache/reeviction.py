@@ -127,11 +127,6 @@ class ReevictingLayer(CompressedLayer):
         self.queries = [queries.to(device) for queries in self.queries]
         self.received = [received.to(device) for received in self.received]
 
-    def kept_positions(self, sequence: int, head: int) -> Tensor:
-        """Positions held for one row, of the tokens up to the last cut, ascending, ``[entries]`` int64."""
-        positions = super().kept_positions(sequence, head)
-        return positions[positions >= 0]
-
     def note_padding(self, real: Tensor) -> None:
         """See `CompressedLayer.note_padding`; here the tokens since the last cut come after the prompt."""
         before = self.real_tokens()[:, self.prompt_width :]
@@ -139,12 +134,6 @@ class ReevictingLayer(CompressedLayer):
         if self.real is None or torch.equal(self.real, before):
             return
         self.queries = [_queries_that_stay(queries, self.real[i][before[i]]) for i, queries in enumerate(self.queries)]
-        if self.sliding_window is not None:
-            since = self._positions_since()
-            for group in self.groups:
-                held = max(0, group.positions.shape[1] - self.appended)
-                newest = since[group.rows // self.num_kv_heads, held - group.positions.shape[1] :]
-                group.positions = torch.cat([group.positions[:, :held], newest], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, where no later token is ever evicted."""
@@ -216,38 +205,10 @@ class ReevictingLayer(CompressedLayer):
         every = self.reeviction.evict_every
         return every is not None and self.appended + new >= every
 
-    # Padding.
-
-    def _positions_since(self) -> Tensor:
-        """Positions of all columns since the last cut, ``[batch, appended]`` int32, -1 for padding."""
-        start = torch.tensor(self.prompt_lengths, device=self.device)[:, None]
-        if self.real is None:
-            return (start + torch.arange(self.appended, device=self.device)).to(torch.int32)
-        places = start + self.real.cumsum(dim=1) - 1
-        return places.where(self.real, -1).to(torch.int32)
-
-    def _record_positions(self, new: int) -> None:
-        if self.real is None:
-            super()._record_positions(new)
-            return
-        since = self._positions_since()[:, -new:]
-        for group in self.groups:
-            group.positions = torch.cat([group.positions, since[group.rows // self.num_kv_heads]], dim=1)
-
     def _drop_out_of_window(self) -> None:
         # The cut that follows tells padding from tokens.
-        if self._cutting or self.sliding_window is None:
-            return
-        if self.real is None:
+        if not self._cutting:
             super()._drop_out_of_window()
-            return
-        oldest = torch.tensor(self.prompt_lengths, device=self.device) + self.real.sum(dim=1) - self.sliding_window
-        for group in self.groups:
-            # Padding takes no token's place in the window, and the rows of a group stay equally long.
-            outside = group.positions < oldest[group.rows // self.num_kv_heads, None]
-            surplus = int(outside.cumprod(dim=1).sum(dim=1).min())
-            if surplus > 0:
-                group.drop_oldest(surplus)
 
     # What is held, and its ranking.
 

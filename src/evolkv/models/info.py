@@ -89,7 +89,7 @@ def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, held in model.named_parameters():
-        digest.update(str(tuple(held.shape)).encode())
+        digest.update(str(_shape(model, name, held.data)).encode())
         parameter = _offloaded(model, name) if held.is_meta else held.data
         if parameter is not None and parameter.ndim >= 2 and not _is_quantized(parameter):
             rows = parameter.reshape(-1, parameter.shape[-1])
@@ -107,6 +107,15 @@ def is_quantized(model: nn.Module) -> bool:
 def _is_quantized(weight: torch.Tensor) -> bool:
     # Quantization libraries bring tensor types of their own, or pack several weights into one integer.
     return type(weight) is not torch.Tensor or not weight.is_floating_point()
+
+
+def _shape(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a weight, however it is packed: bitsandbytes packs some anew at the first forward call."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if own == "weight" and isinstance(module, nn.Linear) and _is_quantized(weight):
+        return module.out_features, module.in_features
+    return tuple(weight.shape)
 
 
 def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:

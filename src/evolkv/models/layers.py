@@ -28,6 +28,8 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _WIRED_OTHERWISE = {
     "diffllama": "attends twice to what a layer holds, with other values each time; EvolKV needs one attention a layer",
     "doge": "masks tokens by the values that a layer holds of all of them; EvolKV needs masks that no value decides",
+    "jetmoe": "repeats its keys and values for each expert between cache and attention; EvolKV needs keys that go to "
+    "attention as the cache returned them",
     "mimo_v2_flash": "has layers with different numbers of KV heads: sliding ones have twice as many as full ones; "
     "EvolKV needs the same number in every layer",
     "recurrent_gemma": "does not give its cache back with its outputs, so that generate() would take each step for a "
