@@ -173,8 +173,10 @@ class Bench:
             row: dict[str, Any] = {"contender": contender.name, "bytes_at_end": at_end, "sequences_that_fit": fitting}
             if batch:
                 cache = self.filled(contender, tokens, batch)
+                floor = self.floor.decode(batch, *held(cache))
                 (times,) = self.steps([(contender, cache)], batch)
                 row |= {"sequences_run": batch, "step_milliseconds": spread([1000 * t for t in times])}
+                row |= {"floor_milliseconds": 1000 * floor, "over_floor": statistics.median(times) / floor}
                 row["tokens_per_second"] = batch / statistics.median(times)
             rows.append(row)
             _say(f"throughput of {contender.name}")

@@ -145,10 +145,11 @@ def saved(tmp_path_factory):
 
 
 def edited(path, target, change):
-    """A copy of a cache file with its tensors, metadata or description changed."""
+    """A copy of a cache file, without checksums, with its tensors, metadata or description changed."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors, said = load_file(path), json.loads(metadata["cache"])
+    del said["crc32"]
     change(tensors, metadata, said)
     save_file(tensors, target, {"cache": json.dumps(said), **{k: v for k, v in metadata.items() if k != "cache"}})
     return target
@@ -180,6 +181,23 @@ def test_missing_foreign_and_cut_files_are_refused(saved, tmp_path):
         refused(tmp_path / name, model, "no cache, or cut off")
     save_file({"weights": torch.zeros(3)}, tmp_path / "weights.safetensors")
     refused(tmp_path / "weights.safetensors", model, "the format is ''")
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_a_changed_bit_is_noticed(saved, tmp_path, bit):
+    path, model = saved
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1 << bit
+    (tmp_path / "a").write_bytes(content)
+    refused(tmp_path / "a", model, "does not hold what was written")
+
+
+def test_a_file_without_checksums_is_read(saved, tmp_path):
+    path, model = saved
+    early = edited(path, tmp_path / "a", lambda tensors, metadata, said: None)
+    loaded, expected = CompressedCache.load(early, model), CompressedCache.load(path, model)
+    for layer, other in zip(loaded.kv_layers, expected.kv_layers, strict=True):
+        assert all(torch.equal(a.keys, b.keys) for a, b in zip(layer.groups, other.groups, strict=True))
 
 
 def test_another_version_is_refused(saved, tmp_path):

@@ -5,7 +5,7 @@ layer ``i`` and group ``j`` of its rows it has the tensors ``i.j.rows``, ``i.j.p
 ``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known. Layer ``i`` of a hybrid model's layers with
 states has ``states.i.0.conv`` and the like (see `StateLayer.parts`). For the next cut of a cache that evicts again (see
 `ReevictingLayer`) there are ``i.queries.s`` of sequence ``s`` and ``i.j.received`` of a group's rows. Where there is
-padding among the tokens after the prompt, ``real`` says which are none.
+padding among the tokens after the prompt, ``real`` says which are none. The description has a CRC-32 of each tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ class _Description(BaseModel):
     layers: list[_Layer]
     states: list[_States]
     reeviction: _Reeviction | None
+    crc32: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def write_cache(
         tensors["input_ids"] = input_ids.long()
     # Rows that have room for more must not be stored with it.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    description.crc32 = {name: _crc32(tensor) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
     try:
         write_with(path, lambda partial: save_file(tensors, partial, metadata))
@@ -250,7 +253,7 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
     if not path.is_file():
         raise CacheFileError("no such file; expected a cache written by CompressedCache.save")
     try:
-        with safe_open(path, framework="pt", device=str(input_device(model))) as file:
+        with safe_open(path, framework="pt") as file:
             description = _description(file.metadata() or {})
             info = describe_model(model)
             _check_model(description.model, _model(model, info))
@@ -301,7 +304,7 @@ class _Reader:
         self.file, self.said = file, description
         self.heads, self.head_dim, self.dtype = description.model.num_kv_heads, info.head_dim, model.dtype
         self.value_dim = getattr(model.config.get_text_config(decoder=True), "v_head_dim", None) or info.head_dim
-        self.query_heads = info.num_heads
+        self.query_heads, self.device = info.num_heads, input_device(model)
         self.batch = len(description.prompt_lengths)
 
     def read(self, states: list[StateLayer]) -> StoredCache:
@@ -436,8 +439,16 @@ class _Reader:
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
         _check(dtype in (None, tensor.dtype), f"{name} is {tensor.dtype}, expected {dtype}")
-        # On the CPU a tensor is a window into the file, which somebody may change or cut under a running model.
-        return tensor.clone() if tensor.device.type == "cpu" else tensor
+        # A tensor is a window into the file, which somebody may change or cut under a running model.
+        tensor = tensor.to(self.device, copy=True)
+        # Early files have no checksums.
+        expected = self.said.crc32.get(name)
+        _check(expected is None or _crc32(tensor) == expected, f"{name} does not hold what was written")
+        return tensor
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def _check(holds: bool, complaint: str) -> None:
