@@ -448,7 +448,7 @@ class _Reader:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check(holds: bool, complaint: str) -> None:
