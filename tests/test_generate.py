@@ -314,6 +314,28 @@ def test_assisted_decoding_under_budgets_of_the_prompt_gives_the_greedy_text(mod
     assert assisted.kv_bytes == plain.kv_bytes
 
 
+@BUDGETS
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss", "cohere2"])
+def test_assisted_decoding_with_sliding_windows_gives_the_greedy_text(family, budgets):
+    model, prompt = tiny_model(family), tokens(1, 13).repeat(1, 3)
+    settings = {**GREEDY, "max_new_tokens": 40}
+    caches = [CompressedCache(model, profile(model, budgets)) for _ in range(2)]
+    taken_back = []
+    crop = caches[0].crop
+    caches[0].crop = lambda count: (taken_back.append(-count), crop(count))
+    found, expected = (
+        model.generate(prompt, **cache.as_argument, **settings, **how)
+        for cache, how in zip(caches, ({"prompt_lookup_num_tokens": 3}, {}), strict=True)
+    )
+    assert torch.equal(found, expected)
+    assert sum(taken_back) > 0
+    # The next turn reads from the same entries.
+    for cache, ids in zip(caches, (found, expected), strict=True):
+        cache.input_ids = ids
+    again = [model.generate(**cache.followed_by(tokens(1, 3)), **GREEDY) for cache in caches]
+    assert torch.equal(*again)
+
+
 def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
     prompt, mask = tokens(1, 13).repeat(1, 3), torch.ones(1, 39, dtype=torch.long)
     prompt[:, :5], mask[:, :5] = 0, 0
@@ -329,12 +351,13 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
             generated(model, prompt, DENSE, False, **how, **GREEDY)
     # transformers sets it to that of the drafts, and leaves it so if drafting raises.
     assert model.config.num_hidden_layers == LAYERS
-    # Before 5.24 transformers does not ask whether a cache can be cropped; it just does so.
-    with pytest.raises((ValueError, RunError), match=r"cache that can be cropped|cannot take back"):
-        generated(tiny_model("mistral"), prompt, DENSE, True, prompt_lookup_num_tokens=3, **GREEDY)
     compete = CompressedCache(model, "cake+snapkv:window=4", 9)
     with pytest.raises(UsageError, match="cuts no layer before all have read"):
         model.generate(prompt, **compete.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    # What transformers before 5.24 does, which announces nothing.
+    sliding = CompressedCache.prefill(tiny_model("mistral"), "snapkv:window=4", tokens(1, 40), budget=9)
+    with pytest.raises(RunError, match="cannot take back 1 tokens"):
+        sliding.crop(-1)
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="cannot go on from a cache"):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)

@@ -342,11 +342,11 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can undo any call: where drafts are known as such, and no entry leaves a sliding window."""
-        return self.record_past and not self.is_sliding
+        """Whether `crop` can undo any call: where it was announced."""
+        return self.record_past
 
     def activate_past_recording(self) -> None:
-        """Announces calls that `crop` shall undo."""
+        """Announces calls that `crop` shall undo: what leaves a sliding window in a call goes at the next one."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -354,13 +354,15 @@ class CompressedLayer(CacheLayerMixin):
         count = abs(tokens_to_remove)
         if count == 0:
             return
-        if count > self.appended or self.is_sliding:
+        if count > self.appended or (self.is_sliding and not self.record_past):
             raise RunError(
                 f"cannot take back {count} tokens from a compressed cache: only the {self.appended} tokens after the "
-                "prompt of a layer without sliding window can be; use plain greedy search, sampling or beam search"
+                "prompt can be, and with sliding windows none; use plain greedy search, sampling or beam search"
             )
         for group in self.groups:
             group.keep_entries(slice(None, -count))
+            if self.is_sliding:
+                group.positions = group.positions[:, :-count].clone()
         self.appended -= count
         if self.real is not None:
             self.real = self.real[:, : self.appended]
@@ -580,6 +582,8 @@ class CompressedLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         batch, _, new, _ = key.shape
+        if self.record_past:
+            self._drop_out_of_window()
         visible = self._visible_columns(mask, batch, new)
         key_rows, value_rows = key.flatten(0, 1), value.flatten(0, 1)
         dense = self._is_dense(batch)
@@ -606,7 +610,8 @@ class CompressedLayer(CacheLayerMixin):
             output = self._attend_dense(own, module, query, kwargs)
         else:
             output = self._attend_groups(module, query, order, visible, kwargs), None
-        self._drop_out_of_window()
+        if not self.record_past:
+            self._drop_out_of_window()
         return output
 
     def _real_columns(self, mask: Any, new: int) -> Tensor | None:
