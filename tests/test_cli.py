@@ -16,7 +16,7 @@ import evolkv.models
 from evolkv.cli import main
 from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer, whole_numbers
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import parse_selector
 
@@ -106,12 +106,17 @@ def test_version_is_printed(run):
         (["search", MODEL, "--task", TASK, "--budget", 64, "--strategy", "joined"], "'joint'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--granularity", "heads"], "'head'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--metric", "logprop"], "'logprob'"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--population", 10**14], "at most 10,000"),
+        (["search", MODEL, "--task", TASK, "--budget", 64, "--population", 50, "--max-evals", 40], "--max-evals 40"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--selector", "snapk"], "'snapkv'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--selector", "snapkv:windo=3"], "'window'"),
         (["search", "smollm2-135", "--task", TASK, "--budget", 64], f"'{MODEL}'"),
         (["eval", MODEL, "--task", TASK, "--method", "pyramidvk", "--budget", 64], "'pyramidkv'"),
         (["eval", MODEL, "--task", TASK, "--method", "snapkv", "--budget", "64,x"], "'x'"),
         (["eval", MODEL, "--task", TASK, "--method", "snapkv"], "--budget"),
+        (["eval", MODEL, "--task", TASK, "--method", "full", "--samples", 10**21], "1 to 100,000"),
+        (["eval", MODEL, "--task", TASK, "--method", f"snapkv:kernel={10**20}", "--budget", 64], "1 to 65,535"),
+        (["eval", MODEL, "--task", TASK, "--method", "cake:tau1=1e-300+snapkv", "--budget", 64], "cake: tau1"),
         (["list", "modls"], "'models'"),
         (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "'--seed'"),
         (["compare", "a.jsonl", "--seed", 2**63], "'--seed'"),
@@ -268,6 +273,24 @@ def test_eval_takes_several_values_after_one_option(run, demo, tmp_path):
     methods = [("full", None), ("tova", 64), ("tova", 48), (str(profile), 64), (str(profile), 48)]
     assert seen == [(task, *rest) for task in (TASK, "niah:context=200") for rest in methods]
     assert "95 % interval" in out
+
+
+@pytest.mark.parametrize(("failing", "other"), [("rows.json", "rows.md"), ("rows.md", "rows.json")])
+def test_eval_prints_its_table_whatever_becomes_of_its_files(run, tmp_path, monkeypatch, failing, other):
+    write = evolkv.whole_files.write_text
+
+    def full(path, content):
+        if path == failing:
+            raise RunError(f"{path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr("evolkv.whole_files.write_text", full)
+    files = ["--json", "rows.json", "--records", "none", "--markdown", "rows.md"]
+    code, out, err = run("eval", MODEL, "--task", "niah:context=200", "--method", "full", "--samples", 1, *files)
+    assert code == 1
+    assert "No space left" in err
+    assert "95 % interval" in out
+    assert [path.name for path in tmp_path.iterdir()] == [other]
 
 
 def test_eval_refuses_the_profile_of_another_model(run, tmp_path):

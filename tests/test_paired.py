@@ -199,10 +199,11 @@ THREE = ["e0", "e1", "e2"]
 
 
 def test_methods_of_several_files_and_tasks_are_paired_by_example(write):
-    tasks = {"niah": THREE, "gsm8k": THREE}
+    tasks = {"niah": THREE, "gsm8k": THREE, "code": THREE}
     first = write(
         "a.jsonl",
         header(["snapkv@64", "tova@64"], tasks),
+        *(line("snapkv@64", e, 1.0, task="code") for e in THREE),
         *(line("snapkv@64", e, s) for e, s in zip(THREE, (1.0, 0.0, 1.0), strict=True)),
         *(line("snapkv@64", e, 0.0, task="gsm8k") for e in THREE),
     )
@@ -226,7 +227,8 @@ def test_methods_of_several_files_and_tasks_are_paired_by_example(write):
     table = comparison_table(found)
     assert [row[0] for row in table.rows] == ["niah", "gsm8k", "all"]
     assert table.rows[0][2:5] == ["3", "0.667", "1.000"]
-    assert "2 examples on record for only one" in comparison_note(found)
+    assert "Left out: 2 examples, code on record for only one." in comparison_note(found)
+    assert data["left_out"] == ["code"]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,30 @@ def test_report_of_a_demo_has_every_section(demo, tmp_path, capsys):
     assert max(b - a for a, b in zip(found.headings, found.headings[1:], strict=False)) == 1
 
 
+def test_others_files_that_cannot_be_read_are_no_part_of_a_folder(demo, write, capsys, tmp_path):
+    write("demo/trainer_state.json", '{"loss": NaN}')
+    write("demo/tsconfig.json", "{ // no JSON\n}")
+    assert run(capsys, demo, "--out", tmp_path / "r.html")[0] == 0
+    write("demo/search.json", json.dumps(search())[:-100])
+    code, _, err = run(capsys, demo, "--out", tmp_path / "r.html")
+    assert code == 2
+    assert "search.json: not JSON" in err
+
+
+def test_an_evaluation_that_went_on_stands_for_what_it_was_when_interrupted(write):
+    partial = {**results(), "interrupted": True}
+    for row in partial["rows"]:
+        row["n"] = 8
+    write("r/a.json", partial)
+    alone = read_sources([write("r/a.json", partial)])
+    assert [row.n for row in alone.rows] == [8] * len(partial["rows"])
+    assert "(interrupted after 8 examples)" in alone.names[0]
+    whole = write("r/b.json", results())
+    both = read_sources([whole.parent])
+    assert both.rows == read_sources([whole]).rows
+    assert not any("interrupted" in name for name in both.names)
+
+
 @pytest.mark.parametrize(
     ("data", "sections"),
     [

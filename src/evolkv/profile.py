@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evolkv import allocators, hub
-from evolkv.errors import ProfileError, UsageError
+from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
@@ -209,6 +209,11 @@ class BudgetProfile:
             BudgetError: a mean budget out of reach of the selector's minimum or of the ceiling.
         """
         floor = get_selector(self.selector).min_budget
+        if not floor <= budget <= MAX_BUDGET:
+            raise BudgetError(
+                f"the budget is {budget}; expected {floor} entries per head, which {get_selector(self.selector).name} "
+                f"always keeps, to {MAX_BUDGET:,}"
+            )
         limit = np.asarray(MAX_BUDGET if ceiling is None else ceiling)
         if self.granularity == "layer":
             rows = limit.min(axis=1) if limit.ndim == 2 else limit

@@ -37,9 +37,12 @@ def compare(
         from evolkv.report.tables import comparison_note, comparison_table
 
         found = compare_records(records, a, b, budget, seed)
-    if json_out is not None:
-        write_json(json_out, found.to_dict())
     table = comparison_table(found)
-    if markdown != "-":
-        console.OUT.print(f"{table.caption}\n", soft_wrap=True)
-    print_table(table, markdown, comparison_note(found))
+    try:
+        if json_out is not None:
+            write_json(json_out, found.to_dict())
+    finally:
+        # A file that cannot be written must not take the numbers with it.
+        if markdown != "-":
+            console.OUT.print(f"{table.caption}\n", soft_wrap=True)
+        print_table(table, markdown, comparison_note(found))

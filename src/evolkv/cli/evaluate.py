@@ -78,13 +78,14 @@ def evaluate(
     kept = None if records == "none" else records or beside
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
     budgets = whole_numbers("--budget", budget or [])
-    from evolkv.evaluate import get_method, run_evaluation
+    from evolkv.evaluate import check_request, get_method, run_evaluation
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(outs, chain.from_iterable(read))
+    check_request(methods, budgets, samples)
     for each in methods:
         for number in budgets:
             each.at(number)
@@ -107,15 +108,20 @@ def evaluate(
             records=kept,
             on_progress=lambda step: _show(progress, step, kept),
         )
-    if json_out is not None and found.rows:
-        unfinished = {"interrupted": True} if found.interrupted else {}
-        write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": found.rows})
     if found.rows:
-        from evolkv.report.tables import results_table
+        from evolkv.report.tables import results_note, results_table
 
-        print_table(results_table(found.rows), markdown)
+        unfinished = {"interrupted": True} if found.interrupted else {}
+        try:
+            if json_out is not None:
+                write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": found.rows})
+        finally:
+            # A file that cannot be written must not take the numbers with it.
+            print_table(results_table(found.rows), markdown, results_note(found.rows))
     if found.interrupted:
-        again = "" if kept is None else f"; they are in {kept}, and the same command goes on from there"
+        again = (
+            "" if kept is None or not found.rows else f"; they are in {kept}, and the same command goes on from there"
+        )
         console.say(f"evolkv: interrupted after {found.finished} of {found.total} examples{again}")
         return 130
     return 0

@@ -354,7 +354,8 @@ def _verdict(result: SearchResult) -> str:
     """Whether evolution paid, in one line."""
     evolved = next((row for row in result.validation if row["evolved"]), None)
     heuristics = [row for row in result.validation if not row["evolved"]]
-    others = " and ".join(f"{row['name']} ({row['score']:.3f})" for row in heuristics)
+    *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
+    others = f"{', '.join(first)} and {last}" if first else last
     if result.improved and evolved is not None:
         return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} unseen examples."
     score = f" ({evolved['score']:.3f})" if evolved is not None else ""

@@ -32,19 +32,18 @@ _SHADES = "·░▒▓█"
 
 
 def print_table(table: TextTable, markdown: str | None = None, note: str = "") -> None:
-    """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file beside what is printed.
+    """Print a table, or put it where Markdown is wanted: ``-`` is the terminal, else a file, once it is printed.
 
     A note goes below it.
     """
+    text = ""
     if markdown is not None:
         from evolkv.report.markdown import markdown as as_markdown
-        from evolkv.whole_files import write_text
 
         text = as_markdown(table) + (f"\n{note}\n" if note else "")
-        if markdown == "-":
-            console.OUT.print(text, end="", soft_wrap=True)
-            return
-        write_text(markdown, text)
+    if markdown == "-":
+        console.OUT.print(text, end="", soft_wrap=True)
+        return
     for number, (heading, part) in enumerate(_fitting(table)):
         if number:
             console.OUT.print()
@@ -53,6 +52,10 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
         console.OUT.print(part)
     if note:
         console.OUT.print(f"\n{note}", soft_wrap=True)
+    if markdown is not None:
+        from evolkv.whole_files import write_text
+
+        write_text(markdown, text)
 
 
 def _fitting(table: TextTable) -> list[tuple[str, Table]]:

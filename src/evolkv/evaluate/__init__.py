@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evolkv.evaluate.compare import Evaluation, EvaluationProgress, evaluate, run_evaluation
+from evolkv.evaluate.compare import Evaluation, EvaluationProgress, check_request, evaluate, run_evaluation
 from evolkv.evaluate.engine import Engine
 from evolkv.evaluate.naive import NaiveEngine
 from evolkv.evaluate.paired import PairedComparison, paired_comparison
@@ -21,6 +21,7 @@ __all__ = [
     "NaiveEngine",
     "PairedComparison",
     "ReplayEngine",
+    "check_request",
     "evaluate",
     "get_method",
     "paired_comparison",

@@ -38,6 +38,9 @@ from evolkv.tasks.protocol import AWARE, under_protocol
 
 logger = logging.getLogger(__name__)
 
+#: More examples of a task than any evaluation takes; generated ones are all drawn first.
+MOST_SAMPLES = 100_000
+
 
 @dataclass(frozen=True)
 class EvaluationProgress:
@@ -164,8 +167,7 @@ def run_evaluation(
         raise UsageError("nothing to evaluate: give at least one task and one method")
     if metric is not None and metric not in METRIC_NAMES:
         raise unknown_name("metric", metric, METRIC_NAMES)
-    if samples < 1:
-        raise UsageError(f"--samples is {samples}; use at least one example")
+    check_request(chosen, budgets, samples)
     rows = _rows(model, chosen, budgets)
     if prefill_chunk is not None:
         for row in rows:
@@ -222,6 +224,15 @@ def run_evaluation(
     return Evaluation(summarise(log.records), interrupted, recorded, total)
 
 
+def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int) -> None:
+    """Raises `UsageError` for what can be seen to be wrong before there is a model."""
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise UsageError(f"--samples is {samples}; expected 1 to {MOST_SAMPLES:,} examples per task")
+    for method in methods:
+        if not (method.is_full or method.profile or budgets):
+            raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
+
+
 def summarise(records: Records) -> list[dict[str, Any]]:
     """The rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
     settings = records.settings
@@ -273,8 +284,6 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
             _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
             continue
         at = list(budgets) or ([method.profile.budget] if method.profile is not None else [])
-        if not at:
-            raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
         for budget in at:
             if budget > info.max_context:
                 raise BudgetError(

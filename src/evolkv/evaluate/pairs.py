@@ -29,13 +29,17 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """Two methods, by their labels, on every task that is on record for both; `overall` is over all their examples."""
+    """Two methods, by their labels, on every task that is on record for both; `overall` is over all their examples.
+
+    `left_out` are the tasks of which no example is on record for both.
+    """
 
     model: str
     a: str
     b: str
     tasks: list[TaskComparison]
     overall: PairedComparison
+    left_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -44,7 +48,8 @@ class MethodComparison:
             for each in self.tasks
         ]
         names = {"model": self.model, "a": self.a, "b": self.b}
-        return {"format": FORMAT, **names, "rows": rows, "all": self.overall.to_dict()}
+        found = {"rows": rows, "all": self.overall.to_dict(), "left_out": self.left_out}
+        return {"format": FORMAT, **names, **found}
 
 
 def compare_records(
@@ -93,7 +98,8 @@ def compare_records(
             scores += column
     if not tasks:
         raise UsageError(f"{first} and {second} have no example in common; evaluate both on the same examples")
-    return MethodComparison(model, first, second, tasks, _compared(scores, seed))
+    left_out = [task for task in by_task if task not in {each.task for each in tasks}]
+    return MethodComparison(model, first, second, tasks, _compared(scores, seed), left_out)
 
 
 def _compared(scores: list[tuple[float, float]], seed: int) -> PairedComparison:

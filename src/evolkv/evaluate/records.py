@@ -7,6 +7,7 @@ The first line of a file is its header, ``{"format": "evolkv.records/1", "settin
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -173,12 +174,12 @@ class RecordLog:
             settings: of the evaluation, which a file that is continued must share.
 
         Raises:
-            UsageError: the file is not one of records, has other settings, or is in use.
-            RunError: it cannot be written.
+            UsageError: the file is not one of records, has other settings, is in use, or cannot be written there.
+            RunError: the disk is full, or fails.
         """
         if path is None:
             return cls(Records(settings))
-        with contextlib.ExitStack() as undo, _reporting(path):
+        with contextlib.ExitStack() as undo, _opening(path):
             target = Path(os.path.realpath(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             undo.enter_context(_claim(path, target))
@@ -384,6 +385,8 @@ def _claim(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.3)
     except Timeout:
+        if not file.exists():
+            raise UsageError(f"records {path} cannot be written: no lock beside it can be; give another path") from None
         raise UsageError(f"{path} is in use by another evaluation; wait for it, or give another --records") from None
     try:
         yield
@@ -392,6 +395,17 @@ def _claim(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             file.unlink()
         lock.release()
+
+
+@contextlib.contextmanager
+def _opening(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"records {path} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise RunError(message) from None
+        raise UsageError(f"{message}; give another path with --records") from None
 
 
 @contextlib.contextmanager

@@ -166,8 +166,8 @@ class Row(_Scored):
     method: str
     metric: str
     budget: Count | None = None
-    kv_bytes: Annotated[float, Field(gt=0)]
-    mean_budget: Annotated[float, Field(gt=0)]
+    kv_bytes: Annotated[float, Field(gt=0, le=2**63)]
+    mean_budget: Annotated[float, Field(gt=0, le=2**53)]
     seed: int | None = None
     protocol: str = ""
     prefill_chunk: Count | None = None
@@ -180,8 +180,8 @@ class Point(_Scored):
     budget: Count
     profile: str = ""
     metric: str
-    kv_bytes: Annotated[float, Field(gt=0)]
-    mean_budget: Annotated[float, Field(gt=0)]
+    kv_bytes: Annotated[float, Field(gt=0, le=2**63)]
+    mean_budget: Annotated[float, Field(gt=0, le=2**53)]
     source: str = "search"
     evaluations: Count | None = None
     on_front: bool = True
@@ -195,6 +195,7 @@ class Curve(_Record):
 
 
 class Results(_Record):
+    interrupted: bool = False
     rows: Annotated[list[Row], Field(min_length=1)]
 
 

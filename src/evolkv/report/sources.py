@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +54,18 @@ class Sources:
     names: list[str] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
     studies: int = 0
+    #: Rows of evaluations that were interrupted, with the file that they are from.
+    _partial: list[tuple[str, Sequence[Row]]] = field(default_factory=list)
 
     def add(self, found: Search | Results | Profile | Curve, origin: str) -> None:
         """Put a file's content where it belongs."""
         if isinstance(found, Search):
             self._add_search(found.model_copy(update={"origin": origin}))
         elif isinstance(found, Results):
-            self._add_rows(found.rows)
+            if found.interrupted:
+                self._partial.append((origin, found.rows))
+            else:
+                self._add_rows(found.rows)
         elif isinstance(found, Profile):
             self.profiles.append(found)
         else:
@@ -95,6 +100,16 @@ class Sources:
     def _add_rows(self, rows: Iterable[Row]) -> None:
         """Take rows once, though they may be in results and follow from records, too."""
         self.rows += [row for row in rows if row not in self.rows]
+
+    def finish(self) -> None:
+        """Take the rows of interrupted evaluations that have not gone on since, by what else was read."""
+        whole = {_without_numbers(row): row.n for row in self.rows}
+        for origin, rows in self._partial:
+            left = [row for row in rows if whole.get(_without_numbers(row), 0) < row.n]
+            self._add_rows(left)
+            if left:
+                self.names[self.names.index(origin)] = f"{origin} (interrupted after {left[0].n} examples)"
+        self._partial = []
 
     def _add_search(self, found: Search) -> None:
         """Take a search once, though it may be recorded in a study, a result and a curve; what was chosen wins."""
@@ -133,6 +148,7 @@ def read_sources(inputs: Iterable[str | os.PathLike[str]], study: str | None = N
                 _add_file(sources, file, study)
     if study is not None and not sources.studies:
         raise UsageError(f"--study is {study!r}, but none of the inputs is a study; give its file or storage URL, too")
+    sources.finish()
     return sources
 
 
@@ -155,9 +171,20 @@ def _add_file(sources: Sources, path: Path, study: str | None) -> None:
         _add_profiles(sources, path, found)
 
 
+def _without_numbers(row: Row) -> str:
+    """What a row is about."""
+    return row.model_dump_json(exclude={"n", "score", "ci95", "kv_bytes", "mean_budget"})
+
+
 def _is_ours(path: Path) -> bool:
     if path.suffix == ".json":
-        return (_format(_read_json(path)) or "").startswith("evolkv.")
+        try:
+            return (_format(_read_json(path)) or "").startswith("evolkv.")
+        except UsageError:
+            # Of others' files only those count that can be read; of ours none may be left out for being damaged.
+            if b'"evolkv.' in _start(path):
+                raise
+            return False
     return path.suffix == ".jsonl" and _start(path).startswith(_RECORDS)
 
 

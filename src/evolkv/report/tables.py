@@ -45,6 +45,13 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(f"{title}, prompts read {read}" if read else title, columns, cells)
 
 
+def results_note(rows: Sequence[dict[str, Any]]) -> str:
+    """What must be said of some rows of an evaluation, in a line, or nothing."""
+    if all(row["ci95"][0] < row["ci95"][1] for row in rows):
+        return ""
+    return "An interval without width: all examples score alike, and resampling cannot tell how others would."
+
+
 def comparison_table(found: MethodComparison) -> Table:
     """Two methods, task by task, and all tasks together where there are several."""
     columns = ["task", "metric", "n", "a", "b", "a − b (95 % interval)", "p", "wins / ties / losses of a"]
@@ -63,8 +70,9 @@ def comparison_note(found: MethodComparison) -> str:
     note = f"Intervals: BCa bootstrap over examples, 10,000 resamples. p: sign-flip test, {how}, two-sided."
     if any(each.ci95[0] == each.ci95[1] for each in results):
         note += " An interval without width: all examples differ alike, and resampling cannot tell how others would."
-    unpaired = sum(each.unpaired for each in found.tasks)
-    return f"{note} Left out: {counted(unpaired, 'example')} on record for only one." if unpaired else note
+    left_out = [counted(unpaired, "example")] if (unpaired := sum(each.unpaired for each in found.tasks)) else []
+    left_out += found.left_out
+    return f"{note} Left out: {', '.join(left_out)} on record for only one." if left_out else note
 
 
 def _compared(task: str, metric: str, result: PairedComparison) -> list[str]:

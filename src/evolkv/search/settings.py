@@ -19,6 +19,8 @@ Start = str | BudgetProfile | np.ndarray | None
 #: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse:
 #: a few examples would leave most candidates equal.
 MINIBATCH = 2
+#: Of one generation, where a search's length is not said.
+MOST_POPULATION = 10_000
 #: σ₀ of each strategy, in its own units, for budgets per layer and per head.
 _SIGMA = {"evolkv": (0.3, 0.3), "joint": (0.5, 0.7), "random": (1.0, 1.0)}
 
@@ -49,6 +51,12 @@ class StrategySettings:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{option} is {value}; use at least one {what}")
+        if self.population is not None and self.population > (self.max_evals or MOST_POPULATION):
+            raise UsageError(
+                f"--population is {self.population}, more than all candidates of the search ("
+                f"{f'--max-evals {self.max_evals}' if self.max_evals else f'at most {MOST_POPULATION:,}'}); "
+                "a search wants many generations: leave --population out, or raise --max-evals"
+            )
         if self.minibatch is not None and self.name != "joint":
             raise UsageError(
                 f"strategy {self.name!r} compares candidates of different generations, which needs them all scored on "

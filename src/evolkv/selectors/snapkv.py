@@ -12,6 +12,9 @@ from torch import Tensor
 from evolkv.errors import UsageError
 from evolkv.selectors.base import PromptAttention, Selector
 
+#: No prompt is longer than what a few of these would cover.
+MOST_KERNEL = 65_535
+
 
 @dataclass(frozen=True)
 class SnapKV(Selector):
@@ -26,7 +29,7 @@ class SnapKV(Selector):
 
     Args:
         window: number of last prompt tokens that vote and are always kept.
-        kernel: width of the pooling over positions, odd; 1 turns pooling off.
+        kernel: width of the pooling over positions, odd, 65,535 at most; 1 turns pooling off.
         pooling: "max" (the paper's ablation favours it for retrieval) or "mean".
         gqa: how the query heads that share a KV head are combined, "mean" or "max" (the two choices of Ada-KV's code,
             arXiv 2407.11550).
@@ -41,8 +44,8 @@ class SnapKV(Selector):
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"snapkv: window is {self.window}; it must be at least 1 token")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise UsageError(f"snapkv: kernel is {self.kernel}; it must be a positive odd number")
+        if not 1 <= self.kernel <= MOST_KERNEL or self.kernel % 2 == 0:
+            raise UsageError(f"snapkv: kernel is {self.kernel}; expected an odd number from 1 to {MOST_KERNEL:,}")
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"snapkv: pooling is {self.pooling!r}; it must be 'max' or 'mean'")
         if self.gqa not in ("mean", "max"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,8 +43,9 @@ class CAKE(LayerAllocator):
 
     def __post_init__(self) -> None:
         for name, value in (("tau1", self.tau1), ("tau2", self.tau2)):
-            if not 0 < value < math.inf:
-                raise UsageError(f"cake: {name} is {value}; expected a number above 0, such as 1.6")
+            # What is far from the 0.4 to 2.3 that the authors search overflows.
+            if not 0.05 <= value <= 20:
+                raise UsageError(f"cake: {name} is {value}; expected a number from 0.05 to 20, such as 1.6")
         if self.window < 1:
             raise UsageError(f"cake: window is {self.window}; expected at least 1 token")
 
