@@ -136,7 +136,7 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
         ({"methods": ["snapkv"], "budgets": [240]}, BudgetError, "nothing would be evicted"),
         ({"methods": ["snapkv"], "budgets": [9000]}, BudgetError, "above the model's context of 8192"),
         ({"methods": []}, UsageError, "at least one task and one method"),
-        ({"methods": ["full"], "samples": 0}, UsageError, "at least one example"),
+        ({"methods": ["full"], "samples": 0}, UsageError, "expected 1 to 100,000"),
         ({"methods": ["full"], "metric": "contain"}, UsageError, "Did you mean 'contains'"),
         ({"methods": ["missing.json"]}, UsageError, "missing.json"),
     ],
