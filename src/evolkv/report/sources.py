@@ -14,6 +14,7 @@ from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
 from evolkv.report.records import Curve, Profile, Results, Row, Search, checked
 from evolkv.report.studies import study_searches
+from evolkv.report.words import counted
 
 if TYPE_CHECKING:
     from evolkv.evaluate.records import Records
@@ -108,7 +109,7 @@ class Sources:
             left = [row for row in rows if whole.get(_without_numbers(row), 0) < row.n]
             self._add_rows(left)
             if left:
-                self.names[self.names.index(origin)] = f"{origin} (interrupted after {left[0].n} examples)"
+                self.names[self.names.index(origin)] = f"{origin} (interrupted after {counted(left[0].n, 'example')})"
         self._partial = []
 
     def _add_search(self, found: Search) -> None:
