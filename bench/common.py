@@ -102,6 +102,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def ratios(times: list[float], others: list[float]) -> dict[str, float]:
+    """Median, least and most of the ratios of runs that took turns."""
+    return spread([mine / other for mine, other in zip(times, others, strict=True)])
+
+
 def interval_over_seeds(values: list[float]) -> dict[str, Any]:
     """Mean and 95 % t-interval over seeds."""
     mean = statistics.mean(values)

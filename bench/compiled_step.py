@@ -19,7 +19,7 @@ import torch
 from transformers import Cache, DynamicCache, StaticCache
 
 import evolkv
-from common import count, finish, machine, parser, run, spread
+from common import count, finish, machine, parser, ratios, run, spread
 from evolkv.models.forward import cache_keyword
 from shapes import load
 
@@ -82,7 +82,7 @@ def main() -> None:
                 name: {
                     "warm_up_seconds": sum(warm_up[name]),
                     "milliseconds": spread(times),
-                    "over_plain": spread([mine / its for mine, its in zip(times, plain, strict=True)]),
+                    "over_plain": ratios(times, plain),
                 }
                 for name, times in taken.items()
             },

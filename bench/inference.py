@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from common import count, counts, finish, machine, parser, run, seconds, spread
+from common import count, counts, finish, machine, parser, ratios, run, seconds, spread
 from contenders import PLAIN, Contender, PeakMemory, contenders, held
 from kept_tokens import KVPRESS, kvpress_python
 from peers import PRESSES, THEIRS, Side
@@ -113,7 +113,7 @@ class Bench:
             for (contender, _), times, (size, entries) in zip(running, found, sizes, strict=True):
                 floor = self.floor.decode(1, size, entries)
                 row = _row(contender.name, times, found[0], floor, "milliseconds", 1000)
-                row["over_plain_after_short_prompt"] = _ratios(times, found[-1])
+                row["over_plain_after_short_prompt"] = ratios(times, found[-1])
                 rows.append({"context": tokens, **row, "kv_bytes": size})
             _say(f"decoding after {tokens} tokens")
         return rows
@@ -209,7 +209,7 @@ class Bench:
                     for what, unit, factor in (("prefill", "seconds", 1), ("decode", "milliseconds", 1000)):
                         times = [run[what] for run in runs]
                         row[f"{what}_{unit}"] = spread([factor * t for t in times])
-                        row[f"{what}_over_plain"] = _ratios(times, [run[what] for run in found[PLAIN]])
+                        row[f"{what}_over_plain"] = ratios(times, [run[what] for run in found[PLAIN]])
                     rows.append(row)
                 _say(f"kvpress with {tokens} tokens")
             side.close()
@@ -220,14 +220,10 @@ def _row(name: str, times: list[float], plain: list[float], floor: float, unit: 
     return {
         "contender": name,
         unit: spread([factor * t for t in times]),
-        "over_plain": _ratios(times, plain),
+        "over_plain": ratios(times, plain),
         f"floor_{unit}": factor * floor,
         "over_floor": statistics.median(times) / floor,
     }
-
-
-def _ratios(times: list[float], others: list[float]) -> dict[str, float]:
-    return spread([mine / other for mine, other in zip(times, others, strict=True)])
 
 
 def _say(text: str) -> None:

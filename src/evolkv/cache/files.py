@@ -196,7 +196,7 @@ def write_cache(
     if input_ids is not None:
         tensors["input_ids"] = input_ids.long()
     # Rows that have room for more must not be stored with it.
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description.crc32 = {name: _crc32(tensor) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
     try:
@@ -440,15 +440,15 @@ class _Reader:
         tensor: Tensor = self.file.get_tensor(name)
         _check(dtype in (None, tensor.dtype), f"{name} is {tensor.dtype}, expected {dtype}")
         # A tensor is a window into the file, which somebody may change or cut under a running model.
-        tensor = tensor.to(self.device, copy=True)
+        tensor = tensor.clone()
         # Early files have no checksums.
         expected = self.said.crc32.get(name)
         _check(expected is None or _crc32(tensor) == expected, f"{name} does not hold what was written")
-        return tensor
+        return tensor.to(self.device)
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check(holds: bool, complaint: str) -> None:

@@ -80,17 +80,14 @@ def evaluate(
     budgets = whole_numbers("--budget", budget or [])
     from evolkv.evaluate import check_request, get_method, run_evaluation
     from evolkv.tasks import get_task
-    from evolkv.tasks.metrics import check_metric
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(outs, chain.from_iterable(read))
-    check_request(methods, budgets, samples)
+    check_request(methods, budgets, samples, metric)
     for each in methods:
         for number in budgets:
             each.at(number)
-    if metric is not None:
-        check_metric(metric)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     with console.Progress() as progress:
         found = run_evaluation(

@@ -30,10 +30,9 @@ from evolkv.evaluate.records import (
 )
 from evolkv.methods import Method, get_method
 from evolkv.models import describe_model
-from evolkv.registry import unknown_name
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
-from evolkv.tasks.metrics import METRIC_NAMES
+from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, under_protocol
 
 logger = logging.getLogger(__name__)
@@ -165,9 +164,7 @@ def run_evaluation(
     chosen = [get_method(m) if isinstance(m, str) else m for m in methods]
     if not tasks or not chosen:
         raise UsageError("nothing to evaluate: give at least one task and one method")
-    if metric is not None and metric not in METRIC_NAMES:
-        raise unknown_name("metric", metric, METRIC_NAMES)
-    check_request(chosen, budgets, samples)
+    check_request(chosen, budgets, samples, metric)
     rows = _rows(model, chosen, budgets)
     if prefill_chunk is not None:
         for row in rows:
@@ -224,8 +221,10 @@ def run_evaluation(
     return Evaluation(summarise(log.records), interrupted, recorded, total)
 
 
-def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int) -> None:
+def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int, metric: str | None) -> None:
     """Raises `UsageError` for what can be seen to be wrong before there is a model."""
+    if metric is not None:
+        check_metric(metric)
     if not 1 <= samples <= MOST_SAMPLES:
         raise UsageError(f"--samples is {samples}; expected 1 to {MOST_SAMPLES:,} examples per task")
     for method in methods:

@@ -179,7 +179,7 @@ class RecordLog:
         """
         if path is None:
             return cls(Records(settings))
-        with contextlib.ExitStack() as undo, _opening(path):
+        with contextlib.ExitStack() as undo, _reporting(path, opening=True):
             target = Path(os.path.realpath(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             undo.enter_context(_claim(path, target))
@@ -398,21 +398,12 @@ def _claim(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opening(path: str | os.PathLike[str]) -> Iterator[None]:
+def _reporting(path: str | os.PathLike[str], opening: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         message = f"records {path} cannot be written: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise RunError(message) from None
-        raise UsageError(f"{message}; give another path with --records") from None
-
-
-@contextlib.contextmanager
-def _reporting(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"records {path} cannot be written: {error.strerror or error}; what was recorded before is kept"
-        ) from None
+        # A file that cannot be opened is a wrong path, unless the disk is at fault.
+        if opening and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise UsageError(f"{message}; give another path with --records") from None
+        raise RunError(f"{message}; what was recorded before is kept") from None

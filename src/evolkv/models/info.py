@@ -111,17 +111,23 @@ def _is_quantized(weight: torch.Tensor) -> bool:
 
 def _shape(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[int, ...]:
     """The shape of a weight, however it is packed: bitsandbytes packs some anew at the first forward call."""
-    owner, _, own = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if own == "weight" and isinstance(module, nn.Linear) and _is_quantized(weight):
-        return module.out_features, module.in_features
+    if _is_quantized(weight):
+        module, own = _owner(model, name)
+        if own == "weight" and isinstance(module, nn.Linear):
+            return module.out_features, module.in_features
     return tuple(weight.shape)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that a parameter belongs to, and the parameter's name there."""
+    module, _, own = name.rpartition(".")
+    return model.get_submodule(module), own
 
 
 def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
     """A weight that accelerate keeps on disk or in main memory until it is needed; None if there is no such."""
-    module, _, own = name.rpartition(".")
-    hook: Any = getattr(model.get_submodule(module), "_hf_hook", None)
+    module, own = _owner(model, name)
+    hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         weights = getattr(each, "weights_map", None)
         if weights is not None:
