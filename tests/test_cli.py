@@ -170,6 +170,31 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
     assert (tmp_path / "profile.json").read_text() == (tmp_path / "rows.json").read_text() == "precious"
 
 
+@pytest.mark.parametrize("command", ["search", "eval"])
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("jsonl:path=bad.jsonl", "bad.jsonl line 1: field 'prompt' is missing"),
+        ("longbench:subset=trec,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
+        ("gsm8k:path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
+        ("gsm8k:path=good.jsonl,shots_path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
+        ("ruler:task=vt,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
+        ("ruler:task=qa_2,path=bad.json", "bad.json [0]: field 'question' is missing"),
+        ("ruler:task=niah_single_2,haystack=missing.txt", "missing.txt does not exist"),
+        ("niah:haystack=missing.txt", "missing.txt does not exist"),
+        ("code:path=missing", "missing does not exist"),
+    ],
+)
+def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, task, message):
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "bad.json").write_text('[{"a": 1}]')
+    (tmp_path / "good.jsonl").write_text('{"question": "2 and 2?", "answer": "4\\n#### 4"}\n')
+    method = ["--method", "snapkv"] if command == "eval" else []
+    code, _, err = run(command, "no-such-model", "--task", task, "--budget", 64, *method)
+    assert code == 2
+    assert message in one_line(err)
+
+
 @pytest.mark.parametrize(
     ("option", "path", "message"),
     [

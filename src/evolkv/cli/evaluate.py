@@ -88,6 +88,8 @@ def evaluate(
     for each in methods:
         for number in budgets:
             each.at(number)
+    for every in tasks:
+        every.check_files()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     with console.Progress() as progress:
         found = run_evaluation(

@@ -230,6 +230,7 @@ def search(
     file = None if where == "none" else locate(where).path
     if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
         raise UsageError(f"--storage is {where}, which the result would overwrite; give the study a file of its own")
+    chosen_task.check_files()
     begun = start if start in HEURISTICS else BudgetProfile.load(start)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
     settings: dict[str, Any] = {

@@ -94,6 +94,18 @@ class Task(ABC):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **settings}
 
+    def check_files(self) -> None:
+        """Read the data that examples are drawn from, so that what is wrong with it is said before a model is loaded.
+
+        Unless a task overrides it, this only looks whether its files are there.
+
+        Raises:
+            TaskError: the data cannot be found, fetched or read, or is malformed.
+        """
+        for path in self.files():
+            if not Path(path).expanduser().exists():
+                raise TaskError(f"file {path} does not exist; check the path")
+
     def files(self) -> list[str]:
         """Paths of the files that the examples are read from."""
         return [value for name, value in self.spec().items() if name in _PATHS and isinstance(value, str)]

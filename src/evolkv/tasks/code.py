@@ -113,8 +113,7 @@ class CodeCompletion(Task):
                 f"code: context={self.context} is too small for the instruction and code; "
                 f"give at least {prompts.overhead + SLACK + 1} tokens"
             )
-        folder = Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
-        names = self._files(folder, split)
+        folder, names = self._folder, self._files(split)
         random.Random(f"code/{seed}/{split}").shuffle(names)
         streams = [_lines(folder, name, prompts, f"code/{seed}/{split}/{name}") for name in names]
         drawn = list(islice(_in_turn(streams), n))
@@ -127,8 +126,17 @@ class CodeCompletion(Task):
             logger.warning("%s: split %r has %d lines to ask for; using all, not %d", folder, split, len(drawn), n)
         return drawn
 
-    def _files(self, folder: Path, split: Split) -> list[str]:
+    def check_files(self) -> None:
+        """Look for the folder's files, without reading them."""
+        self._files("report")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
+
+    def _files(self, split: Split) -> list[str]:
         """The files that serve a split, relative to the folder, with "/" between their parts."""
+        folder = self._folder
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
             raise TaskError(f"code: folder {folder} {found}; give path= a folder of .py files")

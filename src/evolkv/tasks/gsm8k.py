@@ -93,7 +93,7 @@ class Gsm8k(Task):
         """
         check_request(split, n)
         template = tokenizer if self._uses_chat(tokenizer) else None
-        path = self.path or hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD)
+        path = self._file()
         problems = _read(path)
         shots = self._shots(problems, path)
         shown = {shot.question for shot in shots}
@@ -106,6 +106,14 @@ class Gsm8k(Task):
         drawn = draw(left, split, n, splitting="all", seed=f"gsm8k/{seed}", source=path, groups="questions")
         shared = "".join(f"{_question(shot)} {shot.answer}\n\n" for shot in shots)
         return [self._example(problem, shared, template) for problem in drawn]
+
+    def check_files(self) -> None:
+        """Read all problems."""
+        for path in filter(None, (self._file(), self.shots_path)):
+            _read(path)
+
+    def _file(self) -> str:
+        return self.path or hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD)
 
     def _uses_chat(self, tokenizer: Any) -> bool:
         has_template = bool(getattr(tokenizer, "chat_template", None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,9 +85,8 @@ class JsonLines(Task):
         check_request(split, n)
         if self.chat and not getattr(tokenizer, "chat_template", None):
             raise TaskError("jsonl: chat=true, but this tokenizer has no chat template; use chat=false")
-        rows = (self._parse(fields, number) for number, fields in parse_rows(read_text(self.path), self.path))
         drawn = draw(
-            distinct(rows, self.path),
+            distinct(self._rows(), self.path),
             split,
             n,
             splitting=self.split,
@@ -96,6 +95,14 @@ class JsonLines(Task):
             groups="prompts",
         )
         return [self._example(row, tokenizer) for row in drawn]
+
+    def check_files(self) -> None:
+        """Read all rows."""
+        for _ in self._rows():
+            pass
+
+    def _rows(self) -> Iterator[_Row]:
+        return (self._parse(fields, number) for number, fields in parse_rows(read_text(self.path), self.path))
 
     def _parse(self, fields: Mapping[str, Any], number: int) -> _Row:
         where = f"{self.path} line {number}"

@@ -34,6 +34,11 @@ class Mixture(Task):
             if task in self.tasks[:index]:
                 raise TaskError(f"task {task.name} is given twice with the same settings; give each once")
 
+    def check_files(self) -> None:
+        """Those of all tasks."""
+        for task in self.tasks:
+            task.check_files()
+
     def files(self) -> list[str]:
         """Those of all tasks."""
         return [path for task in self.tasks for path in task.files()]

@@ -164,6 +164,11 @@ class NeedleInHaystack(Task):
         needles = list(zip(words, numbers, strict=True))
         return _Plan(index, passage, needles, [asked_depth, *others])
 
+    def check_files(self) -> None:
+        """Read the haystack, where it is a file."""
+        if self.haystack is not None:
+            read_text(self.haystack)
+
     def _passages(self, split: Split, count: int, tokenizer: Any, seed: int) -> Callable[[int], str]:
         """Passage index → text, long enough for a prompt of `context` tokens."""
         if self.haystack is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -89,8 +89,7 @@ class LongBench(Task):
                 line), or the split has no rows.
         """
         check_request(split, n)
-        text, source = read_subset(self.subset, self.path)
-        rows = (self._parse(fields, number, source) for number, fields in parse_rows(text, source))
+        rows, source = self._rows()
         drawn = draw(
             distinct(rows, source),
             split,
@@ -105,6 +104,17 @@ class LongBench(Task):
             place.setdefault(row.context, len(place))
         drawn.sort(key=lambda row: place[row.context])
         return [self._example(row, tokenizer) for row in drawn]
+
+    def check_files(self) -> None:
+        """Read all rows of the subset."""
+        rows, _ = self._rows()
+        for _ in rows:
+            pass
+
+    def _rows(self) -> tuple[Iterator[_Row], str]:
+        """The rows, and where they are from."""
+        text, source = read_subset(self.subset, self.path)
+        return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
 
     @property
     def _work(self) -> Subset:

@@ -47,11 +47,12 @@ def prepared_rows(path: str, opening: str, split: Split, n: int, splitting: Spli
     Raises:
         TaskError: the file cannot be read, a row is malformed or the split has none.
     """
-    rows = distinct(_rows(path, opening), path)
+    rows = distinct(read_prepared(path, opening), path)
     return draw(rows, split, n, splitting=splitting, seed=f"ruler/{seed}", source=path, groups="inputs")
 
 
-def _rows(path: str, opening: str) -> Iterator[PreparedRow]:
+def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
+    """All rows of the file; arguments and errors as for `prepared_rows`."""
     for number, fields in parse_rows(read_text(path), path):
         where = f"{path} line {number}"
         text = get_text(fields, "input", where)

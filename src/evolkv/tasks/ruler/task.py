@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,11 @@ from typing import Any, ClassVar
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, read_text, user_message
 from evolkv.tasks.rows import Splitting, check_splitting
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
-from evolkv.tasks.ruler.prepared import prepared_rows
+from evolkv.tasks.ruler.prepared import prepared_rows, read_prepared
 from evolkv.tasks.ruler.puzzle import Family, Puzzle, largest
 
 FAMILIES: dict[str, Family] = {
@@ -119,9 +120,22 @@ class Ruler(Task):
         # Of all orders this one has neighbours share the longest prefixes.
         return sorted(examples, key=lambda example: example.prompt)
 
+    def check_files(self) -> None:
+        """Read the rows, questions or haystack, where they are a file's."""
+        if self.path is not None:
+            read = partial(read_prepared, opening=self._opening) if self._is_prepared else QUESTIONS[self.task][1]
+            deque(read(self.path), maxlen=0)
+        if self.haystack is not None:
+            read_text(self.haystack)
+
     @property
     def _is_prepared(self) -> bool:
         return self.path is not None and self.path.lower().endswith(".jsonl")
+
+    @property
+    def _opening(self) -> str:
+        # As far as RULER's own scripts look: it holds no field of the template.
+        return FAMILIES[self.task].prefix[:10]
 
     @property
     def _has_essay(self) -> bool:
@@ -135,9 +149,7 @@ class Ruler(Task):
 
     def _prepared(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
         assert self.path is not None
-        # As far as RULER's own scripts look: it holds no field of the template.
-        opening = FAMILIES[self.task].prefix[:10]
-        rows = prepared_rows(self.path, opening, split, n, self.split, seed)
+        rows = prepared_rows(self.path, self._opening, split, n, self.split, seed)
         texts = [prompts.render(row.input, row.prefix) for row in rows]
         rooms = [prompts.room(text) for text in texts]
         if min(rooms) < 0:
