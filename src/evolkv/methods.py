@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.allocators import ALLOCATORS, complete, pyramid, uniform
+from evolkv.allocators import ALLOCATORS, complete, pyramid
 from evolkv.allocators.adaptive import (
     ADAPTIVE,
     HeadAllocator,
@@ -138,7 +138,12 @@ class Method:
             window = min(getattr(self.selector, "window", 0), budget - 1)
             layers = pyramid(count, budget, window=window, ceiling=max(budget, int(ceilings.max())))
         else:
-            layers = uniform(count, budget)
+            name = self.allocator or "uniform"
+            layers = np.asarray(ALLOCATORS[name](count, budget))
+            if layers.shape != (count,):
+                raise UsageError(
+                    f"allocator {name!r} gave {layers.shape} budgets; expected one for each of {count} layers"
+                )
         if budget <= ceilings.mean():
             # Entries that a sliding-window layer could not hold go to the others: the memory is the same.
             layers = complete(layers, budget * count, self.selector.min_budget, ceilings)

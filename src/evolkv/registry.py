@@ -1,15 +1,24 @@
-"""Name → object tables whose misses suggest the nearest name."""
+"""Name → object tables whose misses suggest the nearest name, and which other packages may add to."""
 
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, cast
 
 from evolkv.errors import UsageError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+#: What can stand in a spec: neither ``:``, ``,``, ``=`` nor ``+``, which mean something there.
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
@@ -78,33 +87,94 @@ def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping from names to entries of one kind.
+    """A mapping from names to entries of one kind: EvolKV's own, then those of installed packages and of `register`.
+
+    A package's entry is imported when it is asked for. One that is called as an entry of EvolKV's is passed over, with
+    a warning.
 
     Args:
         kind: what an entry is, in the words of an error message ("selector", "task", …).
-        entries: the entries by name.
+        entries: EvolKV's own, by name.
+        group: the entry point group in which packages offer others (``evolkv.selectors``). Default None: they cannot.
+        base: what others' entries must be subclasses of. Default None: anything.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, T]):
+    def __init__(self, kind: str, entries: Mapping[str, T], group: str | None = None, base: type | None = None):
         self.kind = kind
+        self.group = group
+        self.base = base
         self._entries = dict(entries)
+        self._own = frozenset(entries)
+
+    def register(self, name: str, entry: T) -> None:
+        """Add an entry, for this process. The same name again takes the place of what was registered before.
+
+        Raises:
+            UsageError: the name is EvolKV's own, cannot stand in a spec, or is not the entry's; or the entry is no
+                subclass of `base`.
+        """
+        if name in self._own:
+            raise UsageError(f"{self.kind} {name!r} is EvolKV's own; register yours under another name")
+        self._check(name, entry)
+        self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
+        if isinstance(name, str) and name not in self._entries and name in self._offers:
+            self._entries[name] = self._load(self._offers[name])
         try:
             return self._entries[name]
         except (KeyError, TypeError):
-            raise unknown_name(self.kind, name, self._entries) from None
+            raise unknown_name(self.kind, name, self) from None
 
     # Mapping's own `get` waits for a KeyError, and a miss here is a UsageError.
     def get(self, name: str, default: Any = None) -> Any:
         """The entry called `name`, or `default`."""
-        return self._entries.get(name, default)
+        if name not in self:
+            return default
+        return self[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._offers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        yield from list(self._entries)
+        yield from (name for name in self._offers if name not in self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len({*self._entries, *self._offers})
+
+    @cached_property
+    def _offers(self) -> dict[str, EntryPoint]:
+        """What packages offer, by name; nothing of it is imported yet."""
+        found = {} if self.group is None else {each.name: each for each in entry_points(group=self.group)}
+        for name in self._own.intersection(found):
+            logger.warning(
+                "%s %r of package %s is passed over: EvolKV has one", self.kind, name, _package(found.pop(name))
+            )
+        return found
+
+    def _load(self, offer: EntryPoint) -> T:
+        try:
+            entry = offer.load()
+        except Exception as error:  # whatever another's module raises
+            raise UsageError(
+                f"{self.kind} {offer.name!r} of package {_package(offer)} cannot be imported "
+                f"({type(error).__name__}: {error}); mend or uninstall the package"
+            ) from error
+        self._check(offer.name, entry)
+        return cast(T, entry)
+
+    def _check(self, name: str, entry: Any) -> None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{self.kind} {name!r}: expected a name of letters, digits, '_', '-' and '.'")
+        if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
+            raise UsageError(
+                f"{self.kind} {name!r} is {entry!r}; expected a subclass of {self.base.__module__}.{self.base.__name__}"
+            )
+        own = getattr(entry, "name", name)
+        if own != name:
+            raise UsageError(f"{self.kind} {name!r} calls itself {own!r}; give both the same name")
+
+
+def _package(offer: EntryPoint) -> str:
+    return offer.dist.name if offer.dist is not None else offer.value

@@ -16,6 +16,8 @@ from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
 from evolkv.registry import Registry
 
-ALLOCATORS: Registry[Callable[..., Any]] = Registry("allocator", {"uniform": uniform, "pyramid": pyramid})
+ALLOCATORS: Registry[Callable[..., Any]] = Registry(
+    "allocator", {"uniform": uniform, "pyramid": pyramid}, "evolkv.allocators"
+)
 
 __all__ = ["ALLOCATORS", "complete", "expand", "project", "pyramid", "uniform"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 import torch
@@ -138,16 +138,20 @@ def text_score(metric: str, prediction: str, example: Example) -> float:
     """A text metric's score of one prediction, as far as the example's `stop` and `first_line` let it count.
 
     Raises:
-        UsageError: if the example lacks what the metric needs.
+        UsageError: if the example lacks what the metric needs, or the metric, which may be another package's, gives no
+            number from 0 to 1.
     """
     for text in example.stop:
         prediction = prediction.partition(text)[0]
     if example.first_line:
         prediction = prediction.lstrip("\n").partition("\n")[0]
     try:
-        return float(get_metric(metric)(prediction, example.references, **dict(example.extra)))
+        score = get_metric(metric)(prediction, example.references, **dict(example.extra))
     except UsageError as error:
         raise UsageError(f"example {example.id}: {error}") from None
+    if not (isinstance(score, SupportsFloat) and 0 <= float(score) <= 1):
+        raise UsageError(f"example {example.id}: metric {metric!r} gave {score!r}; expected a number from 0 to 1")
+    return float(score)
 
 
 def mean_probability(log_probs: Tensor) -> float:

@@ -21,7 +21,7 @@ from evolkv.registry import unknown_name
 from evolkv.search.objective import fitness
 from evolkv.selectors import Selector
 from evolkv.tasks import Example, Task, encode_prompt, fingerprint, format_spec
-from evolkv.tasks.metrics import METRIC_NAMES
+from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, under_protocol
 
 EngineName = Literal["replay", "naive"]
@@ -90,8 +90,7 @@ class Plan:
                 "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
                 "add --engine naive, which reads each prompt for each candidate"
             )
-        if metric not in METRIC_NAMES:
-            raise unknown_name("metric", metric, METRIC_NAMES)
+        check_metric(metric)
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=lam, gamma=gamma)
         self.model, self.tokenizer, self.task, self.selector = model, tokenizer, task, selector

@@ -23,6 +23,8 @@ from evolkv.selectors.tova import TOVA
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
     {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention)},
+    "evolkv.selectors",
+    Selector,
 )
 
 

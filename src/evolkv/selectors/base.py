@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from evolkv.errors import UsageError
 from evolkv.models.rotary import Rotary
 
 
@@ -206,7 +207,16 @@ class Selector(ABC):
         return self.order(prompt, self.score(prompt))
 
     def order(self, prompt: PromptAttention, scores: Tensor) -> Tensor:
-        """The ranking that follows from scores; see `rank`."""
+        """The ranking that follows from scores; see `rank`.
+
+        Raises:
+            UsageError: the scores of a selector, which may be another package's, have another shape.
+        """
+        if scores.shape != prompt.key.shape[:3]:
+            raise UsageError(
+                f"selector {self.name!r} gave scores of shape {list(scores.shape)}; expected [batch, kv_heads, tokens] "
+                f"= {list(prompt.key.shape[:3])}"
+            )
         ranking = scores.argsort(dim=-1, descending=True, stable=True)
         window = prompt.sliding_window
         oldest = 0 if window is None else max(0, prompt.length - window)

@@ -26,7 +26,10 @@ from evolkv.tasks.niah import NeedleInHaystack
 from evolkv.tasks.ruler import Ruler
 
 TASKS: Registry[type[Task]] = Registry(
-    "task", {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler, Gsm8k, CodeCompletion)}
+    "task",
+    {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler, Gsm8k, CodeCompletion)},
+    "evolkv.tasks",
+    Task,
 )
 
 _AND = " && "

@@ -19,7 +19,10 @@ from evolkv.allocators.adaptive.dynamickv import DynamicKV
 from evolkv.registry import Registry, parse_named, with_parameters
 
 ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
-    "adaptive allocator", {cls.name: cls for cls in (AdaKV, CAKE, DynamicKV)}
+    "adaptive allocator",
+    {cls.name: cls for cls in (AdaKV, CAKE, DynamicKV)},
+    "evolkv.adaptive_allocators",
+    AdaptiveAllocator,
 )
 
 

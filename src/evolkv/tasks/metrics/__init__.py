@@ -18,7 +18,7 @@ from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
 from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
 from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
-__all__ = ["METRICS", "METRIC_NAMES", "Metric", "check_metric", "get_metric"]
+__all__ = ["METRICS", "Metric", "check_metric", "get_metric"]
 
 
 class Metric(Protocol):
@@ -46,16 +46,15 @@ METRICS: Registry[Metric] = Registry(
         "ruler_all": ruler_all,
         "ruler_part": ruler_part,
     },
+    "evolkv.metrics",
 )
-
-METRIC_NAMES: tuple[str, ...] = tuple(sorted([*METRICS, "logprob"]))
-"""Every name that can be asked for: the text metrics, and `logprob`, which the engine computes itself."""
 
 
 def check_metric(name: object) -> None:
-    """Raise UsageError, with the nearest name, unless `name` is among `METRIC_NAMES`."""
-    if name not in METRIC_NAMES:
-        raise unknown_name("metric", name, METRIC_NAMES)
+    """Raise UsageError, with the nearest name, unless `name` is a text metric or `logprob`, which engines compute."""
+    known = {*METRICS, "logprob"}
+    if name not in known:
+        raise unknown_name("metric", name, known)
 
 
 def get_metric(name: str) -> Metric:
