@@ -20,7 +20,7 @@ from evolkv.evaluate.prefill import Prefiller
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
-from tiny import KV_HEADS, LAYERS, padded, tiny_model, tokens
+from tiny import KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 INF = math.inf
 
@@ -269,3 +269,15 @@ def test_unusable_combinations_are_refused(name, words):
 def test_a_selector_may_have_parameters():
     method = get_method("cake+snapkv:window=16,gqa=max")
     assert method.selector == get_selector({"name": "snapkv", "window": 16, "gqa": "max"})
+
+
+def test_an_expanded_profile_holds_its_whole_budget_beside_sliding_windows(tmp_path):
+    model = tiny_model("gemma3")
+    evolkv.BudgetProfile.from_budgets(model, [20, 20, 8, 8], "keydiff").save(tmp_path / "p.json")
+    method = get_method(str(tmp_path / "p.json"))
+    windows = np.array([WINDOW, WINDOW, WINDOW, 512])
+    budgets = method.budgets(model, 28)[:, 0]
+    assert np.minimum(budgets, windows).sum() == 28 * LAYERS
+    assert method.budgets(model, 14)[:, 0].tolist() == [20, 20, 8, 8]
+    # More than all windows hold on average: nothing is left to move.
+    assert method.budgets(model, 400)[:, 0].sum() == 400 * LAYERS

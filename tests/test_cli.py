@@ -318,6 +318,29 @@ def test_eval_prints_its_table_whatever_becomes_of_its_files(run, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == [other]
 
 
+@pytest.mark.parametrize("budget", [64, "64,96"])
+def test_search_prints_its_table_where_the_profile_cannot_be_written(run, tmp_path, monkeypatch, budget):
+    def full(self, path):
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(BudgetProfile, "save", full)
+    examples = ["--train", 1, "--val", 1, "--max-evals", 6, "--storage", "none"]
+    code, out, err = run("search", MODEL, "--task", "niah:context=200", "--budget", budget, *examples)
+    assert code == 1
+    assert "No space left" in err
+    assert "uniform" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_others_may_not_read_stays_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    path.chmod(0o600)
+    evolkv.whole_files.write_text(path, "[]")
+    assert path.read_text() == "[]"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
     budgets = np.full((4, 2), 64)
     info = evolkv.models.ModelInfo("other", 4, 2, 8, 64, 4096, "0" * 16)

@@ -589,12 +589,18 @@ def test_gemma3_with_covering_budget_gives_the_same_logits_beyond_its_window(gem
     ("ids", "mask", "message"),
     [
         ([[1, 2, 3]], None, "input_ids is list; expected a tensor"),
-        (torch.tensor([1, 2, 3]), None, r"input_ids is \[3\]; expected a tensor of shape \[batch, tokens\]"),
-        (torch.zeros(1, 0, dtype=torch.long), None, "not empty"),
+        (torch.tensor([1, 2, 3]), None, r"input_ids is a tensor of torch\.int64 and shape \[3\]; expected a"),
+        (
+            torch.rand(1, 3),
+            None,
+            r"input_ids is a tensor of torch\.float32 and shape \[1, 3\]; expected a tensor of token",
+        ),
+        (torch.zeros(1, 0, dtype=torch.long), None, "input_ids is empty"),
+        (torch.ones(1, 3, dtype=torch.long), [[1, 1, 1]], "attention_mask is list; expected a tensor of shape"),
         (
             torch.ones(1, 3, dtype=torch.long),
             torch.ones(1, 2),
-            r"attention_mask is \[1, 2\]; expected that of input_ids, \[1, 3\]",
+            r"attention_mask is of shape \[1, 2\]; expected a tensor of shape \[1, 3\] \(that of input_ids\)",
         ),
     ],
 )

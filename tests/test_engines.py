@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,7 @@ from evolkv.evaluate.prefill import Prefiller
 from evolkv.evaluate.replay import _candidate_bytes, lowest_changed
 from evolkv.evaluate.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
 from evolkv.evaluate.workers import Workers
+from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
@@ -63,6 +65,22 @@ def test_replayed_log_probs_equal_those_of_compressed_caches(family, length, sha
             first = model(prompt, cache=cache).logits[:, -1]
             (alone,) = target_log_probs(model, cache, first, [prompt.shape[1]], [target])
             torch.testing.assert_close(replayed[5 * i + row], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", ["OPT", "GPT2", "GPTBigCode"])
+def test_models_that_call_the_width_of_their_layers_otherwise_are_replayed(smollm2, kind):
+    _, tokenizer = smollm2
+    width = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96} if kind == "OPT" else {"n_embd": 64}
+    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": len(tokenizer), **width}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=512)
+    model = getattr(transformers, f"{kind}ForCausalLM" if kind != "GPT2" else "GPT2LMHeadModel")(config).eval()
+    examples = [Example("e", "one two three four five six seven eight nine ten " * 4, ("eleven twelve",))]
+    budgets = np.random.default_rng(0).integers(9, 30, (3, LAYERS, describe_model(model).num_kv_heads))
+    selector = get_selector({"name": "snapkv", "window": 4})
+    replay, naive = (engine(model, tokenizer, examples, selector) for engine in (ReplayEngine, NaiveEngine))
+    np.testing.assert_allclose(replay.score(budgets), naive.score(budgets), rtol=1e-4)
 
 
 def test_lowest_changed_layer_is_where_candidates_begin_to_differ():

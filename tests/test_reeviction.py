@@ -684,7 +684,7 @@ def test_caches_of_prompts_that_were_read_in_chunks_are_merged():
         for i, cache in enumerate(alone):
             expected = model(new[i : i + 1], position_ids=places[:1], cache=cache).logits
             torch.testing.assert_close(logits[i : i + 1], expected)
-    assert [merged.kv_bytes_of(i) for i in range(2)] == [cache.kv_bytes for cache in alone]
+    assert merged.kv_bytes_by_sequence == [cache.kv_bytes for cache in alone]
 
 
 def test_a_failed_call_leaves_nothing_behind():

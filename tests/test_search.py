@@ -160,7 +160,20 @@ def test_interruption_keeps_the_best_so_far(smollm2):
     assert found.profile.total == 48 * 90
     best = max(found.history, key=lambda entry: entry["fitness"])
     assert found.profile.budgets.tolist() == best["budgets"]
+    assert found.profile.scores["train"]["score"] == best["score"]
     assert found.profile.search["interrupted"]
+
+
+@pytest.mark.model
+def test_the_training_score_in_a_profile_is_that_of_its_budgets(smollm2):
+    def stop(event: SearchProgress):
+        if event.stage == "search":
+            raise KeyboardInterrupt
+
+    # Generations on examples in turn: what is left is the distribution's mean, which was not scored.
+    found = evolkv.search(*smollm2, on_progress=stop, **{**SETTINGS, "minibatch": 1, "train": 2})
+    assert found.chosen == "mean"
+    assert "train" not in found.profile.scores
 
 
 @pytest.mark.model

@@ -213,6 +213,13 @@ def test_optuna_reads_a_study(path):
     close_storage(storage)
 
 
+def test_a_population_of_thousands_keeps_its_order(path):
+    many = generation(0, candidates=1100)
+    with Study.open(path, "search", SETTINGS) as study:
+        study.record(STAGE, 0, many)
+    assert read_study(path).stages == {STAGE: [many]}
+
+
 def test_no_attribute_outgrows_mysql(path):
     large = generation(0, candidates=25, layers=80, heads=8)
     with Study.open(path, "search", SETTINGS) as study:

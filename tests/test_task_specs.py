@@ -192,6 +192,16 @@ def test_unusable_mixtures_are_refused(specs, words):
         get_task(specs)
 
 
+def test_a_mixture_within_a_list_is_the_one_that_its_spec_reads():
+    mixture = get_task(["niah:context=800 && niah:context=3200", "code"])
+    assert len(mixture.tasks) == 3
+    assert (
+        get_task([get_task(["niah", "code"]), "niah:context=800"]).tasks
+        == get_task("niah && code && niah:context=800").tasks
+    )
+    assert get_task(format_spec(mixture)) == mixture
+
+
 def test_a_mixture_draws_as_many_examples_of_each_task(tmp_path):
     specs = []
     for name in ("one", "two", "three"):

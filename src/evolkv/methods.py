@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,8 @@ class Method:
     def budgets(self, model: PreTrainedModel, budget: int) -> np.ndarray:
         """The allocation at a mean budget, ``[layers, kv_heads]``; what `budgets_for` starts from.
 
-        A profile that was found at another budget is expanded to this one.
+        A profile that was found at another budget is expanded to this one. Entries that a sliding-window layer could
+        not hold go to the others, as far as these can hold them: the memory is the same.
 
         Raises:
             BudgetError: for a budget that the selector cannot serve.
@@ -123,11 +123,12 @@ class Method:
                 f"the budget is {budget}, but {self.name} always keeps {self.selector.min_budget} tokens; "
                 f"use {self.selector.min_budget} or more"
             )
-        if self.profile is not None:
-            profile = self.profile if budget == self.profile.budget else self.profile.expand(budget)
-            return profile.budgets
         info = describe_model(model)
         ceilings = np.array([w if w is not None else info.max_context for w in sliding_windows(model)])
+        if self.profile is not None:
+            if budget == self.profile.budget:
+                return self.profile.budgets
+            return self.profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
         return np.repeat(self._by_layer(budget, ceilings)[:, None], info.num_kv_heads, axis=1)
 
     def _by_layer(self, budget: int, ceilings: np.ndarray) -> np.ndarray:
@@ -145,7 +146,6 @@ class Method:
                     f"allocator {name!r} gave {layers.shape} budgets; expected one for each of {count} layers"
                 )
         if budget <= ceilings.mean():
-            # Entries that a sliding-window layer could not hold go to the others: the memory is the same.
             layers = complete(layers, budget * count, self.selector.min_budget, ceilings)
         return np.asarray(layers)
 
@@ -173,7 +173,7 @@ def get_method(name: str) -> Method:
         return _combined(name, allocators, get_selector(parse_selector(selector)))
     if "{}" in spec:
         return Method(name, profiles=spec)
-    if os.sep in spec or spec.endswith(".json") or Path(spec).exists():
+    if os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
         profile = BudgetProfile.load(spec)
         return Method(name, get_selector(profile.selector), profile=profile)
     for each in named:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evolkv import allocators, hub
-from evolkv.errors import BudgetError, ProfileError, UsageError
+from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
@@ -305,7 +305,8 @@ class BudgetProfile:
         """Write the profile to a JSON file, whole or not at all; missing folders are made.
 
         Raises:
-            ProfileError: a file that cannot be written, or provenance that JSON cannot hold.
+            ProfileError: what is no name of a file, or provenance that JSON cannot hold.
+            RunError: the file cannot be written.
         """
         text = self._text()
         if hub.is_address(path):
@@ -318,7 +319,7 @@ class BudgetProfile:
         try:
             write_with(target, lambda partial: partial.write_bytes(text.encode()))
         except OSError as error:
-            raise ProfileError(f"cannot write {path}: {error.strerror or error}") from None
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BudgetProfile:

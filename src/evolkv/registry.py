@@ -119,12 +119,11 @@ class Registry(Mapping[str, T]):
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
-        if isinstance(name, str) and name not in self._entries and name in self._offers:
+        if name not in self:
+            raise unknown_name(self.kind, name, self)
+        if name not in self._entries:
             self._entries[name] = self._load(self._offers[name])
-        try:
-            return self._entries[name]
-        except (KeyError, TypeError):
-            raise unknown_name(self.kind, name, self) from None
+        return self._entries[name]
 
     # Mapping's own `get` waits for a KeyError, and a miss here is a UsageError.
     def get(self, name: str, default: Any = None) -> Any:
@@ -134,7 +133,7 @@ class Registry(Mapping[str, T]):
         return self[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._offers
+        return isinstance(name, str) and (name in self._entries or name in self._offers)
 
     def __iter__(self) -> Iterator[str]:
         yield from list(self._entries)

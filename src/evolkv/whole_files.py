@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +32,9 @@ def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         # Otherwise a power cut could leave the name and not the content.
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
+        if target.exists():
+            # A file that others may not read stays one.
+            shutil.copymode(target, partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

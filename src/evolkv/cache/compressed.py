@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -281,15 +281,11 @@ class CompressedCache(HookedCache):
             ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if given is not None and (not isinstance(given, Tensor) or given.ndim != 2 or not given.numel()):
-                shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-                raise UsageError(f"{name} is {shape}; expected a tensor of shape [batch, tokens] that is not empty")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise UsageError(
-                f"the shape of attention_mask is {list(attention_mask.shape)}; expected that of input_ids, "
-                f"{list(input_ids.shape)}"
-            )
+        _check_ids(input_ids)
+        if not input_ids.numel():
+            raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
+        if attention_mask is not None:
+            _check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
         ids = input_ids.to(input_device(model)).long()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -318,11 +314,7 @@ class CompressedCache(HookedCache):
             UsageError: if the text so far is not known, or not all of it; for another number of sequences; or after
                 beam search.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-            raise UsageError(
-                f"input_ids is {input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__}; "
-                "expected a tensor of token ids [batch, tokens], as tokenizer(text, return_tensors='pt').input_ids is"
-            )
+        _check_ids(input_ids)
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
         if not seen:
             raise UsageError("the cache holds nothing yet; read a text with CompressedCache.prefill first")
@@ -334,7 +326,7 @@ class CompressedCache(HookedCache):
         self._check_text()
         if known == seen and input_ids.numel() == 0:
             raise UsageError("input_ids has no tokens, and all of the text was read; give at least one token to read")
-        if input_ids.ndim != 2 or len(input_ids) not in (1, self.num_rows):
+        if len(input_ids) not in (1, self.num_rows):
             raise UsageError(
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
@@ -346,8 +338,9 @@ class CompressedCache(HookedCache):
         mask[:, :seen] = self.kv_layers[0].real_tokens().to(ids.device)
         mask[:, after:known] *= ~_filled_up(self.model(), self.input_ids)[:, after:]
         if attention_mask is not None:
-            width = _check_mask(attention_mask, input_ids, ids)
-            mask[:, -width:] = attention_mask.to(mask)
+            shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
+            _check_mask(attention_mask, shapes)
+            mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
         for layer in self.kv_layers:
             layer.note_padding(mask[:, after:seen].bool())
         return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
@@ -535,7 +528,7 @@ class CompressedCache(HookedCache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held by keys and values; the states of other layers do not count."""
+        """Bytes held by keys and values, reserved room included; the states of other layers do not count."""
         return sum(layer.kv_bytes for layer in self.kv_layers)
 
     @property
@@ -556,14 +549,15 @@ class CompressedCache(HookedCache):
             for layer in self.kv_layers
         ]
 
-    def kv_bytes_of(self, sequence: int) -> int:
-        """Bytes held by keys and values of one sequence."""
-        total = 0
+    @property
+    def kv_bytes_by_sequence(self) -> list[int]:
+        """Bytes held by keys and values of each sequence of the batch, reserved room not included."""
+        totals = torch.zeros(self.kv_layers[0].batch, dtype=torch.long)
         for layer in self.kv_layers:
             for group in layer.groups:
-                rows = int((group.rows // layer.num_kv_heads == sequence).sum())
-                total += rows * (group.keys[0].nbytes + group.values[0].nbytes)
-        return total
+                rows = torch.bincount(group.rows.cpu() // layer.num_kv_heads, minlength=len(totals))
+                totals += rows * (group.keys[0].nbytes + group.values[0].nbytes)
+        return totals.tolist()
 
     @classmethod
     def from_rankings(
@@ -633,15 +627,27 @@ def _filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return run
 
 
-def _check_mask(attention_mask: Tensor, new: Tensor, ids: Tensor) -> int:
-    """How many of the last tokens of a text a mask is for."""
-    shape = tuple(attention_mask.shape)
-    if shape not in (tuple(new.shape), (len(ids), new.shape[1]), tuple(ids.shape)):
-        raise UsageError(
-            f"the shape of attention_mask is {list(shape)}; expected {list(new.shape)}, that of input_ids, or "
-            f"{list(ids.shape)} for the whole text"
-        )
-    return shape[1]
+def _check_ids(input_ids: Any) -> None:
+    """Raises `UsageError` for what is no tensor of token ids."""
+    if isinstance(input_ids, Tensor):
+        if input_ids.ndim == 2 and not (input_ids.is_floating_point() or input_ids.is_complex()):
+            return
+        found = f"a tensor of {input_ids.dtype} and shape {list(input_ids.shape)}"
+    else:
+        found = type(input_ids).__name__
+    raise UsageError(
+        f"input_ids is {found}; expected a tensor of token ids [batch, tokens], as tokenizer(text, "
+        "return_tensors='pt').input_ids is"
+    )
+
+
+def _check_mask(attention_mask: Any, shapes: Mapping[torch.Size, str]) -> None:
+    """Raises `UsageError` unless a mask has one of some shapes, which are named in words."""
+    found = attention_mask.shape if isinstance(attention_mask, Tensor) else None
+    if found not in shapes:
+        expected = " or ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
+        given = type(attention_mask).__name__ if found is None else f"of shape {list(found)}"
+        raise UsageError(f"attention_mask is {given}; expected a tensor of shape {expected}")
 
 
 def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:

@@ -67,7 +67,7 @@ def demo(
         )
     files = result.files
     if result.interrupted:
-        what = "the fittest budgets so far are" if result.search.interrupted else "the profile is"
+        what = "the budgets so far are" if result.search.interrupted else "the profile is"
         console.say(f"evolkv: interrupted; {what} in {files.profile}")
         return 130
     print_table(results_table(result.rows))

@@ -273,16 +273,20 @@ def search(
     kept = "" if where == "none" else f", every generation to {where}"
     again = "" if where == "none" else "; the same command goes on from there"
     if isinstance(result, SearchResult):
-        result.profile.save(outs[0])
-        if json_out is not None:
-            write_json(json_out, result.to_dict())
+        try:
+            result.profile.save(outs[0])
+            if json_out is not None:
+                write_json(json_out, result.to_dict())
+        finally:
+            # A file that cannot be written must not take the numbers with it.
+            if not result.interrupted:
+                console.OUT.print(validation_table(result.validation, result.chosen))
+                console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         if result.interrupted:
             console.say(
                 f"evolkv: interrupted after {result.evaluations} candidates; the best so far is in {out}{again}"
             )
             return 130
-        console.OUT.print(validation_table(result.validation, result.chosen))
-        console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         took = duration(result.seconds)
         console.OUT.print(
             f"{_candidates(result)} candidates in {took}; profile written to {outs[0]}{kept}", soft_wrap=True
@@ -290,15 +294,18 @@ def search(
         return 0
     by_budget = dict(zip(budgets, outs, strict=True))
     found = [by_budget[each.profile.budget] for each in result.results]
-    for each, path in zip(result.results, found, strict=True):
-        each.profile.save(path)
-    if json_out is not None:
-        write_json(json_out, result.to_dict([str(path) for path in found]))
+    try:
+        for each, path in zip(result.results, found, strict=True):
+            each.profile.save(path)
+        if json_out is not None:
+            write_json(json_out, result.to_dict([str(path) for path in found]))
+    finally:
+        if not result.interrupted:
+            console.OUT.print(curve_table(result.points))
     names = ", ".join(map(str, found))
     if result.interrupted:
         console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
         return 130
-    console.OUT.print(curve_table(result.points))
     console.OUT.print(
         f"\n{sum(map(_candidates, result.results))} candidates in {duration(result.seconds)}; "
         f"profiles written to {names}{kept}",

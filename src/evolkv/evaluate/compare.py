@@ -30,6 +30,7 @@ from evolkv.evaluate.records import (
 )
 from evolkv.methods import Method, get_method
 from evolkv.models import describe_model
+from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
 from evolkv.tasks.metrics import check_metric
@@ -115,8 +116,10 @@ def evaluate(
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
-        mean_budget, seed, protocol, dtype``, and ``prefill_chunk`` where there is one; `score` and `ci95` in [0, 1];
-        `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples (and heads).
+        mean_budget, seed, protocol, dtype``, and where there is one ``prefill_chunk``, ``expanded_from`` (the budget
+        that a profile was found at) and ``bins`` (number and score of the examples in each bin of length). `score` and
+        `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples
+        (and heads).
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -225,8 +228,11 @@ def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: in
     """Raises `UsageError` for what can be seen to be wrong before there is a model."""
     if metric is not None:
         check_metric(metric)
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise UsageError(f"--samples is {samples}; expected 1 to {MOST_SAMPLES:,} examples per task")
+    if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
+        raise UsageError(f"--samples is {samples!r}; expected 1 to {MOST_SAMPLES:,} examples per task")
+    for budget in budgets:
+        if not is_whole(budget):
+            raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
     for method in methods:
         if not (method.is_full or method.profile or budgets):
             raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")

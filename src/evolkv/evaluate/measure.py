@@ -259,7 +259,7 @@ class _Shard:
         rows = len(self.rows)
         this = self.questions.encoded[item.column]
         assert this.target is not None
-        held = self._held(item)
+        held = item.cache.kv_bytes_by_sequence
         tokens, targets, later = [item.tokens] * rows, [this.target] * rows, [this.later] * rows
         log_probs = target_log_probs(self.model, item.cache, item.next_logits, tokens, targets, later)
         self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
@@ -280,7 +280,7 @@ class _Shard:
         if not any(item.column in missing for item in waiting):
             return
         rows = len(self.rows)
-        held = [self._held(item) for item in waiting]
+        held = [item.cache.kv_bytes_by_sequence for item in waiting]
         room = max(item.max_new_tokens for item in waiting)
         cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
         logits = torch.cat([item.next_logits for item in waiting])
@@ -298,10 +298,6 @@ class _Shard:
             self._record(item, held[i], scored)
             if item.column in missing:
                 step()
-
-    def _held(self, item: _Prefilled) -> list[int]:
-        """Bytes that each row's cache holds."""
-        return [item.cache.kv_bytes_of(i) for i in range(len(self.rows))]
 
     def _record(self, item: _Prefilled, held: list[int], answers: Sequence[tuple[str | None, float]]) -> None:
         """Puts one example on record; `answers` are (prediction, score) of each row."""

@@ -8,29 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
-from evolkv.cache.compressed import CompressedCache, compress
+from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import (
-    Progress,
-    encode_examples,
-    mean_probability,
-    not_a_number,
-    text_score,
-)
+from evolkv.evaluate.engine import Progress, encode_examples, mean_probability, text_score
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
-
-
-class _Numbers(LogitsProcessor):
-    """Leaves logits as they are, and raises `RunError` where some are not numbers."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(scores.isnan().any()):
-            raise not_a_number()
-        return scores
 
 
 class NaiveEngine:
@@ -99,22 +84,11 @@ class NaiveEngine:
     def generate(self, column: int, budgets: np.ndarray) -> str:
         """The greedy text that a candidate gives for example number `column`."""
         ids, later = self.encoded[column].prompt, self.encoded[column].later
-        if len(later):
-            cache, logits = self._prefill(column, budgets)
-            limit = self.examples[column].max_new_tokens
-            penalty = RepetitionPenalty.of(self.model, [ids[0]], later, logits)
-            (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
-            return str(self.tokenizer.decode(text, skip_special_tokens=True))
-        with compress(self.model, self._profile(budgets), prefill_chunk=self.prefill_chunk):
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.examples[column].max_new_tokens,
-                do_sample=False,
-                eos_token_id=sorted(self.end) or None,
-                logits_processor=LogitsProcessorList([_Numbers()]),
-            )
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        cache, logits = self._prefill(column, budgets)
+        limit = self.examples[column].max_new_tokens
+        penalty = RepetitionPenalty.of(self.model, [ids[0]], later, logits)
+        (text,) = greedy(self.model, cache, logits, [ids.shape[1]], [limit], self.end, later, penalty)
+        return str(self.tokenizer.decode(text, skip_special_tokens=True))
 
     def close(self) -> None:
         """Nothing: no memory is held between calls."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from evolkv.errors import EvolKVError, RunError, UsageError
 from evolkv.evaluate.shards import Request, Sharing
 from evolkv.models import loaded_from
+from evolkv.numbers import is_whole
 
 # How often a worker that has died is started again before the search gives up.
 _RESTARTS = 8
@@ -55,8 +56,8 @@ class RayBackend:
         gpus: float | None = None,
     ):
         self._ray = _import_ray()
-        if workers is not None and workers < 1:
-            raise UsageError(f"--workers is {workers}; use at least one")
+        if workers is not None and (not is_whole(workers) or workers < 1):
+            raise UsageError(f"--workers is {workers!r}; use a whole number, at least one")
         if cpus <= 0 or (gpus is not None and gpus < 0):
             raise UsageError(f"a worker cannot have {cpus} cores and {gpus} GPUs; give it more than 0 cores")
         self._started = not self._ray.is_initialized()

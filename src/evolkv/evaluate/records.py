@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +146,11 @@ class Records:
     settings: Settings
     examples: dict[tuple[str, str], ByMethod] = field(default_factory=dict)
 
+    @cached_property
+    def named(self) -> dict[str, set[str]]:
+        """Names of the examples that the settings speak of, by task."""
+        return {task: set(known.examples) for task, known in self.settings.tasks.items()}
+
     def complete(self, task: str) -> list[ByMethod]:
         """The examples of a task that all methods are done with, in the order of the settings."""
         known = [self.examples.get((task, name), {}) for name in self.settings.tasks[task].examples]
@@ -254,12 +260,6 @@ def versions() -> dict[str, str]:
     return {"evolkv": evolkv.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def is_records(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as one of records does."""
-    with open(path, "rb") as file:
-        return file.read(len(_START)) == _START
-
-
 def read_records(path: str | os.PathLike[str]) -> Records:
     """Read a file of records, which may be in use, and change nothing.
 
@@ -320,7 +320,7 @@ def _take(where: str, line: bytes, records: Records) -> None:
         raise UsageError(f"{where}: not JSON ({error}); delete the line, and its example is evaluated again") from None
     record: Record = _checked(Record, where, data)
     settings = records.settings
-    if record.task not in settings.tasks or record.example not in settings.tasks[record.task].examples:
+    if record.example not in records.named.get(record.task, ()):
         raise UsageError(f"{where}: example {record.example!r} of {record.task!r} is not among those of the header")
     if record.label not in settings.methods:
         raise UsageError(f"{where}: method {record.label!r} is not among those of the header")

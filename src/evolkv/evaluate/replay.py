@@ -240,7 +240,10 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     config = model.config.get_text_config(decoder=True)
     element = prompt.keys[0].element_size()
     logits = queries * config.vocab_size * (element + 2 * 4)
-    hidden = queries * (8 * config.hidden_size + 4 * config.intermediate_size) * element
+    # By its name in most models, OPT and GPT-2.
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    width = max(filter(None, widths), default=4 * config.hidden_size)
+    hidden = queries * (8 * config.hidden_size + 4 * width) * element
     own = sum(
         key.shape[0] * (key.shape[2] + value.shape[2]) for key, value in zip(prompt.keys, prompt.values, strict=True)
     )

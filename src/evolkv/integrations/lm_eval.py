@@ -34,6 +34,7 @@ from evolkv.evaluate.decode import target_log_probs
 from evolkv.methods import Method
 from evolkv.models import ALIASES, gguf
 from evolkv.models.forward import cache_in
+from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 
@@ -221,7 +222,7 @@ def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str 
     """The method that the settings stand for, before there is a model."""
     if profile is not None and method is not None:
         raise UsageError(f"profile={profile} and method={method} are both given; give one of them")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+    if budget is not None and not is_whole(budget):
         raise UsageError(f"budget is {budget!r}, expected a whole number of cache entries per KV head")
     if isinstance(profile, BudgetProfile):
         return Method("profile", get_selector(profile.selector), profile=profile)

@@ -80,11 +80,10 @@ def log_ticks(scale: Scale, most: int = 6) -> list[Tick]:
     return [Tick(scale(value), f"{value:,.4g}") for value in values[:: math.ceil(len(values) / most)]]
 
 
-def index_ticks(count: int, most: int = 8, centred: bool = True) -> list[Tick]:
+def index_ticks(count: int, most: int = 8) -> list[Tick]:
     """Round positions among `count` cells, at their centres."""
     step = next(k * 10**d for d in range(10) for k in (1, 2, 5) if count / (k * 10**d) <= most)
-    half = 0.5 if centred else 0.0
-    return [Tick(round(100 * (i + half) / count, 3), number(i)) for i in range(0, count, step)]
+    return [Tick(round(100 * (i + 0.5) / count, 3), number(i)) for i in range(0, count, step)]
 
 
 def _round_numbers(low: float, high: float, most: int, least_step: float = 0.0) -> list[float]:

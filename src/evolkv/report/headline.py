@@ -155,7 +155,7 @@ def _search_sentences(search: Search, count: int) -> list[str]:
         tried = counted(candidates(search.evaluations, settings), "candidate")
         said.append(f"{how} evaluated {tried}{took}{metric}{on}.")
     if search.interrupted:
-        said.append("The search was interrupted: the budgets are the fittest so far.")
+        said.append("The search was interrupted: the budgets are what it had come to.")
     elif search.result is not None:
         said.append(_choice(search, search.result))
     return said

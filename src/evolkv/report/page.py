@@ -32,12 +32,11 @@ def render(sources: Sources) -> str:
     groups = comparisons(sources.rows, sources.curves, sources.profiles)
     model, task = _model(sources), _task(sources)
     budgets = views.allocations(sources)
-    by_method = "Score by method" if all(group.single for group in groups) else "Score against budget"
     in_memory = [views.memory(group, f"scores-{i}") for i, group in enumerate(groups, 1)]
     sections = [
         (
             "scores",
-            "Score by method" if by_method else "Score against budget",
+            "Score by method" if all(group.single for group in groups) else "Score against budget",
             [views.methods(each) for each in groups],
         ),
         ("memory", "Score against memory", list(filter(None, in_memory))),

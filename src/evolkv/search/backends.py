@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from evolkv.errors import UsageError
 from evolkv.evaluate.local import LocalBackend
 from evolkv.evaluate.shards import Backend, Request, Sharing
+from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector
 
@@ -26,8 +27,8 @@ def backend_maker(
     Raises:
         UsageError: for an unknown name, or settings that do not go together.
     """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}; use at least one")
+    if workers is not None and (not is_whole(workers) or workers < 1):
+        raise UsageError(f"--workers is {workers!r}; use a whole number, at least one")
     if name == "local":
         return lambda: LocalBackend(model, tokenizer, workers)
     if name != "ray" and not callable(name):

@@ -114,7 +114,8 @@ def search(
 
     Returns:
         The profile, every evaluation and the validation scores. KeyboardInterrupt during the search ends it early: the
-        result then holds the fittest candidate so far, and says that it was interrupted.
+        result then holds the fittest candidate so far (where generations are scored on different examples, the mean of
+        the distribution), and says that it was interrupted.
 
     Raises:
         UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
@@ -321,6 +322,9 @@ class Session:
         }
         for known in ("model", "granularity", "selector"):
             settings.pop(known)
+        train = {}
+        if np.array_equal(budgets, evolution.best.budgets):
+            train["train"] = {"score": evolution.best.score, "n": self.rotation.size, "metric": plan.metric}
         profile = BudgetProfile.from_budgets(
             plan.model,
             budgets,
@@ -328,10 +332,7 @@ class Session:
             budget=budget,
             granularity=plan.granularity,  # type: ignore[arg-type]
             search=settings,
-            scores={
-                "train": {"score": evolution.best.score, "n": self.rotation.size, "metric": plan.metric},
-                "validation": {entry.name: entry.score for entry in validation},
-            },
+            scores={**train, "validation": {entry.name: entry.score for entry in validation}},
         )
         kept = None
         if not interrupted:

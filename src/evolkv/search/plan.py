@@ -253,6 +253,6 @@ def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise UsageError(f"--{name} is {value}; use at least one example")
+    if not is_whole(value) or value < 1:
+        raise UsageError(f"--{name} is {value!r}; use a whole number, at least one example")
     return value

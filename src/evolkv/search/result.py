@@ -64,7 +64,7 @@ class SearchResult:
     """What a search found.
 
     Args:
-        profile: the allocation chosen on the validation examples (after an interruption: the fittest so far).
+        profile: the allocation chosen on the validation examples (after an interruption: what evolution had come to).
         history: every evaluated candidate, in order of evaluation.
         validation: the allocations that stood for choice, best first; empty after an interruption.
         best: the candidate that evolution put forward.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evolkv.errors import UsageError
+from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.plan import Plan
@@ -49,8 +50,10 @@ class StrategySettings:
             ("--max-evals", self.max_evals, "candidate"),
             ("--group-size", self.group_size, "layer"),
         ):
-            if value is not None and value < 1:
-                raise UsageError(f"{option} is {value}; use at least one {what}")
+            if value is not None and (not is_whole(value) or value < 1):
+                raise UsageError(f"{option} is {value!r}; use a whole number, at least one {what}")
+        if self.population is not None and not is_whole(self.population):
+            raise UsageError(f"--population is {self.population!r}; use a whole number of candidates")
         if self.population is not None and self.population > (self.max_evals or MOST_POPULATION):
             raise UsageError(
                 f"--population is {self.population}, more than all candidates of the search ("

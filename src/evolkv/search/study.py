@@ -452,7 +452,9 @@ def _stages(name: str, trials: Iterable[FrozenTrial]) -> dict[str, list[list[Eva
 
 
 def _evaluations(name: str, trial: FrozenTrial, generation: int) -> list[Evaluation]:
-    keys = sorted(key for key in trial.user_attrs if key.startswith(_CANDIDATES))
+    # By number: the names of a population above a thousand are of unequal length.
+    keys = [key for key in trial.user_attrs if key.startswith(_CANDIDATES)]
+    keys.sort(key=lambda key: (len(key), key))
     try:
         rows = [row for key in keys for row in _CANDIDATE_LIST.validate_python(trial.user_attrs[key])]
     except ValidationError as error:

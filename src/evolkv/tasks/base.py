@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
 
 Split = Literal["train", "validation", "report"]
@@ -115,8 +116,8 @@ def check_request(split: str, n: int) -> None:
     """Raise UsageError unless `split` is one of `SPLITS` and `n` is at least 1."""
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    if n < 1:
-        raise UsageError(f"cannot draw {n} examples; ask for at least 1")
+    if not is_whole(n) or n < 1:
+        raise UsageError(f"cannot draw {n!r} examples; ask for a whole number, at least 1")
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

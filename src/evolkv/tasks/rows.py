@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from evolkv.errors import TaskError
+from evolkv.numbers import is_whole
 from evolkv.tasks.base import Split, partition
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a whole number, at least 1")
     value = fields[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:
         raise TaskError(f"{where}: {key!r} is {json.dumps(value)}; expected a whole number, at least 1")
     return value
 

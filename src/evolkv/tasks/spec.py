@@ -50,14 +50,17 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
     """
     if isinstance(spec, Task):
         return spec
-    several = spec.split(_AND) if isinstance(spec, str) else list(spec)
+    several: list[str | Task] = []
+    for each in [spec] if isinstance(spec, str) else spec:
+        # A mixture within another would share the examples out otherwise than its spec reads.
+        several += each.split(_AND) if isinstance(each, str) else each.tasks if isinstance(each, Mixture) else [each]
     if len(several) > 1:
         return Mixture(tuple(get_task(each) for each in several))
     if not several:
         raise TaskError("no task is given; expected a spec such as 'niah:context=1600'")
-    if not isinstance(spec, str):
-        return get_task(several[0])
-    name, texts = parse_spec(spec)
+    if isinstance(several[0], Task):
+        return several[0]
+    name, texts = parse_spec(several[0])
     task = TASKS[name]
     fields = {f.name: f for f in dataclasses.fields(task)}  # type: ignore[arg-type]
     hints = get_type_hints(task)

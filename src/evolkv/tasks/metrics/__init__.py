@@ -52,9 +52,8 @@ METRICS: Registry[Metric] = Registry(
 
 def check_metric(name: object) -> None:
     """Raise UsageError, with the nearest name, unless `name` is a text metric or `logprob`, which engines compute."""
-    known = {*METRICS, "logprob"}
-    if name not in known:
-        raise unknown_name("metric", name, known)
+    if not (isinstance(name, str) and (name == "logprob" or name in METRICS)):
+        raise unknown_name("metric", name, [*METRICS, "logprob"])
 
 
 def get_metric(name: str) -> Metric:
