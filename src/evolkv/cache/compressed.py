@@ -711,7 +711,6 @@ class _LayerMaker:
         else:
             assert budget is not None
             self.budgets = method.budgets(model, budget)
-        sliding_windows(model)
 
     def __call__(self) -> list[Any]:
         if not self.method.observers:

@@ -88,6 +88,10 @@ class ReevictingLayer(CompressedLayer):
         budgets, selector, sliding_window, context: see `CompressedLayer`.
     """
 
+    _queries: list[Tensor]
+    #: Those of later calls, call by call: put together at each they would be copied as often as tokens come.
+    _newest: list[list[Tensor]]
+
     def __init__(
         self,
         reeviction: Reeviction,
@@ -104,11 +108,22 @@ class ReevictingLayer(CompressedLayer):
         # Replaced, never written to: copies of the layer share them.
         #: Whether a next call of several tokens goes on with the prompt.
         self.open = self.reeviction.prefill_chunk is not None
-        #: Of each sequence, the queries that are kept for the next cut, ``[heads, queries, head_dim]``.
-        self.queries: list[Tensor] = []
+        self.queries = []
         #: Of each row, what the selector has accumulated for the entries of the last cut, ``[entries]``.
         self.received: list[Tensor] = []
         self._cutting = False
+
+    @property
+    def queries(self) -> list[Tensor]:
+        """Of each sequence, the queries that are kept for the next cut, ``[heads, queries, head_dim]``."""
+        if self._newest:
+            self._queries = [torch.cat(pieces, dim=1) for pieces in zip(self._queries, *self._newest, strict=True)]
+            self._newest = []
+        return self._queries
+
+    @queries.setter
+    def queries(self, queries: list[Tensor]) -> None:
+        self._queries, self._newest = queries, []
 
     @property
     def evicts_later(self) -> bool:
@@ -233,8 +248,11 @@ class ReevictingLayer(CompressedLayer):
         if wanted is None and new == 1 and self.reeviction.evict_every is None and not self._cutting:
             return
         queries = [q if real is None else q[:, real[i].to(q.device)] for i, q in enumerate(query)]
-        if self.queries:
-            queries = [torch.cat(pair, dim=1) for pair in zip(self.queries, queries, strict=True)]
+        if wanted is None and self._queries:
+            self._newest = [*self._newest, queries]
+            return
+        if self._queries:
+            queries = [torch.cat(pair, dim=1) for pair in zip(self._queries, queries, strict=True)]
         # Copied, so that no longer tensor stays alive behind a window.
         self.queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
 

@@ -197,6 +197,7 @@ class Standing:
         fitnesses: highest fitness of each generation.
         budgets: the fittest candidate so far, a row of heads per layer.
         budget: what the search aims at.
+        selector: the ranking that budgets are evolved under, where a search has several.
     """
 
     stage: str

@@ -46,7 +46,8 @@ class Rotation:
 
     A generation's candidates are compared on the same examples, so what is noise between examples is not noise
     between them. The order is drawn anew for every round, and neighbours in it come from different shards, so that
-    workers side by side share a generation.
+    workers side by side share a generation. Where `size` does not divide their number, a round leaves out the last of
+    its order.
 
     Args:
         examples: number of training examples.

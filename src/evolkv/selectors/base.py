@@ -51,7 +51,7 @@ class PromptAttention:
     Args:
         query: queries, ``[batch, heads, tokens, head_dim]``.
         key: keys, ``[batch, kv_heads, tokens, head_dim]``.
-        value: values, ``[batch, kv_heads, tokens, head_dim]``.
+        value: values, ``[batch, kv_heads, tokens, value_dim]``.
         scaling: factor on the attention logits.
         softcap: Gemma 2's cap on the attention logits, or None.
         sinks: a logit for each query head that only enters the softmax's denominator (GPT-OSS), ``[heads]``, or None.
