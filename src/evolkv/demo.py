@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 from evolkv.errors import UsageError
 from evolkv.evaluate import EvaluationProgress, Method, evaluate
-from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
 from evolkv.search import SearchProgress, SearchResult, search
-from evolkv.selectors import get_selector, parse_selector
+from evolkv.selectors import parse_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
@@ -189,7 +188,7 @@ def run_demo(
                 model,
                 tokenizer,
                 task=held_out,
-                methods=["full", "snapkv", "pyramidkv", SELECTOR, _evolved(found.profile)],
+                methods=["full", "snapkv", "pyramidkv", SELECTOR, Method.of_profile(found.profile, "evolkv")],
                 budgets=[budget],
                 samples=samples,
                 seed=seed,
@@ -212,10 +211,6 @@ def check_demo_folder(files: DemoFiles) -> None:
         raise UsageError(f"{files.folder} is a file; give --out a folder")
     check_folder(files.folder)
     check_outputs([files.profile, files.search, files.results, files.picture, files.report, files.prompt])
-
-
-def _evolved(profile: BudgetProfile) -> Method:
-    return Method("evolkv", get_selector(profile.selector), profile=profile)
 
 
 def _example_to_show(task: str, samples: int, tokenizer: Any, seed: int) -> Example:

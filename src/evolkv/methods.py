@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,21 @@ class Method:
     layers: LayerAllocator | None = None
     heads: HeadAllocator | None = None
 
+    @classmethod
+    def of_profile(cls, profile: BudgetProfile | str | os.PathLike[str], name: str | None = None) -> Method:
+        """The method that a profile, or the file of one, stands for.
+
+        Args:
+            profile: the profile, its path, or its address on the Hub.
+            name: default: its path, or "profile".
+
+        Raises:
+            ProfileError: for a file that is no profile.
+        """
+        if isinstance(profile, BudgetProfile):
+            return cls(name or "profile", get_selector(profile.selector), profile=profile)
+        return cls.of_profile(BudgetProfile.load(profile), name or os.fspath(profile))
+
     def at(self, budget: int) -> Method:
         """The method at a budget: where there is a profile for each budget, with that of this one.
 
@@ -64,7 +79,7 @@ class Method:
         profile = BudgetProfile.load(path)
         if profile.budget != budget:
             raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
-        return replace(self, selector=get_selector(profile.selector), profile=profile, profiles=None)
+        return Method.of_profile(profile, self.name)
 
     def files(self, budgets: Sequence[int]) -> list[str]:
         """Paths of the profiles that it reads at some budgets."""
@@ -174,8 +189,7 @@ def get_method(name: str) -> Method:
     if "{}" in spec:
         return Method(name, profiles=spec)
     if os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
-        profile = BudgetProfile.load(spec)
-        return Method(name, get_selector(profile.selector), profile=profile)
+        return Method.of_profile(spec)
     for each in named:
         if each not in known:
             raise unknown_name("allocator", each, known)

@@ -28,7 +28,7 @@ from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import LayerContext, Selector, get_selector
+from evolkv.selectors import LayerContext, Selector
 
 
 def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
@@ -675,7 +675,7 @@ class _LayerMaker:
     ):
         self.model, self.reeviction = model, reeviction
         if isinstance(profile, BudgetProfile):
-            method = Method("profile", get_selector(profile.selector), profile=profile)
+            method = Method.of_profile(profile)
         elif isinstance(profile, (str, os.PathLike)):
             method = get_method(os.fspath(profile))
         else:

@@ -160,11 +160,7 @@ def _method(profile: str | None, method: str | None, budget: int | None) -> Meth
     from evolkv.methods import Method, get_method
 
     if profile is not None:
-        from evolkv.profile import BudgetProfile
-        from evolkv.selectors import get_selector
-
-        loaded = BudgetProfile.load(profile)
-        return Method(profile, get_selector(loaded.selector), profile=loaded)
+        return Method.of_profile(profile)
     chosen = get_method(name)
     if budget is None and chosen.profile is None:
         raise UsageError(f"--method {name} needs a budget; add --budget 128")

@@ -36,7 +36,6 @@ from evolkv.models import ALIASES, gguf
 from evolkv.models.forward import cache_in
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import get_selector
 
 try:
     from lm_eval.api.registry import register_model
@@ -224,11 +223,9 @@ def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str 
         raise UsageError(f"profile={profile} and method={method} are both given; give one of them")
     if budget is not None and not is_whole(budget):
         raise UsageError(f"budget is {budget!r}, expected a whole number of cache entries per KV head")
-    if isinstance(profile, BudgetProfile):
-        return Method("profile", get_selector(profile.selector), profile=profile)
     if profile is not None:
-        loaded = BudgetProfile.load(str(profile))
-        return Method(str(profile), get_selector(loaded.selector), profile=loaded)
+        # The harness makes a number of a name that looks like one.
+        return Method.of_profile(profile if isinstance(profile, BudgetProfile) else str(profile))
     if method is None and budget is not None:
         raise UsageError(f"budget={budget} says nothing about what to keep; add method=snapkv or profile=PATH")
     chosen = get_method("full" if method is None else str(method))
