@@ -23,7 +23,7 @@ import numpy as np
 
 import evolkv
 from common import count, finish, machine, parser, run
-from evolkv.evaluate.pairs import compare_records
+from evolkv.evaluate.compare import compare_records
 from evolkv.evaluate.records import label
 from evolkv.models import describe_model
 from evolkv.search import search_curve

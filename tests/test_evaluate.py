@@ -10,7 +10,7 @@ import evolkv
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.evaluate import NaiveEngine, get_method
-from evolkv.evaluate.compare import EvaluationProgress
+from evolkv.evaluate.evaluation import EvaluationProgress
 from evolkv.evaluate.intervals import ci95
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task

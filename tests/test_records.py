@@ -26,8 +26,8 @@ from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluate import EvaluationProgress, Method, run_evaluation
-from evolkv.evaluate.compare import summarise
-from evolkv.evaluate.pairs import compare_records
+from evolkv.evaluate.compare import compare_records
+from evolkv.evaluate.evaluation import summarise
 from evolkv.evaluate.records import RecordLog, Records, read_records, sha256
 from evolkv.report.needles import needle_grids
 from evolkv.report.sources import read_sources

@@ -16,7 +16,7 @@ from evolkv.cli.app import app
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
 from evolkv.report.comparisons import comparisons
 from evolkv.report.page import render
-from evolkv.report.records import Search
+from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
 
 LAYERS, HEADS = 12, 2
@@ -596,7 +596,7 @@ def test_study_of_a_curve_names_first_what_does_almost_as_well_as_the_best(tmp_p
 
 
 def _rows(rows):
-    from evolkv.report.records import Row
+    from evolkv.report.schemas import Row
 
     return [Row.model_validate(each) for each in rows]
 

@@ -53,7 +53,7 @@ def attempt(context, storage, out, seconds=None):
 def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
     # Children start from a server that has the libraries imported but has not computed anything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.search.loop"])
+    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.search.session"])
     undisturbed = tmp_path / "undisturbed.json"
     # The first child also waits for the server.
     assert not attempt(context, tmp_path / "first.db", tmp_path / "first.json")

@@ -192,7 +192,7 @@ def test_interruption_after_validation_keeps_the_choice(smollm2, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evolkv.search.loop.kept_positions", stop)
+    monkeypatch.setattr("evolkv.search.session.kept_positions", stop)
     found = evolkv.search(*smollm2, **{**SETTINGS, "max_evals": 14})
     assert found.interrupted
     assert found.kept is None

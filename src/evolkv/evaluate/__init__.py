@@ -6,11 +6,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evolkv.evaluate.compare import Evaluation, EvaluationProgress, check_request, evaluate, run_evaluation
 from evolkv.evaluate.engine import Engine
+from evolkv.evaluate.evaluation import Evaluation, EvaluationProgress, check_request, evaluate, run_evaluation
 from evolkv.evaluate.naive import NaiveEngine
-from evolkv.evaluate.paired import PairedComparison, paired_comparison
 from evolkv.evaluate.replay import ReplayEngine
+from evolkv.evaluate.significance import PairedComparison, paired_comparison
 from evolkv.methods import Method, get_method
 
 __all__ = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from evolkv.report.axes import Axis, Scale, Table, Tick, linear_ticks, log_ticks
-from evolkv.report.records import Search
+from evolkv.report.schemas import Search
 from evolkv.report.words import number, score
 
 UNIT = 1000

@@ -11,7 +11,7 @@ from typing import Any
 
 from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
-from evolkv.report.records import Curve, Profile, Row, Search, mean_of
+from evolkv.report.schemas import Curve, Profile, Row, Search, mean_of
 from evolkv.report.units import mebibytes
 from evolkv.report.words import in_chunks, interval, number, percent, score
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evolkv.report.comparisons import Comparison, Entry
-from evolkv.report.records import Profile, Search, Validated, mean_of
+from evolkv.report.schemas import Profile, Search, Validated, mean_of
 from evolkv.report.units import duration, mebibytes
 from evolkv.report.words import candidates, counted, interval, listing, number, percent, short
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from evolkv.report.axes import Axis, Scale, Table, Tick, index_ticks, linear_ticks
-from evolkv.report.records import Kept
+from evolkv.report.schemas import Kept
 from evolkv.report.words import number
 
 #: Steps of the colour scale.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evolkv.report.comparisons import Comparison, model_name
-from evolkv.report.records import Profile, Search, mean_of
+from evolkv.report.schemas import Profile, Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import duration
 from evolkv.report.views import search_title

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
-from evolkv.report.records import Curve, Profile, Results, Row, Search, checked
+from evolkv.report.schemas import Curve, Profile, Results, Row, Search, checked
 from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
 
@@ -87,7 +87,7 @@ class Sources:
     def add_records(self, path: Path) -> None:
         """Take a file of records, and the rows that follow from it."""
         # Takes seconds to import, and no other input needs it.
-        from evolkv.evaluate.compare import summarise
+        from evolkv.evaluate.evaluation import summarise
         from evolkv.evaluate.records import read_records
 
         found = read_records(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
-from evolkv.report.records import Search, checked
+from evolkv.report.schemas import Search, checked
 
 if TYPE_CHECKING:
     from evolkv.search.study import StudyRecord

@@ -10,7 +10,7 @@ from evolkv.report.axes import Table
 from evolkv.report.charts import FitnessChart, ScoreChart, fitness_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
-from evolkv.report.records import Search, mean_of
+from evolkv.report.schemas import Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import mebibytes
 from evolkv.report.words import counted, in_chunks, number, percent, short

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evolkv.report.records import Row
+from evolkv.report.schemas import Row
 
 #: As `evolkv search` names its options.
 _OPTIONS = {

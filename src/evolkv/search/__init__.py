@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 from evolkv.search.curve import CurveResult, search_curve
-from evolkv.search.loop import search
 from evolkv.search.progress import SearchProgress
 from evolkv.search.result import SearchResult
+from evolkv.search.session import search
 from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
 
 __all__ = [

@@ -18,10 +18,10 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.search.evolve import Evolution
-from evolkv.search.loop import Session, search, session
 from evolkv.search.plan import NOT_EVOLVED
 from evolkv.search.result import SearchResult
 from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
+from evolkv.search.session import Session, search, session
 from evolkv.selectors import Selector, get_selector
 
 FORMAT = "evolkv.curve/1"

@@ -12,8 +12,8 @@ import pytest
 import evolkv
 from evolkv.errors import UsageError
 from evolkv.evaluate import paired_comparison
+from evolkv.evaluate.compare import compare_records
 from evolkv.evaluate.intervals import bootstrap95
-from evolkv.evaluate.pairs import compare_records
 from evolkv.report.tables import comparison_note, comparison_table
 
 

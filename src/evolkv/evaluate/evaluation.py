@@ -1,0 +1,372 @@
+"""Methods side by side on the same examples: each prompt is prefilled once for all methods and budgets."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.cache.hook import own_attention
+from evolkv.errors import BudgetError, UsageError
+from evolkv.evaluate.engine import encode_examples
+from evolkv.evaluate.intervals import ci95
+from evolkv.evaluate.measure import Questions, Row, measure
+from evolkv.evaluate.records import (
+    ModelSettings,
+    Record,
+    RecordLog,
+    Records,
+    Settings,
+    TaskSettings,
+    metrics_of,
+    versions,
+)
+from evolkv.methods import Method, get_method
+from evolkv.models import describe_model
+from evolkv.numbers import is_whole
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
+from evolkv.tasks.metrics import check_metric
+from evolkv.tasks.protocol import AWARE, under_protocol
+
+logger = logging.getLogger(__name__)
+
+#: More examples of a task than any evaluation takes; generated ones are all drawn first.
+MOST_SAMPLES = 100_000
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    """Where an evaluation stands: examples `done` of `total`, over all tasks; `recorded` ones were done before."""
+
+    done: int
+    total: int
+    recorded: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Args:
+        rows: see `evaluate`; of an interrupted one, over the examples that were finished.
+        interrupted: whether KeyboardInterrupt ended it early.
+        recorded: number of examples that were on record before.
+        total: number of examples, over all tasks.
+    """
+
+    rows: list[dict[str, Any]]
+    interrupted: bool
+    recorded: int
+    total: int
+
+    @property
+    def finished(self) -> int:
+        """Number of examples that all methods are done with, over all tasks."""
+        return sum({row["task"]: row["n"] for row in self.rows}.values())
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    task: str | Task | Sequence[str | Task],
+    methods: Sequence[str | Method],
+    budgets: Sequence[int] = (),
+    samples: int = 50,
+    seed: int = 0,
+    metric: str | None = None,
+    protocol: str = AWARE,
+    prefill_chunk: int | None = None,
+    sample_ids: Sequence[str] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Scores methods at several budgets on held-out examples.
+
+    Every example is prefilled once. For each method and budget a compressed cache is then cut from that prefill, with
+    exactly the entries it may hold, and continued. With `prefill_chunk` each method reads it for itself.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        task: one or more tasks or specs; examples come from their "report" split.
+        methods: see `get_method`.
+        budgets: mean budgets. Needed for every method but ``full`` and profiles, which have their own; a profile is
+            expanded to each budget given.
+        samples: examples per task.
+        seed: of the examples.
+        metric: a text metric or "logprob"; default: the task's own.
+        protocol: "aware" (the question is in the prompt that is compressed) or "agnostic" (the context is compressed
+            before the question is seen); see `evolkv.tasks.protocol`.
+        prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does;
+            a prefill per method and example. Default: all at once.
+        sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
+            default: all.
+        records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
+            the file is there, examples that it holds are not evaluated again.
+        on_progress: called after each example, and first with what is on record already, if anything is.
+
+    Returns:
+        One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
+        mean_budget, seed, protocol, dtype``, and where there is one ``prefill_chunk``, ``expanded_from`` (the budget
+        that a profile was found at) and ``bins`` (number and score of the examples in each bin of length). `score` and
+        `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples
+        (and heads).
+
+    Raises:
+        UsageError: for settings that cannot be used, or that are not those of the records.
+        RunError: if the records cannot be written.
+        KeyboardInterrupt: if interrupted; what was finished is on record.
+    """
+    found = run_evaluation(
+        model,
+        tokenizer,
+        task=task,
+        methods=methods,
+        budgets=budgets,
+        samples=samples,
+        seed=seed,
+        metric=metric,
+        protocol=protocol,
+        prefill_chunk=prefill_chunk,
+        sample_ids=sample_ids,
+        records=records,
+        on_progress=on_progress,
+    )
+    if found.interrupted:
+        raise KeyboardInterrupt
+    return found.rows
+
+
+def run_evaluation(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    task: str | Task | Sequence[str | Task],
+    methods: Sequence[str | Method],
+    budgets: Sequence[int] = (),
+    samples: int = 50,
+    seed: int = 0,
+    metric: str | None = None,
+    protocol: str = AWARE,
+    prefill_chunk: int | None = None,
+    sample_ids: Sequence[str] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
+) -> Evaluation:
+    """As `evaluate`, but an interrupted evaluation returns what it has finished."""
+    tasks = [get_task(t) for t in ([task] if isinstance(task, (str, Task)) else task)]
+    chosen = [get_method(m) if isinstance(m, str) else m for m in methods]
+    if not tasks or not chosen:
+        raise UsageError("nothing to evaluate: give at least one task and one method")
+    check_request(chosen, budgets, samples, metric)
+    rows = _rows(model, chosen, budgets)
+    if prefill_chunk is not None:
+        for row in rows:
+            # What cannot read prompts so is refused before any is read.
+            row.new_cache(model, prefill_chunk)
+    _warn_of_seen(tasks, rows)
+    drawn = {
+        format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
+    }
+    named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
+    if sample_ids is not None:
+        sample_ids = _chosen(named, sample_ids)
+        named = {
+            spec: {name: each for name, each in part.items() if name in sample_ids} for spec, part in named.items()
+        }
+        named = {spec: part for spec, part in named.items() if part}
+    asked = []
+    for spec, part in named.items():
+        examples = list(part.values())
+        asked.append(Questions(spec, list(part), examples, encode_examples(tokenizer, model, examples, metric)))
+        _check_budgets(asked[-1], rows)
+    settings = Settings(
+        model=_describe(model),
+        metric=metric,
+        protocol=protocol,
+        prefill_chunk=prefill_chunk,
+        seed=seed,
+        samples=samples,
+        sample_ids=None if sample_ids is None else list(sample_ids),
+        methods={row.label: row.describe() for row in rows},
+        tasks={each.task: TaskSettings(fingerprint=fingerprint(each.examples), examples=each.names) for each in asked},
+        versions=versions(),
+    )
+    total = sum(len(each.names) for each in asked)
+    log = RecordLog.open(records, settings)
+    recorded = sum(log.has(each.task, name) for each in asked for name in each.names)
+    done, interrupted = recorded, False
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(EvaluationProgress(done, total, recorded))
+
+    try:
+        if recorded and on_progress is not None:
+            on_progress(EvaluationProgress(recorded, total, recorded))
+        for each in asked:
+            measure(model, tokenizer, each, rows, settings, log, advance)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        log.close()
+    return Evaluation(summarise(log.records), interrupted, recorded, total)
+
+
+def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int, metric: str | None) -> None:
+    """Raises `UsageError` for what can be seen to be wrong before there is a model."""
+    if metric is not None:
+        check_metric(metric)
+    if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
+        raise UsageError(f"--samples is {samples!r}; expected 1 to {MOST_SAMPLES:,} examples per task")
+    for budget in budgets:
+        if not is_whole(budget):
+            raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
+    for method in methods:
+        if not (method.is_full or method.profile or budgets):
+            raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
+
+
+def summarise(records: Records) -> list[dict[str, Any]]:
+    """The rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
+    settings = records.settings
+    results = []
+    for task in settings.tasks:
+        finished = records.complete(task)
+        for name, method in settings.methods.items() if finished else ():
+            column = [example[name] for example in finished]
+            scores = np.array([record.score for record in column])
+            result = {
+                "model": settings.model.name,
+                "task": task,
+                "method": method.method,
+                "budget": method.budget,
+                "n": len(column),
+                "metric": metrics_of(column),
+                "score": float(scores.mean()),
+                "ci95": list(ci95(scores)),
+                "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
+                "mean_budget": float(np.mean([record.mean_budget for record in column])),
+                "seed": settings.seed,
+                "protocol": settings.protocol,
+                "dtype": settings.model.dtype,
+            }
+            if settings.prefill_chunk is not None:
+                result["prefill_chunk"] = settings.prefill_chunk
+            if method.expanded_from is not None:
+                result["expanded_from"] = method.expanded_from
+            bins = _by_bin(column)
+            results.append({**result, "bins": bins} if bins else result)
+    return results
+
+
+def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Mean score and number of examples in each bin of length, where a task sorts its examples into such."""
+    scores = defaultdict(list)
+    for record in column:
+        if "bin" in record.extra:
+            scores[str(record.extra["bin"])].append(record.score)
+    return {name: {"n": len(found), "score": float(np.mean(found))} for name, found in sorted(scores.items())}
+
+
+def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:
+    info = describe_model(model)
+    everything = np.full((info.num_layers, info.num_kv_heads), np.iinfo(np.int32).max, dtype=np.int64)
+    rows: dict[str, Row] = {}
+    for method in methods:
+        if method.is_full:
+            _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
+            continue
+        at = list(budgets) or ([method.profile.budget] if method.profile is not None else [])
+        for budget in at:
+            if budget > info.max_context:
+                raise BudgetError(
+                    f"the budget is {budget}, above the model's context of {info.max_context} tokens; use a smaller one"
+                )
+            chosen = method.at(int(budget))
+            if chosen.profile is not None:
+                chosen.profile.check_model(model)
+            assert chosen.selector is not None
+            _add(rows, Row(chosen, int(budget), chosen.budgets(model, int(budget)), chosen.selector))
+    return list(rows.values())
+
+
+def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+    """Says where a profile was evolved on the rows of a file that all serve, which are then no held-out ones."""
+    for task in tasks:
+        spec, everything = format_spec(task), task.spec().get("split") == "all"
+        for row in rows if everything else ():
+            profile = row.method.profile
+            if profile is not None and spec in str(profile.search.get("task", "")).split(" && "):
+                logger.warning("%s was evolved on rows of %s, some of which it may be judged by here", row.label, spec)
+
+
+def _add(rows: dict[str, Row], row: Row) -> None:
+    """Take a row, once; two that differ cannot go by one name."""
+    known = rows.setdefault(row.label, row)
+    if known.selector != row.selector or not np.array_equal(known.budgets, row.budgets):
+        raise UsageError(f"two different methods are called {row.label}; give one of them another name")
+
+
+def _distinct(examples: Sequence[Example]) -> list[str]:
+    """A name for each example: its id, with a number where others before it have the same."""
+    names: dict[str, None] = {}
+    for example in examples:
+        name, number = example.id, 1
+        while name in names:
+            number += 1
+            name = f"{example.id}#{number}"
+        names[name] = None
+    return list(names)
+
+
+def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[str]:
+    """The ids that are meant by words such as ``["a,b", "c"]``, each once, in their order.
+
+    Raises:
+        UsageError: for an id that no task has, or none at all.
+    """
+    known = {name for part in named.values() for name in part}
+    # A comma may also be part of an id.
+    ids = [part for word in words for part in ([word] if word in known else map(str.strip, word.split(","))) if part]
+    for wanted in ids:
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0)
+            raise UsageError(
+                f"unknown example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(known)}, "
+                "and --sample-ids chooses among these"
+            )
+    if not ids:
+        raise UsageError("no examples are chosen; give --sample-ids at least one id")
+    return list(dict.fromkeys(ids))
+
+
+def _check_budgets(questions: Questions, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.budget is not None and row.budget >= questions.longest:
+            raise BudgetError(
+                f"the budget is {row.budget}, but the longest prompt of {questions.task} has {questions.longest} "
+                f"tokens: nothing would be evicted; use a --budget below {questions.longest}"
+            )
+
+
+def _describe(model: PreTrainedModel) -> ModelSettings:
+    info = describe_model(model)
+    return ModelSettings(
+        name=info.name,
+        fingerprint=info.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=own_attention(model),
+        device=model.device.type,
+    )
