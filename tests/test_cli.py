@@ -183,11 +183,20 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("ruler:task=niah_single_2,haystack=missing.txt", "missing.txt does not exist"),
         ("niah:haystack=missing.txt", "missing.txt does not exist"),
         ("code:path=missing", "missing does not exist"),
+        ("code:path=", "the path of the folder is empty"),
+        ("longbench:subset=trec,path=", "path is empty"),
+        ("gsm8k:path=", "the path of a file is empty"),
+        ("gsm8k:path=good.jsonl", "shots=5, but good.jsonl (what of it serves train) has 0 problems"),
+        ("ruler:task=qa_1,path=huge.json", "huge.json: not JSON that can be read"),
+        ("ruler:task=qa_2,path=half.json", "half.json [0]: an entry of 'context' holds half of a surrogate pair"),
     ],
 )
 def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, task, message):
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "bad.json").write_text('[{"a": 1}]')
+    (tmp_path / "huge.json").write_text(f'{{"data": {"9" * 5000}}}')
+    question = {"question": "q", "answer": "a", "context": [["t", ["\ud800"]]], "supporting_facts": []}
+    (tmp_path / "half.json").write_text(json.dumps([question]))
     (tmp_path / "good.jsonl").write_text('{"question": "2 and 2?", "answer": "4\\n#### 4"}\n')
     method = ["--method", "snapkv"] if command == "eval" else []
     code, _, err = run(command, "no-such-model", "--task", task, "--budget", 64, *method)
@@ -213,6 +222,40 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "file"),
+    [
+        ("longbench:subset=trec,path=data", "--json", "data/trec.jsonl"),
+        ("code:path=data", "--markdown", "data/deep/a.py"),
+        ("longbench:subset=trec,path=data", "--out", "data/trec.jsonl"),
+    ],
+)
+def test_files_in_a_folder_that_is_read_are_not_written_over(run, tmp_path, task, option, file):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / file).write_text("precious")
+    command, method = ("search", []) if option == "--out" else ("eval", ["--method", "snapkv"])
+    code, _, err = run(command, MODEL, "--task", task, "--budget", 64, *method, option, file)
+    assert code == 2
+    assert f"{file} would be written over, but is read" in one_line(err)
+    assert (tmp_path / file).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--json", "", "the name of a file to write is empty"),
+        ("--records", "", "the name of a file to write is empty"),
+        ("--markdown", "", "the name of a file to write is empty"),
+        ("--json", ".", ". is a folder"),
+        ("--json", "/", "/ is a folder"),
+    ],
+)
+def test_what_is_no_name_of_an_output_is_refused(run, option, name, message):
+    code, _, err = run("eval", MODEL, "--task", TASK, "--method", "full", option, name)
+    assert code == 2
+    assert message in one_line(err)
 
 
 def test_demo_refuses_a_file_as_its_folder(run, tmp_path):

@@ -142,6 +142,12 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
         ({"methods": ["snapkv"], "budgets": ["64"]}, UsageError, "the budget is '64'"),
         ({"methods": ["p" * 300]}, UsageError, "unknown method"),
         ({"methods": ["full"], "metric": "contain"}, UsageError, "Did you mean 'contains'"),
+        ({"methods": ["snapkv"], "budgets": [-5]}, BudgetError, "the budget is -5; expected a whole number"),
+        (
+            {"methods": ["adakv"]},
+            UsageError,
+            "'adakv' is an allocator, which needs a selector; write for example adakv+sn",
+        ),
         ({"methods": ["missing.json"]}, UsageError, "missing.json"),
     ],
 )
@@ -199,6 +205,7 @@ def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(smoll
 
 
 def test_method_names_of_the_field_are_known():
+    assert get_method("pyramidkv:window=8").selector == get_method("pyramid+snapkv:window=8").selector
     assert get_method("pyramidkv").allocator == "pyramid"
     assert get_method("uniform+tova").selector == get_selector("tova")
     assert get_method("full").selector is None

@@ -48,7 +48,7 @@ def test_backslashes_at_the_very_end_are_literal():
 @given(
     path=paths,
     metric=st.sampled_from([None, "contains", "logprob"]),
-    tokens=st.none() | st.integers(min_value=1),
+    tokens=st.none() | st.integers(1, 2**31),
     split=st.sampled_from(["auto", "all"]),
     chat=st.booleans(),
 )
@@ -61,13 +61,19 @@ def test_formatted_jsonl_spec_gives_the_task_back(path, metric, tokens, split, c
     context=st.integers(1, 10**6),
     needles=st.integers(1, 9),
     depth=st.none() | st.floats(0, 1),
-    haystack=st.none() | paths,
+    haystack=st.none() | paths.filter(lambda path: path.strip().lower() != "none"),
     passages=st.none() | st.integers(1, 99),
     template=st.sampled_from(["auto", "chat", "plain"]),
 )
 def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haystack, passages, template):
     task = NeedleInHaystack(context, needles, depth, haystack, passages, template)
     assert get_task(format_spec(task)) == task
+
+
+def test_none_is_what_is_listed_as_none():
+    assert get_task("niah:haystack=none,depth=none") == get_task("niah")
+    assert get_task("gsm8k:path=none,shots_path=None") == get_task("gsm8k")
+    assert get_task("jsonl:path=none").path == "none"
 
 
 def test_default_settings_are_left_out_of_a_formatted_spec():
@@ -117,6 +123,8 @@ def test_unknown_names_suggest_the_nearest(spec, message):
         ("niah:context=long", "task 'niah': context=long: expected a whole number"),
         ("niah:context=1.5", "context=1.5: expected a whole number"),
         ("niah:context=", "context=: expected a whole number"),
+        (f"niah:context={'9' * 400}", "expected a whole number up to"),
+        ("niah:context=3000000000", "expected a whole number up to 2,147,483,648"),
         ("niah:context=none", "context=none: expected a whole number"),
         ("niah:depth=deep", "depth=deep: expected a number"),
         ("niah:depth=nan", "depth=nan: expected a number"),

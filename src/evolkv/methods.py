@@ -171,14 +171,16 @@ def get_method(name: str) -> Method:
     Args:
         name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
             selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake:window=8+adakv+snapkv``); ``pyramidkv``
-            (= ``pyramid+snapkv``); the path of a profile, or its address on the Hub (``hf://org/name``); or, with
-            ``{}`` in place of the budget, that of one profile for each budget (``profile-{}.json``).
+            (= ``pyramid+snapkv``, whose parameters may follow); the path of a profile, or its address on the Hub
+            (``hf://org/name``); or, with ``{}`` in place of the budget, that of one profile for each budget
+            (``profile-{}.json``).
 
     Raises:
         UsageError: for a name that is none of these.
         ProfileError: for a file that is no profile.
     """
-    spec = _ALIASES.get(name, name)
+    alias, colon, parameters = name.partition(":")
+    spec = f"{_ALIASES[alias]}{colon}{parameters}" if alias in _ALIASES else name
     if spec == "full":
         return Method(name)
     *allocators, selector = spec.split("+")
@@ -195,8 +197,10 @@ def get_method(name: str) -> Method:
             raise unknown_name("allocator", each, known)
     if allocators:
         raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
-    names = ["full", *SELECTORS, *_ALIASES, *(f"{a}+{s}" for a in known for s in SELECTORS)]
-    raise UsageError(f"{unknown_name('method', name, names)}; or give the path of a profile")
+    if alias in known:
+        raise UsageError(f"{alias!r} is an allocator, which needs a selector; write for example {name}+snapkv")
+    names = ["full", *SELECTORS, *_ALIASES]
+    raise UsageError(f"{unknown_name('method', name, names)}; ALLOCATOR+SELECTOR, or the path of a profile")
 
 
 def _combined(name: str, allocators: list[str], selector: Selector) -> Method:

@@ -44,8 +44,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Check, without touching anything, that a file can be written at `path`; its folders may be missing.
 
     Raises:
-        UsageError: it is a folder or a device, is called ``-``, or its folder cannot be made or written to.
+        UsageError: it is empty, a folder or a device, is called ``-``, or its folder cannot be made or written to.
     """
+    if not os.fspath(path):
+        raise UsageError("the name of a file to write is empty; give a path")
     if os.fspath(path) == "-":
         raise UsageError("'-' is no name for this file; give a path")
     if hub.is_address(path):

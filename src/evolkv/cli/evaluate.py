@@ -72,10 +72,12 @@ def evaluate(
 
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
-    from evolkv.whole_files import check_outputs, write_json
+    from evolkv.whole_files import check_outputs, check_writable, write_json
 
+    if json_out is not None:
+        check_writable(json_out)
     beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
-    kept = None if records == "none" else records or beside
+    kept = None if records == "none" else beside if records is None else records
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
     budgets = whole_numbers("--budget", budget or [])
     from evolkv.evaluate import check_request, get_method, run_evaluation
@@ -116,7 +118,11 @@ def evaluate(
                 write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": found.rows})
         finally:
             # A file that cannot be written must not take the numbers with it.
-            print_table(results_table(found.rows), markdown, results_note(found.rows))
+            unfinished_note = (
+                f"Interrupted after {found.finished} of {found.total} examples." if found.interrupted else ""
+            )
+            note = " ".join(filter(None, [unfinished_note, results_note(found.rows)]))
+            print_table(results_table(found.rows), markdown, note)
     if found.interrupted:
         again = (
             "" if kept is None or not found.rows else f"; they are in {kept}, and the same command goes on from there"

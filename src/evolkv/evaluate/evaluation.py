@@ -231,8 +231,10 @@ def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: in
     if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
         raise UsageError(f"--samples is {samples!r}; expected 1 to {MOST_SAMPLES:,} examples per task")
     for budget in budgets:
-        if not is_whole(budget):
-            raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
+        if not is_whole(budget) or budget < 1:
+            raise BudgetError(
+                f"the budget is {budget!r}; expected a whole number of cache entries per KV head, at least 1"
+            )
     for method in methods:
         if not (method.is_full or method.profile or budgets):
             raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")

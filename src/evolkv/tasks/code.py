@@ -126,12 +126,18 @@ class CodeCompletion(Task):
             logger.warning("%s: split %r has %d lines to ask for; using all, not %d", folder, split, len(drawn), n)
         return drawn
 
+    def files(self) -> list[str]:
+        """The .py files of a folder that is the user's."""
+        return [] if self.path is None else [str(self._folder / name) for name in _python_files(self._folder)]
+
     def check_files(self) -> None:
         """Look for the folder's files, without reading them."""
         self._files("report")
 
     @property
     def _folder(self) -> Path:
+        if self.path == "":
+            raise TaskError("code: the path of the folder is empty; give one, or leave path out")
         return Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
 
     def _files(self, split: Split) -> list[str]:

@@ -99,21 +99,22 @@ class Gsm8k(Task):
         shown = {shot.question for shot in shots}
         left = [problem for problem in self._share(problems, split) if problem.question not in shown]
         if not left:
+            instead = "" if self.split == "all" else ", or use split=all"
             raise TaskError(
                 f"{path}: split {split!r} is empty: the file has {len(problems)} problems, of which {len(shots)} "
-                "may be shots; give a file with more, fewer shots, or use split=all"
+                f"may be shots; give a file with more, or fewer shots{instead}"
             )
         drawn = draw(left, split, n, splitting="all", seed=f"gsm8k/{seed}", source=path, groups="questions")
         shared = "".join(f"{_question(shot)} {shot.answer}\n\n" for shot in shots)
         return [self._example(problem, shared, template) for problem in drawn]
 
     def check_files(self) -> None:
-        """Read all problems."""
-        for path in filter(None, (self._file(), self.shots_path)):
-            _read(path)
+        """Read all problems, and count the shots."""
+        path = self._file()
+        self._shots(_read(path), path)
 
     def _file(self) -> str:
-        return self.path or hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD)
+        return hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD) if self.path is None else self.path
 
     def _uses_chat(self, tokenizer: Any) -> bool:
         has_template = bool(getattr(tokenizer, "chat_template", None))

@@ -21,7 +21,8 @@ def parse_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TaskError(f"{path} is a Parquet file, which needs pyarrow; pip install 'evolkv[parquet]'") from None
     file = Path(path).expanduser()
     if not file.is_file():
-        raise TaskError(f"file {path} does not exist; check the path")
+        what = "is a folder; give the path of a file" if file.is_dir() else "does not exist; check the path"
+        raise TaskError(f"file {path} {what}")
     number = 0
     try:
         with parquet.ParquetFile(file) as table:

@@ -138,7 +138,7 @@ def get_text(fields: Mapping[str, Any], key: str, where: str, blank: bool = Fals
     """The text in a field; TaskError if it is missing or no text, or has only whitespace and may not (`blank`)."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a text")
-    return _check_text(fields[key], repr(key), where, blank)
+    return check_text(fields[key], repr(key), where, blank)
 
 
 def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = Fal
     if not isinstance(values, list) or not values:
         found = "empty" if values == [] else kind_of(values)
         raise TaskError(f"{where}: {key!r} is {found}; expected a list of texts")
-    return tuple(_check_text(value, f"an entry of {key!r}", where, blank) for value in values)
+    return tuple(check_text(value, f"an entry of {key!r}", where, blank) for value in values)
 
 
 def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
@@ -171,10 +171,15 @@ def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> s
         raise TaskError(f"{where}: {key!r} is {kind_of(value)}; expected a text or a whole number")
     if not str(value).strip():
         raise TaskError(f"{where}: {key!r} is blank; give it a name, or leave it out")
-    return _check_text(str(value), repr(key), where, blank=False)
+    return check_text(str(value), repr(key), where, blank=False)
 
 
-def _check_text(value: object, name: str, where: str, blank: bool) -> str:
+def check_text(value: object, name: str, where: str, blank: bool) -> str:
+    """The value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
+
+    Raises:
+        TaskError: it is not; `name` and `where` say what and where it is.
+    """
     if not isinstance(value, str):
         raise TaskError(f"{where}: {name} is {kind_of(value)}; expected a text")
     if not blank and not value.strip():

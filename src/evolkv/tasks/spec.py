@@ -2,7 +2,7 @@ r"""Task specs: `name` or `name:key=value,key=value`, as on the command line; se
 
 A value may contain anything but ` && `. A comma in it is written `\,`. Backslashes are literal (Windows paths need no
 care) except in a run directly before a comma: there each pair stands for one backslash and an odd one out
-escapes the comma.
+escapes the comma. `none` stands for no value where a setting may have none; a file of that name is `./none`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ TASKS: Registry[type[Task]] = Registry(
 
 _AND = " && "
 _COMMA = re.compile(r"(\\*),")
+#: No setting is larger: a larger number is a mistake.
+_MOST = 2**31
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -127,11 +129,11 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
     optional = get_origin(annotation) in (Union, types.UnionType)
     if optional:
         (annotation,) = (kind for kind in get_args(annotation) if kind is not types.NoneType)
-    if annotation is str:
-        return text
     word = text.strip()
     if optional and word.lower() == "none":
         return None
+    if annotation is str:
+        return text
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         if word in choices:
@@ -145,6 +147,7 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
         number = annotation(word)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise TaskError(f"{where}: expected {'a whole number' if annotation is int else 'a number'}")
+    # NaN compares with nothing.
+    if not -_MOST <= number <= _MOST:
+        raise TaskError(f"{where}: expected {'a whole number' if annotation is int else 'a number'} up to {_MOST:,}")
     return number

@@ -12,6 +12,8 @@ from evolkv.tasks.hub import hub_file
 
 REPOSITORY = "THUDM/LongBench"
 ARCHIVE = "data.zip"
+#: Files that a message lists.
+_MOST_NAMES = 8
 
 
 def read_subset(name: str, path: str | None) -> tuple[str, str]:
@@ -28,6 +30,8 @@ def read_subset(name: str, path: str | None) -> tuple[str, str]:
     if path is None:
         instead = f"give path= a folder with {name}.jsonl, or a copy of {ARCHIVE}"
         return _read_member(hub_file(REPOSITORY, ARCHIVE, "longbench", instead), name)
+    if not path:
+        raise TaskError("longbench: path is empty; give a folder or file, or leave it out")
     place = Path(path).expanduser()
     if place.is_dir():
         return _read_from_folder(place, name)
@@ -39,7 +43,9 @@ def read_subset(name: str, path: str | None) -> tuple[str, str]:
 def _read_from_folder(folder: Path, name: str) -> tuple[str, str]:
     file = folder / f"{name}.jsonl"
     if not file.exists():
-        found = ", ".join(sorted(other.name for other in folder.glob("*.jsonl"))) or "no .jsonl files"
+        names = sorted(other.name for other in folder.glob("*.jsonl"))
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        found = ", ".join(names[:_MOST_NAMES]) + more or "no .jsonl files"
         raise TaskError(f"folder {folder} has no {file.name}; it has {found}; give the folder of LongBench's files")
     return read_text(str(file)), str(file)
 

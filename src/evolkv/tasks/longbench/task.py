@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
@@ -104,6 +105,12 @@ class LongBench(Task):
             place.setdefault(row.context, len(place))
         drawn.sort(key=lambda row: place[row.context])
         return [self._example(row, tokenizer) for row in drawn]
+
+    def files(self) -> list[str]:
+        """The subset's file, also where `path` is the folder that it is in."""
+        if self.path is not None and Path(self.path).expanduser().is_dir():
+            return [str(Path(self.path) / f"{self.subset}.jsonl")]
+        return super().files()
 
     def check_files(self) -> None:
         """Read all rows of the subset."""

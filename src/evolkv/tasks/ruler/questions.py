@@ -11,7 +11,7 @@ from typing import Any
 
 from evolkv.errors import TaskError
 from evolkv.tasks.base import Split, partition, read_text
-from evolkv.tasks.rows import Splitting, digest, distinct, draw, get_text, kind_of
+from evolkv.tasks.rows import Splitting, check_text, digest, distinct, draw, get_text, kind_of
 from evolkv.tasks.ruler.puzzle import Family, Puzzle
 
 TEMPLATE = (
@@ -119,8 +119,10 @@ def hotpotqa(path: str) -> Iterator[Question]:
         documents = {}
         for entry in _list(row, "context", where):
             title, sentences = _pair(entry, "context", where)
-            if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+            if not isinstance(sentences, list):
                 raise TaskError(f"{where}: 'context' has a paragraph that is not a list of sentences")
+            for text in (title, *sentences):
+                check_text(text, "an entry of 'context'", where, blank=True)
             documents[f"{title}\n{''.join(sentences)}"] = title
         named = {_pair(fact, "supporting_facts", where)[0] for fact in _list(row, "supporting_facts", where)}
         if not documents:
@@ -163,8 +165,8 @@ def _load(path: str) -> Any:
         raise TaskError(
             f"{path} line {error.lineno}: not valid JSON ({error.msg}); give the file as released"
         ) from None
-    except RecursionError:
-        raise TaskError(f"{path}: nested too deeply; give the file as released") from None
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: not JSON that can be read ({error}); give the file as released") from None
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
