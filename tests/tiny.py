@@ -23,7 +23,9 @@ _SHAPE = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# All experts for every token: which two are the best is decided by rounding where they are close, and that differs
+# between processors and numbers of threads.
+_MOE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 #: By family: the name that its classes begin with, and what its config says besides the common shape.
 _FAMILIES = {
@@ -42,7 +44,7 @@ _FAMILIES = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "qwen3_moe": ("Qwen3Moe", _MOE),
