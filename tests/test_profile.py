@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evolkv.errors import BudgetError, ProfileError, UsageError
+from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 
@@ -209,7 +209,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(profile, save
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(ProfileError, match="No space left on device"):
+    with pytest.raises(RunError, match="No space left on device"):
         profile.save(saved)
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]
