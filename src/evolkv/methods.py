@@ -138,11 +138,11 @@ class Method:
                 f"the budget is {budget}, but {self.name} always keeps {self.selector.min_budget} tokens; "
                 f"use {self.selector.min_budget} or more"
             )
+        if self.profile is not None and budget == self.profile.budget:
+            return self.profile.budgets
         info = describe_model(model)
         ceilings = np.array([w if w is not None else info.max_context for w in sliding_windows(model)])
         if self.profile is not None:
-            if budget == self.profile.budget:
-                return self.profile.budgets
             return self.profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
         return np.repeat(self._by_layer(budget, ceilings)[:, None], info.num_kv_heads, axis=1)
 
