@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 import evolkv
 from common import count, counts, finish, machine, parser, run, seconds, spread
-from evolkv.evaluate.decode import end_tokens, greedy
-from evolkv.evaluate.engine import text_score
+from evolkv.evaluation.decode import end_tokens, greedy
+from evolkv.evaluation.engine import text_score
 from evolkv.models import describe_model
 from evolkv.models.forward import given_cache
 from evolkv.tasks import encode_prompt, get_task

@@ -17,7 +17,7 @@ import numpy as np
 
 import evolkv
 from common import count, finish, interval_over_seeds, machine, parser, run, spread
-from evolkv.search import search_curve
+from evolkv.evolution import search_curve
 from trials import Trial
 
 

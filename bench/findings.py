@@ -27,11 +27,11 @@ import numpy as np
 
 import evolkv
 from common import MOST_SEEDS, count, finish, interval_over_seeds, machine, parser, run
-from evolkv.evaluate.local import LocalBackend
-from evolkv.evaluate.shards import ShardedEngine
+from evolkv.evaluation.local import LocalBackend
+from evolkv.evaluation.shards import ShardedEngine
+from evolkv.evolution.plan import HEURISTICS
+from evolkv.evolution.settings import StrategySettings
 from evolkv.models import describe_model
-from evolkv.search.plan import HEURISTICS
-from evolkv.search.settings import StrategySettings
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
 from trials import Trial, outcome

@@ -20,7 +20,7 @@ from typing import Any
 
 import evolkv
 from common import count, finish, machine, parser, run
-from evolkv.evaluate.intervals import ci95
+from evolkv.evaluation.intervals import ci95
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
 from kept_tokens import KVPRESS, kvpress_python

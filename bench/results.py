@@ -23,10 +23,10 @@ import numpy as np
 
 import evolkv
 from common import count, finish, machine, parser, run
-from evolkv.evaluate.compare import compare_records
-from evolkv.evaluate.records import label
+from evolkv.evaluation.compare import compare_records
+from evolkv.evaluation.records import label
+from evolkv.evolution import search_curve
 from evolkv.models import describe_model
-from evolkv.search import search_curve
 from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import evolkv
 from common import count, finish, machine, parser, run, spread
-from evolkv.evaluate.on_ray import RayBackend
-from evolkv.search import SearchProgress
-from evolkv.search.study import Study
+from evolkv.evaluation.on_ray import RayBackend
+from evolkv.evolution import SearchProgress
+from evolkv.evolution.study import Study
 
 
 def main() -> None:

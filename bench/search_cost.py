@@ -27,10 +27,10 @@ import numpy as np
 
 import evolkv
 from common import count, finish, machine, parser, run
-from evolkv.evaluate.engine import Engine
-from evolkv.search.evolve import Rotation, evolve
-from evolkv.search.progress import SearchProgress
-from evolkv.search.settings import StrategySettings
+from evolkv.evaluation.engine import Engine
+from evolkv.evolution.evolve import Rotation, evolve
+from evolkv.evolution.progress import SearchProgress
+from evolkv.evolution.settings import StrategySettings
 from trials import Trial
 
 VARIANTS = ("all", "minibatch-1", "minibatch-2", "minibatch-3", "racing", "pyramid", "neighbour", "small-step")

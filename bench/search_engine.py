@@ -15,7 +15,7 @@ import numpy as np
 
 import evolkv
 from common import count, finish, machine, matrix_rate, parser, run, seconds, spread
-from evolkv.evaluate import NaiveEngine, ReplayEngine
+from evolkv.evaluation import NaiveEngine, ReplayEngine
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 

@@ -14,8 +14,8 @@ import numpy as np
 
 import evolkv
 from common import count, finish, machine, parser, run, seconds, spread
-from evolkv.evaluate import ReplayEngine, replay
-from evolkv.search import GroupedCMA
+from evolkv.evaluation import ReplayEngine, replay
+from evolkv.evolution import GroupedCMA
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import evolkv
 from common import count, counts, finish, machine, parser, run, seconds, spread
-from evolkv.evaluate import ReplayEngine, replay
+from evolkv.evaluation import ReplayEngine, replay
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.local import LocalBackend
-from evolkv.evaluate.shards import ShardedEngine
-from evolkv.search.evolve import Evolution, Rotation, evolve
-from evolkv.search.plan import Plan
-from evolkv.search.progress import OnProgress
-from evolkv.search.settings import Start, StrategySettings
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.local import LocalBackend
+from evolkv.evaluation.shards import ShardedEngine
+from evolkv.evolution.evolve import Evolution, Rotation, evolve
+from evolkv.evolution.plan import Plan
+from evolkv.evolution.progress import OnProgress
+from evolkv.evolution.settings import Start, StrategySettings
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.base import Split

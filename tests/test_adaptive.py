@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import evolkv
 from evolkv.allocators.adaptive import ADAPTIVE, CAKE, AdaKV, DynamicKV
 from evolkv.errors import UsageError
-from evolkv.evaluate import get_method
-from evolkv.evaluate.prefill import Prefiller
+from evolkv.evaluation import get_method
+from evolkv.evaluation.prefill import Prefiller
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric

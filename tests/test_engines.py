@@ -16,14 +16,14 @@ from evolkv.cache import CompressedCache
 from evolkv.cache.recording import RecordingCache
 from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate import NaiveEngine, ReplayEngine
-from evolkv.evaluate.decode import RepetitionPenalty, greedy, target_log_probs
-from evolkv.evaluate.engine import encode_example
-from evolkv.evaluate.local import LocalBackend
-from evolkv.evaluate.prefill import Prefiller
-from evolkv.evaluate.replay import _candidate_bytes, lowest_changed
-from evolkv.evaluate.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
-from evolkv.evaluate.workers import Workers
+from evolkv.evaluation import NaiveEngine, ReplayEngine
+from evolkv.evaluation.decode import RepetitionPenalty, greedy, target_log_probs
+from evolkv.evaluation.engine import encode_example
+from evolkv.evaluation.local import LocalBackend
+from evolkv.evaluation.prefill import Prefiller
+from evolkv.evaluation.replay import _candidate_bytes, lowest_changed
+from evolkv.evaluation.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
+from evolkv.evaluation.workers import Workers
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -252,7 +252,7 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
     alone = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=2**30)
     # Enough for the snapshots and for one candidate; a third of it, the share of a shard, is not enough for both.
     memory = len(examples) * alone.held_bytes + 20 * 2**20
-    monkeypatch.setattr("evolkv.evaluate.shards.free_memory", lambda device: memory / 0.9)
+    monkeypatch.setattr("evolkv.evaluation.shards.free_memory", lambda device: memory / 0.9)
     alone.room = memory // 3 - 3 * alone.held_bytes
     with pytest.raises(RunError, match="one candidate on example"):
         alone.score(budgets)
@@ -272,7 +272,7 @@ def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkey
     assert new > 600
     # On so long an answer a second row would cost more than another batch.
     assert engine._rows_at_once(0, prompt) == 1
-    monkeypatch.setattr("evolkv.evaluate.replay._MAX_TOKENS", 100 * new)
+    monkeypatch.setattr("evolkv.evaluation.replay._MAX_TOKENS", 100 * new)
     each, pair = _candidate_bytes(model, prompt, new, new)
     shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
     for rows in (1, 2, 7):

@@ -9,9 +9,9 @@ import torch
 import evolkv
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import BudgetError, ProfileError, UsageError
-from evolkv.evaluate import NaiveEngine, get_method
-from evolkv.evaluate.evaluation import EvaluationProgress
-from evolkv.evaluate.intervals import ci95
+from evolkv.evaluation import NaiveEngine, get_method
+from evolkv.evaluation.evaluation import EvaluationProgress
+from evolkv.evaluation.intervals import ci95
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 

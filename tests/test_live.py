@@ -22,7 +22,7 @@ from evolkv.cli.glyphs import glyphs_for
 from evolkv.cli.live import View
 from evolkv.cli.search import show_search
 from evolkv.cli.watching import progress_picture
-from evolkv.search import SearchProgress
+from evolkv.evolution import SearchProgress
 
 SIZES = [(8, 1), (15, 5), (20, 10), (40, 12), (79, 23), (119, 39)]
 

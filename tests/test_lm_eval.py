@@ -329,5 +329,5 @@ def test_without_the_harness_the_command_says_how_to_install_it(monkeypatch, cap
 
 
 def test_evolkv_itself_does_not_import_the_harness():
-    code = "import sys, evolkv, evolkv.cli.app, evolkv.evaluate; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, evolkv, evolkv.cli.app, evolkv.evaluation; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

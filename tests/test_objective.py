@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evolkv.errors import UsageError
-from evolkv.search.objective import cache_score, fitness
+from evolkv.evolution.objective import cache_score, fitness
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 
 import evolkv
 from evolkv.errors import TaskError, UsageError
-from evolkv.evaluate import NaiveEngine, ReplayEngine, decode
-from evolkv.evaluate.decode import greedy, target_log_probs
-from evolkv.evaluate.engine import encode_example, encode_examples
-from evolkv.evaluate.prefill import Prefiller
+from evolkv.evaluation import NaiveEngine, ReplayEngine, decode
+from evolkv.evaluation.decode import greedy, target_log_probs
+from evolkv.evaluation.engine import encode_example, encode_examples
+from evolkv.evaluation.prefill import Prefiller
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol

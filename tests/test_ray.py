@@ -15,8 +15,8 @@ import pytest
 
 import evolkv
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate.on_ray import RayBackend
-from evolkv.search import SearchProgress
+from evolkv.evaluation.on_ray import RayBackend
+from evolkv.evolution import SearchProgress
 
 ray = pytest.importorskip("ray")
 

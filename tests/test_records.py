@@ -25,10 +25,10 @@ from evolkv.cli import console, main
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate import EvaluationProgress, Method, run_evaluation
-from evolkv.evaluate.compare import compare_records
-from evolkv.evaluate.evaluation import summarise
-from evolkv.evaluate.records import RecordLog, Records, read_records, sha256
+from evolkv.evaluation import EvaluationProgress, Method, run_evaluation
+from evolkv.evaluation.compare import compare_records
+from evolkv.evaluation.evaluation import summarise
+from evolkv.evaluation.records import RecordLog, Records, read_records, sha256
 from evolkv.report.needles import needle_grids
 from evolkv.report.sources import read_sources
 from evolkv.report.tables import results_table
@@ -460,7 +460,7 @@ def test_tables_are_written_for_terminal_markdown_and_json(run, folder, task, tm
     assert run(*options(folder, task, "r.json"), "--markdown", "-")[1] == text
     code, out, _ = run("compare", "r.records.jsonl", "--a", "snapkv", "--b", "streaming_llm@40", "--budget", "40")
     assert code == 0
-    found = evolkv.evaluate.paired_comparison(
+    found = evolkv.evaluation.paired_comparison(
         *(
             [each["score"] for each in ordered(tmp_path / "r.records.jsonl") if each["method"] == method]
             for method in ("snapkv", "streaming_llm")

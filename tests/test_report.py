@@ -534,8 +534,8 @@ def test_ticks_are_few_round_and_within_the_axis(log):
 
 
 def write_studies(storage, *names, budgets=(64,)):
-    from evolkv.search.result import Evaluation
-    from evolkv.search.study import Study
+    from evolkv.evolution.result import Evaluation
+    from evolkv.evolution.study import Study
     from evolkv.selectors import parse_selector
 
     settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": list(budgets)}

@@ -14,8 +14,8 @@ import pytest
 
 import evolkv
 from evolkv.errors import StudyError
-from evolkv.search import SearchProgress, search_curve
-from evolkv.search.study import Study, read_study
+from evolkv.evolution import SearchProgress, search_curve
+from evolkv.evolution.study import Study, read_study
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
 KILLS = 20
@@ -53,7 +53,7 @@ def attempt(context, storage, out, seconds=None):
 def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
     # Children start from a server that has the libraries imported but has not computed anything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.search.session"])
+    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.evolution.session"])
     undisturbed = tmp_path / "undisturbed.json"
     # The first child also waits for the server.
     assert not attempt(context, tmp_path / "first.db", tmp_path / "first.json")

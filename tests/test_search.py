@@ -10,10 +10,10 @@ import torch
 
 import evolkv
 from evolkv.errors import BudgetError, StudyError, UsageError
-from evolkv.evaluate import NaiveEngine
-from evolkv.evaluate.prefill import Prefiller, RecordingStore
-from evolkv.search import SearchProgress
-from evolkv.search.study import read_study
+from evolkv.evaluation import NaiveEngine
+from evolkv.evaluation.prefill import Prefiller, RecordingStore
+from evolkv.evolution import SearchProgress
+from evolkv.evolution.study import read_study
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import get_task
 
@@ -192,7 +192,7 @@ def test_interruption_after_validation_keeps_the_choice(smollm2, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evolkv.search.session.kept_positions", stop)
+    monkeypatch.setattr("evolkv.evolution.session.kept_positions", stop)
     found = evolkv.search(*smollm2, **{**SETTINGS, "max_evals": 14})
     assert found.interrupted
     assert found.kept is None

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import ModelError, UsageError
-from evolkv.evaluate.prefill import Prefiller
+from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
 from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector, parse_selector
 from tiny import HEAD_DIM, tiny_model, tokens

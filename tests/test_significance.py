@@ -11,9 +11,9 @@ import pytest
 
 import evolkv
 from evolkv.errors import UsageError
-from evolkv.evaluate import paired_comparison
-from evolkv.evaluate.compare import compare_records
-from evolkv.evaluate.intervals import bootstrap95
+from evolkv.evaluation import paired_comparison
+from evolkv.evaluation.compare import compare_records
+from evolkv.evaluation.intervals import bootstrap95
 from evolkv.report.tables import comparison_note, comparison_table
 
 
@@ -134,7 +134,7 @@ def test_scores_that_are_no_pairs_are_refused_in_one_line(a, b):
 
 
 def test_the_package_offers_it():
-    assert evolkv.evaluate.paired_comparison is paired_comparison
+    assert evolkv.evaluation.paired_comparison is paired_comparison
 
 
 def header(methods, tasks, **changes):

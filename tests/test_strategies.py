@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from evolkv.errors import BudgetError, UsageError
-from evolkv.search.objective import fitness
-from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
+from evolkv.evolution.objective import fitness
+from evolkv.evolution.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
 
 MAKERS = {
     "joint": lambda seed=0: JointCMA(shape=(12,), budget=128, seed=seed),

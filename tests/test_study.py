@@ -23,9 +23,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from evolkv.cli import main
 from evolkv.errors import RunError, StudyError
-from evolkv.search.result import Evaluation
-from evolkv.search.storage import LEASE, Lease, _AppendLock, close_storage, locate, open_storage
-from evolkv.search.study import Study, read_studies, read_study, storage_url
+from evolkv.evolution.result import Evaluation
+from evolkv.evolution.storage import LEASE, Lease, _AppendLock, close_storage, locate, open_storage
+from evolkv.evolution.study import Study, read_studies, read_study, storage_url
 
 SETTINGS = {"model": {"fingerprint": "abc"}, "task": "niah:context=1600", "budget": 128, "sigma": 0.1 + 0.2, "seed": 0}
 SETTINGS |= {"floor": 33, "ceiling": 1600}
@@ -552,7 +552,7 @@ def test_a_database_that_another_program_holds_is_reported(tmp_path, tables, mon
     path = tmp_path / "study.db"
     shutil.copy(tables, path)
     record(path, 1)
-    monkeypatch.setattr("evolkv.search.storage._PATIENCE", 0.01)
+    monkeypatch.setattr("evolkv.evolution.storage._PATIENCE", 0.01)
     with Study.open(path, "search", SETTINGS) as study:
         other = sqlite3.connect(path)
         other.execute("BEGIN EXCLUSIVE")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evolkv import evaluate, search
     from evolkv.cache import CompressedCache, compress
     from evolkv.errors import EvolKVError, RunError, UsageError
+    from evolkv.evaluation import evaluate
+    from evolkv.evolution import search
     from evolkv.models import load_model
     from evolkv.profile import BudgetProfile
 
@@ -22,9 +23,10 @@ _HOMES = {
     "RunError": "evolkv.errors",
     "UsageError": "evolkv.errors",
     "compress": "evolkv.cache",
+    "evaluate": "evolkv.evaluation",
     "load_model": "evolkv.models",
+    "search": "evolkv.evolution",
 }
-_PACKAGES = ("evaluate", "search")
 
 __all__ = [
     "BudgetProfile",
@@ -43,8 +45,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in _PACKAGES:
-        return importlib.import_module(f"evolkv.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evolkv' has no attribute {name!r}")

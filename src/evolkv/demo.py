@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evolkv.errors import UsageError
-from evolkv.evaluate import EvaluationProgress, Method, evaluate
+from evolkv.evaluation import EvaluationProgress, Method, evaluate
+from evolkv.evolution import SearchProgress, SearchResult, search
 from evolkv.registry import unknown_name
 from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
-from evolkv.search import SearchProgress, SearchResult, search
 from evolkv.selectors import parse_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text

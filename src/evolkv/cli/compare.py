@@ -33,7 +33,7 @@ def compare(
     outs = [path for path in (json_out, None if markdown == "-" else markdown) if path is not None]
     check_outputs(outs, records)
     with console.busy("comparing"):
-        from evolkv.evaluate.compare import compare_records
+        from evolkv.evaluation.compare import compare_records
         from evolkv.report.tables import comparison_note, comparison_table
 
         found = compare_records(records, a, b, budget, seed)

@@ -25,7 +25,7 @@ from evolkv.cli.options import (
 from evolkv.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from evolkv.evaluate import EvaluationProgress
+    from evolkv.evaluation import EvaluationProgress
 
 
 def evaluate(
@@ -80,7 +80,7 @@ def evaluate(
     kept = None if records == "none" else beside if records is None else records
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
     budgets = whole_numbers("--budget", budget or [])
-    from evolkv.evaluate import check_request, get_method, run_evaluation
+    from evolkv.evaluation import check_request, get_method, run_evaluation
     from evolkv.tasks import get_task
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]

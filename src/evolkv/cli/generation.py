@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate.decode import end_tokens
+from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
 from evolkv.models.forward import cache_keyword, given_cache, input_device

@@ -42,7 +42,7 @@ def tasks(as_json: AsJson = False) -> None:
 @app.command()
 def metrics(as_json: AsJson = False) -> None:
     """Metrics."""
-    from evolkv.evaluate.engine import mean_probability
+    from evolkv.evaluation.engine import mean_probability
     from evolkv.tasks.metrics import METRICS
 
     described: dict[str, Any] = {**METRICS, "logprob": mean_probability}
@@ -70,7 +70,7 @@ def allocators(as_json: AsJson = False) -> None:
 @app.command()
 def strategies(as_json: AsJson = False) -> None:
     """Strategies of a search."""
-    from evolkv.search import STRATEGIES
+    from evolkv.evolution import STRATEGIES
 
     _print([_row(name, strategy) for name, strategy in STRATEGIES.items()], as_json)
 

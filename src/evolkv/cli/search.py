@@ -30,8 +30,8 @@ from evolkv.report.units import duration
 from evolkv.report.words import candidates
 
 if TYPE_CHECKING:
-    from evolkv.evaluate.shards import Backend
-    from evolkv.search import CurveResult, SearchProgress, SearchResult
+    from evolkv.evaluation.shards import Backend
+    from evolkv.evolution import CurveResult, SearchProgress, SearchResult
 
 _STRATEGY, _OBJECTIVE, _WHERE, _STUDY = "Strategy", "Objective", "Where it runs", "Study"
 
@@ -211,11 +211,11 @@ def search(
     if storage == "none" and study is not None:
         raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
     where = storage if storage is not None else str(Path(out).with_suffix(".study.db"))
+    from evolkv.evolution import STRATEGIES, SearchResult, search_curve
+    from evolkv.evolution import search as run_search
+    from evolkv.evolution.plan import HEURISTICS
+    from evolkv.evolution.storage import locate
     from evolkv.profile import BudgetProfile
-    from evolkv.search import STRATEGIES, SearchResult, search_curve
-    from evolkv.search import search as run_search
-    from evolkv.search.plan import HEURISTICS
-    from evolkv.search.storage import locate
     from evolkv.selectors import get_selector, parse_selector
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
@@ -318,7 +318,7 @@ def _ray(
     model: Any, tokenizer: Any, workers: int | None, address: str | None, cpus: float, gpus: float | None
 ) -> Callable[[], Backend]:
     def start() -> Backend:
-        from evolkv.evaluate.on_ray import RayBackend
+        from evolkv.evaluation.on_ray import RayBackend
 
         with console.busy("starting Ray workers"):
             return RayBackend(model, tokenizer, workers, address, cpus, gpus)

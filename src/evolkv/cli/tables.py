@@ -116,7 +116,7 @@ def curve_table(points: Sequence[dict[str, Any]]) -> Table:
     """The points of a curve, smallest budget first.
 
     Args:
-        points: as `evolkv.search.search_curve` returns them.
+        points: as `evolkv.evolution.search_curve` returns them.
     """
     table = _table()
     for name, justify in (("budget", "right"), ("n", "right"), ("score (95 % interval)", "left")):

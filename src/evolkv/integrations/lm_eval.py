@@ -29,8 +29,8 @@ from tqdm import tqdm
 import evolkv
 from evolkv.cache import CompressedCache, compress
 from evolkv.errors import ModelError, UsageError
-from evolkv.evaluate import get_method
-from evolkv.evaluate.decode import target_log_probs
+from evolkv.evaluation import get_method
+from evolkv.evaluation.decode import target_log_probs
 from evolkv.methods import Method
 from evolkv.models import ALIASES, gguf
 from evolkv.models.forward import cache_in

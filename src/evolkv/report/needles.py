@@ -12,7 +12,7 @@ from evolkv.report.heatmaps import LEVELS, HeatMap, heat_paths
 from evolkv.report.words import counted, in_chunks, number, short
 
 if TYPE_CHECKING:
-    from evolkv.evaluate.records import Record, Records
+    from evolkv.evaluation.records import Record, Records
 
 #: Rows of a grid.
 DEPTHS = 10

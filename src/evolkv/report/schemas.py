@@ -40,7 +40,7 @@ class _Allocated(_Record):
 
 
 class Candidate(_Allocated):
-    """One evaluated candidate; see `evolkv.search.result.Evaluation`."""
+    """One evaluated candidate; see `evolkv.evolution.result.Evaluation`."""
 
     fitness: float
     score: Share
@@ -50,7 +50,7 @@ class Candidate(_Allocated):
 
 
 class Validated(_Allocated, _Scored):
-    """One allocation on examples that the search never saw; see `evolkv.search.result.Validated`."""
+    """One allocation on examples that the search never saw; see `evolkv.evolution.result.Validated`."""
 
     name: str
     evolved: bool

@@ -17,7 +17,7 @@ from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
 
 if TYPE_CHECKING:
-    from evolkv.evaluate.records import Records
+    from evolkv.evaluation.records import Records
 
 #: A search of ten thousand candidates on a large model stays below it: a larger file is something else.
 MAX_FILE_BYTES = 512 * 2**20
@@ -87,8 +87,8 @@ class Sources:
     def add_records(self, path: Path) -> None:
         """Take a file of records, and the rows that follow from it."""
         # Takes seconds to import, and no other input needs it.
-        from evolkv.evaluate.evaluation import summarise
-        from evolkv.evaluate.records import read_records
+        from evolkv.evaluation.evaluation import summarise
+        from evolkv.evaluation.records import read_records
 
         found = read_records(path)
         rows = summarise(found)

@@ -10,7 +10,7 @@ from evolkv.errors import UsageError
 from evolkv.report.schemas import Search, checked
 
 if TYPE_CHECKING:
-    from evolkv.search.study import StudyRecord
+    from evolkv.evolution.study import StudyRecord
 
 _CANDIDATE = ("budgets", "fitness", "score", "cache_score", "scores")
 
@@ -29,8 +29,8 @@ def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, li
         UsageError: it cannot be read, or is empty.
     """
     # Takes seconds to import, and no other input needs it.
-    from evolkv.search.storage import locate
-    from evolkv.search.study import read_studies
+    from evolkv.evolution.storage import locate
+    from evolkv.evolution.study import read_studies
 
     records = read_studies(storage, name)
     searches = []

@@ -10,8 +10,8 @@ from evolkv.report.units import mebibytes, with_interval
 from evolkv.report.words import counted, in_chunks
 
 if TYPE_CHECKING:
-    from evolkv.evaluate.compare import MethodComparison
-    from evolkv.evaluate.significance import PairedComparison
+    from evolkv.evaluation.compare import MethodComparison
+    from evolkv.evaluation.significance import PairedComparison
 
 #: Columns of numbers, which stand right-aligned.
 NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "p"})

@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import (
+from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
+from evolkv.evaluation.engine import (
     Progress,
     encode_examples,
     free_memory,
     mean_probability,
     text_score,
 )
-from evolkv.evaluate.prefill import Prefiller, RecordingStore
+from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evolkv.errors import StudyError
-from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.shards import SHARD_SIZE
-from evolkv.search.objective import cache_score, fitness
-from evolkv.search.plan import Plan
-from evolkv.search.progress import OnProgress, SearchProgress
-from evolkv.search.result import Evaluation, as_lists
-from evolkv.search.strategies import Strategy
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.shards import SHARD_SIZE
+from evolkv.evolution.objective import cache_score, fitness
+from evolkv.evolution.plan import Plan
+from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.result import Evaluation, as_lists
+from evolkv.evolution.strategies import Strategy
 
 if TYPE_CHECKING:
-    from evolkv.search.study import Study
+    from evolkv.evolution.study import Study
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import Encoded, free_memory, mean_probability, text_score
-from evolkv.evaluate.prefill import Prefiller, RecordedPrompt
-from evolkv.evaluate.records import MethodSettings, Record, RecordLog, Settings, label, sha256
-from evolkv.evaluate.workers import Workers, check_wanted
+from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
+from evolkv.evaluation.engine import Encoded, free_memory, mean_probability, text_score
+from evolkv.evaluation.prefill import Prefiller, RecordedPrompt
+from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
+from evolkv.evaluation.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """See `evolkv.evaluate.records.label`."""
+        """See `evolkv.evaluation.records.label`."""
         return label(self.method.name, self.budget)
 
     def new_cache(self, model: PreTrainedModel, prefill_chunk: int) -> CompressedCache:

@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
-from evolkv.search.backends import SharedBackend, backend_maker
-from evolkv.search.progress import OnProgress, SearchProgress
-from evolkv.search.result import SearchResult
+from evolkv.evolution.backends import SharedBackend, backend_maker
+from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.result import SearchResult
 from evolkv.selectors import Selector, get_selector
 
 SelectorSpec = str | Mapping[str, Any] | Selector

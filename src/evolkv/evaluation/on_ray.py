@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.errors import EvolKVError, RunError, UsageError
-from evolkv.evaluate.shards import Request, Sharing
+from evolkv.evaluation.shards import Request, Sharing
 from evolkv.models import loaded_from
 from evolkv.numbers import is_whole
 
@@ -183,7 +183,7 @@ class _Worker:
     def __init__(self, source: Any, device: str, threads: int):
         import torch
 
-        from evolkv.evaluate.shards import ShardServer
+        from evolkv.evaluation.shards import ShardServer
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)

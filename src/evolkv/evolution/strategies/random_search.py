@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from evolkv.allocators import project
-from evolkv.search.strategies.base import (
+from evolkv.evolution.strategies.base import (
     Budgets,
     Generations,
     bounds,

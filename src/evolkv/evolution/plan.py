@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from evolkv.allocators import complete, pyramid, uniform
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.naive import NaiveEngine
-from evolkv.evaluate.shards import Backend, ShardedEngine
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.naive import NaiveEngine
+from evolkv.evaluation.shards import Backend, ShardedEngine
+from evolkv.evolution.objective import fitness
 from evolkv.models import describe_model, sliding_windows
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.search.objective import fitness
 from evolkv.selectors import Selector
 from evolkv.tasks import Example, Task, encode_prompt, fingerprint, format_spec
 from evolkv.tasks.metrics import check_metric

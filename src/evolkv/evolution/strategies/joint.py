@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from evolkv.allocators import complete, project
 from evolkv.errors import BudgetError
-from evolkv.search.strategies.base import (
+from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
     Generations,
@@ -20,7 +20,7 @@ from evolkv.search.strategies.base import (
     single_allocation,
     whole_number,
 )
-from evolkv.search.strategies.cma_es import cma_es
+from evolkv.evolution.strategies.cma_es import cma_es
 
 #: Factor on the standard deviations after a generation of flat fitness.
 WIDENING = math.exp(0.2)

@@ -74,7 +74,7 @@ class SearchResult:
         seconds: wall-clock time of the whole search; of one of a curve's, of evolving at its budget.
         interrupted: whether the search was stopped before its end.
         settings: task, strategy, seed, … as the profile records them.
-        kept: which parts of one validation prompt the profile keeps; see `evolkv.search.kept.kept_positions`. None
+        kept: which parts of one validation prompt the profile keeps; see `evolkv.evolution.kept.kept_positions`. None
             after an interruption.
         rivals: of a search under several selectors, one row for each: ``selector, chosen, score`` (on the validation
             examples; None after an interruption)``, evaluations, seconds``. `evaluations` and `history` are those of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evolkv.evolution.strategies.base import Strategy
+from evolkv.evolution.strategies.grouped import GroupedCMA
+from evolkv.evolution.strategies.joint import JointCMA
+from evolkv.evolution.strategies.random_search import RandomSearch
 from evolkv.registry import Registry
-from evolkv.search.strategies.base import Strategy
-from evolkv.search.strategies.grouped import GroupedCMA
-from evolkv.search.strategies.joint import JointCMA
-from evolkv.search.strategies.random_search import RandomSearch
 
 STRATEGIES: Registry[Callable[..., Strategy]] = Registry(
     "strategy", {"joint": JointCMA, "evolkv": GroupedCMA, "random": RandomSearch}

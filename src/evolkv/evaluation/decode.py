@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
-from evolkv.evaluate.engine import not_a_number
-from evolkv.evaluate.workers import check_wanted
+from evolkv.evaluation.engine import not_a_number
+from evolkv.evaluation.workers import check_wanted
 
 # What the logits of one forward pass may take, and what each does: in the model's number format, in float32, and again.
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12

@@ -16,24 +16,24 @@ from transformers import PreTrainedModel
 
 import evolkv
 from evolkv.errors import UsageError
-from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.shards import Backend
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.shards import Backend
+from evolkv.evolution.backends import BackendName, backend_maker
+from evolkv.evolution.choose import choose, rows_from
+from evolkv.evolution.evolve import Evolution, Rotation, evolve
+from evolkv.evolution.kept import kept_positions
+from evolkv.evolution.plan import START, EngineName, Granularity, Plan
+from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.result import SearchResult, Validated, as_lists, as_rows, without_seconds
+from evolkv.evolution.rivals import SelectorSpec, best_of, under_each_selector
+from evolkv.evolution.settings import Start, StrategySettings
 from evolkv.profile import BudgetProfile
-from evolkv.search.backends import BackendName, backend_maker
-from evolkv.search.choose import choose, rows_from
-from evolkv.search.evolve import Evolution, Rotation, evolve
-from evolkv.search.kept import kept_positions
-from evolkv.search.plan import START, EngineName, Granularity, Plan
-from evolkv.search.progress import OnProgress, SearchProgress
-from evolkv.search.result import SearchResult, Validated, as_lists, as_rows, without_seconds
-from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
-from evolkv.search.settings import Start, StrategySettings
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Task, get_task
 from evolkv.tasks.protocol import AWARE
 
 if TYPE_CHECKING:
-    from evolkv.search.study import Study
+    from evolkv.evolution.study import Study
 
 
 @under_each_selector(best_of)
@@ -104,8 +104,8 @@ def search(
         prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does:
             for a model that will be run so. Needs engine "naive", and so as many prefills as there are candidates and
             examples: start from a profile that was found without. Default: all at once.
-        backend: where replay runs: "local" (threads of this process), "ray" (see `evolkv.evaluate.on_ray.RayBackend`),
-            or a function that makes a backend.
+        backend: where replay runs: "local" (threads of this process), "ray" (see
+            `evolkv.evaluation.on_ray.RayBackend`), or a function that makes a backend.
         workers: threads, or Ray workers. Default: one per core, or one per GPU.
         storage: an Optuna storage URL, or the path of a file, in which every generation is recorded. A search whose
             study is there already goes on where it was left, and comes to the same result. Default: none.
@@ -235,7 +235,7 @@ class Session:
         self.settings.strategy(self.plan, budgets[0], start)
         if storage is None:
             return
-        from evolkv.search.study import Study
+        from evolkv.evolution.study import Study
 
         identity = {
             **self.plan.describe(),

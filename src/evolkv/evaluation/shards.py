@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluate.engine import Progress, free_memory
-from evolkv.evaluate.prefill import RecordingStore
-from evolkv.evaluate.replay import ReplayEngine
+from evolkv.evaluation.engine import Progress, free_memory
+from evolkv.evaluation.prefill import RecordingStore
+from evolkv.evaluation.replay import ReplayEngine
 from evolkv.selectors import Selector
 from evolkv.tasks import Example, fingerprint
 

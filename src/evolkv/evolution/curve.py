@@ -14,14 +14,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
+from evolkv.evolution.evolve import Evolution
+from evolkv.evolution.plan import NOT_EVOLVED
+from evolkv.evolution.result import SearchResult
+from evolkv.evolution.rivals import SelectorSpec, best_of, under_each_selector
+from evolkv.evolution.session import Session, search, session
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.search.evolve import Evolution
-from evolkv.search.plan import NOT_EVOLVED
-from evolkv.search.result import SearchResult
-from evolkv.search.rivals import SelectorSpec, best_of, under_each_selector
-from evolkv.search.session import Session, search, session
 from evolkv.selectors import Selector, get_selector
 
 FORMAT = "evolkv.curve/1"

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.evaluate.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluate.engine import Progress, encode_examples, mean_probability, text_score
+from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
+from evolkv.evaluation.engine import Progress, encode_examples, mean_probability, text_score
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example

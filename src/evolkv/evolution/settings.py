@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from evolkv.errors import UsageError
+from evolkv.evolution.plan import Plan
+from evolkv.evolution.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.search.plan import Plan
-from evolkv.search.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
 
 Start = str | BudgetProfile | np.ndarray | None
 #: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evolkv.search.strategies.base import (
+from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
     Generations,
@@ -16,7 +16,7 @@ from evolkv.search.strategies.base import (
     positive_number,
     whole_number,
 )
-from evolkv.search.strategies.cma_es import cma_es
+from evolkv.evolution.strategies.cma_es import cma_es
 
 
 class GroupedCMA(Generations):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolkv.errors import UsageError
-from evolkv.evaluate.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
-from evolkv.evaluate.significance import PairedComparison, paired_comparison
+from evolkv.evaluation.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
+from evolkv.evaluation.significance import PairedComparison, paired_comparison
 from evolkv.registry import unknown_name
 
 FORMAT = "evolkv.comparison/1"

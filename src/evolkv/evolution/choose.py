@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from evolkv.evaluate.engine import Engine
-from evolkv.evaluate.intervals import ci95
-from evolkv.search.plan import NOT_EVOLVED
-from evolkv.search.result import Validated, as_lists
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.intervals import ci95
+from evolkv.evolution.plan import NOT_EVOLVED
+from evolkv.evolution.result import Validated, as_lists
 
 # Two allocations whose scores differ by no more than rounding are equal.
 _DIGITS = 4

@@ -10,8 +10,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.errors import UsageError
-from evolkv.evaluate.local import LocalBackend
-from evolkv.evaluate.shards import Backend, Request, Sharing
+from evolkv.evaluation.local import LocalBackend
+from evolkv.evaluation.shards import Backend, Request, Sharing
 from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector
@@ -37,7 +37,7 @@ def backend_maker(
         raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
     if callable(name):
         return name
-    from evolkv.evaluate.on_ray import RayBackend
+    from evolkv.evaluation.on_ray import RayBackend
 
     return lambda: RayBackend(model, tokenizer, workers)
 

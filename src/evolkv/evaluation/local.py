@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluate.shards import Request, ShardServer, Sharing
-from evolkv.evaluate.workers import Workers
+from evolkv.evaluation.shards import Request, ShardServer, Sharing
+from evolkv.evaluation.workers import Workers
 
 
 class LocalBackend:

@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from evolkv.errors import StudyError
-from evolkv.registry import unknown_name
-from evolkv.search.result import Evaluation
-from evolkv.search.storage import (
+from evolkv.evolution.result import Evaluation
+from evolkv.evolution.storage import (
     LEASE,
     FileClaim,
     Lease,
@@ -39,6 +38,7 @@ from evolkv.search.storage import (
     open_storage,
     reporting,
 )
+from evolkv.registry import unknown_name
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

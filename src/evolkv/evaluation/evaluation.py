@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluate.engine import encode_examples
-from evolkv.evaluate.intervals import ci95
-from evolkv.evaluate.measure import Questions, Row, measure
-from evolkv.evaluate.records import (
+from evolkv.evaluation.engine import encode_examples
+from evolkv.evaluation.intervals import ci95
+from evolkv.evaluation.measure import Questions, Row, measure
+from evolkv.evaluation.records import (
     ModelSettings,
     Record,
     RecordLog,
@@ -110,7 +110,7 @@ def evaluate(
             a prefill per method and example. Default: all at once.
         sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
             default: all.
-        records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluate.records`. If
+        records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluation.records`. If
             the file is there, examples that it holds are not evaluated again.
         on_progress: called after each example, and first with what is on record already, if anything is.
 

@@ -1,0 +1,25 @@
+"""Evaluation: engines that score candidates, and methods compared side by side. ``evolkv.evaluate(...)`` compares."""
+
+from __future__ import annotations
+
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.evaluation import Evaluation, EvaluationProgress, check_request, evaluate, run_evaluation
+from evolkv.evaluation.naive import NaiveEngine
+from evolkv.evaluation.replay import ReplayEngine
+from evolkv.evaluation.significance import PairedComparison, paired_comparison
+from evolkv.methods import Method, get_method
+
+__all__ = [
+    "Engine",
+    "Evaluation",
+    "EvaluationProgress",
+    "Method",
+    "NaiveEngine",
+    "PairedComparison",
+    "ReplayEngine",
+    "check_request",
+    "evaluate",
+    "get_method",
+    "paired_comparison",
+    "run_evaluation",
+]
