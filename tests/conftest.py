@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Workers that each take all cores wait for each other. Settled before torch, for the programs that tests start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

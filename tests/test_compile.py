@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from tiny import tiny_model, tokens
 
+pytestmark = pytest.mark.slow
 BUDGETS = [[7, 12], [9, 9], [5, 30], [16, 4]]
 
 

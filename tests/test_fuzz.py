@@ -3,6 +3,8 @@
 One test knows what must be kept of a prompt, and evicts once. The other evicts again, in chunks, after turns and while
 tokens are generated; it takes from the cache what is held, and checks how much that is and what attention makes of it.
 
+A tenth of the cases is quick; the rest is marked slow.
+
 EVOLKV_FUZZ_CASES=20000 pytest tests/test_fuzz.py    # ten times as many as usual; 2,000 take about a minute on one core
 EVOLKV_FUZZ_ONLY=137,940 pytest tests/test_fuzz.py   # the cases that an assertion named, alone
 """
@@ -400,11 +402,22 @@ def check_sizes(case, cache):
                     assert held == most, f"{held} of {length} held under a budget of {budget}: {case.said()}"
 
 
+def cases(name, check, total):
+    """Parameters of the test: the chosen cases, or a tenth of all and the rest."""
+    if ONLY:
+        return [pytest.param(check, ONLY, id=name)]
+    return [
+        pytest.param(check, range(total // 10), id=name),
+        pytest.param(check, range(total // 10, total), id=f"{name}-the-rest", marks=pytest.mark.slow),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("check", "share"), [(evicts_once, 1), (evicts_again, 5)], ids=["once", "again"])
-def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, share):
+@pytest.mark.parametrize(
+    ("check", "numbers"), [*cases("once", evicts_once, CASES), *cases("again", evicts_again, CASES // 5)]
+)
+def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):
     failures = []
-    numbers = ONLY or range(CASES // share)
     held = None
     with torch.inference_mode():
         for number in numbers:

@@ -21,6 +21,7 @@ from tiny import KV_HEADS, LAYERS, tiny_model, tokens
 pytest.importorskip("triton")
 from evolkv.cache import kernels
 
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The interpreter, which computes in NumPy, has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]

@@ -19,6 +19,7 @@ from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evolution import SearchProgress
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 6, "val": 2, "population": 4, "max_evals": 24, "seed": 0}
 

@@ -49,6 +49,7 @@ def attempt(context, storage, out, seconds=None):
     return killed
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
     # Children start from a server that has the libraries imported but has not computed anything.
