@@ -91,7 +91,6 @@ class Trial:
         *,
         granularity: str = "layer",
         start: Start = None,
-        max_evals: int | None = None,
         step: float = 1.0,
         scorer: Callable[[], Engine] | None = None,
         report: OnProgress | None = None,
@@ -104,8 +103,8 @@ class Trial:
         return evolve(
             plan,
             budget,
-            strategy.strategy(plan, budget, start, max_evals, step),
-            strategy.evaluations(plan.shape, max_evals),
+            strategy.strategy(plan, budget, start, step=step),
+            strategy.evaluations(plan.shape),
             Rotation(examples, size, self.seed),
             scorer or (lambda: self.train),
             report or (lambda progress: None),

@@ -213,6 +213,8 @@ def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, t
         ("--json", "folder", "folder is a folder"),
         ("--json", "profile.json", "a file of its own"),
         ("--storage", "profile.json", "a file of its own"),
+        ("--out", "hf://org/name", "an address on the Hub"),
+        ("--json", "hf://org/name/r.json", "an address on the Hub"),
     ],
 )
 def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, option, path, message):
@@ -222,6 +224,18 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(smollm2, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
+    for budget, name in ((64, "run.1"), (72, "run.2")):
+        code, _, err = run("search", MODEL, *shared, "--budget", budget, f"--out=~/{name}", f"--json=~/{name}.r.json")
+        assert code == 0, err
+    written = [f"run.{number}{ending}" for number in "12" for ending in ("", ".r.json", ".study.db")]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == written
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 @pytest.mark.parametrize(
@@ -640,7 +654,8 @@ def test_selector_parameters_reach_the_profile(run, tmp_path):
     assert selector == {"name": "snapkv", "window": 8, "kernel": 7, "pooling": "mean", "gqa": "mean"}
 
 
-def test_interrupted_search_keeps_its_best_and_exits_130(smollm2, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_or_terminated_search_keeps_its_best(smollm2, tmp_path, sent, code):
     search = program(
         *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1),
         *("--device", "cpu", "--dtype", "float32", "--json", "found.json"),
@@ -650,11 +665,11 @@ def test_interrupted_search_keeps_its_best_and_exits_130(smollm2, tmp_path):
         for line in search.stderr:
             if line.startswith("search "):
                 break
-        search.send_signal(signal.SIGINT)
+        search.send_signal(sent)
         _, err = search.communicate(timeout=60)
     finally:
         search.kill()
-    assert search.returncode == 130
+    assert search.returncode == code
     assert "interrupted" in err.splitlines()[-1]
     profile = BudgetProfile.load(tmp_path / "profile.json")
     assert profile.search["interrupted"] is True

@@ -427,6 +427,19 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
+def test_a_terminated_evaluation_keeps_what_is_finished_and_exits_143(folder, task, tmp_path):
+    out = tmp_path / "r.1"
+    process = start(*options(folder, task, out))
+    records = tmp_path / "r.1.records.jsonl"
+    while process.poll() is None and not (records.exists() and records.read_bytes().count(b"\n") > 1):
+        time.sleep(0.001)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "the same command goes on from there" in err
+    assert json.loads(out.read_text())["interrupted"] is True
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_program_prints_what_is_finished_and_exits_130(run, folder, task, tmp_path, monkeypatch):
     show = console.Progress.__call__

@@ -12,12 +12,21 @@ import evolkv
 from evolkv.errors import BudgetError, StudyError, UsageError
 from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
-from evolkv.evolution import SearchProgress
+from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import read_study
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import get_task
+from tiny import tiny_model
 
+#: Candidates of a generation for the budgets of `small`: one group of four layers.
+GENERATION = 8
 SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 28, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def small(smollm2):
+    """A random model of four layers that reads with SmolLM2's tokenizer, as (model, tokenizer)."""
+    return tiny_model("llama", vocab_size=smollm2[0].config.vocab_size), smollm2[1]
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +257,40 @@ def test_unusable_settings_are_refused_in_one_line_and_block_no_study(smollm2, t
     assert "\n" not in str(caught.value)
     # A study without a generation takes other settings.
     assert not storage.exists() or not read_study(storage).stages
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("most", "expected"), [(GENERATION + 1, GENERATION), (2 * GENERATION, 2 * GENERATION), (3, 3)])
+@pytest.mark.parametrize("strategy", ["joint", "evolkv", "random"])
+def test_a_search_evaluates_no_more_candidates_than_it_may(small, strategy, most, expected):
+    found = evolkv.search(*small, **{**SETTINGS, "task": "niah:context=120", "strategy": strategy, "max_evals": most})
+    assert found.evaluations == len(found.history) == found.settings["max_evals"] == expected
+    assert found.history[0]["budgets"] == [[48, 48]] * 4 or strategy == "evolkv"
+
+
+def test_a_curve_names_a_setting_that_it_does_not_know():
+    with pytest.raises(TypeError, match=r"search_curve\(\) got an unexpected keyword argument 'foo'"):
+        search_curve(None, None, task="niah", budgets=[36, 40], foo=1)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("most", [GENERATION + 1, 5])
+def test_a_curve_evaluates_at_most_twice_what_one_search_may(small, most):
+    settings = {**SETTINGS, "task": "niah:context=120", "max_evals": most}
+    del settings["budget"]
+    counts = [result.evaluations for result in search_curve(*small, budgets=[36, 40, 48], **settings).results]
+    assert counts[0] == min(most, GENERATION)
+    assert sum(counts[1:]) <= most
+
+
+@pytest.mark.model
+def test_a_search_too_short_for_a_generation_says_so_and_is_continued_only_as_it_was(small, tmp_path, caplog):
+    settings = {**SETTINGS, "task": "niah:context=120", "storage": str(tmp_path / "s.db")}
+    first = evolkv.search(*small, **{**settings, "max_evals": 3})
+    assert "--max-evals 3 is less than one generation of 8 candidates" in caplog.text
+    assert evolkv.search(*small, **{**settings, "max_evals": 3}).history == first.history
+    with pytest.raises(StudyError, match="max_evals: the study has 3, now nothing"):
+        evolkv.search(*small, **{**settings, "max_evals": 16})
 
 
 @pytest.mark.model

@@ -38,7 +38,7 @@ class Effort:
 #: Measured on needles in 1,600 tokens: budgets per head need 280 candidates at 8 % of the prompt and three times as
 #: many at 4 %; budgets per layer need more examples, or they fit the ones they are trained on.
 EFFORT = {"layer": Effort(train=12, val=8, max_evals=420), "head": Effort(train=6, val=6, max_evals=340)}
-EFFORT_WHEN_SCARCE = Effort(train=8, val=10, max_evals=900)
+EFFORT_WHEN_SCARCE = Effort(train=8, val=10, max_evals=901)
 SCARCE = 0.06
 #: Haystacks of the comparison. Prompts that share one are prefilled from the needle on, so few are cheap.
 PASSAGES = 2

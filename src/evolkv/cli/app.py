@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -27,7 +28,7 @@ from evolkv.cli.report import report
 from evolkv.cli.search import search
 from evolkv.errors import EvolKVError, RunError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 BROKEN_PIPE = 141
 # Typer carries a copy of click or imports it, depending on its version; its errors know which.
 _ClickException: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -80,8 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name. Default: those of the process.
 
     Returns:
-        The exit code: 0 if all went well, 1 for a failed run, 2 for bad usage or input, 130 if interrupted.
+        The exit code: 0 if all went well, 1 for a failed run, 2 for bad usage or input, 130 if interrupted, 143 if
+        terminated, which ends the work as an interrupt does.
     """
+    with terminate_as_interrupt() as terminated:
+        code = _run(argv)
+    return TERMINATED if terminated and code == INTERRUPTED else code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     console.prepare()
     given = for_typer(list(sys.argv[1:] if argv is None else argv))
     # Bad usage is said as JSON too, and may come up before Typer has read the flags.
@@ -115,6 +123,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[list[int]]:
+    """Have SIGTERM raise KeyboardInterrupt, as Ctrl-C does: schedulers and ``kill`` send it to end a program.
+
+    Yields:
+        The signals that came, in a list that grows.
+    """
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    # Python lets no other thread handle signals.
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

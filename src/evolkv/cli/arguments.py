@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 
 from evolkv.errors import UsageError
@@ -67,3 +68,16 @@ def whole_numbers(option: str, values: Iterable[str]) -> list[int]:
         except ValueError:
             raise UsageError(f"{option} is {part!r}; expected whole numbers of cache entries, such as 64,128") from None
     return list(dict.fromkeys(numbers))
+
+
+def expanded(path: str | None) -> str | None:
+    """Return a path with a leading ``~`` replaced, as a Typer `callback`: no shell does it after ``--out=``."""
+    return None if path is None else os.path.expanduser(path)
+
+
+def sibling(path: str, ending: str) -> str:
+    """Return the name of a file that goes with another: of ``run.json`` it is ``run`` and the ending.
+
+    Only ``.json`` is dropped, so that ``run.1`` and ``run.2`` have siblings of their own.
+    """
+    return path.rstrip(os.sep).removesuffix(".json") + ending

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import whole_numbers
+from evolkv.cli.arguments import sibling, whole_numbers
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -76,7 +75,7 @@ def evaluate(
 
     if json_out is not None:
         check_writable(json_out)
-    beside = None if json_out is None else str(Path(json_out).with_suffix(".records.jsonl"))
+    beside = None if json_out is None else sibling(json_out, ".records.jsonl")
     kept = None if records == "none" else beside if records is None else records
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
     budgets = whole_numbers("--budget", budget or [])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import whole_numbers
+from evolkv.cli.arguments import expanded, sibling, whole_numbers
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -72,7 +71,7 @@ def search(
     ] = 24,
     max_evals: Annotated[
         int | None,
-        typer.Option("--max-evals", help="Candidates to evaluate, in whole generations.", rich_help_panel=_STRATEGY),
+        typer.Option("--max-evals", help="Candidates to evaluate at most.", rich_help_panel=_STRATEGY),
     ] = None,
     minibatch: Annotated[
         int | None,
@@ -87,6 +86,7 @@ def search(
         typer.Option(
             "--start",
             metavar="uniform|pyramid|PROFILE.json",
+            callback=expanded,
             help="What joint starts from.",
             rich_help_panel=_STRATEGY,
         ),
@@ -170,6 +170,7 @@ def search(
         typer.Option(
             "--storage",
             metavar="URL",
+            callback=expanded,
             help="Optuna storage, or a file, or none. (default: PROFILE.study.db beside --out)",
             rich_help_panel=_STUDY,
         ),
@@ -183,11 +184,15 @@ def search(
     out: Annotated[
         str,
         typer.Option(
-            "--out", metavar="PROFILE.json", help="Where the profile goes; of a curve, PROFILE-C.json for each budget."
+            "--out",
+            metavar="PROFILE.json",
+            callback=expanded,
+            help="Where the profile goes; of a curve, PROFILE-C.json for each budget.",
         ),
     ] = "profile.json",
     json_out: Annotated[
-        str | None, typer.Option("--json", metavar="RESULT.json", help="Where every evaluation goes.")
+        str | None,
+        typer.Option("--json", metavar="RESULT.json", callback=expanded, help="Where every evaluation goes."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -198,8 +203,9 @@ def search(
     from evolkv.whole_files import check_outputs, write_json
 
     budgets = whole_numbers("--budget", budget)
-    outs = [Path(out)] if len(budgets) == 1 else [Path(out).with_stem(f"{Path(out).stem}-{c}") for c in budgets]
-    targets: list[str | Path] = [*outs, *([] if json_out is None else [json_out])]
+    json_ending = ".json" if out.endswith(".json") else ""
+    outs = [out] if len(budgets) == 1 else [sibling(out, f"-{c}{json_ending}") for c in budgets]
+    targets = [*outs, *([] if json_out is None else [json_out])]
     if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
     if first != "smallest" and len(budgets) == 1:
@@ -210,7 +216,7 @@ def search(
         raise UsageError("--group-size is for --strategy evolkv")
     if storage == "none" and study is not None:
         raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
-    where = storage if storage is not None else str(Path(out).with_suffix(".study.db"))
+    where = storage if storage is not None else sibling(out, ".study.db")
     from evolkv.evolution import STRATEGIES, SearchResult, search_curve
     from evolkv.evolution import search as run_search
     from evolkv.evolution.plan import HEURISTICS
@@ -260,7 +266,7 @@ def search(
         else _ray(loaded, tokenizer, workers, ray_address, worker_cpus, worker_gpus),
         "workers": workers,
         "storage": None if where == "none" else where,
-        "study": study or Path(out).stem,
+        "study": study or os.path.basename(sibling(out, "")),
     }
     if group_size is not None:
         settings["group_size"] = group_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,6 +129,8 @@ def search_curve(
     started = time.perf_counter()
     if first not in ("smallest", "largest"):
         raise unknown_name("order", first, ("smallest", "largest"))
+    if unknown := sorted(set(settings) - {"task", *_DEFAULTS}):
+        raise TypeError(f"search_curve() got an unexpected keyword argument {unknown[0]!r}")
     if len(set(budgets)) < 2:
         raise UsageError(f"a curve needs at least two budgets, got {list(budgets)}; use evolkv.search for one")
     # Of several, `under_each_selector` passes one.
@@ -144,7 +145,7 @@ def search_curve(
         evolutions: dict[int, Evolution] = {}
         seconds: dict[int, float] = {}
         # All budgets after the first share as many candidates as that one had.
-        rest = math.ceil(running.settings.evaluations(running.plan.shape) / (len(order) - 1))
+        rest = len(order) - 1
         near: np.ndarray | None = None
         try:
             for budget in order:

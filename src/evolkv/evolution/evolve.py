@@ -86,7 +86,9 @@ def evolve(
     report: OnProgress,
     study: Study | None = None,
 ) -> Evolution:
-    """Runs a strategy until it is done or has evaluated `total` candidates, in whole generations.
+    """Runs a strategy until it is done, or its next generation would be more than `total` candidates.
+
+    A generation that is cut short teaches a strategy nothing, so only the first one can be: where `total` is less.
 
     Generations that the study holds are told to the strategy again instead of being scored, which brings it to where
     it was. KeyboardInterrupt ends the search early.
@@ -95,7 +97,7 @@ def evolve(
         plan: the search's settings.
         budget: the target, in cache entries per KV head.
         strategy: proposes candidates.
-        total: candidates to evaluate.
+        total: candidates to evaluate at most.
         rotation: which examples each generation is scored on.
         scorer: the engine over the training examples; asked for only if something has to be scored.
         report: called after each generation.
@@ -113,7 +115,11 @@ def evolve(
     try:
         while not strategy.done and done < total:
             group, generation = strategy.group, strategy.generation
-            population = [plan.matrix(candidate) for candidate in strategy.ask()]
+            proposed = strategy.ask()
+            if done + len(proposed) > total and done:
+                break
+            # Of a search shorter than one generation that is all there is.
+            population = [plan.matrix(candidate) for candidate in proposed[:total]]
             if generation < len(recorded):
                 evaluations = recorded[generation]
                 if [entry.budgets for entry in evaluations] != [as_lists(candidate) for candidate in population]:
@@ -147,14 +153,15 @@ def evolve(
                     )
                 if study is not None:
                     study.record(stage, generation, evaluations)
-            strategy.tell([entry.fitness for entry in evaluations])
+            if len(population) == len(proposed):
+                strategy.tell([entry.fitness for entry in evaluations])
             leader.add(evaluations)
             done += len(evaluations)
             best, score = leader.standing()
             report(
                 SearchProgress(
                     "search",
-                    min(done, total),
+                    done,
                     total,
                     best,
                     score,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from evolkv.tasks.protocol import AWARE
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import Study
+
+log = logging.getLogger(__name__)
 
 
 @under_each_selector(best_of)
@@ -85,8 +88,9 @@ def search(
             compressed before the question is seen); see `evolkv.tasks.protocol`.
         train: examples that candidates are scored on.
         val: examples, none of them seen in training, that the result is chosen on.
-        max_evals: candidates to evaluate at most, in whole generations. Default: 16 per variable, at most 1,200; for
-            "evolkv" 10 generations per group.
+        max_evals: candidates to evaluate at most. A search ends with its last whole generation, unless the first one is
+            more already. Default: as many generations as 16 candidates per variable take, or 1,200 if that is less;
+            for "evolkv" 10 generations per group.
         minibatch: training examples that each generation of "joint" is scored on, all of them in turn. Default: 2 with
             the metric "logprob", else all.
         population: candidates per generation. Default: 4 + ⌊3 ln n⌋ for n variables.
@@ -233,6 +237,15 @@ class Session:
             self._start = start
         # Settings that no strategy can use are not put on record.
         self.settings.strategy(self.plan, budgets[0], start)
+        shape = self.plan.shape
+        whole, evaluations = self.settings.smallest(shape), self.settings.evaluations(shape)
+        if self.settings.evaluations(shape, max(1, len(budgets) - 1)) < whole:
+            log.warning(
+                "--max-evals %d is less than one generation of %d candidates for each search: nothing can be learned "
+                "from them",
+                self.settings.max_evals,
+                whole,
+            )
         if storage is None:
             return
         from evolkv.evolution.study import Study
@@ -244,20 +257,20 @@ class Session:
             "budgets": list(budgets),
             "start": self._start,
         }
-        if len(budgets) > 1:
+        # Where it decides what the generations are.
+        if len(budgets) > 1 or evaluations < whole:
             identity["max_evals"] = self.settings.max_evals
         self.study = Study.open(storage, name, identity)
         if not self.study.begun:
             self.study.put("versions", versions())
         # Not part of what identifies a search: one that goes on may have more of them.
-        evaluations = self.settings.evaluations(self.plan.shape)
         if self.study.get("max_evals") != evaluations:
             self.study.put("max_evals", evaluations)
 
-    def evolve(self, budget: int, start: Start, max_evals: int | None = None, step: float = 1.0) -> Evolution:
-        """Searches at one budget; `step` is a factor on the default sigma."""
-        total = self.settings.evaluations(self.plan.shape, max_evals)
-        strategy = self.settings.strategy(self.plan, budget, start, max_evals, step)
+    def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolution:
+        """Searches at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
+        total = self.settings.evaluations(self.plan.shape, share)
+        strategy = self.settings.strategy(self.plan, budget, start, share, step)
         return evolve(self.plan, budget, strategy, total, self.rotation, self._engine, self.report, self.study)
 
     def choices(self, budget: int, evolution: Evolution) -> dict[str, np.ndarray]:

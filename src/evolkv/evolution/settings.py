@@ -11,6 +11,7 @@ import numpy as np
 from evolkv.errors import UsageError
 from evolkv.evolution.plan import Plan
 from evolkv.evolution.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, Strategy
+from evolkv.evolution.strategies.base import default_population
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
@@ -22,6 +23,8 @@ Start = str | BudgetProfile | np.ndarray | None
 MINIBATCH = 2
 #: Of one generation, where a search's length is not said.
 MOST_POPULATION = 10_000
+#: Candidates of a search whose length is not said; `evolkv` has generations per group instead.
+PER_VARIABLE, MOST_EVALUATIONS, GENERATIONS = 16, 1200, 10
 #: σ₀ of each strategy, in its own units, for budgets per layer and per head.
 _SIGMA = {"evolkv": (0.3, 0.3), "joint": (0.5, 0.7), "random": (1.0, 1.0)}
 
@@ -71,16 +74,28 @@ class StrategySettings:
         default = MINIBATCH if self.name == "joint" and metric == "logprob" else train
         return min(self.minibatch or default, train)
 
-    def evaluations(self, shape: tuple[int, ...], max_evals: int | None = None) -> int:
-        """How many candidates a search evaluates, for budgets of a shape; `max_evals` takes the settings' place."""
-        asked = max_evals or self.max_evals
-        if self.name == "evolkv":
-            return self._generations(shape[0], asked) * self._per_generation(shape[0])
-        return asked if asked is not None else min(1200, 16 * math.prod(shape))
+    def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
+        """Return how many candidates a search evaluates, at most `max_evals`: whole generations, or part of one.
 
-    def strategy(
-        self, plan: Plan, budget: int, start: Start = None, max_evals: int | None = None, step: float = 1.0
-    ) -> Strategy:
+        Args:
+            shape: of the budgets.
+            share: searches that `max_evals` is for, of which this is one.
+        """
+        whole = self.smallest(shape)
+        if self.max_evals is not None:
+            asked = self.max_evals // share
+            return asked // whole * whole or max(1, asked)
+        if self.name == "evolkv":
+            return max(1, GENERATIONS // share) * whole
+        return math.ceil(min(MOST_EVALUATIONS, PER_VARIABLE * math.prod(shape)) / share / whole) * whole
+
+    def smallest(self, shape: tuple[int, ...]) -> int:
+        """Return the candidates of one generation; of `evolkv`, of one generation of every group of layers."""
+        group = self.group_size if self.name == "evolkv" else math.prod(shape)
+        sizes = [min(group, math.prod(shape) - start) for start in range(0, math.prod(shape), group)]
+        return sum(self.population or default_population(n) for n in sizes)
+
+    def strategy(self, plan: Plan, budget: int, start: Start = None, share: int = 1, step: float = 1.0) -> Strategy:
         """The strategy for one budget.
 
         Args:
@@ -88,7 +103,7 @@ class StrategySettings:
             budget: the target.
             start: where it starts from: a heuristic's name, a profile, or budgets ``[layers, kv_heads]``; None for
                 uniform.
-            max_evals: takes the settings' place.
+            share: searches that `max_evals` is for, of which this is one.
             step: factor on the default sigma.
 
         Raises:
@@ -107,7 +122,7 @@ class StrategySettings:
             "seed": self.seed,
         }
         if self.name == "evolkv":
-            generations = self._generations(plan.layers, max_evals or self.max_evals)
+            generations = max(1, self.evaluations(plan.shape, share) // self.smallest(plan.shape))
             return GroupedCMA(plan.layers, group_size=self.group_size, generations=generations, **common)
         if self.name == "random":
             return RandomSearch(plan.shape, **common)
@@ -120,11 +135,3 @@ class StrategySettings:
             # Here the number of candidates decides how many generations a group gets, so it is part of the search.
             found |= {"group_size": self.group_size, "max_evals": self.max_evals}
         return found
-
-    def _generations(self, layers: int, asked: int | None) -> int:
-        return 10 if asked is None else max(1, asked // self._per_generation(layers))
-
-    def _per_generation(self, layers: int) -> int:
-        """Candidates of one generation of every group of `evolkv`."""
-        sizes = [min(self.group_size, layers - start) for start in range(0, layers, self.group_size)]
-        return sum(self.population or 4 + math.floor(3 * math.log(n)) for n in sizes)

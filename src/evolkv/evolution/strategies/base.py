@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -121,6 +122,11 @@ class Generations(ABC):
     @abstractmethod
     def _learn(self, fitness: list[float]) -> None:
         """Update the search distribution with the fitness of the population that `_propose` returned last."""
+
+
+def default_population(variables: int) -> int:
+    """Return the usual population of CMA-ES, 4 + ⌊3 ln n⌋."""
+    return 4 + math.floor(3 * math.log(variables))
 
 
 def single_allocation(floor: Budgets, ceiling: Budgets, total: int) -> bool:

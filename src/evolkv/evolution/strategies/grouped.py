@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from evolkv.evolution.strategies.base import (
     Budgets,
     Generations,
     bounds,
+    default_population,
     positive_number,
     whole_number,
 )
@@ -80,7 +80,7 @@ class GroupedCMA(Generations):
         self._cma: Any = cma_es(
             np.clip(np.ones(size), low, high),
             self.sigma,
-            self.population or 4 + math.floor(3 * math.log(size)),
+            self.population or default_population(size),
             [self.seed, start],
             bounds=[low, high],
         )

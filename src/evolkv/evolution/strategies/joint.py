@@ -15,6 +15,7 @@ from evolkv.evolution.strategies.base import (
     Budgets,
     Generations,
     bounds,
+    default_population,
     layers_or_heads,
     positive_number,
     single_allocation,
@@ -72,7 +73,7 @@ class JointCMA(Generations):
         self.budget = whole_number("budget", budget, 1)
         self.sigma = positive_number("sigma", sigma)
         size = math.prod(self.shape)
-        default = 4 + math.floor(3 * math.log(size))
+        default = default_population(size)
         self.population = default if population is None else whole_number("population", population, 4)
         self.seed = whole_number("seed", seed, 0)
         self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)

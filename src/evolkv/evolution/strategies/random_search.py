@@ -12,6 +12,7 @@ from evolkv.evolution.strategies.base import (
     Budgets,
     Generations,
     bounds,
+    default_population,
     layers_or_heads,
     positive_number,
     single_allocation,
@@ -55,7 +56,7 @@ class RandomSearch(Generations):
         self.budget = whole_number("budget", budget, 1)
         self.sigma = positive_number("sigma", sigma)
         self.size = math.prod(self.shape)
-        default = 4 + math.floor(3 * math.log(self.size))
+        default = default_population(self.size)
         self.population = default if population is None else whole_number("population", population, 1)
         self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)
         self._rng = np.random.default_rng(whole_number("seed", seed, 0))
