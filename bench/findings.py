@@ -1,6 +1,6 @@
 """What the paper found about evolved budgets, looked at on a real model.
 
-    python bench/findings.py --json FILE [--model smollm2-135m] [--seeds 5] [--transfer SPEC ...] [--plot FILE]
+    python bench/findings.py --json FILE [--model smollm2-135m] [--seeds 5] [--transfer-to SPEC ...] [--plot-file FILE]
 
 Every search costs the same: `--evaluations` candidate-example pairs. A seed draws its own training and held-out
 examples; the allocations of one seed are all scored on the same held-out examples (metric logprob), so differences are
@@ -9,7 +9,7 @@ paired.
     strategies  evolkv with groups of 2, 4, 8, 16 and all layers; joint over layers and, where there are several KV
                 heads per layer, over heads; uniform and pyramid: all at `--budget`
     budgets     joint at each of `--budgets`: found there, expanded from the lowest, and uniform
-    transfer    budgets evolved on needles, on other tasks: each `--transfer` is the spec of one; of each reference
+    transfer    budgets evolved on needles, on other tasks: each `--transfer-to` is the spec of one; of each reference
                 the first `--target-tokens` count
 
 The JSON file is written after every seed; given the same command again, the benchmark goes on with the next one.
@@ -21,12 +21,12 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-import evolkv
-from common import MOST_SEEDS, count, finish, interval_over_seeds, machine, parser, run
+from evolkv.errors import UsageError
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution.plan import HEURISTICS
@@ -34,7 +34,9 @@ from evolkv.evolution.settings import StrategySettings
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
-from trials import Trial, outcome
+from lib.command import Bench, run, seeds_from
+from lib.common import MOST_SEEDS, interval_over_seeds
+from lib.trials import Trial, outcome
 
 #: Evolved allocations that are scored on other tasks.
 MOVED = ("evolkv, groups of 8", "joint, layers", "joint, heads")
@@ -43,7 +45,7 @@ MOVED = ("evolkv, groups of 8", "joint, layers", "joint, heads")
 class Findings:
     """The searches of one seed, and what they are scored on."""
 
-    def __init__(self, model: Any, tokenizer: Any, arguments: Any, seed: int):
+    def __init__(self, model: Any, tokenizer: Any, arguments: SimpleNamespace, seed: int):
         self.arguments, self.seed = arguments, seed
         self.info = describe_model(model)
         self.trial = Trial(
@@ -103,11 +105,11 @@ class Findings:
         print(f"seed {self.seed}: {name} at {budget} {facts or ''}", flush=True)
 
 
-def other_tasks(tokenizer: Any, arguments: Any) -> dict[str, list[Example]]:
-    """The examples of each `--transfer` task whose prompts are neither too long nor covered by the budget."""
+def other_tasks(tokenizer: Any, arguments: SimpleNamespace, seed: int) -> dict[str, list[Example]]:
+    """The examples of each `--transfer-to` task whose prompts are neither too long nor covered by the budget."""
     found = {}
-    for spec in arguments.transfer:
-        examples = get_task(spec).examples("report", arguments.transfer_samples, tokenizer, arguments.seed)
+    for spec in arguments.transfer_to:
+        examples = get_task(spec).examples("report", arguments.transfer_samples, tokenizer, seed)
         lengths = [encode_prompt(tokenizer, example).shape[1] for example in examples]
         found[spec] = [
             replace(example, target=_beginning(tokenizer, example.target, arguments.target_tokens))
@@ -123,7 +125,7 @@ def _beginning(tokenizer: Any, text: str, tokens: int) -> str:
 
 
 def transfer(
-    model: Any, tokenizer: Any, arguments: Any, tasks: dict[str, list[Example]], seeds: list[dict[str, Any]]
+    model: Any, tokenizer: Any, arguments: SimpleNamespace, tasks: dict[str, list[Example]], seeds: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Scores the budgets of every seed on other tasks, by task, allocation and seed."""
     evolved = {
@@ -250,58 +252,62 @@ def plot(found: dict[str, Any], budget: int, path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--task", default="niah:context=1600,passages=4")
-    options.add_argument("--budget", type=count, default=128)
-    options.add_argument("--budgets", type=count, nargs="*", default=[64, 128, 256, 512, 1024], metavar="C")
-    options.add_argument("--train", type=count, default=6)
-    options.add_argument("--held-out", type=count, default=16)
-    options.add_argument("--seeds", type=count, default=5)
-    options.add_argument("--evaluations", type=count, default=1800, help="candidate-example pairs per search")
-    options.add_argument("--transfer", nargs="*", default=[], metavar="SPEC", help="other tasks to score on")
-    options.add_argument("--transfer-samples", type=count, default=40, help="examples of each at most")
-    options.add_argument("--longest", type=count, default=4600, help="longest prompt of --transfer, in tokens")
-    options.add_argument("--target-tokens", type=count, default=64, help="of a reference of --transfer, at most")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
-    arguments = options.parse_args()
-    if not 2 <= arguments.seeds <= MOST_SEEDS:
-        options.error(f"--seeds is {arguments.seeds}; use 2 to {MOST_SEEDS}")
+def main(
+    bench: Bench,
+    task: str = "niah:context=1600,passages=4",
+    budget: int = 128,
+    budgets: list[int] = [64, 128, 256, 512, 1024],  # noqa: B006
+    train: int = 6,
+    held_out: int = 16,
+    seeds: int = 5,
+    evaluations: int = 1800,
+    transfer_to: list[str] = [],  # noqa: B006
+    transfer_samples: int = 40,
+    longest: int = 4600,
+    target_tokens: int = 64,
+    plot_file: Path | None = None,
+) -> dict[str, Any]:
+    """Run the searches of every seed, and compare what they found.
 
-    model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    of_searches = ("model", "dtype", "task", "budget", "budgets", "train", "held_out", "evaluations")
-    settings = {name: getattr(arguments, name) for name in of_searches}
-    seeds: list[dict[str, Any]] = []
-    if arguments.json is not None and arguments.json.exists():
-        before = json.loads(arguments.json.read_text())
-        if before["settings"] != settings:
-            options.error(f"{arguments.json} was made with other settings; give another --json")
-        seeds = before["seeds"]
-    result: dict[str, Any] = {
-        "benchmark": "findings",
-        "machine": machine(model.device),
-        "settings": settings,
-        "transfer_settings": {
-            name: getattr(arguments, name) for name in ("transfer_samples", "longest", "target_tokens")
-        },
-        "seeds": seeds,
-    }
-    tasks = other_tasks(tokenizer, arguments)
-    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        if seed not in [each["seed"] for each in seeds]:
-            seeds.append(Findings(model, tokenizer, arguments, seed).run())
-            if arguments.json is not None:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(result) + "\n")
-    moved = transfer(model, tokenizer, arguments, tasks, seeds)
-    result["summary"] = summary(seeds, moved, arguments.budget)
-    if arguments.plot is not None:
-        plot(result["summary"], arguments.budget, arguments.plot)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result) + "\n")
-    finish(result["summary"], None)
+    Args:
+        task: spec of the task that budgets are evolved on.
+        budget: mean cache entries per KV head at which strategies are compared.
+        budgets: those at which direct search and expansion are compared.
+        train: training examples.
+        held_out: examples that no search sees.
+        seeds: seeds, 2 to 10.
+        evaluations: candidate-example pairs per search.
+        transfer_to: specs of other tasks to score on.
+        transfer_samples: examples of each at most.
+        longest: longest prompt of --transfer-to, in tokens.
+        target_tokens: tokens of a reference of --transfer-to, at most.
+        plot_file: draw the result there.
+    """
+    arguments = SimpleNamespace(**{name: value for name, value in locals().items() if name != "bench"})
+    if not 2 <= seeds <= MOST_SEEDS:
+        raise UsageError(f"--seeds is {seeds}; use 2 to {MOST_SEEDS}")
+    model, tokenizer = bench.load()
+    settings = {"model": bench.model, "dtype": bench.dtype}
+    settings |= {name: getattr(arguments, name) for name in ("task", "budget", "budgets", "train", "held_out")}
+    result: dict[str, Any] = {"n": held_out, "settings": {**settings, "evaluations": evaluations}, "seeds": []}
+    if bench.json is not None and bench.json.exists():
+        before = json.loads(bench.json.read_text())
+        if before["settings"] != result["settings"]:
+            raise UsageError(f"{bench.json} was made with other settings; give another --json")
+        result["seeds"] = before["seeds"]
+    tasks = other_tasks(tokenizer, arguments, bench.seed)
+    for seed in seeds_from(bench, seeds):
+        if seed not in [each["seed"] for each in result["seeds"]]:
+            result["seeds"].append(Findings(model, tokenizer, arguments, seed).run())
+            if bench.json is not None:
+                bench.json.parent.mkdir(parents=True, exist_ok=True)
+                bench.json.write_text(json.dumps(result) + "\n")
+    moved = transfer(model, tokenizer, arguments, tasks, result["seeds"])
+    result["summary"] = summary(result["seeds"], moved, budget)
+    if plot_file is not None:
+        plot(result["summary"], budget, plot_file)
+    return result
 
 
 if __name__ == "__main__":
-    run(main)
+    run(__doc__, main)

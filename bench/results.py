@@ -1,14 +1,14 @@
 """Evolved budgets against the methods that one would use instead, on the field's benchmarks.
 
-    python bench/results.py --out DIR [--table NAME ...] [--model smollm2-135m] [--data DIR] [--budgets 64 128 256 512]
+    python bench/results.py --out DIR [--table NAME ...] [--record NAME] [--model smollm2-135m] [--data DIR]
 
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
 examples), then these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored
-on the same held-out examples. `evolved − best` is paired with the method that scores best on those very examples at
+on the same held-out examples. The difference is paired with the method that scores best on those very examples at
 that budget and task, which favours the methods that are not evolved.
 
-Everything is kept in DIR: profiles, studies, records of every example, NAME.json and NAME.md. Given again, the same
-command goes on where it was stopped.
+Profiles, studies and the records of every example are kept in DIR. Given again, the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 
 import evolkv
-from common import count, finish, machine, parser, run
+from evolkv.errors import UsageError
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
 from evolkv.models import describe_model
 from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
+from lib.command import Bench, run
 
 #: Stands for the examples of all tasks that one profile is evolved for.
 ALL = "all examples"
-#: What one would use instead.
+#: Published methods.
 PUBLISHED = (
     "snapkv",
     "pyramidkv",
@@ -117,22 +119,30 @@ TABLES = {
 class Runner:
     """Evolves and evaluates; what is done already is read back."""
 
-    def __init__(self, model: Any, tokenizer: Any, arguments: Any):
-        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+    def __init__(self, model: Any, tokenizer: Any, seed: int, arguments: SimpleNamespace):
+        self.model, self.tokenizer, self.seed, self.arguments = model, tokenizer, seed, arguments
         self.budgets: list[int] = sorted(arguments.budgets)
         self.granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
 
-    def run(self, name: str, table: Table) -> dict[str, Any]:
-        """All rows and comparisons of a table."""
-        result: dict[str, Any] = {"table": name, "rows": [], "comparisons": []}
+    def run(self, name: str, table: Table) -> list[dict[str, Any]]:
+        """Return what docs/results.md needs of a table, for each protocol and metric."""
+        parts = []
         for protocol in (each for each in table.protocols if each in self.arguments.protocol):
             groups = [table.tasks] if table.together or table.evolve_on else [(task,) for task in table.tasks]
+            rows: list[dict[str, Any]] = []
+            pairs: list[dict[str, Any]] = []
             for number, tasks in enumerate(groups):
                 stem = f"{name}-{protocol}" + f"-{number}" * (len(groups) > 1)
-                rows, comparisons = self._group(stem, table, self._paths(tasks), protocol)
-                result["rows"] += rows
-                result["comparisons"] += comparisons
-        return result
+                for whole, part in zip(
+                    (rows, pairs), self._group(stem, table, self._paths(tasks), protocol), strict=True
+                ):
+                    whole.extend(part)
+            for metric in dict.fromkeys(row["metric"] for row in rows):
+                chosen = ([each for each in part if each["metric"] == metric] for part in (rows, pairs))
+                parts.append(
+                    {"table": name, "protocol": protocol, "metric": metric, **condensed(*chosen, budgets=self.budgets)}
+                )
+        return parts
 
     def _paths(self, specs: Sequence[str]) -> list[str]:
         return [spec.format(data=self.arguments.data) for spec in specs]
@@ -156,7 +166,7 @@ class Runner:
             methods=list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), profiles])),
             budgets=self.budgets,
             samples=table.samples,
-            seed=self.arguments.seed,
+            seed=self.seed,
             metric=metric,
             protocol=protocol,
             records=records,
@@ -198,7 +208,7 @@ class Runner:
             val=table.val * len(tasks),
             max_evals=self.arguments.max_evals,
             first=self.arguments.first,
-            seed=self.arguments.seed,
+            seed=self.seed,
             storage=str(self.arguments.out / f"{stem}.study.db"),
         )
         for path, found in zip(paths, curve.results, strict=True):
@@ -214,52 +224,26 @@ def _best(rows: Sequence[dict[str, Any]]) -> str:
     return max(sums, key=lambda method: sums[method])
 
 
-def markdown(result: dict[str, Any], budgets: Sequence[int]) -> str:
-    """For each protocol and metric: methods by budget, the mean over tasks; evolved against the best, task by task."""
-    kinds = dict.fromkeys((row["protocol"], row["metric"]) for row in result["rows"])
-    parts = []
-    for protocol, metric in kinds:
-        rows = [row for row in result["rows"] if (row["protocol"], row["metric"]) == (protocol, metric)]
-        pairs = [pair for pair in result["comparisons"] if (pair["protocol"], pair["metric"]) == (protocol, metric)]
-        counts = sorted({row["n"] for row in rows})
-        tasks = list(dict.fromkeys(row["task"] for row in rows))
-        numbers = " to ".join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))
-        parts += [f"Protocol {protocol}, metric {metric}: mean over {len(tasks)} tasks, n = {numbers} each\n"]
-        parts += [*_by_method(rows, budgets), "", *_by_task(rows, pairs), ""]
-    return "\n".join(parts)
+def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: list[int]) -> dict[str, Any]:
+    """Return scores by method and budget (means over tasks), and evolved budgets beside the best other by task."""
 
-
-def _by_method(rows: Sequence[dict[str, Any]], budgets: Sequence[int]) -> list[str]:
     def means(method: str) -> list[float]:
         mine = [row for row in rows if row["method"] == method]
         return [float(np.mean([row["score"] for row in mine if row["budget"] in (budget, None)])) for budget in budgets]
 
-    scores = {method: means(method) for method in dict.fromkeys(row["method"] for row in rows)}
-    best = [max(column) for column in zip(*(scores[each] for each in scores if each != "full"), strict=True)]
-    lines = [_line(["method", *map(str, budgets)]), _line(["---"] * (1 + len(budgets)))]
-    for method, values in scores.items():
-        marks = ["**" if value == top and method != "full" else "" for value, top in zip(values, best, strict=True)]
-        lines.append(_line([method, *(f"{m}{value:.3f}{m}" for m, value in zip(marks, values, strict=True))]))
-    return lines
-
-
-def _by_task(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> list[str]:
-    budgets = list(dict.fromkeys(pair["budget"] for pair in pairs))
-    lines = [_line(["task", "full", *map(str, budgets)]), _line(["---"] * (2 + len(budgets)))]
-    full = {row["task"]: row for row in rows if row["method"] == "full"}
+    full = {row["task"]: (row["score"], row["n"]) for row in rows if row["method"] == "full"}
+    comparisons = []
     for task in dict.fromkeys(pair["task"] for pair in pairs):
-        meant = [full[task]] if task in full else list(full.values())
-        whole = sum(row["n"] * row["score"] for row in meant) / sum(row["n"] for row in meant)
-        mine = [pair for pair in pairs if pair["task"] == task]
-        lines.append(_line([_short(task), f"{whole:.3f}", *map(_compared, mine)]))
-    return lines
-
-
-def _compared(pair: dict[str, Any]) -> str:
-    low, high = pair["ci95"]
-    difference = f"{pair['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-    shown = f"**{difference}**" if low > 0 else difference
-    return f"{pair['best']} {pair['mean_b']:.3f} → {pair['mean_a']:.3f}: {shown}"
+        scores, counts = zip(*([full[task]] if task in full else full.values()), strict=True)
+        cells = [
+            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95")}
+            for pair in pairs
+            if pair["task"] == task
+        ]
+        whole = float(np.average(scores, weights=counts))
+        comparisons.append({"task": _short(task), "n": sum(counts), "full": whole, "cells": cells})
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
 
 
 def _short(task: str) -> str:
@@ -269,12 +253,8 @@ def _short(task: str) -> str:
     return " ".join([name, *(Path(value).name if key == "path" else value for key, _, value in values)])
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _changed(table: Table, arguments: Any) -> Table:
-    """The table with what the command line says instead."""
+def _changed(table: Table, arguments: SimpleNamespace) -> Table:
+    """Return the table with what the command line says instead."""
     given = {name: getattr(arguments, name) for name in ("samples", "train", "val")}
     table = replace(table, **{name: value for name, value in given.items() if value is not None})
     if arguments.tasks:
@@ -282,40 +262,52 @@ def _changed(table: Table, arguments: Any) -> Table:
     return table
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--out", type=Path, required=True, help="folder for everything")
-    options.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder with gsm8k_test.jsonl, minilongbench/")
-    options.add_argument("--budgets", type=count, nargs="+", default=[64, 128, 256, 512])
-    options.add_argument("--protocol", nargs="+", choices=SELECTORS, default=list(SELECTORS))
-    options.add_argument("--methods", nargs="+", default=list(PUBLISHED), help="published methods to compare with")
-    options.add_argument(
-        "--selector", nargs="+", help="what budgets are evolved under, the best on validation; default: by protocol"
-    )
-    options.add_argument("--max-evals", type=count, default=900, help="candidates at the first budget")
-    options.add_argument("--first", choices=("smallest", "largest"), default="smallest", help="where curves begin")
-    for name, what in (("samples", "held-out"), ("train", "training"), ("val", "validation")):
-        options.add_argument(f"--{name}", type=count, help=f"{what} examples per task; default: the table's")
-    options.add_argument("--tasks", nargs="+", help="only tasks whose spec contains one of these")
-    options.set_defaults(dtype="bfloat16")
-    arguments = options.parse_args()
-    tables = {name: _changed(TABLES[name], arguments) for name in arguments.table}
-    tables = {name: table for name, table in tables.items() if table.tasks}
+def main(
+    bench: Bench,
+    out: Path,
+    table: list[str] = list(TABLES),  # noqa: B006
+    data: Path = Path("data"),
+    budgets: list[int] = [64, 128, 256, 512],  # noqa: B006
+    protocol: list[Literal["aware", "agnostic"]] = ["aware", "agnostic"],  # noqa: B006
+    methods: list[str] = list(PUBLISHED),  # noqa: B006
+    selector: list[str] | None = None,
+    max_evals: int = 900,
+    first: Literal["smallest", "largest"] = "smallest",
+    samples: int | None = None,
+    train: int | None = None,
+    val: int | None = None,
+    tasks: list[str] | None = None,
+) -> dict[str, Any]:
+    """Evolve budgets, and score them beside published methods.
+
+    Args:
+        out: folder for everything.
+        table: tables to make.
+        data: folder with gsm8k_test.jsonl and minilongbench/.
+        budgets: mean cache entries per KV head.
+        protocol: whether the question is compressed with the context (aware) or comes later (agnostic).
+        methods: published methods to compare with.
+        selector: what budgets are evolved under, the best on validation; default: by protocol.
+        max_evals: candidates at the first budget.
+        first: where curves begin.
+        samples: held-out examples per task; default: the table's.
+        train: training examples per task; default: the table's.
+        val: validation examples per task; default: the table's.
+        tasks: only tasks whose spec contains one of these.
+    """
+    arguments = SimpleNamespace(**{name: value for name, value in locals().items() if name != "bench"})
+    if unknown := [name for name in table if name not in TABLES]:
+        raise UsageError(f"--table {' '.join(unknown)}: choose among {', '.join(TABLES)}")
+    tables = {name: _changed(TABLES[name], arguments) for name in table}
+    tables = {name: each for name, each in tables.items() if each.tasks}
     if not tables:
-        options.error(f"no task of {' '.join(arguments.table)} contains any of {' '.join(arguments.tasks)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+        raise UsageError(f"no task of {' '.join(table)} contains any of {' '.join(tasks or [])}")
+    out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    runner = Runner(model, tokenizer, arguments)
-    for name, table in tables.items():
-        result = runner.run(name, table)
-        about = {"machine": machine(model.device), "model": arguments.model, "dtype": arguments.dtype}
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        (arguments.out / f"{name}.md").write_text(markdown(result, runner.budgets))
-        finish({"benchmark": "results", **about, "settings": settings, **result}, arguments.out / f"{name}.json")
+    runner = Runner(*bench.load(), bench.seed, arguments)
+    parts = [part for name, each in tables.items() for part in runner.run(name, each)]
+    return {"n": max(row["n"] for part in parts for row in part["comparisons"]), "tables": parts}
 
 
 if __name__ == "__main__":
-    run(main)
+    run(__doc__, main, dtype="bfloat16")

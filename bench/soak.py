@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 import evolkv
-from common import count, finish, machine, parser, run
-from contenders import return_free_memory
+from evolkv.errors import UsageError
 from evolkv.selectors import get_selector
-from shapes import load
+from lib.command import Bench, run
+from lib.contenders import return_free_memory
+from lib.shapes import load
 
 TOLERANCE = 1e-3
 MOST_GROWTH = 0.01
@@ -92,10 +93,11 @@ class Soak:
         if selector["name"] == "snapkv":
             selector |= {"window": 4}
         least = max(8, get_selector(selector).min_budget)
-        budget: int | None = int(self.random.integers(least, self.longest))
+        entries = int(self.random.integers(least, self.longest))
+        budget: int | None = entries
         chosen: Any = method
         if method == "per layer":
-            chosen, budget = evolkv.BudgetProfile.uniform(self.model, budget, selector=selector), None
+            chosen, budget = evolkv.BudgetProfile.uniform(self.model, entries, selector=selector), None
         elif method == "per head":
             budgets = self.random.integers(least, self.longest, size=self.shape)
             chosen, budget = evolkv.BudgetProfile.from_budgets(self.model, budgets, selector=selector), None
@@ -152,13 +154,14 @@ class Soak:
             with tempfile.TemporaryDirectory() as folder:
                 cache.save(Path(folder) / "a.cache")
                 cache = evolkv.CompressedCache.load(Path(folder) / "a.cache", self.model)
-        found = []
+        answers = []
         for length in (5, 3):
             question = (torch.arange(length, device=ids.device) * 5 % (self.vocabulary - 3) + 3)[None]
             asked = cache.followed_by(question)
-            found.append(self._generate(asked.pop("input_ids"), asked.pop("attention_mask"), request.answer, **asked))
-            cache.input_ids = torch.cat([cache.input_ids, question.expand(len(ids), -1), found[-1][0]], dim=1)
-        return torch.cat([tokens for tokens, _ in found], dim=1), torch.cat([logits for _, logits in found], dim=1)
+            answers.append(self._generate(asked.pop("input_ids"), asked.pop("attention_mask"), request.answer, **asked))
+            assert cache.input_ids is not None
+            cache.input_ids = torch.cat([cache.input_ids, question.expand(len(ids), -1), answers[-1][0]], dim=1)
+        return torch.cat([tokens for tokens, _ in answers], dim=1), torch.cat([logits for _, logits in answers], dim=1)
 
     def _generate(self, ids: Tensor, mask: Tensor, tokens: int, **cache: Any) -> tuple[Tensor, Tensor]:
         output = self.model.generate(
@@ -202,51 +205,42 @@ class Soak:
         return worst
 
 
-def main() -> None:
-    """Runs the requests."""
-    options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--requests", type=count, default=2000)
-    options.add_argument("--longest", type=count, default=256, help="tokens of the longest prompt")
-    options.set_defaults(model="random:tiny", device="cpu")
-    arguments = options.parse_args()
-    if arguments.longest < 16:
-        options.error(f"--longest {arguments.longest}: expected at least 16 tokens")
-    torch.manual_seed(arguments.seed)
-    model = load(arguments.model, arguments.dtype, arguments.device)
-    soak = Soak(model, arguments.seed, arguments.longest)
+def main(bench: Bench, requests: int = 2000, longest: int = 256) -> dict[str, Any]:
+    """Answer random requests, and check answers and memory.
+
+    Args:
+        requests: requests.
+        longest: tokens of the longest prompt; at least 16.
+    """
+    if longest < 16:
+        raise UsageError(f"--longest {longest}: expected at least 16 tokens")
+    torch.manual_seed(bench.seed)
+    model = load(bench.model, bench.dtype, bench.device)
+    soak = Soak(model, bench.seed, longest)
     process, resident, differences = psutil.Process(), [], []
     started = time.perf_counter()
-    for number in range(arguments.requests):
+    for number in range(requests):
         differences.append(soak.wrong(soak.draw()))
         gc.collect()
         return_free_memory()
         resident.append(process.memory_info().rss)
         if number % 100 == 99:
-            print(f"{number + 1} of {arguments.requests}", file=sys.stderr, flush=True)
-    fifth = max(1, arguments.requests // 5)
+            print(f"{number + 1} of {requests}", file=sys.stderr, flush=True)
+    fifth = max(1, requests // 5)
     after_warm_up = statistics.median(resident[fifth : 2 * fifth] or resident)
     growth = statistics.median(resident[-fifth:]) / after_warm_up - 1
     wrong = sum(difference > TOLERANCE for difference in differences)
-    passed = wrong == 0 and growth < MOST_GROWTH
-    finish(
-        {
-            "benchmark": "soak",
-            "machine": machine(model.device),
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "requests": arguments.requests,
-            "seconds": time.perf_counter() - started,
-            "kinds": dict(sorted(soak.kinds.items())),
-            "wrong_answers": wrong,
-            "largest_difference": max(differences),
-            "resident_bytes_after_warm_up": after_warm_up,
-            "resident_growth": growth,
-            "passed": passed,
-        },
-        arguments.json,
-    )
-    sys.exit(0 if passed else 1)
+    return {
+        "n": requests,
+        "seconds": time.perf_counter() - started,
+        "kinds": dict(sorted(soak.kinds.items())),
+        "wrong_answers": wrong,
+        "largest_difference": max(differences),
+        "resident_bytes_after_warm_up": after_warm_up,
+        "resident_growth": growth,
+        "passed": wrong == 0 and growth < MOST_GROWTH,
+    }
 
 
 if __name__ == "__main__":
-    run(main)
+    run(__doc__, main, model="random:tiny", device="cpu")

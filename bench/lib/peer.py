@@ -1,29 +1,16 @@
-"""kvpress and EvolKV side by side: the same prompts at the same budget.
-
-    python bench/peers.py --json FILE [--task niah:context=1600] [--budget 128] [--samples 32] [--profile FILE ...]
-
-Both are given the same weights, token ids and budget, prefill each prompt under each method, and decode greedily.
-kvpress needs an older transformers, so it runs in an environment of its own (made on first use), and plain transformers
-runs in both environments: seconds over those of plain transformers compare within one. Bytes are those of all tensors
-that the cache keeps alive after the prompt. The two processes take turns; neither computes while the other does.
-"""
+"""kvpress, the peer: it needs an older transformers, so it runs in an environment and a process of its own."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import evolkv
-from common import count, finish, machine, parser, run
-from evolkv.evaluation.intervals import ci95
-from evolkv.tasks import encode_prompt, get_task
-from evolkv.tasks.metrics import get_metric
-from kept_tokens import KVPRESS, kvpress_python
+KVPRESS = "kvpress==0.5.5"
+KVPRESS_ENV = Path.home() / ".cache" / "evolkv" / "kvpress-env"
 
 #: What both have; the presses' arguments, and ours.
 PRESSES: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -175,109 +162,15 @@ class Side:
         self._process.wait()
 
 
-def main() -> None:
-    """Runs the comparison."""
-    options = parser(__doc__.partition("\n")[0])
-    options.add_argument("--task", default="niah:context=1600")
-    options.add_argument("--budget", type=count, default=128)
-    options.add_argument("--samples", type=count, default=32)
-    options.add_argument("--steps", type=count, default=12, help="tokens decoded for every prompt")
-    options.add_argument("--profile", nargs="+", default=[], help="evolved budgets, as more methods of ours")
-    options.add_argument("--kvpress-env", type=Path, default=Path.home() / ".cache" / "evolkv" / "kvpress-env")
-    options.set_defaults(dtype="bfloat16")
-    arguments = options.parse_args()
-    model, tokenizer = evolkv.load_model(arguments.model, dtype=arguments.dtype, device="cpu")
-    examples = get_task(arguments.task).examples("report", arguments.samples, tokenizer, arguments.seed)
-    prompts = [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        job = folder / "job.json"
-        end = model.generation_config.eos_token_id
-        settings = {"model": str(folder / "model"), "dtype": arguments.dtype, "budget": arguments.budget}
-        settings |= {"steps": arguments.steps, "end": end if isinstance(end, list) else [end]}
-        job.write_text(json.dumps(settings))
-        sides = {
-            "kvpress": Side(kvpress_python(arguments.kvpress_env), THEIRS, folder, "theirs", job),
-            "evolkv": Side(Path(sys.executable), OURS, folder, "ours", job),
-        }
-        methods: dict[str, dict[str, Any]] = {
-            name: {"kvpress": (press, given), "evolkv": ours} for name, (press, given, ours) in PRESSES.items()
-        }
-        for path in arguments.profile:
-            ranking = evolkv.BudgetProfile.load(path).selector["name"]
-            methods[f"evolved under {ranking}"] = {"evolkv": str(Path(path).resolve())}
-        for number, ids in enumerate([prompts[0], *prompts]):
-            for method, given in methods.items():
-                for side, asked in given.items():
-                    if asked is None:
-                        continue
-                    measured = sides[side](ids, asked)
-                    # The first round warms up.
-                    if number:
-                        found.setdefault((method, side), []).append(measured)
-            print(f"{number} of {len(prompts)} prompts", file=sys.stderr, flush=True)
-        for each in sides.values():
-            each.close()
-    rows = []
-    for (method, side), measured in found.items():
-        scores = [
-            get_metric(example.metric)(
-                tokenizer.decode(m["answer"], skip_special_tokens=True), list(example.references), **example.extra
-            )
-            for example, m in zip(examples, measured, strict=True)
-        ]
-        plain = found["plain transformers", side]
-        rows.append(
-            {
-                "method": method,
-                "library": side,
-                "score": statistics.mean(scores),
-                "ci95": list(ci95(scores)),
-                "kv_bytes": statistics.mean(m["bytes"] for m in measured),
-                **{f"{what}_seconds": statistics.median(m[what] for m in measured) for what in ("prefill", "decode")},
-                **{
-                    f"{what}_over_plain": statistics.median(
-                        m[what] / p[what] for m, p in zip(measured, plain, strict=True)
-                    )
-                    for what in ("prefill", "decode")
-                },
-            }
-        )
-    finish(
-        {
-            "benchmark": "peers",
-            "machine": machine(model.device),
-            "peer": KVPRESS,
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "task": arguments.task,
-            "tokens": statistics.mean(map(len, prompts)),
-            "budget": arguments.budget,
-            "n": len(prompts),
-            "rows": rows,
-        },
-        arguments.json,
-    )
-    print(_table(rows))
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| method | library | score (95 % interval) | KV MiB | prefill s | over plain | decode ms | over plain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        low, high = row["ci95"]
-        lines.append(
-            f"| {row['method']} | {row['library']} | {row['score']:.2f} ({low:.2f}–{high:.2f}) "
-            f"| {row['kv_bytes'] / 2**20:.2f} | {row['prefill_seconds']:.3f} | {row['prefill_over_plain']:.2f} "
-            f"| {1000 * row['decode_seconds']:.1f} | {row['decode_over_plain']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run(main)
+def kvpress_python(folder: Path) -> Path:
+    """Return the Python of an environment with kvpress in it, which is made on first use."""
+    python = folder / "bin" / "python"
+    done = folder / ".installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        # torch first, at our own version: left to itself the installer would fetch the newest, CUDA and all.
+        ours = version("torch").partition("+")[0]
+        subprocess.run([python, "-m", "pip", "install", "-q", f"torch=={ours}"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", KVPRESS, "transformers<5.3"], check=True)
+        done.touch()
+    return python

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from common import matrix_rate, seconds
+from lib.common import matrix_rate, seconds
 
 #: Rows at which the model's matrices are measured: enough for the matrix units and not the memory to be the limit.
 _ROWS = 256

@@ -7,6 +7,7 @@ import ctypes
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import evolkv
@@ -134,3 +137,31 @@ class PeakMemory:
         self._done.set()
         self._watch.join()
         self.bytes = max(self._most, self._process.memory_info().rss) - self._before
+
+
+class PeakTensors(TorchDispatchMode):
+    """The most bytes that tensors made inside the ``with`` block held at once, by their storages; free of noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._alive = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._storages:
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._storages.add(storage._cdata)
+        self._alive += storage.nbytes()
+        self.bytes = max(self.bytes, self._alive)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, storage: int, size: int) -> None:
+        self._storages.discard(storage)
+        self._alive -= size

@@ -1,0 +1,484 @@
+"""What a search costs. `python bench/search.py COMMAND --help` explains each command."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import evolkv
+from evolkv.evaluation import NaiveEngine, ReplayEngine, replay
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.on_ray import RayBackend
+from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
+from evolkv.evolution.evolve import Rotation, evolve
+from evolkv.evolution.settings import StrategySettings
+from evolkv.evolution.study import Study
+from evolkv.models import describe_model
+from evolkv.selectors import get_selector
+from evolkv.tasks import get_task
+from lib.command import Bench, run, seeds_from
+from lib.common import interval_over_seeds, matrix_rate, ratios, seconds, spread
+from lib.trials import Trial
+
+#: Candidates of a generation that is timed.
+POPULATION = 14
+Granularity = Literal["layer", "head"]
+Variant = Literal["all", "minibatch-1", "minibatch-2", "minibatch-3", "racing", "pyramid", "neighbour", "small-step"]
+
+
+def engine(bench: Bench, context: int = 1600, examples: int = 2, pairs: int = 3, naive: int = 1) -> dict[str, Any]:
+    """Time one candidate on one example: replay against the naive engine, and against the floor.
+
+    Both engines score the same candidates on the same examples. The naive engine prefills for each; replay has
+    prefilled once, and that cost is given apart. The floor is the time that the answer's tokens take through the
+    model's matrices, at the rate measured on these matrices.
+
+    Args:
+        context: tokens of a prompt.
+        examples: prompts.
+        pairs: paired runs of both engines.
+        naive: naive runs in a pair, of one candidate each.
+    """
+    model, tokenizer = bench.load()
+    device, config = model.device, model.config.get_text_config(decoder=True)
+    drawn = get_task(f"niah:context={context}").examples("train", examples, tokenizer, bench.seed)
+    selector = get_selector("snapkv")
+    prepared: list[ReplayEngine] = []
+    prefill = seconds(lambda: prepared.append(ReplayEngine(model, tokenizer, drawn, selector)), device)
+    ours, reference = prepared[0], NaiveEngine(model, tokenizer, drawn, selector)
+    # Budgets as a search at 8 % of the context meets them: most layers small, a few with nearly everything.
+    random = np.random.default_rng(bench.seed)
+    layers = random.lognormal(np.log(0.06 * context), 0.9, size=(POPULATION, config.num_hidden_layers, 1))
+    budgets = np.clip(layers, 33, context).astype(np.int64)
+    population = np.repeat(budgets, config.num_key_value_heads, axis=2)
+    ours.score(population)
+
+    times: dict[str, list[float]] = {"replay": [], "naive": []}
+    difference = 0.0
+    for pair in range(pairs):
+        scores = ours.score(population)
+        times["replay"].append(seconds(lambda: ours.score(population), device) / POPULATION / examples)
+        for at in range(pair * naive, (pair + 1) * naive):
+            row = at % POPULATION
+            times["naive"].append(seconds(partial(reference.score, population[row : row + 1]), device) / examples)
+        difference = max(difference, float(np.abs(scores[row] - reference.score(population[row : row + 1])[0]).max()))
+    answer = statistics.mean(len(tokenizer(each.target, add_special_tokens=False).input_ids) - 1 for each in drawn)
+    matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name)
+    if config.tie_word_embeddings:
+        matrices += config.vocab_size * config.hidden_size
+    rate = matrix_rate(model, round(POPULATION * answer))
+    floor = 2 * matrices * answer / rate
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return {
+        "context": context,
+        "n": pairs,
+        "examples": examples,
+        "population": POPULATION,
+        "milliseconds_per_candidate_and_example": {
+            name: spread([1000 * t for t in taken]) for name, taken in times.items()
+        },
+        "naive_over_replay": medians["naive"] / medians["replay"],
+        "prefill_seconds_per_example": prefill / examples,
+        "largest_score_difference": difference,
+        "floor_milliseconds": 1000 * floor,
+        "replay_over_floor": medians["replay"] / floor,
+        "matrix_gigaflop_per_second": rate / 1e9,
+    }
+
+
+class Reached(Exception):  # noqa: N818
+    """The last threshold has been reached, or the evaluations are spent."""
+
+
+class Counting:
+    """An engine that counts what it scores; with `racing` it stops scoring candidates that fall behind."""
+
+    def __init__(self, engine: Engine, examples: int, racing: bool):
+        self.engine, self.examples, self.racing = engine, examples, racing
+        self.evaluations, self.seconds = 0, 0.0
+
+    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """Score candidates, ``[candidates, columns]``."""
+        started = time.perf_counter()
+        wanted = list(range(self.examples) if columns is None else columns)
+        if not self.racing:
+            scores = self.engine.score(budgets, wanted)
+            self.evaluations += scores.size
+        else:
+            scores = self._race(budgets, wanted)
+        self.seconds += time.perf_counter() - started
+        return scores
+
+    def _race(self, budgets: np.ndarray, wanted: list[int]) -> np.ndarray:
+        """Rank the rows that were stopped below the others, and among themselves by the scores they had."""
+        mixed = wanted[::3] + wanted[1::3] + wanted[2::3]
+        quarter = max(1, len(mixed) // 4)
+        heats = [mixed[:quarter], mixed[quarter : 2 * quarter], mixed[2 * quarter :]]
+        alive = np.arange(len(budgets))
+        scores = np.full((len(budgets), len(wanted)), np.nan)
+        final = np.empty_like(scores)
+        for heat, columns in enumerate(heats):
+            places = [wanted.index(c) for c in sorted(columns)]
+            scores[np.ix_(alive, np.array(places))] = self.engine.score(budgets[alive], sorted(columns))
+            self.evaluations += len(alive) * len(columns)
+            means = np.nanmean(scores[alive], axis=1)
+            order = alive[np.argsort(-means)]
+            keep = len(order) if heat == len(heats) - 1 else max(2, len(budgets) >> (heat + 1))
+            for row in order[keep:]:
+                final[row] = np.nanmean(scores[row]) * 1e-3 * (heat + 1)
+            alive = np.sort(order[:keep])
+        final[alive] = scores[alive]
+        return final
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+
+def cost(
+    bench: Bench,
+    context: int = 1600,
+    budget: int = 128,
+    granularity: Granularity = "head",
+    train: int = 12,
+    val: int = 16,
+    seeds: int = 5,
+    limit: int = 2400,
+    thresholds: list[str] = ["0.8", "0.85"],  # noqa: B006
+    variants: list[Variant] = ["all", "minibatch-2", "racing", "pyramid", "neighbour", "small-step"],  # noqa: B006
+) -> dict[str, Any]:
+    """Count example evaluations and seconds until a search's leader reaches a held-out score.
+
+    One variant is changed at a time, over the same examples and seeds:
+
+        all           every generation on all training examples
+        minibatch-N   every generation on N examples, all of them in turn (the default search, N = 2)
+        racing        all candidates on a quarter of the examples, the better half on half, a quarter on all
+        pyramid       as minibatch-2, started from PyramidKV's allocation
+        neighbour     as minibatch-2, started from the same search at twice the budget (whose cost is not counted)
+        small-step    as neighbour, with 0.6 of the initial step
+
+    After every generation the better of the leader and the distribution's mean is scored on held-out examples, which
+    costs the search nothing here.
+
+    Args:
+        context: tokens of a prompt.
+        budget: mean cache entries per KV head.
+        granularity: what a budget belongs to.
+        train: training examples.
+        val: held-out examples.
+        seeds: searches of each variant.
+        limit: example evaluations at most.
+        thresholds: held-out scores to reach.
+        variants: what to run.
+    """
+    model, tokenizer = bench.load()
+    runs: list[dict[str, Any]] = []
+    for seed in seeds_from(bench, seeds):
+        trial = Trial(
+            model, tokenizer, task=f"niah:context={context}", train=train, held_out=val, seed=seed, split="validation"
+        )
+        plan = trial.plan(granularity)
+
+        def reach(variant: str, budget: int, start: Any = None, trial: Any = trial, plan: Any = plan) -> Any:
+            size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
+            rotation = Rotation(train, train if variant in ("all", "racing") else size, trial.seed)
+            begun = "pyramid" if variant == "pyramid" else start
+            step = 0.6 if variant == "small-step" else 1.0
+            strategy = StrategySettings("joint", seed=trial.seed).strategy(plan, budget, begun, step=step)
+            counting = Counting(trial.train, train, variant == "racing")
+            reached: dict[str, Any] = {}
+            highest = 0.0
+
+            def watch(progress: SearchProgress) -> None:
+                nonlocal highest
+                candidates = [np.array(progress.budgets), plan.matrix(strategy.mean)]
+                score = float(trial.held_out.score(np.stack(candidates)).mean(axis=1).max())
+                highest = max(highest, score)
+                for threshold in thresholds:
+                    if score >= float(threshold) and threshold not in reached:
+                        reached[threshold] = {"evaluations": counting.evaluations, "seconds": counting.seconds}
+                if counting.evaluations >= limit or len(reached) == len(thresholds):
+                    raise Reached
+
+            with contextlib.suppress(Reached):
+                evolve(plan, budget, strategy, 10**9, rotation, lambda: counting, watch)
+            spent = {"evaluations": counting.evaluations, "seconds": counting.seconds}
+            facts = {"variant": variant, "seed": trial.seed, "reached": reached, "highest": highest, "spent": spent}
+            return facts, plan.matrix(strategy.mean)
+
+        neighbour = None
+        for variant in variants:
+            if variant in ("neighbour", "small-step"):
+                neighbour = reach("minibatch-2", 2 * budget)[1] if neighbour is None else neighbour
+                runs.append(reach(variant, budget, neighbour)[0])
+            else:
+                runs.append(reach(variant, budget)[0])
+            print(runs[-1], file=sys.stderr, flush=True)
+        trial.close()
+    summary = {variant: _reached(runs, variant, thresholds) for variant in variants}
+    return {"n": seeds, "context": context, "budget": budget, "train": train, "summary": summary, "runs": runs}
+
+
+def _reached(runs: list[dict[str, Any]], variant: str, thresholds: list[str]) -> dict[str, Any]:
+    """Return a variant's medians by threshold, and their ratios to what "all" spent with the same seed."""
+    mine, base = ({each["seed"]: each for each in runs if each["variant"] == name} for name in (variant, "all"))
+    rows: dict[str, Any] = {"highest": statistics.median(each["highest"] for each in mine.values())}
+    for threshold in thresholds:
+        there = {seed: each["reached"][threshold] for seed, each in mine.items() if threshold in each["reached"]}
+        entry: dict[str, Any] = {"seeds": f"{len(there)} of {len(mine)}"}
+        for unit in ("evaluations", "seconds"):
+            # Where "all" never got there, what it had spent stands for it: the ratio is at least this.
+            saved = [
+                base[seed]["reached"].get(threshold, base[seed]["spent"])[unit] / at[unit]
+                for seed, at in there.items()
+                if seed in base
+            ]
+            entry |= {unit: statistics.median(at[unit] for at in there.values())} if there else {}
+            entry |= {f"{unit}_saved": spread(saved)} if saved else {}
+        rows[threshold] = entry
+    return rows
+
+
+def shared_layers(
+    bench: Bench, context: int = 1600, examples: int = 2, group_size: int = 8, seeds: int = 5
+) -> dict[str, Any]:
+    """Time scoring with and without computing the layers below the lowest changed one once for all candidates.
+
+    The generations are those of strategy `evolkv`: each group of layers in turn, all other layers alike. For every
+    group the same candidates are scored both ways, in pairs.
+
+    Args:
+        context: tokens of a prompt.
+        examples: prompts.
+        group_size: layers of a group.
+        seeds: generations of each group.
+    """
+    model, tokenizer = bench.load()
+    config = model.config.get_text_config(decoder=True)
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    drawn = get_task(f"niah:context={context}").examples("train", examples, tokenizer, bench.seed)
+    ours = ReplayEngine(model, tokenizer, drawn, get_selector("snapkv"))
+    least = replay._LEAST_SHARED
+    starts = list(range(0, layers, group_size))
+    times: dict[int, dict[str, list[float]]] = {start: {"with": [], "without": []} for start in starts}
+    difference = 0.0
+    for seed in range(seeds):
+        for start in starts:
+            # The first group's population, moved to the group in question.
+            size = min(group_size, layers - start)
+            population = GroupedCMA(layers, group_size=size, seed=seed).ask()
+            moved = np.full((len(population), layers), 128)
+            moved[:, start : start + size] = [candidate[:size] for candidate in population]
+            budgets = np.repeat(moved[:, :, None], heads, axis=2)
+            scores = {}
+            for name, threshold in (("with", least), ("without", layers + 1)):
+                replay._LEAST_SHARED = threshold
+                scores[name] = ours.score(budgets)
+                times[start][name].append(seconds(partial(ours.score, budgets), model.device))
+            difference = max(difference, float(np.abs(scores["with"] - scores["without"]).max()))
+    replay._LEAST_SHARED = least
+    total = {name: [sum(times[s][name][i] for s in starts) for i in range(seeds)] for name in ("with", "without")}
+    return {
+        "n": seeds,
+        "context": context,
+        "seconds_per_generation": {
+            f"layers from {start}": {name: spread(taken) for name, taken in times[start].items()} for start in starts
+        },
+        "share_of_time_saved": spread([1 - a / b for a, b in zip(total["with"], total["without"], strict=True)]),
+        "largest_score_difference": difference,
+    }
+
+
+def tokens_at_once(
+    bench: Bench,
+    task: str = "niah:context=1600",
+    tokens: list[int] = [256, 512, 1024, 2048, 4096, 100_000],  # noqa: B006
+    examples: int = 2,
+    pairs: int = 2,
+) -> dict[str, Any]:
+    """Time the scoring of a generation, by how many of the answers' tokens are computed together.
+
+    More tokens fill the matrix products; but candidates on one prompt share a mask, so that attention grows with the
+    square of the tokens computed together. Scores are the same up to rounding.
+
+    Args:
+        task: spec of the task.
+        tokens: the most tokens computed at once.
+        examples: prompts.
+        pairs: times that each limit is run, in turn.
+    """
+    model, tokenizer = bench.load()
+    info = describe_model(model)
+    drawn = get_task(task).examples("train", examples, tokenizer, bench.seed)
+    ours = ReplayEngine(model, tokenizer, drawn, get_selector("snapkv"), "logprob", ceiling=1000)
+    shape = (POPULATION, info.num_layers, info.num_kv_heads)
+    population = np.random.default_rng(bench.seed).integers(33, 256, size=shape)
+    times: dict[int, list[float]] = {limit: [] for limit in tokens}
+    scores: list[np.ndarray] = []
+    for _ in range(pairs):
+        for limit in tokens:
+            replay._MAX_TOKENS = limit
+            times[limit].append(seconds(lambda: scores.append(ours.score(population)), model.device))
+    return {
+        "n": pairs,
+        "task": task,
+        "answer_tokens": [0 if target is None else len(target) for target in ours.targets],
+        "candidates": POPULATION,
+        "seconds": {str(limit): spread(taken) for limit, taken in times.items()},
+        "largest_difference": max(float(np.abs(each - scores[0]).max()) for each in scores),
+    }
+
+
+def curve(
+    bench: Bench,
+    task: str = "niah:context=1600",
+    granularity: Granularity = "head",
+    window: int = 16,
+    budgets: list[int] = [32, 64, 128, 256],  # noqa: B006
+    first: Literal["smallest", "largest"] = "smallest",
+    train: int = 6,
+    val: int = 6,
+    held_out: int = 16,
+    max_evals: int = 600,
+    seeds: int = 5,
+) -> dict[str, Any]:
+    """Compare a curve of budgets searched as one with a search of its own for each budget.
+
+    The curve evaluates `--max-evals` candidates at its first budget and as many again at all others together. The
+    direct searches share the same number of candidates in equal parts, so both cost the same; another with
+    `--max-evals` gives the seconds of one search. All profiles are scored on the same held-out examples (logprob).
+
+    Args:
+        task: spec of the task.
+        granularity: what a budget belongs to.
+        window: SnapKV's.
+        budgets: mean cache entries per KV head.
+        first: where the curve begins.
+        train: training examples.
+        val: validation examples.
+        held_out: examples that no search sees.
+        max_evals: candidates.
+        seeds: curves.
+    """
+    model, tokenizer = bench.load()
+    budgets, share = sorted(budgets), 2 * max_evals // len(budgets)
+    runs: list[dict[str, Any]] = []
+    for seed in seeds_from(bench, seeds):
+        selector = {"name": "snapkv", "window": window}
+        settings: dict[str, Any] = {"task": task, "selector": selector, "granularity": granularity}
+        settings |= {"train": train, "val": val, "seed": seed}
+        started = time.perf_counter()
+        whole = search_curve(model, tokenizer, budgets=budgets, max_evals=max_evals, first=first, **settings)
+        took = time.perf_counter() - started
+        started = time.perf_counter()
+        evolkv.search(model, tokenizer, budget=budgets[len(budgets) // 2], max_evals=max_evals, **settings)
+        one = time.perf_counter() - started
+        direct = [evolkv.search(model, tokenizer, budget=c, max_evals=share, **settings) for c in budgets]
+        trial = Trial(model, tokenizer, task=task, train=train, held_out=held_out, seed=seed, selector=selector)
+        profiles = [result.profile for result in [*whole.results, *direct]]
+        scores = trial.held_out.score(np.stack([profile.budgets for profile in profiles])).mean(axis=1).tolist()
+        trial.close()
+        runs.append(
+            {
+                "seed": seed,
+                "curve": scores[: len(budgets)],
+                "direct": scores[len(budgets) :],
+                "seconds": {"curve": took, "one search": one},
+                "example_evaluations": {
+                    name: sum(result.settings["example_evaluations"] for result in results)
+                    for name, results in (("curve", whole.results), ("direct", direct))
+                },
+            }
+        )
+        print(runs[-1], file=sys.stderr, flush=True)
+    return {
+        "n": seeds,
+        "task": task,
+        "seconds_of_curve_over_one_search": ratios(
+            *([each["seconds"][name] for each in runs] for name in ("curve", "one search"))
+        ),
+        "by_budget": [
+            {
+                "budget": budget,
+                **{name: statistics.mean(each[name][i] for each in runs) for name in ("curve", "direct")},
+                "difference": interval_over_seeds([each["curve"][i] - each["direct"][i] for each in runs]),
+            }
+            for i, budget in enumerate(budgets)
+        ],
+        "runs": runs,
+    }
+
+
+def scaling(
+    bench: Bench, context: int = 1600, budget: int = 128, train: int = 6, max_evals: int = 340, pairs: int = 3
+) -> dict[str, Any]:
+    """Run the demo's search on one and on two Ray workers of one thread each, and time its recording.
+
+    Candidates per second are counted over the generations of a search (prefill apart), in runs that alternate between
+    one worker and two. All histories are compared with that of a run on the local backend. Recording is the share of
+    the local run's generations that goes into the study, in an SQLite file.
+
+    Args:
+        context: tokens of a prompt.
+        budget: mean cache entries per KV head.
+        train: training examples.
+        max_evals: candidates.
+        pairs: runs with each number of workers.
+    """
+    model, tokenizer = bench.load()
+    settings: dict[str, Any] = {"task": f"niah:context={context}", "budget": budget, "granularity": "head"}
+    settings |= {"train": train, "val": 1, "max_evals": max_evals, "seed": bench.seed}
+
+    def search(**where: Any) -> tuple[float, list[dict[str, Any]]]:
+        times = []
+
+        def watch(step: SearchProgress) -> None:
+            if step.stage == "search":
+                times.append((time.perf_counter(), step.done))
+
+        result = evolkv.search(model, tokenizer, on_progress=watch, **settings, **where)
+        (first, before), (last, after) = times[0], times[-1]
+        history = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.history]
+        return (after - before) / (last - first), history
+
+    recorded = []
+    record = Study.record
+
+    def timed(self: Study, *values: Any) -> None:
+        started = time.perf_counter()
+        record(self, *values)
+        recorded.append(time.perf_counter() - started)
+
+    Study.record = timed  # type: ignore[method-assign, assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        rate, local = search(storage=str(Path(folder) / "study.db"))
+    share = sum(recorded) / (len(local) / rate)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    same = 0
+    for _ in range(pairs):
+        for workers in rates:
+            speed, history = search(backend=lambda n=workers: RayBackend(model, tokenizer, workers=n, cpus=1))
+            rates[workers].append(speed)
+            same += history == local
+    return {
+        "n": pairs,
+        "settings": settings,
+        "candidates_per_second": {f"{n} workers": spread(speeds) for n, speeds in rates.items()} | {"local": rate},
+        "ratio_of_pairs": ratios(rates[2], rates[1]),
+        "same_history_as_local": f"{same} of {2 * pairs}",
+        "recording": {"share_of_time": share, "seconds_per_generation": spread(recorded)},
+    }
+
+
+if __name__ == "__main__":
+    run(__doc__, engine, cost, shared_layers, tokens_at_once, curve, scaling)
