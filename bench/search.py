@@ -128,7 +128,7 @@ class Counting:
         final = np.empty_like(scores)
         for heat, columns in enumerate(heats):
             places = [wanted.index(c) for c in sorted(columns)]
-            scores[np.ix_(alive, np.array(places))] = self.engine.score(budgets[alive], sorted(columns))
+            scores[np.ix_(alive, np.array(places, dtype=int))] = self.engine.score(budgets[alive], sorted(columns))
             self.evaluations += len(alive) * len(columns)
             means = np.nanmean(scores[alive], axis=1)
             order = alive[np.argsort(-means)]

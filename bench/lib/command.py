@@ -143,7 +143,7 @@ def _add_options(parser: argparse.ArgumentParser, command: Command, defaults: di
                 default=default,
                 required=needed,
                 help=text.replace("%", "%%"),
-                **_reading(hints[name]),
+                **({"type": _seed} if name == "seed" else _reading(hints[name])),
             )
 
 
@@ -161,6 +161,11 @@ def _reading(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     return {"type": count if hint is int else hint}
+
+
+def _seed(text: str) -> int:
+    """Read a whole number from 0."""
+    return 0 if text == "0" else count(text)
 
 
 class _Flat(argparse.Action):

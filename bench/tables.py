@@ -1,0 +1,337 @@
+"""Write the tables of docs/ and README.md from bench/records/. Needs nothing but Python.
+
+    python bench/tables.py [--check]        # or: make tables [CHECK=1]
+
+A page says where a table goes by two comments, <!-- table:NAME --> and <!-- /table:NAME -->; what stands between them
+is replaced. NAME is a record, or several joined by "+" or matched by "*", and may end in ":VIEW", one of `VIEWS`. With
+--check nothing is written; the exit code is 1 if a page differs from its records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lib.records import RECORDS, ROOT, read
+
+_MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
+TRANSCRIBED = "transcribed: raw output not kept"
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record, seen from a page.
+
+    Args:
+        name: of its file.
+        content: what the file holds.
+        page: the page that it is shown on.
+    """
+
+    name: str
+    content: dict[str, Any]
+    page: Path
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The first table of a record of bench/results.py."""
+        return self.content["tables"][0]
+
+    @property
+    def mark(self) -> str:
+        """A dagger if the raw output was not kept."""
+        return "" if self["origin"] == "measured" else " †"
+
+    @property
+    def setting(self) -> str:
+        """Where and how it was measured, for a cell, with a link to the record."""
+        link = os.path.relpath(RECORDS / f"{self.name}.json", self.page.parent)
+        return f"[{self['machine']['processor']}, {_SHORT[self['dtype']]}]({link}){self.mark}"
+
+    @property
+    def caption(self) -> str:
+        """Model, n, seed, machine and origin, as a line."""
+        origin = f" **{TRANSCRIBED[0].upper()}{TRANSCRIBED[1:]}.**" if self.mark else f" Measured {self['date'][:10]}."
+        versions = f"torch {self['versions']['torch']}, transformers {self['versions']['transformers']}"
+        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", versions, self.setting.removesuffix(" †")]
+        return f"{'; '.join(facts)}.{origin}"
+
+
+Lines = Iterator[str]
+View = Callable[[Sequence[Record]], Lines]
+
+
+def row(cells: Sequence[Any]) -> str:
+    """Return a line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Lines:
+    """Yield the lines of a table."""
+    yield from (row(heads), row(["---"] * len(heads)), *map(row, rows))
+
+
+def methods(records: Sequence[Record]) -> Lines:
+    """Yield scores by method and budget; the best of each budget but the full cache's are bold."""
+    for record in records:
+        scores = record.table["scores"]
+        best = [max(column) for column in zip(*(scores[each] for each in scores if each != "full"), strict=True)]
+
+        def cell(method: str, value: float, top: float) -> str:
+            return f"**{value:.3f}**" if value == top and method != "full" else f"{value:.3f}"
+
+        rows = [[name, *(cell(name, *pair) for pair in zip(scores[name], best, strict=True))] for name in scores]
+        yield from (f"Protocol {record.table['protocol']}, metric `{record.table['metric']}`; {record.caption}", "")
+        yield from table(["method", *record.table["budgets"]], rows)
+
+
+def tasks(records: Sequence[Record]) -> Lines:
+    """Yield the best published method → evolved budgets, by task and budget, with the paired difference."""
+    rows = []
+    for record in records:
+        for compared in record.table["comparisons"]:
+            n = record["n"] if compared["n"] is None else compared["n"]
+            cells = [_compared(cell) for cell in compared["cells"]]
+            rows.append([compared["task"], f"{compared['full']:.3f}", *cells, n, record.setting])
+    yield from table(["task", "full", *records[0].table["budgets"], "n", "measured on"], rows)
+    yield from _dagger(records)
+
+
+def _compared(cell: dict[str, Any]) -> str:
+    low, high = cell["ci95"]
+    difference = f"{cell['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+    shown = f"**{difference}**" if low > 0 else difference
+    return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {shown}"
+
+
+def _dagger(records: Sequence[Record]) -> Lines:
+    if any(record.mark for record in records):
+        yield from ("", f"† {TRANSCRIBED}.")
+
+
+def results(records: Sequence[Record]) -> Lines:
+    """Yield scores by method, then the comparison by task in a fold."""
+    for record in records:
+        yield from methods([record])
+        yield from ("", "<details><summary>By task, with paired differences</summary>", "")
+        yield from tasks([record])
+        yield from ("", "</details>")
+
+
+def headline(records: Sequence[Record]) -> Lines:
+    """Yield needles found at the smallest budget: the best published method, equal budgets, evolved ones."""
+    rows = []
+    for record in records:
+        scores = {method: values[0] for method, values in record.table["scores"].items()}
+        under = record.table["evolved_under"][0]
+        published = {
+            name: value for name, value in scores.items() if name not in ("full", "evolved") and ":" not in name
+        }
+        best = max(published, key=lambda name: published[name])
+        rows.append(
+            [
+                record["model"],
+                record.table["protocol"],
+                f"{published[best]:.0%} ({best})",
+                f"{scores[under]:.0%} ({under})",
+                f"**{scores['evolved']:.0%}**",
+                f"{record['n']} × {len(record.table['comparisons'])} prompts",
+                record.setting,
+            ]
+        )
+    heads = ["model", "protocol", "best published method", "same selector, equal budgets", "evolved budgets", "n"]
+    yield from table([*heads, "measured on"], rows)
+    yield from _dagger(records)
+
+
+def summary(records: Sequence[Record]) -> Lines:
+    """Yield on how many tasks evolved budgets are ahead of the best other, level with it, and behind it."""
+    budgets = records[0].table["budgets"]
+    counts: dict[tuple[str, str], list[list[int]]] = {}
+    for record in records:
+        mine = counts.setdefault((record["model"], record.table["protocol"]), [[0, 0, 0] for _ in budgets])
+        for compared in record.table["comparisons"]:
+            for tally, cell in zip(mine, compared["cells"], strict=True):
+                low, high = cell["ci95"]
+                # Means over all examples repeat what their tasks have counted.
+                tally[0 if low > 0 else 2 if high < 0 else 1] += compared["task"] != "all examples"
+    rows = [[*kind, *("{} / {} / {}".format(*tally) for tally in tallies)] for kind, tallies in counts.items()]
+    yield from table(["model", "protocol", *budgets], rows)
+    yield from _dagger(records)
+
+
+def rows_of_evolkv(records: Sequence[Record]) -> Lines:
+    """Yield the rows of an evolkv command's results."""
+    for record in records:
+        yield from (f"`{record['command']}`: {record['seconds']:.0f} s; {record.caption}", "")
+        rows = [
+            [
+                each["method"],
+                f"{each['mean_budget']:,.0f}",
+                f"{each['score']:.2f}",
+                f"{each['ci95'][0]:.2f}–{each['ci95'][1]:.2f}",
+                f"{each['kv_bytes'] / 2**20:.2f} MiB",
+            ]
+            for each in record["rows"]
+        ]
+        yield from table(["method", "mean budget", "score", "95 % interval", "KV cache"], rows)
+
+
+def ready(records: Sequence[Record]) -> Lines:
+    """Yield a table as the record holds it."""
+    for record in records:
+        yield from (f"`{record['command']}`; {record.caption}", "")
+        yield from table(record["columns"], record["rows"])
+
+
+def _spread(values: dict[str, float], digits: int = 1, factor: float = 1) -> str:
+    median, low, high = (f"{factor * values[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({low}–{high})"
+
+
+def decode(records: Sequence[Record]) -> Lines:
+    """Yield milliseconds of a decode step by prompt length."""
+    for record in records:
+        yield from (f"`{record['command']}`; {record.caption}", "")
+        rows = [
+            [
+                f"{each['context']:,}",
+                each["contender"],
+                _spread(each["milliseconds"]),
+                _spread(each["over_plain"], 2),
+                _spread(each["over_plain_after_short_prompt"], 2),
+                f"{each['floor_milliseconds']:.1f}",
+                f"{each['kv_bytes'] / 2**20:.1f} MiB",
+            ]
+            for each in record["decode"]
+        ]
+        heads = ["prompt tokens", "contender", "milliseconds", "over plain", "over plain after 128 tokens", "floor"]
+        yield from table([*heads, "KV cache"], rows)
+
+
+def scoring(records: Sequence[Record]) -> Lines:
+    """Yield what each selector's scoring costs a prompt."""
+    for record in records:
+        yield from (f"`{record['command']}`; {record.caption}", "")
+        rows = [
+            [
+                name,
+                _spread(each["plain_seconds"], 2),
+                _spread(each["compressed_seconds"], 2),
+                _spread(each["ratio_of_pairs"], 2),
+                f"{each['scoring_memory_over_kv']:.1f}",
+            ]
+            for name, each in record["selectors"].items()
+        ]
+        heads = [
+            "selector",
+            "plain, seconds",
+            "compressed, seconds",
+            "ratio of pairs",
+            "scoring memory over a layer's KV",
+        ]
+        yield from table(heads, rows)
+
+
+def engine(records: Sequence[Record]) -> Lines:
+    """Yield the milliseconds of one candidate on one example."""
+    rows = []
+    for record in records:
+        taken = record["milliseconds_per_candidate_and_example"]
+        rows.append(
+            [
+                _spread(taken["naive"], 0),
+                _spread(taken["replay"]),
+                f"{record['naive_over_replay']:.0f}",
+                f"{record['largest_score_difference']:.1e}",
+                f"{record['floor_milliseconds']:.1f}",
+                f"{record['replay_over_floor']:.2f}",
+                record["n"],
+                record.setting,
+            ]
+        )
+    heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
+    yield from table([*heads, "measured on"], rows)
+    yield from _dagger(records)
+
+
+def against(records: Sequence[Record]) -> Lines:
+    """Yield this tree's seconds over another revision's."""
+    for record in records:
+        yield from (f"`{record['command']}`; {record.caption}", "")
+        rows = [
+            [name, _spread(each["before"], 3), _spread(each["after"], 3), _spread(each["ratio_of_pairs"], 3)]
+            for name, each in record["seconds"].items()
+        ]
+        yield from table(["work", "before, seconds", "after, seconds", "after over before, in pairs"], rows)
+
+
+#: How a record is shown unless the page says otherwise, by the benchmark that made it.
+BY_BENCHMARK: dict[str, View] = {
+    "results": results,
+    "cli": rows_of_evolkv,
+    "table": ready,
+    "inference paired": decode,
+    "inference selectors": scoring,
+    "search engine": engine,
+    "against": against,
+}
+VIEWS: dict[str, View] = {"methods": methods, "tasks": tasks, "headline": headline, "summary": summary}
+
+
+def _expanded(names: str) -> list[str]:
+    """Return the records that names with "+" between them stand for; "*" stands for any letters."""
+    parts = ((part, sorted(path.stem for path in RECORDS.glob(f"{part}.json"))) for part in names.split("+"))
+    return [name for part, found in parts for name in (found if "*" in part else [part])]
+
+
+def rendered(name: str, page: Path) -> str:
+    """Return what stands between the comments of a name."""
+    names, _, view = name.partition(":")
+    records = [Record(each, read(each), page) for each in _expanded(names)]
+    known = VIEWS | BY_BENCHMARK
+    shown = known.get(view or records[0]["benchmark"])
+    if shown is None:
+        raise SystemExit(f"{page.relative_to(ROOT)}: table:{name}: nothing shows it; known views: {', '.join(VIEWS)}")
+    return "\n".join(["", *shown(records), "", ""])
+
+
+def _filled(page: Path, match: re.Match[str]) -> str:
+    return match[1] + rendered(match[2], page) + match[3]
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page differs")
+    check, used, differing = options.parse_args().check, set[str](), []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = page.read_text()
+        after = _MARKED.sub(partial(_filled, page), before)
+        if before.count("<!-- table:") != len(_MARKED.findall(before)):
+            raise SystemExit(f"{page.relative_to(ROOT)}: a comment 'table:NAME' lacks its '/table:NAME'")
+        used |= {name for found in _MARKED.findall(before) for name in _expanded(found[1].partition(":")[0])}
+        if before != after:
+            differing.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(after)
+    unused = {path.stem for path in RECORDS.glob("*.json")} - used
+    for text in [*differing, *(f"record {name}: no page shows it" for name in sorted(unused))]:
+        print(text)
+    if check and differing:
+        sys.exit(f"{len(differing)} pages differ from the records; run: make tables")
+
+
+if __name__ == "__main__":
+    main()
