@@ -533,6 +533,16 @@ def test_raw_leaves_the_chat_template_out(run):
     assert raw["prompt_tokens"] == 1 < chat["prompt_tokens"]
 
 
+def test_a_chat_template_that_raises_is_one_line_that_names_raw(run, smollm2, monkeypatch):
+    monkeypatch.setattr(smollm2[1], "chat_template", "{{ raise_exception('no users here') }}")
+    for words in (("generate", MODEL, "--prompt", "x"), ("eval", MODEL, "--task", TASK, "--method", "full")):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert "chat template" in one_line(err)
+        assert "--raw" in one_line(err)
+    assert run("generate", MODEL, "--prompt", "x", "--raw", "--max-new-tokens", 1)[0] == 0
+
+
 def test_profile_commands_show_expand_and_export(run, demo, tmp_path):
     path = demo / "profile.json"
     profile = BudgetProfile.load(path)

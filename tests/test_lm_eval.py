@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from evolkv import BudgetProfile, CompressedCache, load_model
 from evolkv.errors import ModelError, ProfileError, UsageError
@@ -52,7 +53,7 @@ def harness():
 def make(harness, smollm2):
     """Makes the model with given settings."""
     model, tokenizer = smollm2
-    return lambda **settings: harness.EvolKVLM(model, tokenizer=tokenizer, **{"batch_size": 4, **settings})
+    return lambda **settings: harness.EvolKVLM(model, **{"tokenizer": tokenizer, "batch_size": 4, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,17 @@ def test_without_profile_results_are_those_of_hf(harness, make, tasks, reference
     assert scores(results)[1] > 0.5
     assert texts(results) == texts(reference)
     assert torch.equal(log_likelihoods(results), log_likelihoods(reference))
+
+
+@pytest.mark.model
+def test_an_eos_that_the_tokenizer_appends_changes_nothing(harness, make, smollm2, tasks, compressed):
+    appending = copy.deepcopy(smollm2[1])
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", appending.eos_token_id)]
+    )
+    results = harness.evaluate(make(**SMALL, tokenizer=appending), tasks)
+    assert texts(results) == texts(compressed)
+    assert torch.equal(log_likelihoods(results), log_likelihoods(compressed))
 
 
 @pytest.mark.model

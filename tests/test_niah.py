@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from evolkv.errors import TaskError, UsageError
 from evolkv.models.gguf import cache_folder
 from evolkv.tasks import SPLITS, encode_prompt, fingerprint, get_task
-from evolkv.tasks.base import encode_text
 from evolkv.tasks.metrics import get_metric
 from evolkv.tasks.niah import SLACK, NeedleInHaystack
+from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.prose import gap, prose, sentences
 from evolkv.tasks.wording import WORDINGS
 

@@ -18,7 +18,7 @@ from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
 from evolkv.models.forward import cache_keyword, given_cache, input_device
-from evolkv.tasks.base import encode_text, user_message
+from evolkv.tasks.prompts import encode_text, user_message
 
 
 @dataclass(frozen=True)

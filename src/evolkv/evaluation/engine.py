@@ -16,8 +16,8 @@ from evolkv.errors import RunError, UsageError
 from evolkv.models import describe_model
 from evolkv.models.forward import input_device
 from evolkv.tasks import Example
-from evolkv.tasks.base import encode_text
 from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.prompts import encode_text
 
 #: Called with (done, total) as examples are prepared.
 Progress = Callable[[int, int], None]

@@ -36,6 +36,7 @@ from evolkv.models import ALIASES, gguf
 from evolkv.models.forward import cache_in
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
+from evolkv.tasks.prompts import encode_text
 
 try:
     from lm_eval.api.registry import register_model
@@ -62,7 +63,8 @@ class EvolKVLM(HFLM):
     `batch_size` counts continuations (those of one context stay together, however many). Log-probabilities are
     computed in float32.
 
-    Without `profile` and `method`, and with ``method=full``, it is the ``hf`` model and nothing else.
+    Without `profile` and `method`, and with ``method=full``, it is the ``hf`` model and nothing else, with one
+    exception: no prompt ends in an EOS that a tokenizer appends, or begins with two BOS.
 
     Args:
         pretrained: what ``hf`` takes; or an alias (see `evolkv.models.list_models`) or a .gguf file, which are
@@ -98,6 +100,37 @@ class EvolKVLM(HFLM):
 
     def _compressed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.method.is_full else compress(self.model, self.method, self.budget)
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of a text, of which the last `left_truncate_len`; without an EOS that the tokenizer appends."""
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if special is False:
+            ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        else:
+            ids = encode_text(self.tokenizer, string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids of texts as `tok_encode` gives them, padded to one length, and their attention mask."""
+        rows = [self.tok_encode(string) for string in strings]
+        if truncation:
+            rows = [row[: self.tokenizer.model_max_length] for row in rows]
+        if left_truncate_len:
+            rows = [row[-left_truncate_len:] for row in rows]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._compressed():

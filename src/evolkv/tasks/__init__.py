@@ -1,7 +1,8 @@
 """Tasks: where examples come from."""
 
-from evolkv.tasks.base import SPLITS, Example, Split, Task, encode_prompt, fingerprint
+from evolkv.tasks.base import SPLITS, Example, Split, Task, fingerprint
 from evolkv.tasks.mixture import Mixture
+from evolkv.tasks.prompts import encode_prompt
 from evolkv.tasks.spec import TASKS, format_spec, get_task
 
 __all__ = [

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
-
 from evolkv.errors import TaskError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
@@ -118,47 +116,6 @@ def check_request(split: str, n: int) -> None:
         raise unknown_name("split", split, SPLITS)
     if not is_whole(n) or n < 1:
         raise UsageError(f"cannot draw {n!r} examples; ask for a whole number, at least 1")
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt's text, with exactly one beginning-of-sequence token where the model has one.
-
-    A chat template writes that token as text, so the tokenizer must not add a second.
-    """
-    bos = tokenizer.bos_token
-    has_bos = bool(bos) and text.startswith(bos)
-    return tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
-
-
-def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
-    """Token ids of an example's prompt: LongTensor [1, T]."""
-    return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
-
-
-def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
-    """A prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them."""
-    ids = encode_text(tokenizer, prompt)
-    if len(ids) <= limit:
-        return prompt
-    half = limit // 2
-    # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
-    start, end = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (ids[:half], ids[-half:])
-    )
-    return start + end
-
-
-def question_at(prompt: str, question: str) -> int | None:
-    """Where in a prompt its last occurrence of a question begins; None if it is not there, or nothing is before it."""
-    place = prompt.rfind(question.strip())
-    return place if place > 0 else None
-
-
-def user_message(tokenizer: Any, content: str) -> str:
-    """`content` as the only user message in the model's chat template, up to where the answer begins."""
-    messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, partition
+from evolkv.tasks.base import Example, Split, Task, check_request, partition
+from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.rows import digest
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Example, Split, Task, check_request, partition, question_at, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, partition, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
+from evolkv.tasks.prompts import question_at, user_message
 from evolkv.tasks.rows import Splitting, check_splitting, digest, distinct, draw, get_name, get_text, parse_rows
 
 Mode = Literal["flexible", "strict"]

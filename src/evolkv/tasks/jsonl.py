@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks.base import Example, Split, Task, check_request, cut_middle, question_at, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, read_text
 from evolkv.tasks.metrics import check_metric, get_metric
+from evolkv.tasks.prompts import cut_middle, question_at, user_message
 from evolkv.tasks.rows import (
     Splitting,
     check_splitting,

@@ -14,18 +14,8 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import (
-    SPLITS,
-    Example,
-    Split,
-    Task,
-    check_request,
-    encode_text,
-    partition,
-    question_at,
-    read_text,
-    user_message,
-)
+from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition, read_text
+from evolkv.tasks.prompts import encode_text, question_at, user_message
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
 

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, cut_middle, question_at, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
+from evolkv.tasks.prompts import cut_middle, question_at, user_message
 from evolkv.tasks.rows import (
     Splitting,
     check_splitting,

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, encode_text, read_text, user_message
+from evolkv.tasks.base import Example, Split, Task, check_request, read_text
+from evolkv.tasks.prompts import encode_text, user_message
 from evolkv.tasks.rows import Splitting, check_splitting
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages

@@ -1,0 +1,81 @@
+"""Prompts: the chat template, the tokens that a model reads, the cut of a long text, the place of the question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from evolkv.errors import TaskError
+from evolkv.tasks.base import Example
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before a text (most often one BOS or none), and those it puts after it."""
+    # Asked each time, because a tokenizer's settings can change. Any text shows it.
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:before], whole[before + len(bare) :]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that the model is to continue.
+
+    The ids begin with BOS once, where the tokenizer adds it or a chat template wrote it. Nothing stands behind the
+    text: after an EOS, which some tokenizers add, the text would be over.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    before, _ = special_tokens(tokenizer)
+    # Some chat templates begin with a line break.
+    written = before and text.lstrip().startswith("".join(tokenizer.convert_ids_to_tokens(before)))
+    return ids if written else before + ids
+
+
+def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
+    """Return the token ids of an example's prompt: LongTensor [1, T]."""
+    return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
+
+
+def user_message(tokenizer: Any, content: str) -> str:
+    """Return `content` as the only user message in the model's chat template, up to where the answer begins.
+
+    Raises:
+        TaskError: the template raises, or what it makes does not contain the message.
+    """
+    reasons = []
+    # Templates of models that read images as well may take a list of parts alone.
+    for form in (content, [{"type": "text", "text": content}]):
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": form}], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program of the model's author
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            continue
+        if content.strip() in prompt:
+            return prompt
+        reasons.append("the message is not in what it makes")
+    raise TaskError(
+        f"the chat template of {tokenizer.name_or_path or 'this tokenizer'} cannot put a user's message ({reasons[0]}); "
+        "leave it out: --raw in generate, template=plain or chat=false in a task; or mend it"
+    )
+
+
+def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
+    """Return a prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them."""
+    ids = encode_text(tokenizer, prompt)
+    if len(ids) <= limit:
+        return prompt
+    half = limit // 2
+    # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
+    start, end = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids[:half], ids[-half:])
+    )
+    return start + end
+
+
+def question_at(prompt: str, question: str) -> int | None:
+    """Return where a prompt's last occurrence of a question begins; None if it is not there, or nothing is before."""
+    place = prompt.rfind(question.strip())
+    return place if place > 0 else None

@@ -1,0 +1,105 @@
+"""How a prompt becomes the tokens that a model reads."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from evolkv.errors import TaskError
+from evolkv.evaluation.engine import encode_example
+from evolkv.tasks import Example, encode_prompt, get_task
+from evolkv.tasks.prompts import encode_text, user_message
+
+VOCABULARY = ["<pad>", "<end>", "<start>", "\n", *"abcdefgh"]
+BOS, EOS = VOCABULARY.index("<start>"), VOCABULARY.index("<end>")
+WITH_PARTS = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}d"
+
+
+def adding(single):
+    """A tokenizer of letters that adds special tokens to a text, such as BOS in "<start> $A"."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, "<pad>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.post_processor = TemplateProcessing(single=single, special_tokens=[("<start>", BOS), ("<end>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<start>", eos_token="<end>", pad_token="<pad>", unk_token="<pad>"
+    )
+
+
+def words(ids):
+    return " ".join(VOCABULARY[i] for i in ids).replace("\n", "|")
+
+
+@pytest.mark.parametrize(
+    ("single", "text", "read"),
+    [
+        ("$A", "abc", "a b c"),
+        ("<start> $A", "abc", "<start> a b c"),
+        ("$A <end>", "abc", "a b c"),
+        ("<start> $A <end>", "abc", "<start> a b c"),
+        ("<start> $A <end>", "<start>abc", "<start> a b c"),
+        ("<start> $A <end>", "\n<start>abc", "| <start> a b c"),
+        ("<start> $A", "\nabc", "<start> | a b c"),
+        ("<start> $A <end>", "abc<end>", "<start> a b c <end>"),
+        ("<start> $A <end>", "", "<start>"),
+    ],
+)
+def test_a_prompt_begins_with_one_bos_if_the_tokenizer_adds_it_and_nothing_is_added_behind_it(single, text, read):
+    assert words(encode_text(adding(single), text)) == read
+
+
+@pytest.mark.parametrize("single", ["<start> $A", "<start> $A <end>"])
+def test_late_questions_and_answers_have_no_special_tokens_but_their_own(single):
+    example = Example(id="x", prompt="abc", later="de", references=("f",), target="fg")
+    encoded = encode_example(adding(single), example, "logprob")
+    assert words(encoded.prompt[0].tolist()) == "<start> a b c"
+    assert [words(encoded.later.tolist()), words(encoded.target.tolist())] == ["d e", "f g"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_tokenizer_that_appends_eos_leaves_the_prompts_of_a_task_as_they_are(smollm2, template):
+    own, appending = smollm2[1], copy.deepcopy(smollm2[1])
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", own.eos_token_id)]
+    )
+    assert appending("a")["input_ids"][-1] == own.eos_token_id
+    task = get_task(f"niah:context=200,template={template}")
+    for tokenizer in (own, appending):
+        (example,) = task.examples("train", 1, tokenizer)
+        assert encode_prompt(tokenizer, example).tolist() == encode_prompt(own, example).tolist()
+        assert 192 <= encode_prompt(tokenizer, example).shape[1] <= 200
+
+
+def test_a_message_is_rendered_as_the_chat_template_says():
+    tokenizer = adding("<start> $A <end>")
+    tokenizer.chat_template = "\n{{ bos_token }}{% for m in messages %}a{{ m['content'] | trim }}c{% endfor %}"
+    message = user_message(tokenizer, " b ")
+    assert message == "\n<start>abc"
+    assert words(encode_text(tokenizer, message)) == "| <start> a b c"
+
+
+def test_a_chat_template_that_takes_a_list_of_parts_alone_gets_one():
+    tokenizer = adding("$A")
+    tokenizer.chat_template = WITH_PARTS
+    assert user_message(tokenizer, "abc") == "abcd"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no users here') }}", "TemplateError: no users here"),
+        ("{{ messages[0]['content'] / 2 }}", "TypeError"),
+        ("hello", "the message is not in what it makes"),
+    ],
+)
+def test_a_chat_template_that_cannot_put_a_message_is_refused(template, reason):
+    tokenizer = adding("$A")
+    tokenizer.chat_template = template
+    with pytest.raises(TaskError, match=rf"chat template of .* cannot put a user's message \({reason}.*--raw") as error:
+        user_message(tokenizer, "abc")
+    assert "chat=false" in str(error.value)
+    assert "\n" not in str(error.value)
