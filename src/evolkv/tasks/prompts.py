@@ -55,8 +55,9 @@ def user_message(tokenizer: Any, content: str) -> str:
         if content.strip() in prompt:
             return prompt
         reasons.append("the message is not in what it makes")
+    name = tokenizer.name_or_path or "this tokenizer"
     raise TaskError(
-        f"the chat template of {tokenizer.name_or_path or 'this tokenizer'} cannot put a user's message ({reasons[0]}); "
+        f"the chat template of {name} cannot put a user's message ({reasons[0]}); "
         "leave it out: --raw in generate, template=plain or chat=false in a task; or mend it"
     )
 
