@@ -3,8 +3,7 @@
     python bench/cli.py --record NAME demo --budget 128
     python bench/cli.py --record NAME eval smollm2-135m --task niah:context=1600 --method snapkv tova --budget 128
 
-Everything behind the record's name is the command. The record holds the rows, the seconds of the whole command, the
-machine and the versions.
+Everything behind these options is the command. The record holds the rows, the machine and the versions.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ def main() -> None:
     """Run the command."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--record", required=True, metavar="NAME", help="bench/records/NAME.json is written")
+    options.add_argument("--timed", action="store_true", help="record the seconds too: of an idle machine only")
     options.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="demo or eval, with its options")
     arguments = options.parse_args()
     check_name(arguments.record)
@@ -43,7 +43,8 @@ def main() -> None:
     about = {"benchmark": "cli", **about_this_run(), "machine": machine(), "versions": versions()}
     about["command"] = shlex.join(["evolkv", *arguments.command])
     about |= {key: rows[0][key] for key in ("model", "dtype", "seed", "n")}
-    write(arguments.record, {**about, "seconds": seconds, "rows": rows})
+    about |= {"seconds": seconds} if arguments.timed else {}
+    write(arguments.record, {**about, "rows": rows})
     print(json.dumps(rows, indent=1))
 
 

@@ -18,6 +18,7 @@ The JSON file is written after every seed; given the same command again, the ben
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,7 @@ class Findings:
 
     def _add(self, name: str, budget: int, budgets: np.ndarray, **facts: Any) -> None:
         self.rows.append({"name": name, "budget": int(budget), "budgets": budgets, **facts})
-        print(f"seed {self.seed}: {name} at {budget} {facts or ''}", flush=True)
+        print(f"seed {self.seed}: {name} at {budget} {facts or ''}", file=sys.stderr, flush=True)
 
 
 def other_tasks(tokenizer: Any, arguments: SimpleNamespace, seed: int) -> dict[str, list[Example]]:
@@ -116,7 +117,10 @@ def other_tasks(tokenizer: Any, arguments: SimpleNamespace, seed: int) -> dict[s
             for example, length in zip(examples, lengths, strict=True)
             if arguments.budget < length <= arguments.longest
         ]
-        print(f"{spec}: {len(found[spec])} of {len(examples)} prompts have at most {arguments.longest} tokens")
+        print(
+            f"{spec}: {len(found[spec])} of {len(examples)} prompts have at most {arguments.longest} tokens",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -146,7 +150,7 @@ def transfer(
         backend.close()
         for (name, seed), values in zip([*evolved, ("full cache", None)], scores, strict=True):
             rows.append({"task": spec, "name": name, "seed": seed, "scores": values.round(5).tolist()})
-        print(f"scored {spec}", flush=True)
+        print(f"scored {spec}", file=sys.stderr, flush=True)
     return rows
 
 

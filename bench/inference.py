@@ -32,9 +32,10 @@ from evolkv.models import describe_model
 from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
+from lib import contenders as lib_contenders
 from lib.command import Bench, run
 from lib.common import ratios, seconds, spread
-from lib.contenders import PLAIN, Contender, PeakMemory, PeakTensors, contenders, held
+from lib.contenders import PLAIN, Contender, PeakMemory, PeakTensors, held
 from lib.peer import KVPRESS, KVPRESS_ENV, PRESSES, THEIRS, Side, kvpress_python
 from lib.roofline import Floor
 from lib.shapes import load
@@ -57,7 +58,9 @@ class Paired:
         config = self.model.config.get_text_config(decoder=True)
         self.kv_rows = config.num_hidden_layers * config.num_key_value_heads
         self.vocabulary = config.vocab_size
-        self.contenders = contenders(self.model, arguments.budget, arguments.profile, bench.seed)
+        every = lib_contenders.contenders(self.model, arguments.budget, arguments.profile, bench.seed)
+        names = ("plain", "layer", "head")
+        self.contenders = [each for each, name in zip(every, names, strict=True) if name in arguments.contenders]
         self.floor = Floor.of(self.model)
         self.contexts = arguments.contexts or CONTEXTS[self.device.type]
 
@@ -121,6 +124,8 @@ class Paired:
             for (contender, _), times, (size, entries) in zip(running, found, sizes, strict=True):
                 floor = self.floor.decode(1, size, entries)
                 row = _row(contender.name, times, found[0], floor, "milliseconds", 1000)
+                if self.contenders[0].profile is not None:
+                    del row["over_plain"]
                 row["over_plain_after_short_prompt"] = ratios(times, found[-1])
                 rows.append({"context": tokens, **row, "kv_bytes": size})
             _say(f"decoding after {tokens} tokens")
@@ -271,6 +276,7 @@ def paired(
     batches: list[int] | None = None,
     budget: int = 128,
     profile: str | None = None,
+    contenders: list[Literal["plain", "layer", "head"]] = ["plain", "layer", "head"],  # noqa: B006
     pairs: int = 5,
     steps: int = 24,
     prompt_tokens: int = 2000,
@@ -293,6 +299,7 @@ def paired(
         batches: batch sizes; default: by device.
         budget: mean cache entries per KV head.
         profile: evolved budgets for "per head" instead of random ones.
+        contenders: who takes part; without "plain" only in the section decode.
         pairs: repetitions of each prompt.
         steps: decode steps of each contender.
         prompt_tokens: prompt of the sections batch and throughput.
@@ -304,6 +311,8 @@ def paired(
     """
     if plot_file is not None and ("decode" not in sections or plot_file.suffix not in (".png", ".svg")):
         raise UsageError(f"--plot-file {plot_file}: expected .png or .svg, and decode among --sections")
+    if "plain" not in contenders and sections != ["decode"]:
+        raise UsageError("--contenders without plain: expected --sections decode; the others compare with plain")
     settings = {name: value for name, value in locals().items() if name != "bench"}
     work = Paired(bench, SimpleNamespace(**settings))
     result: dict[str, Any] = {name: getattr(work, name)() for name in sections}

@@ -57,7 +57,8 @@ class Record:
     def setting(self) -> str:
         """Where and how it was measured, for a cell, with a link to the record."""
         link = os.path.relpath(RECORDS / f"{self.name}.json", self.page.parent)
-        return f"[{self['machine']['processor']}, {_SHORT[self['dtype']]}]({link}){self.mark}"
+        dtype = _SHORT.get(self["dtype"], self["dtype"])
+        return f"[{self['machine']['processor']}, {dtype}]({link}){self.mark}"
 
     @property
     def caption(self) -> str:
@@ -174,7 +175,8 @@ def summary(records: Sequence[Record]) -> Lines:
 def rows_of_evolkv(records: Sequence[Record]) -> Lines:
     """Yield the rows of an evolkv command's results."""
     for record in records:
-        yield from (f"`{record['command']}`: {record['seconds']:.0f} s; {record.caption}", "")
+        seconds = f", {record['seconds']:.0f} seconds" if "seconds" in record.content else ""
+        yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
         rows = [
             [
                 each["method"],
@@ -209,7 +211,7 @@ def decode(records: Sequence[Record]) -> Lines:
                 f"{each['context']:,}",
                 each["contender"],
                 _spread(each["milliseconds"]),
-                _spread(each["over_plain"], 2),
+                _spread(each["over_plain"], 2) if "over_plain" in each else "",
                 _spread(each["over_plain_after_short_prompt"], 2),
                 f"{each['floor_milliseconds']:.1f}",
                 f"{each['kv_bytes'] / 2**20:.1f} MiB",
