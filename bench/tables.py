@@ -268,6 +268,24 @@ def engine(records: Sequence[Record]) -> Lines:
     yield from _dagger(records)
 
 
+def kept_tokens(records: Sequence[Record]) -> Lines:
+    """Yield how far each selector keeps the tokens that its press keeps."""
+    for record in records:
+        yield from (f"`{record['command']}`, {record['tokens']:,} tokens; {record.caption}", "")
+        rows = [
+            [name, each["press"], each["budget"], f"{each['jaccard_mean']:.4f}", f"{each['jaccard_min']:.3f}"]
+            for name, each in record["selectors"].items()
+        ]
+        yield from table(["selector", record["peer"], "budget", "mean", "least over heads"], rows)
+
+
+def layer(records: Sequence[Record]) -> Lines:
+    """Yield microseconds of attention to ragged rows, in each way, by number format."""
+    rows = [[way, *(_spread(record["ragged"][way], 0) for record in records)] for way in records[0]["ragged"]]
+    yield from table(["attention to 24 ragged rows", *(record.setting for record in records)], rows)
+    yield from _dagger(records)
+
+
 def against(records: Sequence[Record]) -> Lines:
     """Yield this tree's seconds over another revision's."""
     for record in records:
@@ -286,7 +304,9 @@ BY_BENCHMARK: dict[str, View] = {
     "table": ready,
     "inference paired": decode,
     "inference selectors": scoring,
+    "inference layer-step": layer,
     "search engine": engine,
+    "kvpress kept-tokens": kept_tokens,
     "against": against,
 }
 VIEWS: dict[str, View] = {"methods": methods, "tasks": tasks, "headline": headline, "summary": summary}

@@ -1,4 +1,4 @@
-"""Profiles as presses of kvpress: the source that is written. bench/kvpress_export.py runs it."""
+"""Profiles as presses of kvpress: the source that is written. `bench/kvpress.py export` runs it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from evolkv.registry import unknown_name
 
 Start = str | BudgetProfile | np.ndarray | None
 #: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
-#: with about a quarter of the example evaluations that twelve need (docs/measurements.md). Text metrics are coarse:
+#: with about a quarter of the example evaluations that twelve need (docs/performance.md). Text metrics are coarse:
 #: a few examples would leave most candidates equal.
 MINIBATCH = 2
 #: Of one generation, where a search's length is not said.
