@@ -32,7 +32,7 @@ from lib.trials import Trial
 #: Candidates of a generation that is timed.
 POPULATION = 14
 Granularity = Literal["layer", "head"]
-Variant = Literal["all", "minibatch-1", "minibatch-2", "minibatch-3", "racing", "pyramid", "neighbour", "small-step"]
+Variant = Literal["all", "minibatch-1", "minibatch-2", "minibatch-3", "pyramid", "neighbour", "small-step"]
 
 
 def engine(bench: Bench, context: int = 1600, examples: int = 2, pairs: int = 3, naive: int = 1) -> dict[str, Any]:
@@ -100,44 +100,19 @@ class Reached(Exception):  # noqa: N818
 
 
 class Counting:
-    """An engine that counts what it scores; with `racing` it stops scoring candidates that fall behind."""
+    """An engine that counts what it scores."""
 
-    def __init__(self, engine: Engine, examples: int, racing: bool):
-        self.engine, self.examples, self.racing = engine, examples, racing
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self.evaluations, self.seconds = 0, 0.0
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
         """Score candidates, ``[candidates, columns]``."""
         started = time.perf_counter()
-        wanted = list(range(self.examples) if columns is None else columns)
-        if not self.racing:
-            scores = self.engine.score(budgets, wanted)
-            self.evaluations += scores.size
-        else:
-            scores = self._race(budgets, wanted)
+        scores = self.engine.score(budgets, columns)
+        self.evaluations += scores.size
         self.seconds += time.perf_counter() - started
         return scores
-
-    def _race(self, budgets: np.ndarray, wanted: list[int]) -> np.ndarray:
-        """Rank the rows that were stopped below the others, and among themselves by the scores they had."""
-        mixed = wanted[::3] + wanted[1::3] + wanted[2::3]
-        quarter = max(1, len(mixed) // 4)
-        heats = [mixed[:quarter], mixed[quarter : 2 * quarter], mixed[2 * quarter :]]
-        alive = np.arange(len(budgets))
-        scores = np.full((len(budgets), len(wanted)), np.nan)
-        final = np.empty_like(scores)
-        for heat, columns in enumerate(heats):
-            places = [wanted.index(c) for c in sorted(columns)]
-            scores[np.ix_(alive, np.array(places, dtype=int))] = self.engine.score(budgets[alive], sorted(columns))
-            self.evaluations += len(alive) * len(columns)
-            means = np.nanmean(scores[alive], axis=1)
-            order = alive[np.argsort(-means)]
-            keep = len(order) if heat == len(heats) - 1 else max(2, len(budgets) >> (heat + 1))
-            for row in order[keep:]:
-                final[row] = np.nanmean(scores[row]) * 1e-3 * (heat + 1)
-            alive = np.sort(order[:keep])
-        final[alive] = scores[alive]
-        return final
 
     def close(self) -> None:
         """Free the engine."""
@@ -154,7 +129,7 @@ def cost(
     seeds: int = 5,
     limit: int = 2400,
     thresholds: list[str] = ["0.8", "0.85"],  # noqa: B006
-    variants: list[Variant] = ["all", "minibatch-2", "racing", "pyramid", "neighbour", "small-step"],  # noqa: B006
+    variants: list[Variant] = ["all", "minibatch-2", "pyramid", "neighbour", "small-step"],  # noqa: B006
 ) -> dict[str, Any]:
     """Count example evaluations and seconds until a search's leader reaches a held-out score.
 
@@ -162,7 +137,6 @@ def cost(
 
         all           every generation on all training examples
         minibatch-N   every generation on N examples, all of them in turn (the default search, N = 2)
-        racing        all candidates on a quarter of the examples, the better half on half, a quarter on all
         pyramid       as minibatch-2, started from PyramidKV's allocation
         neighbour     as minibatch-2, started from the same search at twice the budget (whose cost is not counted)
         small-step    as neighbour, with 0.6 of the initial step
@@ -191,11 +165,11 @@ def cost(
 
         def reach(variant: str, budget: int, start: Any = None, trial: Any = trial, plan: Any = plan) -> Any:
             size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
-            rotation = Rotation(train, train if variant in ("all", "racing") else size, trial.seed)
+            rotation = Rotation(train, train if variant == "all" else size, trial.seed)
             begun = "pyramid" if variant == "pyramid" else start
             step = 0.6 if variant == "small-step" else 1.0
             strategy = StrategySettings("joint", seed=trial.seed).strategy(plan, budget, begun, step=step)
-            counting = Counting(trial.train, train, variant == "racing")
+            counting = Counting(trial.train)
             reached: dict[str, Any] = {}
             highest = 0.0
 

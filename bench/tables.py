@@ -70,6 +70,7 @@ class Record:
 
 
 Lines = Iterator[str]
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 View = Callable[[Sequence[Record]], Lines]
 
 
@@ -172,111 +173,113 @@ def summary(records: Sequence[Record]) -> Lines:
     yield from _dagger(records)
 
 
-def rows_of_evolkv(records: Sequence[Record]) -> Lines:
-    """Yield the rows of an evolkv command's results."""
-    for record in records:
-        seconds = f", {record['seconds']:.0f} seconds" if "seconds" in record.content else ""
-        yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
-        rows = [
-            [
-                each["method"],
-                f"{each['mean_budget']:,.0f}",
-                f"{each['score']:.2f}",
-                f"{each['ci95'][0]:.2f}–{each['ci95'][1]:.2f}",
-                f"{each['kv_bytes'] / 2**20:.2f} MiB",
-            ]
-            for each in record["rows"]
-        ]
-        yield from table(["method", "mean budget", "score", "95 % interval", "KV cache"], rows)
-
-
-def ready(records: Sequence[Record]) -> Lines:
-    """Yield a table as the record holds it."""
-    for record in records:
-        yield from (f"`{record['command']}`; {record.caption}", "")
-        yield from table(record["columns"], record["rows"])
-
-
-def _spread(values: dict[str, float], digits: int = 1, factor: float = 1) -> str:
-    median, low, high = (f"{factor * values[key]:,.{digits}f}" for key in ("median", "min", "max"))
+def _spread(values: dict[str, float], digits: int = 1) -> str:
+    median, low, high = (f"{values[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({low}–{high})"
 
 
-def decode(records: Sequence[Record]) -> Lines:
-    """Yield milliseconds of a decode step by prompt length."""
-    for record in records:
-        yield from (f"`{record['command']}`; {record.caption}", "")
-        rows = [
-            [
-                f"{each['context']:,}",
-                each["contender"],
-                _spread(each["milliseconds"]),
-                _spread(each["over_plain"], 2) if "over_plain" in each else "",
-                _spread(each["over_plain_after_short_prompt"], 2),
-                f"{each['floor_milliseconds']:.1f}",
-                f"{each['kv_bytes'] / 2**20:.1f} MiB",
-            ]
-            for each in record["decode"]
+def rows_of_evolkv(record: Record) -> Table:
+    """Return the rows of an evolkv command's results."""
+    heads = ["method", "mean budget", "score", "95 % interval", "KV cache"]
+    rows = [
+        [
+            each["method"],
+            f"{each['mean_budget']:,.0f}",
+            f"{each['score']:.2f}",
+            "{:.2f}–{:.2f}".format(*each["ci95"]),
+            f"{each['kv_bytes'] / 2**20:.2f} MiB",
         ]
-        heads = ["prompt tokens", "contender", "milliseconds", "over plain", "over plain after 128 tokens", "floor"]
-        yield from table([*heads, "KV cache"], rows)
+        for each in record["rows"]
+    ]
+    return heads, rows
 
 
-def scoring(records: Sequence[Record]) -> Lines:
-    """Yield what each selector's scoring costs a prompt."""
-    for record in records:
-        yield from (f"`{record['command']}`; {record.caption}", "")
-        rows = [
-            [
-                name,
-                _spread(each["plain_seconds"], 2),
-                _spread(each["compressed_seconds"], 2),
-                _spread(each["ratio_of_pairs"], 2),
-                f"{each['scoring_memory_over_kv']:.1f}",
-            ]
-            for name, each in record["selectors"].items()
+def ready(record: Record) -> Table:
+    """Return a table as the record holds it."""
+    return record["columns"], record["rows"]
+
+
+def decode(record: Record) -> Table:
+    """Return milliseconds of a decode step by prompt length."""
+    heads = [
+        "prompt tokens",
+        "contender",
+        "milliseconds",
+        "over plain",
+        "over plain after 128 tokens",
+        "floor",
+        "cache",
+    ]
+    rows = [
+        [
+            f"{each['context']:,}",
+            each["contender"],
+            _spread(each["milliseconds"]),
+            _spread(each["over_plain"], 2) if "over_plain" in each else "",
+            _spread(each["over_plain_after_short_prompt"], 2),
+            f"{each['floor_milliseconds']:.1f}",
+            f"{each['kv_bytes'] / 2**20:.1f} MiB",
         ]
-        heads = [
-            "selector",
-            "plain, seconds",
-            "compressed, seconds",
-            "ratio of pairs",
-            "scoring memory over a layer's KV",
+        for each in record["decode"]
+    ]
+    return heads, rows
+
+
+def construction(record: Record) -> Table:
+    """Return milliseconds of making a cache."""
+    return ["making a cache, milliseconds"], [[_spread(record["milliseconds"])]]
+
+
+def scoring(record: Record) -> Table:
+    """Return what each selector's scoring costs a prompt."""
+    heads = ["selector", "plain, seconds", "compressed, seconds", "ratio of pairs", "scoring memory over a layer's KV"]
+    rows = [
+        [
+            name,
+            *(_spread(each[key], 2) for key in ("plain_seconds", "compressed_seconds", "ratio_of_pairs")),
+            f"{each['scoring_memory_over_kv']:.1f}",
         ]
-        yield from table(heads, rows)
+        for name, each in record["selectors"].items()
+    ]
+    return heads, rows
+
+
+def kept_tokens(record: Record) -> Table:
+    """Return how far each selector keeps the tokens that its press keeps."""
+    rows = [
+        [name, each["press"], each["budget"], f"{each['jaccard_mean']:.4f}", f"{each['jaccard_min']:.3f}"]
+        for name, each in record["selectors"].items()
+    ]
+    return ["selector", record["peer"], "budget", "mean", "least over heads"], rows
+
+
+def against(record: Record) -> Table:
+    """Return this tree's seconds over another revision's."""
+    rows = [
+        [name, *(_spread(each[key], 3) for key in ("before", "after", "ratio_of_pairs"))]
+        for name, each in record["seconds"].items()
+    ]
+    return ["work", "before, seconds", "after, seconds", "after over before, in pairs"], rows
 
 
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
-    rows = []
-    for record in records:
-        taken = record["milliseconds_per_candidate_and_example"]
-        rows.append(
-            [
-                _spread(taken["naive"], 0),
-                _spread(taken["replay"]),
-                f"{record['naive_over_replay']:.0f}",
-                f"{record['largest_score_difference']:.1e}",
-                f"{record['floor_milliseconds']:.1f}",
-                f"{record['replay_over_floor']:.2f}",
-                record["n"],
-                record.setting,
-            ]
-        )
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
+    rows = [
+        [
+            _spread(record["milliseconds_per_candidate_and_example"]["naive"], 0),
+            _spread(record["milliseconds_per_candidate_and_example"]["replay"]),
+            f"{record['naive_over_replay']:.0f}",
+            f"{record['largest_score_difference']:.1e}",
+            f"{record['floor_milliseconds']:.1f}",
+            f"{record['replay_over_floor']:.2f}",
+            record["n"],
+            record.setting,
+        ]
+        for record in records
+    ]
     yield from table([*heads, "measured on"], rows)
     yield from _dagger(records)
-
-
-def kept_tokens(records: Sequence[Record]) -> Lines:
-    """Yield how far each selector keeps the tokens that its press keeps."""
-    for record in records:
-        yield from (f"`{record['command']}`, {record['tokens']:,} tokens; {record.caption}", "")
-        rows = [
-            [name, each["press"], each["budget"], f"{each['jaccard_mean']:.4f}", f"{each['jaccard_min']:.3f}"]
-            for name, each in record["selectors"].items()
-        ]
-        yield from table(["selector", record["peer"], "budget", "mean", "least over heads"], rows)
 
 
 def layer(records: Sequence[Record]) -> Lines:
@@ -286,28 +289,30 @@ def layer(records: Sequence[Record]) -> Lines:
     yield from _dagger(records)
 
 
-def against(records: Sequence[Record]) -> Lines:
-    """Yield this tree's seconds over another revision's."""
-    for record in records:
-        yield from (f"`{record['command']}`; {record.caption}", "")
-        rows = [
-            [name, _spread(each["before"], 3), _spread(each["after"], 3), _spread(each["ratio_of_pairs"], 3)]
-            for name, each in record["seconds"].items()
-        ]
-        yield from table(["work", "before, seconds", "after, seconds", "after over before, in pairs"], rows)
+def one_by_one(view: Callable[[Record], Table]) -> View:
+    """Return a view that gives each record a table of its own, under its command and caption."""
+
+    def lines(records: Sequence[Record]) -> Lines:
+        for record in records:
+            seconds = f", {record['seconds']:.0f} seconds" if "seconds" in record.content else ""
+            yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
+            yield from table(*view(record))
+
+    return lines
 
 
 #: How a record is shown unless the page says otherwise, by the benchmark that made it.
 BY_BENCHMARK: dict[str, View] = {
     "results": results,
-    "cli": rows_of_evolkv,
-    "table": ready,
-    "inference paired": decode,
-    "inference selectors": scoring,
+    "cli": one_by_one(rows_of_evolkv),
+    "table": one_by_one(ready),
+    "inference paired": one_by_one(decode),
+    "inference selectors": one_by_one(scoring),
+    "inference construction": one_by_one(construction),
     "inference layer-step": layer,
     "search engine": engine,
-    "kvpress kept-tokens": kept_tokens,
-    "against": against,
+    "kvpress kept-tokens": one_by_one(kept_tokens),
+    "against": one_by_one(against),
 }
 VIEWS: dict[str, View] = {"methods": methods, "tasks": tasks, "headline": headline, "summary": summary}
 
