@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaToken
 from transformers.utils import logging
 
 from evolkv.errors import ModelError, RunError
-from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model
+from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts
 from evolkv.models.aliases import PackagedModel
 from evolkv.models.loading import _dtype
 
@@ -350,6 +352,27 @@ def test_model_that_budgets_cannot_describe_is_refused(field):
         describe_model(model)
 
 
+def test_facts_are_read_once_and_again_when_the_config_changes():
+    model = LlamaForCausalLM(tiny_config())
+    assert model_facts(model) is model_facts(model)
+    assert model_facts(model).num_layers == 2
+    model.config._attn_implementation = "eager"
+    assert model_facts(model) is model_facts(model)
+    model.config.num_hidden_layers = 1
+    assert model_facts(model).num_layers == 1
+    model.config.num_hidden_layers = 2
+    assert describe_model(model).num_layers == model_facts(model).num_layers == 2
+
+
+def test_facts_do_not_keep_a_model_alive():
+    model = LlamaForCausalLM(tiny_config())
+    model_facts(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 def test_description_of_something_else_is_refused():
     with pytest.raises(ModelError, match="expected a transformers model"):
         describe_model(torch.nn.Linear(2, 2))
@@ -381,6 +404,8 @@ def test_smollm2_is_whole(smollm2):
     info = describe_model(model)
     assert (info.name, info.num_layers, info.num_kv_heads, info.num_heads) == ("smollm2-135m", 30, 3, 9)
     assert (info.head_dim, info.max_context, model.dtype) == (64, 8192, torch.float32)
+    # Profiles that people have kept carry it.
+    assert info.fingerprint == "8ddd4c3ff7cbce9e"
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
     assert tokenizer.pad_token is not None
     assert "<|im_start|>" in tokenizer.chat_template

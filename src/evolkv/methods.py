@@ -20,7 +20,7 @@ from evolkv.allocators.adaptive import (
     get_adaptive,
 )
 from evolkv.errors import BudgetError, UsageError
-from evolkv.models import describe_model, sliding_windows
+from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import SELECTORS, Selector, get_selector, parse_selector
@@ -140,11 +140,11 @@ class Method:
             )
         if self.profile is not None and budget == self.profile.budget:
             return self.profile.budgets
-        info = describe_model(model)
-        ceilings = np.array([w if w is not None else info.max_context for w in sliding_windows(model)])
+        facts = model_facts(model)
+        ceilings = np.array([facts.max_context if w is None else w for w in facts.sliding_windows])
         if self.profile is not None:
             return self.profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
-        return np.repeat(self._by_layer(budget, ceilings)[:, None], info.num_kv_heads, axis=1)
+        return np.repeat(self._by_layer(budget, ceilings)[:, None], facts.num_kv_heads, axis=1)
 
     def _by_layer(self, budget: int, ceilings: np.ndarray) -> np.ndarray:
         """The layers' budgets, ``[layers]``, of which none can hold more than `ceilings`."""

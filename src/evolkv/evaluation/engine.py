@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.errors import RunError, UsageError
-from evolkv.models import describe_model
+from evolkv.models import model_facts
 from evolkv.models.forward import input_device
 from evolkv.tasks import Example
 from evolkv.tasks.metrics import get_metric
@@ -112,7 +112,7 @@ def encode_examples(
     """
     if not examples:
         raise UsageError("there are no examples to score; the task is empty")
-    max_context, device = describe_model(model).max_context, input_device(model)
+    max_context, device = model_facts(model).max_context, input_device(model)
     found = []
     for example in examples:
         encoded = encode_example(tokenizer, example, metric)

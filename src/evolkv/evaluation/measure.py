@@ -24,7 +24,7 @@ from evolkv.evaluation.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
 from evolkv.evaluation.workers import Workers, check_wanted
 from evolkv.methods import Method
-from evolkv.models import describe_model
+from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -62,7 +62,7 @@ class Row:
         """
         method: Method | BudgetProfile = self.method
         if self.method.is_full:
-            everything = np.minimum(self.budgets, describe_model(model).max_context)
+            everything = np.minimum(self.budgets, model_facts(model).max_context)
             method = BudgetProfile.from_budgets(model, everything, selector=self.selector.to_dict())
         return CompressedCache(model, method, self.budget, prefill_chunk=prefill_chunk)
 
@@ -124,9 +124,9 @@ def measure(
         log: where the records go; examples that it has are left out.
         on_step: called after each example that goes on record.
     """
-    info = describe_model(model)
+    facts = model_facts(model)
     size = len(questions.examples)
-    prompt_bytes = questions.longest * info.num_layers * info.num_kv_heads * info.head_dim * 2 * model.dtype.itemsize
+    prompt_bytes = questions.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
     # Not by the memory that is free, which is not the same in a run that continues another.
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
     step = max(1, min(_SHARD_SIZE, -(-size // threads)))
@@ -171,8 +171,8 @@ class _Shard:
         self.model, self.tokenizer, self.questions, self.rows = model, tokenizer, questions, rows
         self.settings, self.log, self.side_by_side = settings, log, side_by_side
         self.end = end_tokens(model, tokenizer)
-        info = describe_model(model)
-        self.heads = info.num_layers * info.num_kv_heads
+        facts = model_facts(model)
+        self.heads = facts.num_layers * facts.num_kv_heads
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
         """Puts the examples `columns` on record, calling `step` after each that was not yet."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.info import ModelInfo, describe_model, is_quantized
-from evolkv.models.layers import cached_layers, sliding_windows
+from evolkv.models.facts import ModelFacts, ModelInfo, cached_layers, describe_model, model_facts, sliding_windows
+from evolkv.models.identity import is_quantized
 from evolkv.models.loading import Origin, load_model, loaded_from
 
 __all__ = [
     "ALIASES",
+    "ModelFacts",
     "ModelInfo",
     "ModelRow",
     "Origin",
@@ -19,5 +20,6 @@ __all__ = [
     "list_models",
     "load_model",
     "loaded_from",
+    "model_facts",
     "sliding_windows",
 ]

@@ -65,8 +65,10 @@ class OtherLayer:
     states: int
 
 
-def cached_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLayer]]:
-    """The layers of a decoder that have a key-value cache, and the others, each in order.
+def read_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLayer]]:
+    """Return the layers of a decoder that have a key-value cache, and the others, each in order.
+
+    `evolkv.models.cached_layers` does so once for each model.
 
     Raises:
         ModelError: if the model cannot be compressed.
@@ -105,15 +107,6 @@ def continues_by_token(model: PreTrainedModel) -> bool:
     holds.
     """
     return any(hasattr(module, "ssm_state_size") for module in model.get_decoder().modules())
-
-
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window in tokens of each layer with a key-value cache, None where a layer sees everything.
-
-    Raises:
-        ModelError: if the model cannot be compressed.
-    """
-    return [layer.sliding_window for layer in cached_layers(model)[0]]
 
 
 def refuse(model: PreTrainedModel) -> None:
