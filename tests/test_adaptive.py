@@ -128,7 +128,7 @@ def test_allocators_and_selectors_go_together(family, name):
     window = {"window": 4} if "window" in method.selector.parameters() else {}
     method = replace(method, selector=get_selector({**method.selector.to_dict(), **window}))
     budget, length = 12, 40
-    start = method.budgets(model, budget)
+    start = method.resolve(model, budget)[1]
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
     layers = recorded.cache.kv_layers
     seen, ceilings = [layer.observations for layer in layers], np.array([layer.most_held(length) for layer in layers])
@@ -211,7 +211,8 @@ def test_methods_that_cannot_compress_are_refused_before_anything_runs(profile, 
 def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     model = tiny_model("llama")
     method = get_method("pyramid+snapkv:window=4")
-    profile = evolkv.BudgetProfile.from_budgets(model, method.budgets(model, 12), method.selector.to_dict(), budget=12)
+    start = method.resolve(model, 12)[1]
+    profile = evolkv.BudgetProfile.from_budgets(model, start, method.selector, budget=12)
     expanded = evolkv.CompressedCache(model, profile, 20)
     by_name, by_profile = (
         evolkv.CompressedCache(model, "pyramid+snapkv:window=4", 12),
@@ -276,8 +277,8 @@ def test_an_expanded_profile_holds_its_whole_budget_beside_sliding_windows(tmp_p
     evolkv.BudgetProfile.from_budgets(model, [20, 20, 8, 8], "keydiff").save(tmp_path / "p.json")
     method = get_method(str(tmp_path / "p.json"))
     windows = np.array([WINDOW, WINDOW, WINDOW, 512])
-    budgets = method.budgets(model, 28)[:, 0]
+    budgets = method.resolve(model, 28)[1][:, 0]
     assert np.minimum(budgets, windows).sum() == 28 * LAYERS
-    assert method.budgets(model, 14)[:, 0].tolist() == [20, 20, 8, 8]
+    assert method.resolve(model, 14)[1][:, 0].tolist() == [20, 20, 8, 8]
     # More than all windows hold on average: nothing is left to move.
-    assert method.budgets(model, 400)[:, 0].sum() == 400 * LAYERS
+    assert method.resolve(model, 400)[1][:, 0].sum() == 400 * LAYERS

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from evolkv.allocators import ALLOCATORS, complete, expand, project, pyramid, uniform
+from evolkv.allocators import ALLOCATORS, complete, expand, layout, pyramid, uniform
 from evolkv.errors import BudgetError, UsageError
+from evolkv.selectors import get_selector
 
 
 @st.composite
@@ -46,7 +47,7 @@ def test_completion_meets_the_total_within_the_bounds_and_keeps_the_order(case):
 @given(reachable(st.floats(1e-12, 1e12)))
 def test_projection_meets_the_total_within_the_bounds_and_keeps_the_order(case):
     weights, total, floor, ceiling = case
-    result = project(weights, total, floor, ceiling)
+    result = complete(weights, total, floor, ceiling)
     assert result.sum() == total
     assert result.min() >= floor
     assert result.max() <= ceiling
@@ -137,8 +138,8 @@ def test_clipped_mass_goes_to_the_free_entries_in_proportion():
     # 1000 would get 2000 of 3000; the 200 above its ceiling go to the others 1 : 3.
     assert complete([125, 375, 1000], 3000, 1, 1800).tolist() == [300, 900, 1800]
     # Zero weights stay at the floor until the others are full.
-    assert project([0, 0, 1], 120, 10, 200).tolist() == [10, 10, 100]
-    assert project([0, 0, 1], 300, 10, 200).tolist() == [50, 50, 200]
+    assert complete([0, 0, 1], 120, 10, 200).tolist() == [10, 10, 100]
+    assert complete([0, 0, 1], 300, 10, 200).tolist() == [50, 50, 200]
 
 
 def test_a_matrix_keeps_its_shape():
@@ -225,3 +226,18 @@ def test_unknown_allocator_suggests_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'pyramid'"):
         ALLOCATORS["piramid"]
     assert set(ALLOCATORS) == {"uniform", "pyramid"}
+
+
+def test_a_layer_that_cannot_hold_the_floor_gets_what_it_can_hold():
+    ceilings = [24, 24, 24, 512]
+    assert expand([64] * 4, 64, 32, ceilings).tolist() == [24, 24, 24, 184]
+    assert expand([[64, 64]] * 4, 64, 32, ceilings).tolist() == [[24, 24]] * 3 + [[184, 184]]
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "pyramid"])
+def test_layouts_have_the_exact_mean_within_what_layers_can_hold(allocator):
+    selector = get_selector("snapkv")
+    budgets = layout(allocator, (4, 2), 64, selector, [24, 24, 24, 512])
+    assert budgets.tolist() == [[24, 24]] * 3 + [[184, 184]]
+    # Where the layers cannot hold the budget, each holds what it can, and no other could take what is left.
+    assert layout(allocator, (4,), 64, selector, [24] * 4).sum() == 4 * 64

@@ -15,10 +15,9 @@ import pytest
 import evolkv.models
 from evolkv.cli import main
 from evolkv.cli.app import no_interrupt_lost
-from evolkv.cli.arguments import for_typer, whole_numbers
-from evolkv.errors import RunError, UsageError
+from evolkv.cli.arguments import for_typer
+from evolkv.errors import RunError
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import parse_selector
 
 MODEL = "smollm2-135m"
 TASK = "niah:context=300"
@@ -719,16 +718,6 @@ def test_lists_are_spelt_out_for_the_options_that_take_several_values():
     expected = ["search", "m", "--task", "a", "--task", "b", "--budget", "1", "--budget", "2"]
     assert for_typer(searching) == expected
     assert for_typer(["generate", "m", "--task", "a", "b"]) == ["generate", "m", "--task", "a", "b"]
-
-
-def test_numbers_and_selectors_are_parsed_or_refused():
-    assert whole_numbers("--budget", ["64,128", "64"]) == [64, 128]
-    assert parse_selector("snapkv:window=16,pooling=mean") == {"name": "snapkv", "window": 16, "pooling": "mean"}
-    for bad in ("snapkv:window", "snapkv:=1", "snapkv:window=1,window=2"):
-        with pytest.raises(UsageError):
-            parse_selector(bad)
-    with pytest.raises(UsageError, match="whole numbers"):
-        whole_numbers("--budget", ["64;128"])
 
 
 def test_an_interrupt_while_an_object_is_collected_still_ends_the_program(capsys):

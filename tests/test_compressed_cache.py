@@ -163,6 +163,32 @@ def test_sliding_layers_never_hold_more_than_their_window(family, budgets):
                 assert max(group.keys.shape[1] for group in layer.groups) <= WINDOW
 
 
+@pytest.mark.parametrize("method", ["snapkv", "pyramid+snapkv", "cake+snapkv", "dynamickv+snapkv", "adakv+snapkv"])
+def test_a_sliding_window_smaller_than_the_selectors_is_held_whole(method):
+    model = tiny_model("gemma3")
+    cache = CompressedCache(model, method, 64)
+    model(tokens(1, 300), cache=cache)
+    held = [[len(positions) for positions in layer] for layer in cache.positions]
+    assert held[:3] == [[WINDOW] * KV_HEADS] * 3
+    assert sum(held[3]) == KV_HEADS * (LAYERS * 64 - 3 * WINDOW)
+
+
+@pytest.mark.parametrize("budgets", [[WINDOW] * 3 + [184], [[WINDOW] * KV_HEADS] * 3 + [[100, 268]]])
+def test_a_profile_gives_a_narrow_sliding_layer_its_window(budgets, tmp_path):
+    model = tiny_model("gemma3")
+    profile = BudgetProfile.from_budgets(model, budgets)
+    profile.save(tmp_path / "p.json")
+    assert BudgetProfile.load(tmp_path / "p.json") == profile
+    assert profile.expand(96, [WINDOW] * 3 + [512]).budgets[:3].tolist() == [[WINDOW] * KV_HEADS] * 3
+    cache = CompressedCache(model, profile)
+    model(tokens(1, 300), cache=cache)
+    assert [len(positions) for positions in cache.positions[3]] == profile.budgets[3].tolist()
+    with pytest.raises(ProfileError, match=r"budgets\[0\]\[0\] is 23, expected at least 24"):
+        BudgetProfile.from_budgets(model, [23, 24, 24, 184])
+    with pytest.raises(ProfileError, match=r"budgets\[3\]\[0\] is 24, expected at least 32"):
+        BudgetProfile.from_budgets(model, [24] * 4, budget=32)
+
+
 def test_sliding_layer_keeps_only_tokens_within_its_window():
     model = tiny_model("mistral")
     cache = CompressedCache(model, profile(model, 10))

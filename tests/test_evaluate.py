@@ -139,7 +139,11 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
         ({"methods": ["full"], "samples": 0}, UsageError, "expected 1 to 100,000"),
         ({"methods": ["full"], "samples": 1.5}, UsageError, "--samples is 1.5"),
         ({"methods": ["snapkv"], "budgets": [64.9]}, UsageError, "the budget is 64.9; expected a whole number"),
-        ({"methods": ["snapkv"], "budgets": ["64"]}, UsageError, "the budget is '64'"),
+        ({"methods": ["snapkv"], "budgets": "64;128"}, BudgetError, "the budget is '64;128'; expected a whole number"),
+        ({"methods": ["snapkv"], "budgets": [True]}, BudgetError, "the budget is True; expected a whole number"),
+        ({"methods": ["snapkv"], "budgets": None}, BudgetError, "the budget is None; expected a whole number"),
+        ({"methods": 5}, UsageError, "5 is no method; give a profile, its path, or a name such as 'snapkv'"),
+        ({"methods": "full,snapkv"}, UsageError, "Give each name by itself: a comma joins nothing here"),
         ({"methods": ["p" * 300]}, UsageError, "unknown method"),
         ({"methods": ["full"], "metric": "contain"}, UsageError, "Did you mean 'contains'"),
         ({"methods": ["snapkv"], "budgets": [-5]}, BudgetError, "the budget is -5; expected a whole number"),
@@ -202,6 +206,28 @@ def test_what_is_evicted_while_a_prompt_is_read_is_not_there_for_later_chunks(sm
 def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(smollm2, method, chunk, words):
     with pytest.raises(UsageError, match=words):
         evolkv.evaluate(*smollm2, task=TASK, methods=["full", method], budgets=[64], samples=1, prefill_chunk=chunk)
+
+
+@pytest.mark.model
+def test_one_method_and_one_budget_need_no_lists(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    profile = BudgetProfile.uniform(model, 48, selector="snapkv:window=8")
+    profile.save(tmp_path / "p.json")
+    settings = {"task": TASK, "samples": 1, "metric": "logprob"}
+    (row,) = evolkv.evaluate(model, tokenizer, **settings, methods="snapkv:window=8", budgets=48)
+    same = [
+        get_selector("snapkv:window=8"),
+        {"name": "snapkv", "window": 8},
+        profile,
+        tmp_path / "p.json",
+        str(tmp_path / "p.json"),
+        get_method("uniform+snapkv:window=8"),
+    ]
+    rows = evolkv.evaluate(model, tokenizer, **settings, methods=same[2:], budgets=np.int64(48))
+    rows += [evolkv.evaluate(model, tokenizer, **settings, methods=spec, budgets="48")[0] for spec in same]
+    assert {(found["score"], found["budget"]) for found in rows} == {(row["score"], 48)}
+    curve = evolkv.evaluate(model, tokenizer, **settings, methods="snapkv:window=8", budgets="48, 64")
+    assert [found["budget"] for found in curve] == [48, 64]
 
 
 def test_method_names_of_the_field_are_known():

@@ -163,13 +163,13 @@ def test_scores_of_the_wrong_shape_are_refused():
 @pytest.mark.usefixtures("registered")
 def test_a_registered_allocator_gets_the_exact_total():
     ALLOCATORS.register("top", lambda num_layers, budget: [1.0] * (num_layers - 1) + [1.5 * budget])
-    budgets = get_method("top+streaming_llm").budgets(tiny_model("llama"), 9)
+    budgets = get_method("top+streaming_llm").resolve(tiny_model("llama"), 9)[1]
     assert budgets.shape == (LAYERS, KV_HEADS)
     assert budgets.sum() == 9 * LAYERS * KV_HEADS
     assert np.argmax(budgets[:, 0]) == LAYERS - 1
     ALLOCATORS.register("top", lambda num_layers, budget: [budget])
     with pytest.raises(UsageError, match=rf"'top' gave \(1,\) budgets; expected one for each of {LAYERS} layers"):
-        get_method("top+streaming_llm").budgets(tiny_model("llama"), 9)
+        get_method("top+streaming_llm").resolve(tiny_model("llama"), 9)[1]
 
 
 @pytest.mark.usefixtures("registered")

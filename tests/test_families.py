@@ -18,7 +18,7 @@ from evolkv.cache.hook import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
 from evolkv.models import cached_layers, describe_model
 from test_compressed_cache import RAGGED, profile, run
-from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, padded, tiny_model, tokens
+from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, WINDOW, padded, tiny_model, tokens
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -271,6 +271,21 @@ def test_search_and_evaluation_run_on_hybrids_and_on_attention_sinks(smollm2, fa
     methods = ["full", "snapkv:window=4", "cake+adakv+snapkv:window=4"]
     rows = evolkv.evaluate(model, tokenizer, task=task, methods=methods, budgets=[budget], samples=2)
     assert [row["mean_budget"] for row in rows[1:]] == [budget, budget]
+
+
+@pytest.mark.model
+def test_a_search_gives_layers_whose_window_is_below_the_selectors_their_window(smollm2, tmp_path):
+    _, tokenizer = smollm2
+    model = tiny_model(
+        "gemma3", vocab_size=len(tokenizer), pad_token_id=None, layer_types=None, sliding_window_pattern=2
+    )
+    settings = {"task": "niah:context=120", "budget": 40, "train": 2, "val": 2, "max_evals": 8, "population": 4}
+    found = evolkv.search(model, tokenizer, **settings, granularity="head", storage=str(tmp_path / "study.db"))
+    held = np.array([entry["budgets"] for entry in found.history])
+    assert (held[:, ::2] == WINDOW).all()
+    assert (held.sum(axis=(1, 2)) == 40 * LAYERS * KV_HEADS).all()
+    again = evolkv.search(model, tokenizer, **settings, granularity="head", storage=str(tmp_path / "study.db"))
+    assert again.history == found.history
 
 
 # Attention implementations.

@@ -5,15 +5,19 @@ import os
 import re
 from dataclasses import FrozenInstanceError
 from dataclasses import replace as replace_field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from evolkv import CompressedCache, compress
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
+from evolkv.methods import get_method
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
+from evolkv.selectors import SnapKV
 
 
 def tiny_llama(layers=2, kv_heads=2, seed=0):
@@ -371,9 +375,15 @@ def test_expansion_stays_between_what_the_selector_keeps_and_the_ceiling(profile
     ]
 
 
-@pytest.mark.parametrize("budget", [1, 10**12])
-def test_expansion_out_of_reach_is_refused(profile, budget):
-    with pytest.raises(BudgetError, match="expected 32 entries per head, which snapkv always keeps, to"):
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (1, "at least 32 entries per head, which snapkv always keeps"),
+        (10**12, "expected a whole number of cache entries"),
+    ],
+)
+def test_expansion_out_of_reach_is_refused(profile, budget, words):
+    with pytest.raises(BudgetError, match=words):
         profile.expand(budget)
 
 
@@ -382,3 +392,28 @@ def test_every_error_is_a_usage_error(model):
         BudgetProfile.uniform(model, 0)
     with pytest.raises(UsageError, match="Did you mean 'snapkv'"):
         BudgetProfile.uniform(model, 128, selector="snapkw")
+
+
+@pytest.mark.parametrize("selector", ["snapkv:window=8", {"name": "snapkv", "window": 8}, SnapKV(window=8)])
+def test_a_selector_is_the_same_in_every_form(model, selector):
+    profile = BudgetProfile.from_budgets(model, [10, 20], selector)
+    assert profile.selector == SnapKV(window=8).to_dict()
+    assert BudgetProfile.uniform(model, np.int64(15), selector) == BudgetProfile.uniform(model, "15", selector)
+    with compress(model, selector, 15):
+        assert CompressedCache(model, profile).positions is not None
+
+
+def test_a_tilde_is_the_home_folder(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profile.save("~/p.json")
+    assert (tmp_path / "p.json").is_file()
+    for path in ("~/p.json", Path("~/p.json")):
+        assert BudgetProfile.load(path) == get_method(path).profile == profile
+
+
+@pytest.mark.parametrize("path", ["hf://org/name", Path("hf://org/name")])
+def test_a_profile_is_not_saved_to_an_address(profile, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProfileError, match="is an address on the Hub; use push_to_hub"):
+        profile.save(path)
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from evolkv.cli import console, main
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluation import EvaluationProgress, Method, run_evaluation
+from evolkv.evaluation import EvaluationInterrupted, EvaluationProgress, Method
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.evaluation import summarise
 from evolkv.evaluation.records import RecordLog, Records, read_records, sha256
@@ -184,15 +184,16 @@ def test_an_interrupted_evaluation_says_what_it_has_and_goes_on_from_there(tiny,
             raise KeyboardInterrupt
 
     settings = {**METHODS, "task": task, "records": path}
-    found = run_evaluation(*tiny, on_progress=stop, **settings)
-    assert found.interrupted
+    with pytest.raises(EvaluationInterrupted) as stopped:
+        evolkv.evaluate(*tiny, on_progress=stop, **settings)
+    found = stopped.value
     assert 0 < found.finished < found.total == EXAMPLES
     assert [row["n"] for row in found.rows] == [found.finished] * ROWS
     steps = []
-    again = run_evaluation(*tiny, on_progress=steps.append, **settings)
+    again = evolkv.evaluate(*tiny, on_progress=steps.append, **settings)
     assert steps[0] == EvaluationProgress(found.finished, EXAMPLES, found.finished)
     assert steps[-1].done == EXAMPLES
-    assert (again.rows, again.interrupted, again.recorded) == (whole[1], False, found.finished)
+    assert again == whole[1]
     with pytest.raises(KeyboardInterrupt):
         evolkv.evaluate(*tiny, task=task, on_progress=stop, **METHODS)
 

@@ -15,7 +15,6 @@ from evolkv.registry import unknown_name
 from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
-from evolkv.selectors import parse_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
@@ -164,7 +163,7 @@ def run_demo(
         tokenizer,
         task=task,
         budget=budget,
-        selector=parse_selector(SELECTOR),
+        selector=SELECTOR,
         granularity=granularity,
         train=effort.train if train is None else train,
         val=effort.val if val is None else val,

@@ -45,7 +45,7 @@ class HubAddress:
         Raises:
             ProfileError: for a text that is no address.
         """
-        found = re.fullmatch(rf"hf://([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
+        found = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
         if found is None:
             raise ProfileError(f"{text!r} is no address; expected hf://org/name or hf://org/name@revision/{FILE_NAME}")
         revision = None if found[2] is None else re.sub("%2F", "/", found[2], flags=re.IGNORECASE)
@@ -54,7 +54,8 @@ class HubAddress:
 
 def is_address(path: str | os.PathLike[str]) -> bool:
     """Whether a path is the address of a file on the Hub."""
-    return isinstance(path, str) and path.startswith(PREFIX)
+    # A Path makes one slash of two.
+    return os.fspath(path).startswith(PREFIX[:-1])
 
 
 def download(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> Path:

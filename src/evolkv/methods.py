@@ -1,16 +1,16 @@
-"""Methods: what each keeps of a prompt, at a given budget."""
+"""Read what a method's name stands for, and lay out its budgets for a model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.allocators import ALLOCATORS, complete, pyramid
+from evolkv.allocators import ALLOCATORS, layout
 from evolkv.allocators.adaptive import (
     ADAPTIVE,
     HeadAllocator,
@@ -23,7 +23,7 @@ from evolkv.errors import BudgetError, UsageError
 from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import SELECTORS, Selector, get_selector, parse_selector
+from evolkv.selectors import SELECTORS, Selector, get_selector
 
 _ALIASES = {"pyramidkv": "pyramid+snapkv"}
 
@@ -53,7 +53,7 @@ class Method:
 
     @classmethod
     def of_profile(cls, profile: BudgetProfile | str | os.PathLike[str], name: str | None = None) -> Method:
-        """The method that a profile, or the file of one, stands for.
+        """Return the method that a profile, or the file of one, stands for.
 
         Args:
             profile: the profile, its path, or its address on the Hub.
@@ -67,7 +67,7 @@ class Method:
         return cls.of_profile(BudgetProfile.load(profile), name or os.fspath(profile))
 
     def at(self, budget: int) -> Method:
-        """The method at a budget: where there is a profile for each budget, with that of this one.
+        """Return the method at a budget: where there is a profile for each budget, with that of this one.
 
         Raises:
             ProfileError: if there is none, or it is no profile.
@@ -82,14 +82,14 @@ class Method:
         return Method.of_profile(profile, self.name)
 
     def files(self, budgets: Sequence[int]) -> list[str]:
-        """Paths of the profiles that it reads at some budgets."""
+        """Return the paths of the profiles that the method reads at some budgets."""
         if self.profiles is not None:
             return [self.profiles.replace("{}", str(budget)) for budget in budgets]
         return [] if self.profile is None else [self.name]
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing is evicted."""
+        """True if the method evicts nothing."""
         return self.selector is None and self.profiles is None
 
     @property
@@ -100,11 +100,11 @@ class Method:
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
     def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
-        """The allocation for a prompt, ``[layers, kv_heads]``: a pyramid leaves no layer more than the prompt has.
+        """Return the budgets for one prompt, ``[layers, kv_heads]``; a pyramid gives no layer more than the prompt has.
 
         Args:
             observed: what each of `observers` saw in each layer.
-            budgets: as `budgets` returns them.
+            budgets: as `resolve` returns them.
             ceilings: the most entries that a head of each layer can hold of the prompt, ``[layers]``.
         """
         if self.selector is None:
@@ -116,69 +116,102 @@ class Method:
                 seen = [layer[self.layers, self.selector] for layer in observed]
                 row = self.layers.layers(seen, total // len(budgets), floor, ceilings)
             else:
-                row = self._by_layer(total // len(budgets), ceilings)
+                row = self._by_layer(self.selector, total // len(budgets), ceilings)
             budgets = np.repeat(row[:, None], budgets.shape[1], axis=1)
         if self.heads is not None:
             seen = [layer[self.heads, self.selector] for layer in observed]
             budgets = self.heads.heads(seen, budgets[:, 0], floor, ceilings)
         return budgets
 
-    def budgets(self, model: PreTrainedModel, budget: int) -> np.ndarray:
-        """The allocation at a mean budget, ``[layers, kv_heads]``; what `budgets_for` starts from.
+    def resolve(self, model: PreTrainedModel, budget: int | None = None) -> tuple[Method, np.ndarray]:
+        """Return the method at a budget, and its budgets for a model, ``[layers, kv_heads]``.
 
-        A profile that was found at another budget is expanded to this one. Entries that a sliding-window layer could
-        not hold go to the others, as far as these can hold them: the memory is the same.
+        These budgets are what `budgets_for` starts from. A profile that was found at another budget is expanded to this
+        one. Entries that a sliding-window layer cannot hold go to the others, as far as these can hold them, so that
+        the memory is the same.
+
+        Args:
+            model: the model that is to run under them.
+            budget: mean cache entries per KV head. Default: a profile's own.
 
         Raises:
-            BudgetError: for a budget that the selector cannot serve.
+            UsageError: no budget for a method that has none of its own, or one that it evicts nothing at.
+            ProfileError: a profile of another model, or no profile for this budget.
+            BudgetError: a budget that the selector cannot serve.
         """
-        assert self.selector is not None
-        if budget < self.selector.min_budget:
+        method = self if budget is None else self.at(budget)
+        profile, selector = method.profile, method.selector
+        if selector is None and self.profiles is None:
+            raise UsageError(f"method {self.name!r} evicts nothing; call the model without a compressed cache")
+        if profile is not None:
+            profile.check_model(model)
+            budget = profile.budget if budget is None else budget
+        if budget is None or selector is None:
+            raise UsageError(f"method {self.name!r} needs a budget; add budget=128")
+        if budget < selector.min_budget:
             raise BudgetError(
-                f"the budget is {budget}, but {self.name} always keeps {self.selector.min_budget} tokens; "
-                f"use {self.selector.min_budget} or more"
+                f"the budget is {budget}, but {self.name} always keeps {selector.min_budget} tokens; "
+                f"use {selector.min_budget} or more"
             )
-        if self.profile is not None and budget == self.profile.budget:
-            return self.profile.budgets
+        if profile is not None and budget == profile.budget:
+            return method, profile.budgets
         facts = model_facts(model)
         ceilings = np.array([facts.max_context if w is None else w for w in facts.sliding_windows])
-        if self.profile is not None:
-            return self.profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
-        return np.repeat(self._by_layer(budget, ceilings)[:, None], facts.num_kv_heads, axis=1)
+        if profile is not None:
+            return method, profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
+        by_layer = method._by_layer(selector, budget, ceilings)
+        return method, np.repeat(by_layer[:, None], facts.num_kv_heads, axis=1)
 
-    def _by_layer(self, budget: int, ceilings: np.ndarray) -> np.ndarray:
-        """The layers' budgets, ``[layers]``, of which none can hold more than `ceilings`."""
-        assert self.selector is not None
-        count = len(ceilings)
-        if self.allocator == "pyramid":
-            window = min(getattr(self.selector, "window", 0), budget - 1)
-            layers = pyramid(count, budget, window=window, ceiling=max(budget, int(ceilings.max())))
-        else:
-            name = self.allocator or "uniform"
-            layers = np.asarray(ALLOCATORS[name](count, budget))
-            if layers.shape != (count,):
-                raise UsageError(
-                    f"allocator {name!r} gave {layers.shape} budgets; expected one for each of {count} layers"
-                )
-        if budget <= ceilings.mean():
-            layers = complete(layers, budget * count, self.selector.min_budget, ceilings)
-        return np.asarray(layers)
+    def _by_layer(self, selector: Selector, budget: int, ceilings: np.ndarray) -> np.ndarray:
+        """Return the layers' budgets, ``[layers]``, of which none can hold more than `ceilings`."""
+        return layout(self.allocator or "uniform", (len(ceilings),), budget, selector, ceilings)
 
 
-def get_method(name: str) -> Method:
-    """The method that a name stands for.
+#: One method, as `get_method` takes it.
+MethodSpec = str | os.PathLike[str] | Mapping[str, Any] | Selector | BudgetProfile | Method
+
+
+def get_method(spec: MethodSpec) -> Method:
+    """Return the method that a spec stands for.
 
     Args:
-        name: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators and a
-            selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake:window=8+adakv+snapkv``); ``pyramidkv``
+        spec: a text: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators
+            and a selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake:window=8+adakv+snapkv``); ``pyramidkv``
             (= ``pyramid+snapkv``, whose parameters may follow); the path of a profile, or its address on the Hub
             (``hf://org/name``); or, with ``{}`` in place of the budget, that of one profile for each budget
-            (``profile-{}.json``).
+            (``profile-{}.json``). Or a profile, its path, a selector, or a selector's name and parameters as a mapping;
+            a method is returned as it is.
 
     Raises:
-        UsageError: for a name that is none of these.
+        UsageError: for what is none of these.
         ProfileError: for a file that is no profile.
     """
+    if isinstance(spec, Method):
+        return spec
+    if isinstance(spec, BudgetProfile):
+        return Method.of_profile(spec)
+    if isinstance(spec, (Selector, Mapping)):
+        selector = get_selector(spec)
+        return Method(selector.spec, selector, "uniform")
+    if isinstance(spec, os.PathLike):
+        return _of_path(os.fspath(spec))
+    if isinstance(spec, str):
+        return _of_text(spec)
+    raise UsageError(f"{spec!r} is no method; give a profile, its path, or a name such as 'snapkv'")
+
+
+def get_methods(specs: MethodSpec | Iterable[MethodSpec]) -> list[Method]:
+    """Return the methods that one spec, or several, stand for; see `get_method`."""
+    if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)):
+        return [get_method(each) for each in specs]
+    return [get_method(specs)]
+
+
+def _of_path(path: str) -> Method:
+    return Method(path, profiles=path) if "{}" in path else Method.of_profile(path)
+
+
+def _of_text(name: str) -> Method:
     alias, colon, parameters = name.partition(":")
     spec = f"{_ALIASES[alias]}{colon}{parameters}" if alias in _ALIASES else name
     if spec == "full":
@@ -187,11 +220,9 @@ def get_method(name: str) -> Method:
     known = {*ALLOCATORS, *ADAPTIVE}
     named = [each.partition(":")[0] for each in allocators]
     if selector.partition(":")[0] in SELECTORS and known.issuperset(named):
-        return _combined(name, allocators, get_selector(parse_selector(selector)))
-    if "{}" in spec:
-        return Method(name, profiles=spec)
-    if os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
-        return Method.of_profile(spec)
+        return _combined(name, allocators, get_selector(selector))
+    if "{}" in spec or os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
+        return _of_path(spec)
     for each in named:
         if each not in known:
             raise unknown_name("allocator", each, known)

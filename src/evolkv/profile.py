@@ -9,22 +9,21 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evolkv import allocators, hub
+from evolkv.budgets import MAX_BUDGET, BudgetSpec, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
-from evolkv.models import ModelInfo, describe_model, is_quantized
+from evolkv.models import ModelInfo, describe_model, is_quantized, sliding_windows
 from evolkv.numbers import is_whole
-from evolkv.selectors import get_selector
+from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.whole_files import write_with
 
 FORMAT = "evolkv.profile/1"
-#: No prompt is longer: a larger budget is a mistake in the file.
-MAX_BUDGET = 2**31
 #: A profile of a thousand layers with a thousand heads stays below it: a larger file is something else.
 MAX_FILE_BYTES = 64 * 2**20
 
@@ -36,6 +35,7 @@ class _Model(BaseModel):
     num_layers: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
     fingerprint: str
+    sliding_windows: list[Annotated[int, Field(ge=1)] | None] = []
 
 
 class _File(BaseModel):
@@ -60,7 +60,8 @@ class BudgetProfile:
     Make one with `uniform`, `from_budgets` or `load`. Profiles with the same content are equal.
 
     Args:
-        model: `{"name", "num_layers", "num_kv_heads", "fingerprint"}` of the model the budgets belong to.
+        model: `{"name", "num_layers", "num_kv_heads", "fingerprint"}` of the model the budgets belong to; and where a
+            layer's sliding window is smaller than what the selector always keeps, the `"sliding_windows"` of all.
         budget: c, the mean budget that was aimed at, in cache entries per KV head.
         granularity: "layer" (all heads of a layer keep the same number) or "head".
         budgets: the whole allocation, (L, H) ints; kept as a read-only int64 array.
@@ -69,8 +70,9 @@ class BudgetProfile:
         scores: what was measured with them.
 
     Raises:
-        ProfileError: budgets that are not (L, H) whole numbers between what the selector always keeps and
-            2**31, rows that are not constant at granularity "layer", or a selector that does not exist.
+        ProfileError: budgets that are not (L, H) whole numbers between what the selector always keeps (or a layer's
+            sliding window, if that is smaller) and 2**31, rows that are not constant at granularity "layer", or a
+            selector that does not exist.
     """
 
     model: dict[str, Any]
@@ -92,9 +94,10 @@ class BudgetProfile:
         if self.granularity not in ("layer", "head"):
             raise ProfileError(f'granularity is {self.granularity!r}, expected "layer" or "head"')
         budgets = _matrix(self.budgets, self.num_layers, self.num_kv_heads)
-        _check_range("budget", self.budget, selector)
+        _check_range("budget", self.budget, selector.min_budget, selector)
+        floors = self._floors(selector)
         for (layer, head), budget in np.ndenumerate(budgets):
-            _check_range(f"budgets[{layer}][{head}]", int(budget), selector)
+            _check_range(f"budgets[{layer}][{head}]", int(budget), floors[layer], selector)
         if self.granularity == "layer":
             uneven = np.flatnonzero((budgets != budgets[:, :1]).any(axis=1))
             if uneven.size:
@@ -104,6 +107,15 @@ class BudgetProfile:
                 )
         budgets.flags.writeable = False
         object.__setattr__(self, "budgets", budgets)
+
+    def _floors(self, selector: Selector) -> list[int]:
+        """Return the least that a head of each layer may get, ``[layers]``."""
+        windows = self.model.get("sliding_windows") or [None] * self.num_layers
+        if len(windows) != self.num_layers:
+            raise ProfileError(
+                f"model.sliding_windows has {len(windows)} entries, expected one for each of {self.num_layers} layers"
+            )
+        return [min(selector.min_budget, window or selector.min_budget) for window in windows]
 
     @property
     def num_layers(self) -> int:
@@ -134,26 +146,26 @@ class BudgetProfile:
         return hash((self.model["fingerprint"], self.selector["name"], self.budgets.tobytes()))
 
     @classmethod
-    def uniform(cls, model: Any, budget: int, selector: str | Mapping[str, Any] = "snapkv") -> BudgetProfile:
+    def uniform(cls, model: Any, budget: BudgetSpec, selector: SelectorSpec = "snapkv") -> BudgetProfile:
         """Return the profile in which every layer and head keeps `budget` entries.
 
         Args:
             model: a transformers model, or the `ModelInfo` of one.
             budget: cache entries per KV head.
-            selector: a selector's name, or `{"name": ..., **parameters}`.
+            selector: as `evolkv.selectors.get_selector` takes it: a name, `"name:parameter=value"`, or a mapping.
 
         Raises:
             BudgetError, ProfileError: a budget out of range or an unknown selector.
         """
         info = _info(model)
-        return cls.from_budgets(info, allocators.uniform(info.num_layers, budget), selector)
+        return cls.from_budgets(info, allocators.uniform(info.num_layers, read_budget(budget)), selector)
 
     @classmethod
     def from_budgets(
         cls,
         model: Any,
         budgets: ArrayLike,
-        selector: str | Mapping[str, Any] = "snapkv",
+        selector: SelectorSpec = "snapkv",
         *,
         budget: int | None = None,
         granularity: Literal["layer", "head"] | None = None,
@@ -165,7 +177,7 @@ class BudgetProfile:
         Args:
             model: a transformers model, or the `ModelInfo` of one.
             budgets: L ints, or (L, H) ints.
-            selector: a selector's name, or `{"name": ..., **parameters}`.
+            selector: as `evolkv.selectors.get_selector` takes it: a name, `"name:parameter=value"`, or a mapping.
             budget: the mean budget that was aimed at. Default: the mean of `budgets`, rounded.
             granularity: default "layer" if every row is constant, else "head".
             search: provenance, JSON values.
@@ -174,25 +186,28 @@ class BudgetProfile:
         Raises:
             ProfileError: as for the class.
         """
-        info = _info(model)
+        info, chosen = _info(model), get_selector(selector)
         matrix = _matrix(budgets, info.num_layers, info.num_kv_heads)
         constant = bool((matrix == matrix[:, :1]).all())
+        windows = [] if isinstance(model, ModelInfo) else sliding_windows(model)
+        narrow = any(window is not None and window < chosen.min_budget for window in windows)
         return cls(
             model={
                 "name": info.name,
                 "num_layers": info.num_layers,
                 "num_kv_heads": info.num_kv_heads,
                 "fingerprint": info.fingerprint,
+                **({"sliding_windows": windows} if narrow else {}),
             },
             budget=round(float(matrix.mean())) if budget is None else budget,
             granularity=granularity or ("layer" if constant else "head"),
             budgets=matrix,
-            selector=get_selector(selector).to_dict(),
+            selector=chosen.to_dict(),
             search=dict(search or {}),
             scores=dict(scores or {}),
         )
 
-    def expand(self, budget: int, ceiling: ArrayLike | None = None) -> BudgetProfile:
+    def expand(self, budget: BudgetSpec, ceiling: ArrayLike | None = None) -> BudgetProfile:
         """Carry the allocation to another mean budget, larger or smaller (arXiv 2509.08315, sec. 3).
 
         Budgets keep their proportions and stay at or above what the selector always keeps. `search` records
@@ -208,18 +223,18 @@ class BudgetProfile:
         Raises:
             BudgetError: a mean budget out of reach of the selector's minimum or of the ceiling.
         """
-        floor = get_selector(self.selector).min_budget
-        if not floor <= budget <= MAX_BUDGET:
+        selector = get_selector(self.selector)
+        budget = read_budget(budget)
+        if budget < selector.min_budget:
             raise BudgetError(
-                f"the budget is {budget}; expected {floor} entries per head, which {get_selector(self.selector).name} "
-                f"always keeps, to {MAX_BUDGET:,}"
+                f"the budget is {budget}; expected at least {selector.min_budget} entries per head, which "
+                f"{selector.name} always keeps"
             )
         limit = np.asarray(MAX_BUDGET if ceiling is None else ceiling)
+        budgets = self.budgets
         if self.granularity == "layer":
-            rows = limit.min(axis=1) if limit.ndim == 2 else limit
-            budgets = allocators.expand(self.budgets[:, 0], budget, floor, rows)
-        else:
-            budgets = allocators.expand(self.budgets, budget, floor, limit[:, None] if limit.ndim == 1 else limit)
+            budgets, limit = budgets[:, 0], limit.min(axis=1) if limit.ndim == 2 else limit
+        budgets = allocators.expand(budgets, budget, self._floors(selector), limit)
         found_at = self.search.get("expanded_from", self.budget)
         return replace(
             self,
@@ -292,7 +307,7 @@ class BudgetProfile:
         except ValidationError as error:
             raise ProfileError(_first_error(error)) from None
         return cls(
-            model=parsed.model.model_dump(),
+            model=parsed.model.model_dump(exclude_unset=True),
             budget=parsed.budget,
             granularity=parsed.granularity,
             budgets=_matrix(parsed.budgets, parsed.model.num_layers, parsed.model.num_kv_heads),
@@ -311,7 +326,7 @@ class BudgetProfile:
         text = self._text()
         if hub.is_address(path):
             raise ProfileError(f"{path} is an address on the Hub; use push_to_hub, or give a file name")
-        target = Path(path)
+        target = Path(os.path.expanduser(path))
         if target.is_dir():
             raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
         if target.exists() and not target.is_file():
@@ -336,7 +351,7 @@ class BudgetProfile:
         if hub.is_address(path):
             address = hub.HubAddress.parse(str(path))
             return cls.from_hub(address.repo_id, address.filename, address.revision)
-        source = Path(path)
+        source = Path(os.path.expanduser(path))
         try:
             return cls.from_dict(_read_json(source))
         except ProfileError as error:
@@ -444,13 +459,12 @@ def _matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[n
     return np.repeat(matrix[:, None], num_kv_heads, axis=1) if matrix.ndim == 1 else matrix
 
 
-def _check_range(name: str, budget: int, selector: Any) -> None:
+def _check_range(name: str, budget: int, least: int, selector: Selector) -> None:
     if not is_whole(budget):
         raise ProfileError(f"{name} is {budget!r}, expected a whole number of cache entries")
-    if budget < selector.min_budget:
+    if budget < least:
         raise ProfileError(
-            f"{name} is {budget}, expected at least {selector.min_budget}: what the selector "
-            f"{selector.name!r} always keeps"
+            f"{name} is {budget}, expected at least {least}: what the selector {selector.name!r} always keeps"
         )
     if budget > MAX_BUDGET:
         raise ProfileError(f"{name} is {budget}, expected at most {MAX_BUDGET}")

@@ -26,6 +26,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if "," in str(name):
+        hint = " Give each name by itself: a comma joins nothing here."
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 

@@ -1,4 +1,4 @@
-"""Completion and expansion of budgets (arXiv 2509.08315, sec. 3): another total, the same proportions."""
+"""Completion of budgets (arXiv 2509.08315, sec. 3): integers with an exact total, within floor and ceiling."""
 
 from __future__ import annotations
 
@@ -7,51 +7,119 @@ import operator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators.project import project
 from evolkv.errors import BudgetError
 
 
 def complete(budgets: ArrayLike, target_total: int, floor: ArrayLike, ceiling: ArrayLike) -> NDArray[np.int64]:
-    """Bring budgets k of total A to a total T: b = k + (k / A) · (T − A), within floor and ceiling.
+    """Bring budgets k of total A to the total T, in proportion: b = k + (k / A) · (T − A), within floor and ceiling.
 
-    That is k · T / A: the proportions stay. What the floor or the ceiling cuts off is shared among the free
-    entries in proportion, and the result is rounded by largest remainder. Order is kept (k_i ≥ k_j gives
-    b_i ≥ b_j, entries of equal k differing by at most 1) among entries with the same floor and ceiling.
-    Budgets within the bounds whose total is already T come back unchanged.
-
-    Args:
-        budgets: non-negative numbers of any shape, (L,) or (L, H) as a rule, not all zero.
-        target_total: T, in cache entries.
-        floor: the least an entry may get, an int or an array that broadcasts to `budgets`.
-        ceiling: the most an entry may get, likewise (arrays serve layers with a sliding window of their own).
-
-    Returns:
-        int64 budgets in the same shape, with sum exactly `target_total`.
-
-    Raises:
-        BudgetError: T out of reach of the bounds; budgets that are empty, negative, not finite, or all zero
-            (zeros have no proportions: `uniform` is the allocation for that).
-    """
-    return project(budgets, target_total, floor, ceiling)
-
-
-def expand(budgets: ArrayLike, budget: int, floor: ArrayLike, ceiling: ArrayLike) -> NDArray[np.int64]:
-    """Carry budgets found at one mean budget to another, by the rule of `complete`.
+    That is k · T / A, and a projection onto {Σ b = T, floor ≤ b ≤ ceiling}: the real solution is
+    b = clip(s · k, floor, ceiling) for the one scale s that meets the total. What clipping takes or gives is shared
+    among the free entries in proportion. The solution is then rounded by largest remainder. Order is kept among
+    entries with the same floor and ceiling: a larger budget never becomes the smaller one. Equal budgets differ by at
+    most 1 afterwards, the earlier ones being larger. Budgets within the bounds whose total is already T come back
+    unchanged.
 
     Args:
-        budgets: as for `complete`.
-        budget: the new mean budget c′; the total becomes c′ times the number of entries.
-        floor: as for `complete`.
-        ceiling: as for `complete`.
+        budgets: budgets, or weights: non-negative numbers of any shape, at least one of them positive. Zeros stay at
+            their floor as long as the others can hold the total, and share the rest equally when they cannot.
+        target_total: T, the sum of the result, in cache entries.
+        floor: the least an entry may get, a non-negative int or an array that broadcasts to `budgets`.
+        ceiling: the most an entry may get, likewise.
 
     Returns:
-        int64 budgets in the same shape, with mean exactly `budget`.
+        int64 budgets in the shape of `budgets`, with sum exactly `target_total`.
 
     Raises:
-        BudgetError: as for `complete`.
+        BudgetError: budgets that are empty, negative, not finite or all zero (zeros have no proportions: `uniform` is
+            the allocation for that); bounds that are not whole numbers or cross; a total below the sum of the floors
+            or above the sum of the ceilings.
     """
+    w = np.asarray(budgets)
+    shape = w.shape
+    w = _checked_weights(w)
+    low, high = (bound.ravel() for bound in broadcast_bounds(shape, floor, ceiling))
     try:
-        mean = operator.index(budget)
+        target = operator.index(target_total)
     except TypeError:
-        raise BudgetError(f"the budget must be a whole number of cache entries, got {budget!r}") from None
-    return complete(budgets, mean * np.size(budgets), floor, ceiling)
+        raise BudgetError(f"the total must be a whole number of cache entries, got {target_total!r}") from None
+    least, most = int(low.sum()), int(high.sum())
+    if not least <= target <= most:
+        side = (
+            f"below the sum of the floors ({least}); raise the budget or lower the floor"
+            if target < least
+            else f"above the sum of the ceilings ({most}); lower the budget or raise the ceiling"
+        )
+        raise BudgetError(f"a total of {target} over {w.size} entries is {side}")
+
+    real = _water_fill(w, float(target), low.astype(np.float64), high.astype(np.float64))
+    whole = np.floor(real).astype(np.int64)
+    missing = target - int(whole.sum())
+    if missing > 0:
+        by_remainder = np.lexsort((-w, whole - real))
+        whole[by_remainder[:missing]] += 1
+    return whole.reshape(shape)
+
+
+def broadcast_bounds(
+    shape: tuple[int, ...], floor: ArrayLike, ceiling: ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return floor and ceiling as int64 arrays of `shape`.
+
+    Raises:
+        BudgetError: bounds that are not whole numbers, do not broadcast to `shape`, or do not keep
+            0 <= floor <= ceiling.
+    """
+    arrays = []
+    for name, bound in (("floor", floor), ("ceiling", ceiling)):
+        given = np.asarray(bound)
+        if given.dtype.kind not in "iu":
+            raise BudgetError(f"{name} must be a whole number of cache entries, got {bound!r}")
+        try:
+            arrays.append(np.full(shape, given, dtype=np.int64))
+        except ValueError:
+            raise BudgetError(f"{name} of shape {given.shape} does not fit budgets of shape {shape}") from None
+    low, high = arrays
+    if (low < 0).any() or (low > high).any():
+        raise BudgetError(f"floor {floor!r} and ceiling {ceiling!r} do not fit: expected 0 <= floor <= ceiling")
+    return low, high
+
+
+def _checked_weights(weights: NDArray) -> NDArray[np.float64]:
+    try:
+        w = weights.astype(np.float64).ravel()
+    except (TypeError, ValueError):
+        raise BudgetError("budgets and weights must be numbers") from None
+    if w.size == 0:
+        raise BudgetError("there is nothing to allocate: the budgets are empty")
+    # max and min are NaN if any entry is.
+    largest = w.max()
+    if not (w.min() >= 0 and largest < np.inf):
+        raise BudgetError("budgets and weights must be finite and not negative")
+    if largest == 0:
+        raise BudgetError("budgets and weights that are all zero have no proportions to keep")
+    return w / largest
+
+
+def _water_fill(
+    w: NDArray[np.float64], total: float, low: NDArray[np.float64], high: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return clip(s · w, low, high) for the s at which it sums to `total` (reachable within low and high)."""
+    real = np.empty_like(w)
+    free = np.arange(w.size)
+    # Where clipping adds more than it takes, s is too large, so what lies below its floor would stay there:
+    # it is settled, and likewise at the ceiling. Every round settles an entry, so there are at most n rounds.
+    while True:
+        weight = w.sum()
+        share = w * (total / weight) if weight > 0 else np.full(w.size, total / w.size)
+        kept = np.minimum(np.maximum(share, low), high)
+        off = kept - share
+        surplus = off.sum()
+        settled = off > 0 if surplus > 0 else off < 0
+        if surplus == 0 or not settled.any() or settled.all():
+            real[free] = kept
+            return real
+        real[free[settled]] = kept[settled]
+        total -= kept[settled].sum()
+        rest = ~settled
+        free, w, low, high = free[rest], w[rest], low[rest], high[rest]

@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
-from evolkv.methods import Method, get_method
+from evolkv.methods import MethodSpec, get_method
 from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import by_name, cache_keyword, given_cache, input_device
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of
 from evolkv.numbers import is_whole
-from evolkv.profile import BudgetProfile
 from evolkv.selectors import LayerContext, Selector
 
 
@@ -209,8 +209,8 @@ class CompressedCache(HookedCache):
 
     Args:
         model: a transformers decoder-only model.
-        profile: budgets and selector, belonging to the model; or a method (see `evolkv.methods.get_method`) or its
-            name, such as ``"adakv+snapkv"``.
+        profile: budgets and selector, belonging to the model; or another method, in any form that
+            `evolkv.methods.get_method` takes, such as ``"adakv+snapkv"``.
         budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
         prefill_chunk: tokens of the chunks in which a prompt is read, evicting after each, so that a head never holds
             more than its budget and a chunk. The prompt may come in several forward calls; it goes on until the first
@@ -234,8 +234,8 @@ class CompressedCache(HookedCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str | os.PathLike[str],
-        budget: int | None = None,
+        profile: MethodSpec,
+        budget: BudgetSpec | None = None,
         *,
         prefill_chunk: int | None = None,
         evict: Literal["once", "again"] = "once",
@@ -256,10 +256,10 @@ class CompressedCache(HookedCache):
     def prefill(
         cls,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str | os.PathLike[str],
+        profile: MethodSpec,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        budget: int | None = None,
+        budget: BudgetSpec | None = None,
         *,
         prefill_chunk: int | None = None,
         evict: Literal["once", "again"] = "once",
@@ -669,27 +669,13 @@ class _LayerMaker:
     def __init__(
         self,
         model: PreTrainedModel,
-        profile: BudgetProfile | Method | str | os.PathLike[str],
-        budget: int | None,
+        profile: MethodSpec,
+        budget: BudgetSpec | None,
         reeviction: Reeviction,
     ):
         self.model, self.reeviction = model, reeviction
-        if isinstance(profile, BudgetProfile):
-            method = Method.of_profile(profile)
-        elif isinstance(profile, (str, os.PathLike)):
-            method = get_method(os.fspath(profile))
-        else:
-            method = profile
-        if not isinstance(method, Method):
-            raise UsageError(f"{method!r} is no method; give a profile, its path, or a name such as 'snapkv'")
-        if budget is not None and not is_whole(budget):
-            raise UsageError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
-        if method.is_full:
-            raise UsageError("method 'full' evicts nothing; call the model without a compressed cache")
-        if budget is None and method.profile is None:
-            raise UsageError(f"method {method.name!r} needs a budget; add budget=128")
-        if budget is not None:
-            method = method.at(budget)
+        at = None if budget is None else read_budget(budget)
+        method, self.budgets = get_method(profile).resolve(model, at)
         assert method.selector is not None
         self.method, self.selector = method, method.selector
         if reeviction.wanted and method.observers:
@@ -704,13 +690,6 @@ class _LayerMaker:
                 "tokens cannot be read, and cut, as one call; leave out prefill_chunk and evict='again', or give "
                 "evict_every"
             )
-        if method.profile is not None:
-            method.profile.check_model(model)
-        if method.profile is not None and budget in (None, method.profile.budget):
-            self.budgets = method.profile.budgets
-        else:
-            assert budget is not None
-            self.budgets = method.budgets(model, budget)
 
     def __call__(self) -> list[Any]:
         if not self.method.observers:
@@ -724,8 +703,8 @@ class _LayerMaker:
 @contextmanager
 def compress(
     model: PreTrainedModel,
-    profile: BudgetProfile | Method | str | os.PathLike[str],
-    budget: int | None = None,
+    profile: MethodSpec,
+    budget: BudgetSpec | None = None,
     *,
     prefill_chunk: int | None = None,
     evict: Literal["once", "again"] = "once",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
-
-from evolkv.errors import UsageError
+from collections.abc import Collection, Sequence
 
 #: They may stand anywhere.
 GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
@@ -53,21 +51,6 @@ def _repeated(argv: Sequence[str], several: Collection[str]) -> list[str]:
             result += [option, token] if option and filled else [token]
             filled = True
     return result
-
-
-def whole_numbers(option: str, values: Iterable[str]) -> list[int]:
-    """The numbers in values such as ``["64,128", "256"]``, each once, in their order.
-
-    Raises:
-        UsageError: something that is not a whole number.
-    """
-    numbers = []
-    for part in (part for value in values for part in value.split(",")):
-        try:
-            numbers.append(int(part))
-        except ValueError:
-            raise UsageError(f"{option} is {part!r}; expected whole numbers of cache entries, such as 64,128") from None
-    return list(dict.fromkeys(numbers))
 
 
 def expanded(path: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import sibling, whole_numbers
+from evolkv.cli.arguments import sibling
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -71,6 +71,7 @@ def evaluate(
 
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
+    from evolkv.budgets import read_budgets
     from evolkv.whole_files import check_outputs, check_writable, write_json
 
     if json_out is not None:
@@ -78,8 +79,9 @@ def evaluate(
     beside = None if json_out is None else sibling(json_out, ".records.jsonl")
     kept = None if records == "none" else beside if records is None else records
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
-    budgets = whole_numbers("--budget", budget or [])
-    from evolkv.evaluation import check_request, get_method, run_evaluation
+    budgets = read_budgets(budget or [], "--budget")
+    from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
+    from evolkv.evaluation import evaluate as run_evaluation
     from evolkv.tasks import get_task
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
@@ -92,41 +94,41 @@ def evaluate(
     for every in tasks:
         every.check_files()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:
-        found = run_evaluation(
-            loaded,
-            tokenizer,
-            task=tasks,
-            methods=methods,
-            budgets=budgets,
-            samples=samples,
-            seed=seed,
-            metric=metric,
-            protocol=protocol,
-            prefill_chunk=prefill_chunk,
-            sample_ids=sample_ids,
-            records=kept,
-            on_progress=lambda step: _show(progress, step, kept),
-        )
-    if found.rows:
+        try:
+            rows = run_evaluation(
+                loaded,
+                tokenizer,
+                task=tasks,
+                methods=methods,
+                budgets=budgets,
+                samples=samples,
+                seed=seed,
+                metric=metric,
+                protocol=protocol,
+                prefill_chunk=prefill_chunk,
+                sample_ids=sample_ids,
+                records=kept,
+                on_progress=lambda step: _show(progress, step, kept),
+            )
+        except EvaluationInterrupted as interruption:
+            stopped, rows = interruption, interruption.rows
+    so_far = "" if stopped is None else f"after {stopped.finished} of {stopped.total} examples"
+    if rows:
         from evolkv.report.tables import results_note, results_table
 
-        unfinished = {"interrupted": True} if found.interrupted else {}
+        unfinished = {"interrupted": True} if stopped else {}
         try:
             if json_out is not None:
-                write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": found.rows})
+                write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": rows})
         finally:
             # A file that cannot be written must not take the numbers with it.
-            unfinished_note = (
-                f"Interrupted after {found.finished} of {found.total} examples." if found.interrupted else ""
-            )
-            note = " ".join(filter(None, [unfinished_note, results_note(found.rows)]))
-            print_table(results_table(found.rows), markdown, note)
-    if found.interrupted:
-        again = (
-            "" if kept is None or not found.rows else f"; they are in {kept}, and the same command goes on from there"
-        )
-        console.say(f"evolkv: interrupted after {found.finished} of {found.total} examples{again}")
+            note = " ".join(filter(None, [f"Interrupted {so_far}." if stopped else "", results_note(rows)]))
+            print_table(results_table(rows), markdown, note)
+    if stopped is not None:
+        again = "" if kept is None or not rows else f"; they are in {kept}, and the same command goes on from there"
+        console.say(f"evolkv: interrupted {so_far}{again}")
         return 130
     return 0
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import expanded, sibling, whole_numbers
+from evolkv.cli.arguments import expanded, sibling
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -200,9 +200,10 @@ def search(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
+    from evolkv.budgets import read_budgets
     from evolkv.whole_files import check_outputs, write_json
 
-    budgets = whole_numbers("--budget", budget)
+    budgets = read_budgets(budget, "--budget")
     json_ending = ".json" if out.endswith(".json") else ""
     outs = [out] if len(budgets) == 1 else [sibling(out, f"-{c}{json_ending}") for c in budgets]
     targets = [*outs, *([] if json_out is None else [json_out])]
@@ -222,14 +223,14 @@ def search(
     from evolkv.evolution.plan import HEURISTICS
     from evolkv.evolution.storage import locate
     from evolkv.profile import BudgetProfile
-    from evolkv.selectors import get_selector, parse_selector
+    from evolkv.selectors import get_selector
     from evolkv.tasks import get_task
     from evolkv.tasks.metrics import check_metric
 
     # What can be judged without the model is, before it is loaded.
-    chosen_task, specs = get_task(task), [parse_selector(each) for each in selector]
+    chosen_task = get_task(task)
     check_outputs(targets, [*chosen_task.files(), *([] if start in HEURISTICS else [start])])
-    for spec in specs:
+    for spec in selector:
         get_selector(spec)
     check_metric(metric)
     STRATEGIES[strategy]
@@ -242,7 +243,7 @@ def search(
     settings: dict[str, Any] = {
         "task": chosen_task,
         # A bare name leaves its window to the smallest budget of a curve.
-        "selector": [spec["name"] if len(spec) == 1 else spec for spec in specs],
+        "selector": selector,
         "strategy": strategy,
         "granularity": granularity,
         "metric": metric,

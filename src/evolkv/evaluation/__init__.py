@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.evaluation import Evaluation, EvaluationProgress, check_request, evaluate, run_evaluation
+from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, check_request, evaluate
 from evolkv.evaluation.naive import NaiveEngine
 from evolkv.evaluation.replay import ReplayEngine
 from evolkv.evaluation.significance import PairedComparison, paired_comparison
@@ -11,7 +11,7 @@ from evolkv.methods import Method, get_method
 
 __all__ = [
     "Engine",
-    "Evaluation",
+    "EvaluationInterrupted",
     "EvaluationProgress",
     "Method",
     "NaiveEngine",
@@ -21,5 +21,4 @@ __all__ = [
     "evaluate",
     "get_method",
     "paired_comparison",
-    "run_evaluation",
 ]

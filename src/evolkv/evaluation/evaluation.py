@@ -6,13 +6,14 @@ import difflib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from evolkv.budgets import BudgetSpec, read_budgets
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.engine import encode_examples
@@ -28,7 +29,7 @@ from evolkv.evaluation.records import (
     metrics_of,
     versions,
 )
-from evolkv.methods import Method, get_method
+from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
@@ -51,21 +52,17 @@ class EvaluationProgress:
     recorded: int = 0
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
+class EvaluationInterrupted(KeyboardInterrupt):
+    """KeyboardInterrupt in the course of an evaluation, with what was finished.
 
     Args:
-        rows: see `evaluate`; of an interrupted one, over the examples that were finished.
-        interrupted: whether KeyboardInterrupt ended it early.
-        recorded: number of examples that were on record before.
+        rows: as `evaluate` returns them, over the examples that all methods are done with.
         total: number of examples, over all tasks.
     """
 
-    rows: list[dict[str, Any]]
-    interrupted: bool
-    recorded: int
-    total: int
+    def __init__(self, rows: list[dict[str, Any]], total: int):
+        super().__init__()
+        self.rows, self.total = rows, total
 
     @property
     def finished(self) -> int:
@@ -78,8 +75,8 @@ def evaluate(
     tokenizer: Any,
     *,
     task: str | Task | Sequence[str | Task],
-    methods: Sequence[str | Method],
-    budgets: Sequence[int] = (),
+    methods: MethodSpec | Iterable[MethodSpec],
+    budgets: BudgetSpec | Iterable[BudgetSpec] = (),
     samples: int = 50,
     seed: int = 0,
     metric: str | None = None,
@@ -89,18 +86,18 @@ def evaluate(
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores methods at several budgets on held-out examples.
+    """Score methods at several budgets on held-out examples.
 
     Every example is prefilled once. For each method and budget a compressed cache is then cut from that prefill, with
-    exactly the entries it may hold, and continued. With `prefill_chunk` each method reads it for itself.
+    exactly the entries it may hold, and continued. With `prefill_chunk` each method reads the prompt for itself.
 
     Args:
         model: a transformers decoder-only model.
         tokenizer: its tokenizer.
         task: one or more tasks or specs; examples come from their "report" split.
-        methods: see `get_method`.
-        budgets: mean budgets. Needed for every method but ``full`` and profiles, which have their own; a profile is
-            expanded to each budget given.
+        methods: one or more, as `evolkv.methods.get_method` takes them: names, profiles, paths of profiles, ….
+        budgets: one mean budget or more. Needed for every method but ``full`` and profiles, which have their own; a
+            profile is expanded to each budget given.
         samples: examples per task.
         seed: of the examples.
         metric: a text metric or "logprob"; default: the task's own.
@@ -124,51 +121,14 @@ def evaluate(
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
         RunError: if the records cannot be written.
-        KeyboardInterrupt: if interrupted; what was finished is on record.
+        EvaluationInterrupted: on KeyboardInterrupt; it is one itself, and has the rows of what was finished.
     """
-    found = run_evaluation(
-        model,
-        tokenizer,
-        task=task,
-        methods=methods,
-        budgets=budgets,
-        samples=samples,
-        seed=seed,
-        metric=metric,
-        protocol=protocol,
-        prefill_chunk=prefill_chunk,
-        sample_ids=sample_ids,
-        records=records,
-        on_progress=on_progress,
-    )
-    if found.interrupted:
-        raise KeyboardInterrupt
-    return found.rows
-
-
-def run_evaluation(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    task: str | Task | Sequence[str | Task],
-    methods: Sequence[str | Method],
-    budgets: Sequence[int] = (),
-    samples: int = 50,
-    seed: int = 0,
-    metric: str | None = None,
-    protocol: str = AWARE,
-    prefill_chunk: int | None = None,
-    sample_ids: Sequence[str] | None = None,
-    records: str | os.PathLike[str] | None = None,
-    on_progress: Callable[[EvaluationProgress], None] | None = None,
-) -> Evaluation:
-    """As `evaluate`, but an interrupted evaluation returns what it has finished."""
     tasks = [get_task(t) for t in ([task] if isinstance(task, (str, Task)) else task)]
-    chosen = [get_method(m) if isinstance(m, str) else m for m in methods]
+    chosen, at = get_methods(methods), read_budgets(budgets)
     if not tasks or not chosen:
         raise UsageError("nothing to evaluate: give at least one task and one method")
-    check_request(chosen, budgets, samples, metric)
-    rows = _rows(model, chosen, budgets)
+    check_request(chosen, at, samples, metric)
+    rows = _rows(model, chosen, at)
     if prefill_chunk is not None:
         for row in rows:
             # What cannot read prompts so is refused before any is read.
@@ -204,7 +164,7 @@ def run_evaluation(
     total = sum(len(each.names) for each in asked)
     log = RecordLog.open(records, settings)
     recorded = sum(log.has(each.task, name) for each in asked for name in each.names)
-    done, interrupted = recorded, False
+    done = recorded
 
     def advance() -> None:
         nonlocal done
@@ -218,10 +178,10 @@ def run_evaluation(
         for each in asked:
             measure(model, tokenizer, each, rows, settings, log, advance)
     except KeyboardInterrupt:
-        interrupted = True
+        raise EvaluationInterrupted(summarise(log.records), total) from None
     finally:
         log.close()
-    return Evaluation(summarise(log.records), interrupted, recorded, total)
+    return summarise(log.records)
 
 
 def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int, metric: str | None) -> None:
@@ -230,11 +190,6 @@ def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: in
         check_metric(metric)
     if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
         raise UsageError(f"--samples is {samples!r}; expected 1 to {MOST_SAMPLES:,} examples per task")
-    for budget in budgets:
-        if not is_whole(budget) or budget < 1:
-            raise BudgetError(
-                f"the budget is {budget!r}; expected a whole number of cache entries per KV head, at least 1"
-            )
     for method in methods:
         if not (method.is_full or method.profile or budgets):
             raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
@@ -290,17 +245,14 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
         if method.is_full:
             _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
             continue
-        at = list(budgets) or ([method.profile.budget] if method.profile is not None else [])
-        for budget in at:
+        for budget in budgets or ([method.profile.budget] if method.profile is not None else []):
             if budget > info.max_context:
                 raise BudgetError(
                     f"the budget is {budget}, above the model's context of {info.max_context} tokens; use a smaller one"
                 )
-            chosen = method.at(int(budget))
-            if chosen.profile is not None:
-                chosen.profile.check_model(model)
+            chosen, matrix = method.resolve(model, budget)
             assert chosen.selector is not None
-            _add(rows, Row(chosen, int(budget), chosen.budgets(model, int(budget)), chosen.selector))
+            _add(rows, Row(chosen, budget, matrix, chosen.selector))
     return list(rows.values())
 
 

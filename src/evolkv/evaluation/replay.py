@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
-from evolkv.errors import RunError, UsageError
+from evolkv.errors import RunError
 from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
 from evolkv.evaluation.engine import (
     Progress,
@@ -47,7 +47,7 @@ class ReplayEngine:
         model: the model.
         tokenizer: its tokenizer.
         examples: what to score on.
-        selector: ranks the tokens; must be nested.
+        selector: ranks the tokens.
         metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for; None for the longest prompt.
         memory_limit: bytes that snapshots and one batch of candidates may take together; None for nine tenths of what
@@ -60,7 +60,7 @@ class ReplayEngine:
             under this key with the number of the example behind it; None for nowhere.
 
     Raises:
-        UsageError: for a selector that is not nested, no examples, or a prompt that does not fit the model.
+        UsageError: for no examples, or a prompt that does not fit the model.
         RunError: if the snapshots do not fit into memory.
     """
 
@@ -78,8 +78,6 @@ class ReplayEngine:
         rankings: Sequence[Selector] = (),
         store: tuple[RecordingStore, str] | None = None,
     ):
-        if not selector.nested:
-            raise UsageError(f"selector {selector.name!r} is not nested and cannot be replayed; use engine 'naive'")
         self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
         self.metrics = [metric or example.metric for example in self.examples]
         encoded = encode_examples(tokenizer, model, self.examples, metric)

@@ -30,7 +30,7 @@ class Shard:
     Args:
         key: names the shard among all those that a backend serves; ends in its number.
         examples: what to score on.
-        selector: ranks the tokens; must be nested.
+        selector: ranks the tokens.
         metric: "logprob", the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for.
         hold: whether to keep the prefill for further calls.
@@ -161,7 +161,7 @@ class ShardedEngine:
     Args:
         backend: where the shards are computed.
         examples: what to score on.
-        selector: ranks the tokens; must be nested.
+        selector: ranks the tokens.
         metric: "logprob", the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for.
         hold: whether to prefill now and hold the result for any number of `score` calls.

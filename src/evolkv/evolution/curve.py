@@ -16,12 +16,12 @@ from evolkv.errors import UsageError
 from evolkv.evolution.evolve import Evolution
 from evolkv.evolution.plan import NOT_EVOLVED
 from evolkv.evolution.result import SearchResult
-from evolkv.evolution.rivals import SelectorSpec, best_of, under_each_selector
+from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.session import Session, search, session
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import Selector, get_selector
+from evolkv.selectors import Selector, SelectorSpec, get_selector
 
 FORMAT = "evolkv.curve/1"
 Order = Literal["smallest", "largest"]
@@ -84,7 +84,9 @@ def _best_of_each(found: list[CurveResult], interrupted: bool) -> CurveResult:
 
 def _fit(selector: SelectorSpec, settings: Mapping[str, Any]) -> SelectorSpec:
     """A selector given by name with a window that leaves the smallest budget something to choose."""
-    return _fitting(get_selector(selector), min(settings["budgets"])) if isinstance(selector, str) else selector
+    if not isinstance(selector, str) or ":" in selector:
+        return selector
+    return _fitting(get_selector(selector), min(settings["budgets"]))
 
 
 @under_each_selector(_best_of_each, _fit)
@@ -179,8 +181,8 @@ def search_curve(
 
 
 def _fitting(selector: Selector, smallest: int) -> Selector:
-    window = getattr(selector, "window", None)
-    if window is None or selector.min_budget < smallest:
+    window = selector.window
+    if not window or selector.min_budget < smallest:
         return selector
     while window > 1 and window >= smallest:
         window //= 2

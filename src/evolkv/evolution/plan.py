@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.allocators import complete, pyramid, uniform
+from evolkv.allocators import expand, layout
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.engine import Engine
@@ -113,6 +113,8 @@ class Plan:
         self.ceiling = ceiling if ceiling is not None else self.longest
         #: Entries beyond a layer's own window would never be held.
         self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in sliding_windows(model)])
+        #: A layer whose window is below the floor holds its window.
+        self.floors = np.minimum(self.floor, self.ceilings)
         self._make_backend = backend
         self._backend: Backend | None = None
 
@@ -154,8 +156,7 @@ class Plan:
                 f"the budget is {budget}, but with its sliding windows this model holds at most "
                 f"{self.ceilings.mean():.0f} entries per head on average; use a smaller --budget"
             )
-        total, room = int(budget) * self.layers, int(self.ceilings.sum())
-        if total in (least * self.layers, room):
+        if int(budget) * self.layers in (self.floors.sum(), self.ceilings.sum()):
             raise BudgetError(
                 f"a budget of {budget} with floor {least} and ceiling {most} leaves one allocation "
                 "and nothing to search; change the budget, the floor or the ceiling"
@@ -169,17 +170,15 @@ class Plan:
 
     def completed(self, budgets: np.ndarray, budget: int) -> np.ndarray:
         """Budgets ``[layers, kv_heads]`` brought to exactly the total of another budget."""
-        if self.granularity == "head":
-            ceilings = np.broadcast_to(self.ceilings[:, None], budgets.shape)
-            return complete(budgets, budget * self.layers * self.heads, self.floor, ceilings)
-        return self.matrix(complete(budgets.mean(axis=1), budget * self.layers, self.floor, self.ceilings))
+        found = budgets if self.granularity == "head" else budgets.mean(axis=1)
+        return self.matrix(expand(found, budget, self.floor, self.ceilings))
 
     def heuristics(self, budget: int) -> dict[str, np.ndarray]:
         """The allocations that a result has to beat."""
-        window = getattr(self.selector, "window", 0)
-        shape = pyramid(self.layers, budget, window=min(window, budget - 1), ceiling=self.ceiling)
-        found = {"uniform": uniform(self.layers, budget), "pyramid": shape}
-        return {name: self.completed(self.matrix(np.asarray(budgets)), budget) for name, budgets in found.items()}
+        return {
+            name: self.matrix(layout(name, self.shape, budget, self.selector, self.ceilings, self.floor))
+            for name in HEURISTICS
+        }
 
     def start(self, given: str | BudgetProfile | np.ndarray | None, budget: int) -> np.ndarray | None:
         """Where a search at a budget starts, of `shape`; None for uniform. Budgets are brought to the total.
@@ -236,6 +235,7 @@ class Plan:
             "ceiling": self.ceiling,
             "engine": self.engine_name,
             # Left out where it says nothing: studies from before it existed go on.
+            **({"least": int(self.floors.min())} if self.floors.min() < self.floor else {}),
             **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
             "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
             "validation": {"n": len(self.held_out), "fingerprint": fingerprint(self.held_out)},

@@ -18,9 +18,7 @@ from evolkv.errors import UsageError
 from evolkv.evolution.backends import SharedBackend, backend_maker
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
-from evolkv.selectors import Selector, get_selector
-
-SelectorSpec = str | Mapping[str, Any] | Selector
+from evolkv.selectors import Selector, SelectorSpec, get_selector
 
 
 class _Result(Protocol):

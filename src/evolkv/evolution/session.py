@@ -26,10 +26,10 @@ from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.plan import START, EngineName, Granularity, Plan
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult, Validated, as_lists, as_rows, without_seconds
-from evolkv.evolution.rivals import SelectorSpec, best_of, under_each_selector
+from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.settings import Start, StrategySettings
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import Selector, get_selector
+from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.tasks import Task, get_task
 from evolkv.tasks.protocol import AWARE
 

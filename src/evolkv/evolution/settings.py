@@ -117,8 +117,8 @@ class StrategySettings:
             "budget": budget,
             "sigma": sigma,
             "population": self.population,
-            "floor": plan.floor,
-            "ceiling": np.broadcast_to(plan.ceilings[:, None], plan.shape) if head else plan.ceilings,
+            "floor": plan.floors[:, None] if head else plan.floors,
+            "ceiling": plan.ceilings[:, None] if head else plan.ceilings,
             "seed": self.seed,
         }
         if self.name == "evolkv":

@@ -386,7 +386,7 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 
 def _span(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Least and largest budget of a search. Optuna's plots and analyses go by it, and want it the same throughout."""
-    floor, ceiling = settings.get("floor"), settings.get("ceiling")
+    floor, ceiling = settings.get("least", settings.get("floor")), settings.get("ceiling")
     return (floor, ceiling) if isinstance(floor, int) and isinstance(ceiling, int) else (0, _MAX_BUDGET)
 
 

@@ -28,28 +28,32 @@ SELECTORS: Registry[type[Selector]] = Registry(
 )
 
 
-def get_selector(spec: str | Mapping[str, Any] | Selector) -> Selector:
-    """The selector that `spec` describes.
+#: One selector, as `get_selector` takes it.
+SelectorSpec = str | Mapping[str, Any] | Selector
+
+
+def get_selector(spec: SelectorSpec) -> Selector:
+    """Return the selector that `spec` describes.
 
     Args:
-        spec: a name ("snapkv"), a mapping with the name and parameters
-            (``{"name": "snapkv", "window": 16}``), or a selector, which is returned as it is.
+        spec: a name ("snapkv"), which parameters may follow ("snapkv:window=16,pooling=mean"); a mapping with the name
+            and parameters (``{"name": "snapkv", "window": 16}``); or a selector, which is returned as it is.
 
     Raises:
-        UsageError: for an unknown name or parameter (the nearest known one is suggested), or a value that is
-            out of range.
+        UsageError: a malformed spec, an unknown name or parameter (the nearest known one is suggested), or a value that
+            is out of range.
     """
     if isinstance(spec, Selector):
         return spec
     if isinstance(spec, str):
-        spec = {"name": spec}
+        spec = parse_selector(spec)
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
     return with_parameters(SELECTORS[spec["name"]], {key: value for key, value in spec.items() if key != "name"})
 
 
 def parse_selector(text: str) -> dict[str, Any]:
-    """A selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
+    """Return a selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
 
     Raises:
         UsageError: a part that is not parameter=value, or a parameter given twice.
@@ -68,6 +72,7 @@ __all__ = [
     "LayerContext",
     "PromptAttention",
     "Selector",
+    "SelectorSpec",
     "SnapKV",
     "StreamingLLM",
     "get_selector",

@@ -161,9 +161,8 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
-    #: Whether the tokens kept at a smaller budget are a subset of those kept at a larger one. Rankings that
-    #: are computed once and cut at the budget always are; only such selectors can be replayed.
-    nested: ClassVar[bool] = True
+    #: Last tokens of the prompt that are kept apart from the ranked ones, in the sense of SnapKV; 0 for none.
+    window = 0
     #: Whether the score is a sum over queries. Where a cache is cut again and again, it then goes on from the sum so
     #: far: such a selector implements `accumulated` and `protect`, of which `score` is made.
     accumulates: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evolkv.allocators.adaptive.base import HeadAllocator
-from evolkv.allocators.project import project
+from evolkv.allocators.complete import complete
 from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
@@ -62,5 +62,5 @@ class AdaKV(HeadAllocator):
             best = np.argsort(-free, axis=None, kind="stable")[: spare * count]
             owned = np.bincount(best // free.shape[1], minlength=count)
             share = self.safeguard * spare + (1 - self.safeguard) * owned
-            rows.append(project(protected + share, mean * count, min(floor, mean), ceiling))
+            rows.append(complete(protected + share, mean * count, min(floor, mean), ceiling))
         return np.stack(rows)

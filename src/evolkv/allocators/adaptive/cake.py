@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evolkv.allocators.adaptive.base import LayerAllocator
-from evolkv.allocators.project import project
+from evolkv.allocators.layout import expand
 from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
@@ -76,4 +76,4 @@ class CAKE(LayerAllocator):
         shares = preference / total if total > 0 else np.full(count, 1 / count)
         # Rounded to whole entries within the bounds only once, on the sum.
         weights = window + (budget - window) * count * shares
-        return project(weights, budget * count, np.minimum(floor, ceilings), ceilings)
+        return expand(weights, budget, floor, ceilings)

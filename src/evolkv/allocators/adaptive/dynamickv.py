@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evolkv.allocators.adaptive.base import LayerAllocator
-from evolkv.allocators.project import project
+from evolkv.allocators.layout import expand
 from evolkv.errors import UsageError
 from evolkv.selectors import PromptAttention
 
@@ -56,4 +56,4 @@ class DynamicKV(LayerAllocator):
         layer = np.repeat(np.arange(count), [len(scores) for scores in candidates])
         best = np.argsort(-np.concatenate(candidates), kind="stable")[: spare * heads * count]
         owned = np.bincount(layer[best], minlength=count) / heads
-        return project(protected + owned, budget * count, np.minimum(floor, ceilings), ceilings)
+        return expand(protected + owned, budget, floor, ceilings)

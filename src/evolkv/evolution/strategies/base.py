@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators.project import broadcast_bounds
+from evolkv.allocators.complete import broadcast_bounds
 from evolkv.errors import BudgetError, UsageError
 
 Budgets = NDArray[np.int64]

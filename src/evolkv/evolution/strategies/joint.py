@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators import complete, project
+from evolkv.allocators import complete
 from evolkv.errors import BudgetError
 from evolkv.evolution.strategies.base import (
     CONVERGED,
@@ -30,7 +30,7 @@ WIDENING = math.exp(0.2)
 class JointCMA(Generations):
     """One CMA-ES over the logarithms of all entries; every candidate is projected onto the exact total.
 
-    A sample x gives weights exp(x), which `evolkv.allocators.project` turns into budgets. So every candidate
+    A sample x gives weights exp(x), which `evolkv.allocators.complete` turns into budgets. So every candidate
     spends the target memory, no more and no less, and its cache score is 1. The first candidate of each
     generation is the mean of the distribution, the others are its samples; the mean of the first generation
     is the uniform allocation, or `x0`. The mean is evaluated but not told to the CMA-ES, whose update expects
@@ -101,7 +101,7 @@ class JointCMA(Generations):
 
     def _project(self, logarithms: NDArray[np.float64]) -> Budgets:
         weights = np.exp(logarithms - logarithms.max()).reshape(self.shape)
-        return project(weights, self.budget * weights.size, self._floor, self._ceiling)
+        return complete(weights, self.budget * weights.size, self._floor, self._ceiling)
 
     def _propose(self) -> list[Budgets]:
         self._samples = self._cma.ask()

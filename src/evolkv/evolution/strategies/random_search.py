@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evolkv.allocators import project
+from evolkv.allocators import complete
 from evolkv.evolution.strategies.base import (
     Budgets,
     Generations,
@@ -65,7 +65,7 @@ class RandomSearch(Generations):
         weights = np.exp(self.sigma * self._rng.standard_normal((self.population, *self.shape)))
         if self.generation == 0:
             weights[0] = 1
-        return [project(w, self.budget * self.size, self._floor, self._ceiling) for w in weights]
+        return [complete(w, self.budget * self.size, self._floor, self._ceiling) for w in weights]
 
     def _learn(self, fitness: list[float]) -> None:
         self.done = single_allocation(self._floor, self._ceiling, self.budget * self.size)
