@@ -120,6 +120,7 @@ class Paired:
             running = [(contender, self.filled(contender, tokens)) for contender in self.contenders]
             running.append((short, self.filled(short, SHORT)))
             sizes = [held(cache) for _, cache in running]
+            _say(f"read prompts of {tokens} tokens")
             found = self.steps(running, 1)
             for (contender, _), times, (size, entries) in zip(running, found, sizes, strict=True):
                 floor = self.floor.decode(1, size, entries)
