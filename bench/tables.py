@@ -145,9 +145,9 @@ def headline(records: Sequence[Record]) -> Lines:
             [
                 record["model"],
                 record.table["protocol"],
-                f"{published[best]:.0%} ({best})",
-                f"{scores[under]:.0%} ({under})",
-                f"**{scores['evolved']:.0%}**",
+                f"{100 * published[best]:.0f} % ({best})",
+                f"{100 * scores[under]:.0f} % ({under})",
+                f"**{100 * scores['evolved']:.0f} %**",
                 f"{record['n']} × {len(record.table['comparisons'])} prompts",
                 record.setting,
             ]
