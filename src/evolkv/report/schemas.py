@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evolkv.errors import UsageError
+from evolkv.profile_file import ProfileFile
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -77,22 +78,6 @@ class Kept(_Record):
         return self
 
 
-class ModelName(_Record):
-    """The model of a profile."""
-
-    name: str
-
-
-class Profile(_Allocated):
-    """An ``evolkv.profile/1`` file, as far as a report shows it."""
-
-    model: ModelName
-    budget: Count
-    granularity: Literal["layer", "head"]
-    selector: dict[str, Any]
-    search: dict[str, Any] = {}
-
-
 class Search(_Record):
     """One search: an ``evolkv.search/1`` file, or a stage of a study.
 
@@ -109,7 +94,7 @@ class Search(_Record):
     history: list[Candidate] = []
     validation: list[Validated] = []
     best: Candidate | None = None
-    profile: Profile | None = None
+    profile: ProfileFile | None = None
     kept: Kept | None = None
     stage: str = ""
     rival: str = ""
