@@ -337,7 +337,7 @@ class BudgetProfile:
     @classmethod
     def _read(cls, path: Path, name: object) -> BudgetProfile:
         try:
-            return cls.from_dict(read_json(path, MAX_FILE_BYTES, "a profile made by `evolkv search`"))
+            return cls.from_dict(read_json(path, MAX_FILE_BYTES, "a profile made by `evolkv search` or BudgetProfile.save"))
         except UsageError as error:
             raise ProfileError(f"{name}: {error}") from None
 
