@@ -337,7 +337,8 @@ class BudgetProfile:
     @classmethod
     def _read(cls, path: Path, name: object) -> BudgetProfile:
         try:
-            return cls.from_dict(read_json(path, MAX_FILE_BYTES, "a profile made by `evolkv search` or BudgetProfile.save"))
+            data = read_json(path, MAX_FILE_BYTES, "a profile made by `evolkv search` or BudgetProfile.save")
+            return cls.from_dict(data)
         except UsageError as error:
             raise ProfileError(f"{name}: {error}") from None
 

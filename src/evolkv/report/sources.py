@@ -13,9 +13,10 @@ from evolkv.errors import UsageError
 from evolkv.json_files import read_json
 from evolkv.profile_file import ProfileFile
 from evolkv.registry import unknown_name
-from evolkv.report.schemas import Curve, Results, Row, Search, checked
+from evolkv.report.schemas import Curve, Results, Row, Search
 from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
+from evolkv.schemas import checked
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
