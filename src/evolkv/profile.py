@@ -155,10 +155,7 @@ class BudgetProfile:
         narrow = any(window is not None and window < chosen.min_budget for window in windows)
         return cls(
             model={
-                "name": info.name,
-                "num_layers": info.num_layers,
-                "num_kv_heads": info.num_kv_heads,
-                "fingerprint": info.fingerprint,
+                **{key: getattr(info, key) for key in ("name", "num_layers", "num_kv_heads", "fingerprint")},
                 **({"sliding_windows": windows} if narrow else {}),
             },
             budget=round(float(matrix.mean())) if budget is None else budget,
