@@ -87,7 +87,7 @@ Observations = dict[Observer, NDArray[np.float64]]
 def rank_and_observe(
     prompt: PromptAttention, selector: Selector, observers: Sequence[Observer]
 ) -> tuple[Tensor, Observations]:
-    """Return a selector's ranking ``[1, kv_heads, tokens]`` of one prompt, and what its observers note of the scores."""
+    """Return a selector's ranking ``[1, kv_heads, tokens]`` of a prompt, and what its observers note of the scores."""
     scores = selector.score(prompt)
     ranking = selector.order(prompt, scores)
     mine = [observer for observer in observers if observer[1] == selector]
