@@ -17,6 +17,7 @@ from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.methods import get_method
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
+from evolkv.report.sources import read_sources
 from evolkv.selectors import SnapKV
 
 
@@ -336,12 +337,6 @@ def test_check_model_says_what_does_not_fit(profile):
     assert made.selector == profile.selector
 
 
-def test_check_model_can_let_a_relative_pass(profile):
-    profile.check_model(tiny_llama(seed=1), strict=False)
-    with pytest.raises(ProfileError, match="layers"):
-        profile.check_model(tiny_llama(layers=3), strict=False)
-
-
 def test_expansion_scales_head_budgets_to_the_new_mean(profile):
     larger = profile.expand(256)
     assert larger.budgets.tolist() == [[80, 432], [128, 384]]
@@ -416,4 +411,34 @@ def test_a_profile_is_not_saved_to_an_address(profile, path, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ProfileError, match="is an address on the Hub; use push_to_hub"):
         profile.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["search", "seed"], "3", "search.seed is '3', expected a valid integer"),
+        (["search", "task"], ["niah"], r"search.task is \['niah'\], expected a valid string"),
+        (["search", "versions"], {"torch": 2}, "search.versions.torch is 2, expected a valid string"),
+        (["scores", "validation"], {"uniform": 1.5}, "scores.validation should have scores from 0 to 1"),
+        (["scores", "train"], 0.5, "scores.train is 0.5, expected a valid dictionary"),
+        (["budgets", 1], [64], r"budgets\[1\] has 1 entries, expected one for each of the 2 KV heads"),
+        (["budgets", 1, 1], 0, r"budgets\[1\]\[1\] is 0, expected at least 1"),
+        (["model", "sliding_windows"], [24], "model.sliding_windows has 1 entries, expected 2, one per layer"),
+    ],
+)
+def test_a_report_refuses_the_files_that_a_profile_is_not_read_from(saved, keys, value, message):
+    data = json.loads(saved.read_text())
+    set_at(data, keys, value)
+    saved.write_text(json.dumps(data))
+    for read in (BudgetProfile.load, lambda path: read_sources([path])):
+        with pytest.raises(UsageError, match=message) as caught:
+            read(saved)
+        assert str(caught.value).startswith(f"{saved}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_what_could_not_be_read_again_is_not_saved(profile, tmp_path):
+    with pytest.raises(ProfileError, match=r"search.seed is 3.5, expected a valid integer"):
+        replace_field(profile, search={"seed": 3.5}).save(tmp_path / "p.json")
     assert not list(tmp_path.iterdir())

@@ -343,6 +343,7 @@ def test_reading_files_takes_no_torch(demo, tmp_path):
         (json.dumps(results()).replace("0.96", "1e999"), "rows[1].score is inf"),
         ({**results(), "rows": [row("full", None, 1.0, kv_bytes=0)]}, "rows[0].kv_bytes is 0"),
         ({**results(), "rows": []}, "rows"),
+        ({**results(), "rows": [row("full", None, 1.0, ci95=[1])]}, "rows[0].ci95 has 1 entry, expected at least 2"),
         ({**curve(), "points": []}, "points"),
         (profile(budgets=[["many"]]), "budgets[0][0] is 'many'"),
     ],

@@ -1,4 +1,4 @@
-"""Profiles on the Hugging Face Hub: one JSON file in a repository."""
+"""Read and write profiles on the Hugging Face Hub: one JSON file in a repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REFERENCE = r"refs/(?:pr|convert)/[^/]+"
 
 @dataclass(frozen=True)
 class HubAddress:
-    """Where a file is on the Hub, written ``hf://org/name@revision/folder/file``.
+    """The address of a file on the Hub, written ``hf://org/name@revision/folder/file``.
 
     Args:
         repo_id: ``org/name`` of a model repository.
@@ -40,26 +40,26 @@ class HubAddress:
 
     @classmethod
     def parse(cls, text: str) -> HubAddress:
-        """The address that a text says; without a file it is that of `FILE_NAME`.
+        """Return the address that a text spells; without a file it is that of `FILE_NAME`.
 
         Raises:
             ProfileError: for a text that is no address.
         """
-        found = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
-        if found is None:
+        parts = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
+        if parts is None:
             raise ProfileError(f"{text!r} is no address; expected hf://org/name or hf://org/name@revision/{FILE_NAME}")
-        revision = None if found[2] is None else re.sub("%2F", "/", found[2], flags=re.IGNORECASE)
-        return cls(found[1], found[3] or FILE_NAME, revision)
+        revision = None if parts[2] is None else re.sub("%2F", "/", parts[2], flags=re.IGNORECASE)
+        return cls(parts[1], parts[3] or FILE_NAME, revision)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the address of a file on the Hub."""
+    """True if a path is the address of a file on the Hub."""
     # A Path makes one slash of two.
     return os.fspath(path).startswith(PREFIX[:-1])
 
 
 def download(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> Path:
-    """A file of the Hub as a local one, from the Hub's own cache where it is there.
+    """Return the local copy of a file on the Hub, from the Hub's own cache where it is there.
 
     Args:
         address: which file.
@@ -74,8 +74,8 @@ def download(address: HubAddress, max_bytes: int, token: str | bool | None = Non
 
     at, name = address.revision, address.filename
     with _clear_errors(str(address)):
-        found = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
-        if (found.file_size or 0) > max_bytes:
+        facts = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
+        if (facts.file_size or 0) > max_bytes:
             raise ProfileError(f"not a profile: larger than {max_bytes >> 20} MiB")
         return Path(hf_hub_download(address.repo_id, name, revision=at, token=token))
 
@@ -88,7 +88,7 @@ def upload(
     private: bool | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Puts a file on the Hub; a repository that is missing is made.
+    """Put a file on the Hub; a repository that is missing is made.
 
     Args:
         address: where to.
@@ -123,7 +123,7 @@ def upload(
 
 @contextmanager
 def _clear_errors(place: str) -> Iterator[None]:
-    """Says what went wrong with the Hub in one line."""
+    """Turn the Hub's errors into one line that says what went wrong."""
     from huggingface_hub import errors
 
     try:

@@ -217,25 +217,25 @@ def _of_text(name: str) -> Method:
     if spec == "full":
         return Method(name)
     *allocators, selector = spec.split("+")
-    known = {*ALLOCATORS, *ADAPTIVE}
+    every_allocator = {*ALLOCATORS, *ADAPTIVE}
     named = [each.partition(":")[0] for each in allocators]
-    if selector.partition(":")[0] in SELECTORS and known.issuperset(named):
+    if selector.partition(":")[0] in SELECTORS and every_allocator.issuperset(named):
         return _combined(name, allocators, get_selector(selector))
     if "{}" in spec or os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
         return _of_path(spec)
     for each in named:
-        if each not in known:
-            raise unknown_name("allocator", each, known)
+        if each not in every_allocator:
+            raise unknown_name("allocator", each, every_allocator)
     if allocators:
         raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
-    if alias in known:
+    if alias in every_allocator:
         raise UsageError(f"{alias!r} is an allocator, which needs a selector; write for example {name}+snapkv")
     names = ["full", *SELECTORS, *_ALIASES]
     raise UsageError(f"{unknown_name('method', name, names)}; ALLOCATOR+SELECTOR, or the path of a profile")
 
 
 def _combined(name: str, allocators: list[str], selector: Selector) -> Method:
-    """At most one allocator for the layers, then at most one for the heads."""
+    """Return the method of at most one allocator for the layers, then at most one for the heads."""
     chosen: list[Any] = []
     for each in allocators:
         if each.partition(":")[0] in ADAPTIVE:

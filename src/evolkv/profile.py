@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evolkv import allocators, hub
 from evolkv.budgets import MAX_BUDGET, BudgetSpec, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
+from evolkv.json_files import read_json
 from evolkv.models import ModelInfo, describe_model, is_quantized, sliding_windows
-from evolkv.numbers import is_whole
+from evolkv.profile_file import (
+    FORMAT,
+    MAX_FILE_BYTES,
+    Granularity,
+    ProfileFile,
+    as_matrix,
+    check_budgets,
+    profile_text,
+)
 from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.whole_files import write_with
-
-FORMAT = "evolkv.profile/1"
-#: A profile of a thousand layers with a thousand heads stays below it: a larger file is something else.
-MAX_FILE_BYTES = 64 * 2**20
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    name: str
-    num_layers: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    fingerprint: str
-    sliding_windows: list[Annotated[int, Field(ge=1)] | None] = []
-
-
-class _File(BaseModel):
-    """The types of a profile file; what the numbers must satisfy is checked by `BudgetProfile` itself."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    format: str
-    model: _Model
-    budget: int
-    granularity: Literal["layer", "head"]
-    budgets: list[list[int]]
-    selector: dict[str, Any]
-    search: dict[str, Any] = {}
-    scores: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +54,7 @@ class BudgetProfile:
 
     model: dict[str, Any]
     budget: int
-    granularity: Literal["layer", "head"]
+    granularity: Granularity
     budgets: NDArray[np.int64]
     selector: dict[str, Any]
     search: dict[str, Any] = field(default_factory=dict)
@@ -91,30 +68,15 @@ class BudgetProfile:
         except UsageError as error:
             raise ProfileError(f"selector: {error}") from None
         object.__setattr__(self, "selector", selector.to_dict())
-        if self.granularity not in ("layer", "head"):
-            raise ProfileError(f'granularity is {self.granularity!r}, expected "layer" or "head"')
-        budgets = _matrix(self.budgets, self.num_layers, self.num_kv_heads)
-        _check_range("budget", self.budget, selector.min_budget, selector)
-        floors = self._floors(selector)
-        for (layer, head), budget in np.ndenumerate(budgets):
-            _check_range(f"budgets[{layer}][{head}]", int(budget), floors[layer], selector)
-        if self.granularity == "layer":
-            uneven = np.flatnonzero((budgets != budgets[:, :1]).any(axis=1))
-            if uneven.size:
-                raise ProfileError(
-                    f'budgets[{uneven[0]}] differ among heads, but granularity is "layer"; '
-                    'make the row constant or the granularity "head"'
-                )
+        budgets = as_matrix(self.budgets, self.num_layers, self.num_kv_heads)
+        because = f": what the selector {selector.name!r} always keeps"
+        check_budgets(self.budget, budgets, self.granularity, selector.min_budget, self._floors(selector), because)
         budgets.flags.writeable = False
         object.__setattr__(self, "budgets", budgets)
 
     def _floors(self, selector: Selector) -> list[int]:
         """Return the least that a head of each layer may get, ``[layers]``."""
         windows = self.model.get("sliding_windows") or [None] * self.num_layers
-        if len(windows) != self.num_layers:
-            raise ProfileError(
-                f"model.sliding_windows has {len(windows)} entries, expected one for each of {self.num_layers} layers"
-            )
         return [min(selector.min_budget, window or selector.min_budget) for window in windows]
 
     @property
@@ -168,7 +130,7 @@ class BudgetProfile:
         selector: SelectorSpec = "snapkv",
         *,
         budget: int | None = None,
-        granularity: Literal["layer", "head"] | None = None,
+        granularity: Granularity | None = None,
         search: Mapping[str, Any] | None = None,
         scores: Mapping[str, Any] | None = None,
     ) -> BudgetProfile:
@@ -187,16 +149,13 @@ class BudgetProfile:
             ProfileError: as for the class.
         """
         info, chosen = _info(model), get_selector(selector)
-        matrix = _matrix(budgets, info.num_layers, info.num_kv_heads)
+        matrix = as_matrix(budgets, info.num_layers, info.num_kv_heads)
         constant = bool((matrix == matrix[:, :1]).all())
         windows = [] if isinstance(model, ModelInfo) else sliding_windows(model)
         narrow = any(window is not None and window < chosen.min_budget for window in windows)
         return cls(
             model={
-                "name": info.name,
-                "num_layers": info.num_layers,
-                "num_kv_heads": info.num_kv_heads,
-                "fingerprint": info.fingerprint,
+                **{key: getattr(info, key) for key in ("name", "num_layers", "num_kv_heads", "fingerprint")},
                 **({"sliding_windows": windows} if narrow else {}),
             },
             budget=round(float(matrix.mean())) if budget is None else budget,
@@ -239,18 +198,16 @@ class BudgetProfile:
         return replace(
             self,
             budget=budget,
-            budgets=_matrix(budgets, self.num_layers, self.num_kv_heads),
+            budgets=as_matrix(budgets, self.num_layers, self.num_kv_heads),
             search={**self.search, "expanded_from": found_at},
             scores={},
         )
 
-    def check_model(self, model: Any, strict: bool = True) -> None:
+    def check_model(self, model: Any) -> None:
         """Check that the profile belongs to a model.
 
         Args:
             model: a transformers model, or the `ModelInfo` of one.
-            strict: whether the fingerprint must match as well. False lets a profile be tried on a fine-tune
-                of the model it was found on.
 
         Raises:
             ProfileError: another number of layers or KV heads, or another fingerprint.
@@ -265,7 +222,7 @@ class BudgetProfile:
                     f"the profile is for {mine} {what} (model {self.model['name']}), but {info.name} has "
                     f"{theirs}; use a profile that was made for this model"
                 )
-        if strict and self.model["fingerprint"] != info.fingerprint:
+        if self.model["fingerprint"] != info.fingerprint:
             message = (
                 f"the profile was made for {self.model['name']} (fingerprint {self.model['fingerprint']}), "
                 f"but the model is {info.name} (fingerprint {info.fingerprint}); "
@@ -301,16 +258,12 @@ class BudgetProfile:
             ProfileError: not a profile, a newer format, a field of the wrong type (named by its JSON path),
                 or as for the class.
         """
-        _check_format(data)
-        try:
-            parsed = _File.model_validate(data)
-        except ValidationError as error:
-            raise ProfileError(_first_error(error)) from None
+        parsed = ProfileFile.parse(data)
         return cls(
             model=parsed.model.model_dump(exclude_unset=True),
             budget=parsed.budget,
             granularity=parsed.granularity,
-            budgets=_matrix(parsed.budgets, parsed.model.num_layers, parsed.model.num_kv_heads),
+            budgets=np.array(parsed.budgets),
             selector=parsed.selector,
             search=parsed.search,
             scores=parsed.scores,
@@ -323,7 +276,7 @@ class BudgetProfile:
             ProfileError: what is no name of a file, or provenance that JSON cannot hold.
             RunError: the file cannot be written.
         """
-        text = self._text()
+        text = profile_text(self.to_dict())
         if hub.is_address(path):
             raise ProfileError(f"{path} is an address on the Hub; use push_to_hub, or give a file name")
         target = Path(os.path.expanduser(path))
@@ -351,11 +304,7 @@ class BudgetProfile:
         if hub.is_address(path):
             address = hub.HubAddress.parse(str(path))
             return cls.from_hub(address.repo_id, address.filename, address.revision)
-        source = Path(os.path.expanduser(path))
-        try:
-            return cls.from_dict(_read_json(source))
-        except ProfileError as error:
-            raise ProfileError(f"{source}: {error}") from None
+        return cls._read(Path(os.path.expanduser(path)), os.path.expanduser(path))
 
     @classmethod
     def from_hub(
@@ -380,11 +329,15 @@ class BudgetProfile:
             RunError: if the Hub cannot be reached.
         """
         address = hub.HubAddress(repo_id, filename, revision)
-        path = hub.download(address, MAX_FILE_BYTES, token)
+        return cls._read(hub.download(address, MAX_FILE_BYTES, token), address)
+
+    @classmethod
+    def _read(cls, path: Path, name: object) -> BudgetProfile:
         try:
-            return cls.from_dict(_read_json(path))
-        except ProfileError as error:
-            raise ProfileError(f"{address}: {error}") from None
+            data = read_json(path, MAX_FILE_BYTES, "a profile made by `evolkv search` or BudgetProfile.save")
+            return cls.from_dict(data)
+        except UsageError as error:
+            raise ProfileError(f"{name}: {error}") from None
 
     def push_to_hub(
         self,
@@ -418,135 +371,13 @@ class BudgetProfile:
         what = f"EvolKV profile of {self.model['name']} at mean budget {self.budget}"
         return hub.upload(
             hub.HubAddress(repo_id, filename, revision),
-            self._text().encode(),
+            profile_text(self.to_dict()).encode(),
             commit_message or what,
             token,
             private,
             create_pr,
         )
 
-    def _text(self) -> str:
-        """What is in the file."""
-        try:
-            text = _to_json(self.to_dict())
-        except (TypeError, ValueError) as error:
-            raise ProfileError(f"search and scores must hold finite JSON values: {error}") from None
-        _check_characters(text)
-        return text
-
 
 def _info(model: Any) -> ModelInfo:
     return model if isinstance(model, ModelInfo) else describe_model(model)
-
-
-def _matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[np.int64]:
-    """Return a copy of L or (L, H) whole numbers as an int64 (L, H) matrix."""
-    if not isinstance(budgets, Iterable):
-        raise ProfileError(f"budgets is {budgets!r}, expected one row per layer")
-    rows: list[Any] = list(budgets)
-    if len(rows) != num_layers:
-        raise ProfileError(f"budgets has {len(rows)} rows, expected one for each of the model's {num_layers} layers")
-    if any(np.ndim(row) for row in rows):
-        for layer, row in enumerate(rows):
-            if np.ndim(row) != 1 or len(row) != num_kv_heads:
-                raise ProfileError(
-                    f"budgets[{layer}] has {np.size(row)} entries, expected one for each of the {num_kv_heads} KV heads"
-                )
-    given = np.asarray(rows)
-    if given.dtype.kind not in "iu":
-        raise ProfileError("budgets must be whole numbers of cache entries that fit 64 bits")
-    matrix = given.astype(np.int64)
-    return np.repeat(matrix[:, None], num_kv_heads, axis=1) if matrix.ndim == 1 else matrix
-
-
-def _check_range(name: str, budget: int, least: int, selector: Selector) -> None:
-    if not is_whole(budget):
-        raise ProfileError(f"{name} is {budget!r}, expected a whole number of cache entries")
-    if budget < least:
-        raise ProfileError(
-            f"{name} is {budget}, expected at least {least}: what the selector {selector.name!r} always keeps"
-        )
-    if budget > MAX_BUDGET:
-        raise ProfileError(f"{name} is {budget}, expected at most {MAX_BUDGET}")
-
-
-def _check_format(data: Any) -> None:
-    found = data.get("format") if isinstance(data, Mapping) else None
-    if found == FORMAT:
-        return
-    if isinstance(found, str):
-        if (newer := re.fullmatch(r"evolkv\.profile/([1-9][0-9]{0,8})", found)) and int(newer[1]) > 1:
-            raise ProfileError(f"the format is {found!r}, this version reads {FORMAT!r}; upgrade evolkv to read it")
-        raise ProfileError(f"not a profile: the format is {found[:80]!r}, expected {FORMAT!r}")
-    raise ProfileError(f'not a profile: expected a JSON object with "format": "{FORMAT}"')
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = ""
-    for step in first["loc"]:
-        place += f"[{step}]" if isinstance(step, int) else f".{step}" if place else str(step)
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
-    message = first["msg"].removeprefix("Input should be ")
-    return f"{place} is {shown}, expected {message}"
-
-
-def _read_json(path: Path) -> Any:
-    if path.is_dir():
-        raise ProfileError("is a folder, expected a profile file")
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ProfileError(f"not a profile: larger than {MAX_FILE_BYTES >> 20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ProfileError("no such file; expected a profile made by `evolkv search` or BudgetProfile.save") from None
-    except UnicodeDecodeError:
-        raise ProfileError("not a profile: the file is not text, expected JSON") from None
-    except OSError as error:
-        raise ProfileError(f"cannot be read: {error.strerror or error}") from None
-    try:
-        data = json.loads(text, parse_constant=_reject_constant)
-        _check_characters(json.dumps(data, ensure_ascii=False))
-        return data
-    except json.JSONDecodeError as error:
-        raise ProfileError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        raise ProfileError(f"not JSON that can be read: {error}") from None
-
-
-def _check_characters(text: str) -> None:
-    # JSON can spell half of a surrogate pair, which no file can hold.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ProfileError(
-            f"{text[error.start]!a} is half of a character; write the whole character, or leave it out"
-        ) from None
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _to_json(data: Mapping[str, Any]) -> str:
-    """JSON with the budgets one layer per line, which is how people compare them."""
-    parts = []
-    for key, value in data.items():
-        if key == "budgets":
-            shown = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
-        else:
-            dumped = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
-            shown = dumped.replace("\n", "\n  ")
-        parts.append(f"  {json.dumps(key)}: {shown}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{value!r} of type {type(value).__name__}")

@@ -72,13 +72,13 @@ def broadcast_bounds(
     """
     arrays = []
     for name, bound in (("floor", floor), ("ceiling", ceiling)):
-        given = np.asarray(bound)
-        if given.dtype.kind not in "iu":
+        array = np.asarray(bound)
+        if array.dtype.kind not in "iu":
             raise BudgetError(f"{name} must be a whole number of cache entries, got {bound!r}")
         try:
-            arrays.append(np.full(shape, given, dtype=np.int64))
+            arrays.append(np.full(shape, array, dtype=np.int64))
         except ValueError:
-            raise BudgetError(f"{name} of shape {given.shape} does not fit budgets of shape {shape}") from None
+            raise BudgetError(f"{name} of shape {array.shape} does not fit budgets of shape {shape}") from None
     low, high = arrays
     if (low < 0).any() or (low > high).any():
         raise BudgetError(f"floor {floor!r} and ceiling {ceiling!r} do not fit: expected 0 <= floor <= ceiling")

@@ -1,4 +1,4 @@
-"""One door that lays out budgets: an allocator by its name, or budgets found elsewhere, at an exact mean."""
+"""Lay out budgets at an exact mean: by the name of an allocator, or in the proportions of other budgets."""
 
 from __future__ import annotations
 

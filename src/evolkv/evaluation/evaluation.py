@@ -1,4 +1,4 @@
-"""Methods side by side on the same examples: each prompt is prefilled once for all methods and budgets."""
+"""Compare methods on the same examples: each prompt is prefilled once for all methods and budgets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MOST_SAMPLES = 100_000
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Where an evaluation stands: examples `done` of `total`, over all tasks; `recorded` ones were done before."""
+    """Progress of an evaluation: examples `done` of `total`, over all tasks; `recorded` ones were done before."""
 
     done: int
     total: int
@@ -185,7 +185,7 @@ def evaluate(
 
 
 def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int, metric: str | None) -> None:
-    """Raises `UsageError` for what can be seen to be wrong before there is a model."""
+    """Raise `UsageError` for a request that is seen to be wrong before there is a model."""
     if metric is not None:
         check_metric(metric)
     if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
@@ -196,7 +196,7 @@ def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: in
 
 
 def summarise(records: Records) -> list[dict[str, Any]]:
-    """The rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
+    """Return the rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
     settings = records.settings
     results = []
     for task in settings.tasks:
@@ -229,12 +229,12 @@ def summarise(records: Records) -> list[dict[str, Any]]:
 
 
 def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Mean score and number of examples in each bin of length, where a task sorts its examples into such."""
+    """Return the mean score and number of examples of each bin of length, where a task has bins."""
     scores = defaultdict(list)
     for record in column:
         if "bin" in record.extra:
             scores[str(record.extra["bin"])].append(record.score)
-    return {name: {"n": len(found), "score": float(np.mean(found))} for name, found in sorted(scores.items())}
+    return {name: {"n": len(each), "score": float(np.mean(each))} for name, each in sorted(scores.items())}
 
 
 def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:
@@ -257,7 +257,7 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
 
 
 def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
-    """Says where a profile was evolved on the rows of a file that all serve, which are then no held-out ones."""
+    """Warn where a profile was evolved on rows that may be judged here too, because a task has one split for all."""
     for task in tasks:
         spec, everything = format_spec(task), task.spec().get("split") == "all"
         for row in rows if everything else ():
@@ -268,13 +268,13 @@ def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
 
 def _add(rows: dict[str, Row], row: Row) -> None:
     """Take a row, once; two that differ cannot go by one name."""
-    known = rows.setdefault(row.label, row)
-    if known.selector != row.selector or not np.array_equal(known.budgets, row.budgets):
+    first = rows.setdefault(row.label, row)
+    if first.selector != row.selector or not np.array_equal(first.budgets, row.budgets):
         raise UsageError(f"two different methods are called {row.label}; give one of them another name")
 
 
 def _distinct(examples: Sequence[Example]) -> list[str]:
-    """A name for each example: its id, with a number where others before it have the same."""
+    """Return a name for each example: its id, with a number where an earlier one has the same."""
     names: dict[str, None] = {}
     for example in examples:
         name, number = example.id, 1
@@ -286,19 +286,19 @@ def _distinct(examples: Sequence[Example]) -> list[str]:
 
 
 def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[str]:
-    """The ids that are meant by words such as ``["a,b", "c"]``, each once, in their order.
+    """Return the ids that words stand for, such as ``["a,b", "c"]``, each once, in their order.
 
     Raises:
         UsageError: for an id that no task has, or none at all.
     """
-    known = {name for part in named.values() for name in part}
+    every_id = {name for part in named.values() for name in part}
     # A comma may also be part of an id.
-    ids = [part for word in words for part in ([word] if word in known else map(str.strip, word.split(","))) if part]
+    ids = [part for word in words for part in ([word] if word in every_id else map(str.strip, word.split(","))) if part]
     for wanted in ids:
-        if wanted not in known:
-            near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0)
+        if wanted not in every_id:
+            near = difflib.get_close_matches(wanted, sorted(every_id), n=1, cutoff=0)
             raise UsageError(
-                f"unknown example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(known)}, "
+                f"unevery_id example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(every_id)}, "
                 "and --sample-ids chooses among these"
             )
     if not ids:

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import expand, layout
+from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.engine import Engine
@@ -123,14 +124,13 @@ class Plan:
         """Shape of what is searched."""
         return (self.layers, self.heads) if self.granularity == "head" else (self.layers,)
 
-    def check(self, budget: int) -> int:
+    def check(self, budget: BudgetSpec) -> int:
         """A budget, checked against the examples and the bounds.
 
         Raises:
             BudgetError: if it cannot be searched at.
         """
-        if not is_whole(budget) or budget < 1:
-            raise BudgetError(f"the budget is {budget!r}; expected a whole number of cache entries per KV head")
+        budget = read_budget(budget)
         least, most, selector = self.floor, self.ceiling, self.selector
         if least < selector.min_budget:
             raise BudgetError(
@@ -156,12 +156,12 @@ class Plan:
                 f"the budget is {budget}, but with its sliding windows this model holds at most "
                 f"{self.ceilings.mean():.0f} entries per head on average; use a smaller --budget"
             )
-        if int(budget) * self.layers in (self.floors.sum(), self.ceilings.sum()):
+        if budget * self.layers in (self.floors.sum(), self.ceilings.sum()):
             raise BudgetError(
                 f"a budget of {budget} with floor {least} and ceiling {most} leaves one allocation "
                 "and nothing to search; change the budget, the floor or the ceiling"
             )
-        return int(budget)
+        return budget
 
     def matrix(self, candidate: np.ndarray) -> np.ndarray:
         """A candidate as ``[layers, kv_heads]``."""

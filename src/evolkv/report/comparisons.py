@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
-from evolkv.report.schemas import Curve, Profile, Row, Search, mean_of
+from evolkv.report.schemas import Curve, Row, Search, mean_of
 from evolkv.report.units import mebibytes
 from evolkv.report.words import in_chunks, interval, number, percent, score
 
@@ -153,7 +154,7 @@ def is_path(method: str) -> bool:
     return method.endswith(".json") or "/" in method or "\\" in method
 
 
-def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[Profile]) -> list[Comparison]:
+def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[ProfileFile]) -> list[Comparison]:
     """Group rows and curves by what they were measured on."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -181,7 +182,7 @@ def _ordered(entries: Sequence[Entry]) -> list[Entry]:
     )
 
 
-def _from_curve(curve: Curve, profiles: Sequence[Profile]) -> Comparison:
+def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
     """A curve's points, beside the heuristics that its searches had to beat on the same examples."""
     settings: dict[str, Any] = curve.searches[0].settings if curve.searches else {}
     task = settings.get("task")
@@ -210,7 +211,7 @@ def _heuristics(searches: Sequence[Search], budget: int, n: int) -> list[Any]:
     return []
 
 
-def model_name(settings: dict[str, Any], profiles: Sequence[Profile] = ()) -> str | None:
+def model_name(settings: dict[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:
     """The model that a search's settings name, or else the one that all profiles are for."""
     model = settings.get("model")
     if isinstance(model, dict):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evolkv.profile_file import ProfileFile
 from evolkv.report.comparisons import Comparison, Entry
-from evolkv.report.schemas import Profile, Search, Validated, mean_of
+from evolkv.report.schemas import Search, Validated, mean_of
 from evolkv.report.units import duration, mebibytes
 from evolkv.report.words import candidates, counted, interval, listing, number, percent, short
 
@@ -33,7 +34,11 @@ class Headline:
 
 
 def headline(
-    comparisons: Sequence[Comparison], searches: Sequence[Search], profiles: Sequence[Profile], model: str, task: str
+    comparisons: Sequence[Comparison],
+    searches: Sequence[Search],
+    profiles: Sequence[ProfileFile],
+    model: str,
+    task: str,
 ) -> Headline:
     """What a report says first.
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evolkv.profile_file import ProfileFile
 from evolkv.report.comparisons import Comparison, model_name
-from evolkv.report.schemas import Profile, Search, mean_of
+from evolkv.report.schemas import Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import duration
 from evolkv.report.views import search_title
@@ -56,7 +57,7 @@ def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[
     return found
 
 
-def _settings(search: Search, profiles: Sequence[Profile], model: str) -> dict[str, Any]:
+def _settings(search: Search, profiles: Sequence[ProfileFile], model: str) -> dict[str, Any]:
     """A search's settings; those that are not among what it recorded follow from its profile or result."""
     chosen = search.result or search.leader
     profile = search.profile or next((each for each in profiles if chosen and each.budgets == chosen.budgets), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -11,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
+from evolkv.json_files import read_json
+from evolkv.profile_file import ProfileFile
 from evolkv.registry import unknown_name
-from evolkv.report.schemas import Curve, Profile, Results, Row, Search, checked
+from evolkv.report.schemas import Curve, Results, Row, Search
 from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
+from evolkv.schemas import checked
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
@@ -24,10 +26,10 @@ MAX_FILE_BYTES = 512 * 2**20
 _SQLITE = b"SQLite format 3\0"
 _RECORDS = b'{"format": "evolkv.records/'
 
-_KINDS: dict[str, type[Search | Results | Profile | Curve]] = {
+_KINDS: dict[str, type[Search | Results | ProfileFile | Curve]] = {
     "evolkv.search/1": Search,
     "evolkv.results/1": Results,
-    "evolkv.profile/1": Profile,
+    "evolkv.profile/1": ProfileFile,
     "evolkv.curve/1": Curve,
 }
 
@@ -49,7 +51,7 @@ class Sources:
 
     searches: list[Search] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    profiles: list[Profile] = field(default_factory=list)
+    profiles: list[ProfileFile] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     records: list[Records] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -58,7 +60,7 @@ class Sources:
     #: Rows of evaluations that were interrupted, with the file that they are from.
     _partial: list[tuple[str, Sequence[Row]]] = field(default_factory=list)
 
-    def add(self, found: Search | Results | Profile | Curve, origin: str) -> None:
+    def add(self, found: Search | Results | ProfileFile | Curve, origin: str) -> None:
         """Put a file's content where it belongs."""
         if isinstance(found, Search):
             self._add_search(found.model_copy(update={"origin": origin}))
@@ -67,7 +69,7 @@ class Sources:
                 self._partial.append((origin, found.rows))
             else:
                 self._add_rows(found.rows)
-        elif isinstance(found, Profile):
+        elif isinstance(found, ProfileFile):
             self.profiles.append(found)
         else:
             self.curves.append(found)
@@ -215,7 +217,7 @@ def _add_profiles(sources: Sources, curve: Path, found: Curve) -> None:
             if real.is_relative_to(folder) and real.is_file() and str(real) not in sources.files:
                 sources.files.add(str(real))
                 profile = _checked(real, _read_json(real))
-                if not isinstance(profile, Profile):
+                if not isinstance(profile, ProfileFile):
                     raise UsageError(f"{real}: not a profile, but {curve} names it as one")
                 sources.add(profile, str(real))
                 break
@@ -223,23 +225,9 @@ def _add_profiles(sources: Sources, curve: Path, found: Curve) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; expected results made by evolkv")
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_reject_constant)
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not text; expected JSON, or an SQLite file with a study") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path}: not JSON that can be read: {error}") from None
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+        return read_json(path, MAX_FILE_BYTES, "results made by evolkv")
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _format(data: Any) -> str | None:
@@ -247,7 +235,7 @@ def _format(data: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _checked(path: Path, data: Any) -> Search | Results | Profile | Curve:
+def _checked(path: Path, data: Any) -> Search | Results | ProfileFile | Curve:
     found = _format(data)
     if found is None:
         raise UsageError(f'{path}: not made by evolkv: expected a JSON object with "format", such as "evolkv.search/1"')

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
-from evolkv.report.schemas import Search, checked
+from evolkv.report.schemas import Search
+from evolkv.schemas import checked
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import StudyRecord

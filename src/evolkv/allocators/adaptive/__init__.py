@@ -27,7 +27,7 @@ ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
 
 
 def get_adaptive(text: str) -> AdaptiveAllocator:
-    """The allocator that a text describes: ``name`` or ``name:parameter=value,parameter=value``.
+    """Return the allocator that a text describes: ``name`` or ``name:parameter=value,parameter=value``.
 
     Raises:
         UsageError: for an unknown name or parameter, or a value that is out of range.

@@ -38,7 +38,7 @@ class AdaKV(HeadAllocator):
             raise UsageError(f"adakv: safeguard is {self.safeguard}; expected a share between 0 and 1")
 
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """The scores."""
+        """Return the scores."""
         return scores.double().cpu().numpy()
 
     def heads(

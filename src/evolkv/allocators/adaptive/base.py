@@ -1,4 +1,4 @@
-"""What allocators share that lay out budgets anew for each prompt, from its attention."""
+"""The interface of allocators that lay out budgets anew for each prompt, from its attention."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class AdaptiveAllocator(ABC):
 
     @property
     def observed_queries(self) -> int:
-        """How many of the prompt's last queries `observe` looks at."""
+        """Number of the prompt's last queries that `observe` looks at."""
         return 0
 
     @abstractmethod
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """What matters about a layer.
+        """Return what the allocator needs to know of a layer.
 
         Args:
             prompt: the layer's attention inputs, of a single prompt.
@@ -47,12 +47,12 @@ class LayerAllocator(AdaptiveAllocator):
     def layers(
         self, observed: Sequence[NDArray[np.float64]], budget: int, floor: int, ceilings: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Budgets ``[layers]`` with mean `budget`.
+        """Return budgets ``[layers]`` with mean `budget`.
 
         Args:
             observed: of each layer.
             budget: mean entries per KV head.
-            floor: the least a layer may get.
+            floor: the least a layer may get; where its ceiling is lower, it gets the ceiling.
             ceilings: the most each layer may get, ``[layers]``; together more than the budget.
         """
 
@@ -68,12 +68,12 @@ class HeadAllocator(AdaptiveAllocator):
         floor: int,
         ceilings: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Budgets ``[layers, kv_heads]``, whose mean over the heads of each layer is that of `layers`.
+        """Return budgets ``[layers, kv_heads]``, whose mean over the heads of each layer is that of `layers`.
 
         Args:
             observed: of each layer.
             layers: budgets of the layers, ``[layers]``.
-            floor: the least a head may get.
+            floor: the least a head may get; where its ceiling is lower, it gets the ceiling.
             ceilings: the most a head of each layer may get, ``[layers]``.
         """
 
@@ -87,7 +87,7 @@ Observations = dict[Observer, NDArray[np.float64]]
 def rank_and_observe(
     prompt: PromptAttention, selector: Selector, observers: Sequence[Observer]
 ) -> tuple[Tensor, Observations]:
-    """A selector's ranking ``[1, kv_heads, tokens]`` of a single prompt, and what those note who go by its scores."""
+    """Return a selector's ranking ``[1, kv_heads, tokens]`` of a prompt, and what its observers note of the scores."""
     scores = selector.score(prompt)
     ranking = selector.order(prompt, scores)
     mine = [observer for observer in observers if observer[1] == selector]

@@ -55,7 +55,7 @@ class CAKE(LayerAllocator):
         return self.window
 
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """The preference, as one number."""
+        """Return the preference, as one number."""
         tokens = prompt.num_tokens
         older = tokens - min(self.window, tokens)
         attention = prompt.probabilities(older, tokens)[..., :older]

@@ -38,7 +38,7 @@ class DynamicKV(LayerAllocator):
             raise UsageError(f"dynamickv: most is {self.most}; expected at least 1")
 
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """The scores."""
+        """Return the scores."""
         return scores.double().cpu().numpy()
 
     def layers(
