@@ -7,7 +7,9 @@ import importlib
 import inspect
 import io
 import re
+import runpy
 import shlex
+import sys
 import textwrap
 from pathlib import Path
 
@@ -176,3 +178,28 @@ def test_links_within_the_documentation_lead_somewhere(page):
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+def bench_help(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not left.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda script: script.name)
+def test_a_benchmark_says_what_it_does(script, monkeypatch, capsys):
+    shown = bench_help(script, monkeypatch, capsys)
+    assert f"bench/{script.name}" in shown
+    assert "--help" in shown
+
+
+@pytest.mark.parametrize("line", list(command_lines("python")))
+def test_a_documented_benchmark_and_its_options_exist(line, monkeypatch, capsys):
+    script, *given = shlex.split(line, comments=True)[1:]
+    if script.startswith("bench/"):
+        shown = bench_help(ROOT / script, monkeypatch, capsys)
+        options = {word.partition("=")[0] for word in given if word.startswith("--")}
+        assert options <= set(re.findall(r"--[\w-]+", shown))
