@@ -203,3 +203,12 @@ def test_a_documented_benchmark_and_its_options_exist(line, monkeypatch, capsys)
         shown = bench_help(ROOT / script, monkeypatch, capsys)
         options = {word.partition("=")[0] for word in given if word.startswith("--")}
         assert options <= set(re.findall(r"--[\w-]+", shown))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_tests_exist(page):
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(test_\w+))?", page.read_text(encoding="utf-8")):
+        assert not name or f"def {name}(" in files[file], f"{file}::{name}"
+    for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
+        assert any(f"def {name}(" in text for text in files.values()), name
