@@ -336,9 +336,9 @@ def test_model_that_budgets_cannot_describe_is_refused(field):
 
 
 def test_facts_are_read_once_and_again_when_the_config_changes():
-    model = LlamaForCausalLM(tiny_config())
+    model = tiny_model()
     assert model_facts(model) is model_facts(model)
-    assert model_facts(model).num_layers == 2
+    assert model_facts(model).num_layers == LAYERS
     model.config._attn_implementation = "eager"
     assert model_facts(model) is model_facts(model)
     model.config.num_hidden_layers = 1
@@ -348,7 +348,7 @@ def test_facts_are_read_once_and_again_when_the_config_changes():
 
 
 def test_facts_do_not_keep_a_model_alive():
-    model = LlamaForCausalLM(tiny_config())
+    model = tiny_model()
     model_facts(model)
     gone = weakref.ref(model)
     del model
