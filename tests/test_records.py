@@ -388,6 +388,7 @@ def start(*argv):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
 
 
+@pytest.mark.slow
 def test_a_killed_program_goes_on_to_the_same_result(folder, task, tmp_path):
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     assert start(*options(folder, task, whole)).wait() == 0
@@ -701,6 +702,7 @@ def test_needles_at_one_context_or_of_another_task_make_no_grid(grid, whole):
     assert needle_grids([read_records(grid)]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_needles_of_a_real_model_are_on_record_with_their_depths(smollm2, tmp_path):
     path = tmp_path / "r.jsonl"
@@ -722,15 +724,14 @@ def test_needles_of_a_real_model_are_on_record_with_their_depths(smollm2, tmp_pa
     assert sum(each["score"] for each in records if each["method"] == "full") == 3
 
 
-@pytest.mark.model
-def test_log_probs_of_a_real_model_agree_to_the_last_bit_after_a_cut(smollm2, tmp_path):
+def test_log_probs_agree_to_the_last_bit_after_a_cut(small, tmp_path):
     # Prompts that share a prefix are not prefilled in one piece, and so a shard is prefilled again from its start.
     path = tmp_path / "r.jsonl"
     settings = {"task": "niah:context=200", "methods": ["full", "snapkv"], "budgets": [64], "samples": 5}
-    rows = evolkv.evaluate(*smollm2, metric="logprob", records=path, **settings)
+    rows = evolkv.evaluate(*small, metric="logprob", records=path, **settings)
     text = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(text[:5]) + text[5][:40])
-    assert evolkv.evaluate(*smollm2, metric="logprob", records=path, **settings) == rows
+    assert evolkv.evaluate(*small, metric="logprob", records=path, **settings) == rows
     assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(text)
 
 

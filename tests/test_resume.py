@@ -16,6 +16,7 @@ import evolkv
 from evolkv.errors import StudyError
 from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import Study, read_study
+from tiny import KV_HEADS, LAYERS
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
 KILLS = 20
@@ -92,13 +93,12 @@ def _recorded(storage):
 
 
 @pytest.fixture(scope="module")
-def finished(smollm2, tmp_path_factory):
+def finished(small, tmp_path_factory):
     storage = str(tmp_path_factory.mktemp("study") / "study.db")
     settings = {**SETTINGS, "max_evals": 12}
-    return storage, settings, evolkv.search(*smollm2, storage=storage, **settings)
+    return storage, settings, evolkv.search(*small, storage=storage, **settings)
 
 
-@pytest.mark.model
 def test_a_study_holds_every_candidate(finished):
     storage, _, result = finished
     recorded = [entry for generation in read_study(storage).stages["budget 40"] for entry in generation]
@@ -113,29 +113,26 @@ def test_a_study_holds_every_candidate(finished):
         assert entry.seconds > 0
 
 
-@pytest.mark.model
-def test_a_finished_search_is_not_searched_again(smollm2, finished):
+def test_a_finished_search_is_not_searched_again(small, finished):
     storage, settings, result = finished
     stages = []
-    again = evolkv.search(*smollm2, storage=storage, on_progress=lambda step: stages.append(step.stage), **settings)
+    again = evolkv.search(*small, storage=storage, on_progress=lambda step: stages.append(step.stage), **settings)
     assert set(stages) == {"search"}
     assert again.history == result.history
     assert again.validation == result.validation
     assert again.profile == result.profile
 
 
-@pytest.mark.model
-def test_a_finished_search_goes_on_with_more_candidates(smollm2, finished):
+def test_a_finished_search_goes_on_with_more_candidates(small, finished):
     storage, settings, result = finished
     assert read_study(storage).facts["max_evals"] == 12
-    more = evolkv.search(*smollm2, storage=storage, **{**settings, "max_evals": 20})
+    more = evolkv.search(*small, storage=storage, **{**settings, "max_evals": 20})
     assert read_study(storage).facts["max_evals"] == 20
     assert more.evaluations == 20
     assert more.history[:12] == result.history
 
 
-@pytest.mark.model
-def test_an_interrupted_search_continues_to_the_same_result(smollm2, finished, tmp_path):
+def test_an_interrupted_search_continues_to_the_same_result(small, finished, tmp_path):
     _, settings, result = finished
 
     def stop(event: SearchProgress):
@@ -143,26 +140,24 @@ def test_an_interrupted_search_continues_to_the_same_result(smollm2, finished, t
             raise KeyboardInterrupt
 
     storage = str(tmp_path / "study.log")
-    first = evolkv.search(*smollm2, storage=storage, on_progress=stop, **settings)
+    first = evolkv.search(*small, storage=storage, on_progress=stop, **settings)
     assert first.interrupted
-    second = evolkv.search(*smollm2, storage=storage, **settings)
+    second = evolkv.search(*small, storage=storage, **settings)
     assert (second.history, second.validation) == (result.history, result.validation)
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"seed": 1}, "seed"), ({"budget": 50}, "budgets"), ({"train": 5}, "train"), ({"minibatch": 1}, "minibatch")],
 )
-def test_another_search_in_the_same_study_is_refused_by_name(smollm2, finished, changes, words):
+def test_another_search_in_the_same_study_is_refused_by_name(small, finished, changes, words):
     storage, settings, _ = finished
     with pytest.raises(StudyError, match=words) as caught:
-        evolkv.search(*smollm2, storage=storage, **{**settings, **changes})
+        evolkv.search(*small, storage=storage, **{**settings, **changes})
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.model
-def test_a_study_in_use_is_refused(smollm2, finished):
+def test_a_study_in_use_is_refused(small, finished):
     storage, settings, _ = finished
     context = multiprocessing.get_context("spawn")
     holding, release = context.Event(), context.Event()
@@ -171,7 +166,7 @@ def test_a_study_in_use_is_refused(smollm2, finished):
     try:
         assert holding.wait(60)
         with pytest.raises(StudyError, match=str(process.pid)):
-            evolkv.search(*smollm2, storage=storage, **settings)
+            evolkv.search(*small, storage=storage, **settings)
     finally:
         release.set()
         process.join()
@@ -183,13 +178,12 @@ def _hold(storage, settings, holding, release):
         release.wait(60)
 
 
-@pytest.mark.model
-def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
+def test_a_curve_chooses_among_its_neighbours_and_resumes(small, tmp_path):
     settings = {**SETTINGS, "budgets": [36, 40, 48], "max_evals": 8, "storage": str(tmp_path / "curve.db")}
     del settings["budget"]
-    curve = search_curve(*smollm2, **settings)
+    curve = search_curve(*small, **settings)
     assert [point["budget"] for point in curve.points] == [36, 40, 48]
-    assert [result.profile.total for result in curve.results] == [budget * 90 for budget in (36, 40, 48)]
+    assert [result.profile.total for result in curve.results] == [budget * LAYERS * KV_HEADS for budget in (36, 40, 48)]
     assert [result.evaluations for result in curve.results] == [8, 4, 4]
     names = [{row["name"] for row in result.validation} for result in curve.results]
     assert names[1] == {"uniform", "pyramid", "best", "mean", "expanded from 36", "expanded from 48"}
@@ -197,7 +191,7 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
         assert point["score"] == max(row["score"] for row in result.validation)
     assert curve.points[0]["on_front"]
     assert sum(result.seconds for result in curve.results) < curve.seconds
-    again = search_curve(*smollm2, **settings)
+    again = search_curve(*small, **settings)
     assert again.points == curve.points
     stages = read_study(settings["storage"]).stages
     for result in again.results:
@@ -208,15 +202,14 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(smollm2, tmp_path):
     assert json.dumps(curve.to_dict(["a", "b", "c"]))
 
 
-@pytest.mark.model
-def test_a_curve_takes_for_each_budget_the_selector_that_does_best(smollm2, tmp_path):
+def test_a_curve_takes_for_each_budget_the_selector_that_does_best(small, tmp_path):
     settings = {**SETTINGS, "budgets": [36, 48], "max_evals": 8, "storage": str(tmp_path / "curve.db")}
     del settings["budget"]
-    curve = search_curve(*smollm2, selector=["knorm", "keydiff"], **settings)
+    curve = search_curve(*small, selector=["knorm", "keydiff"], **settings)
     scores = [{row["selector"]["name"]: row["score"] for row in result.rivals} for result in curve.results]
     for result, point, row in zip(curve.results, curve.points, scores, strict=True):
         assert point["selector"] == result.profile.selector["name"] == max(row, key=row.get)
         assert point["score"] == row[point["selector"]]
     assert curve.points[0]["on_front"]
     assert curve.points[1]["on_front"] == (curve.points[1]["score"] > curve.points[0]["score"])
-    assert search_curve(*smollm2, selector=["knorm", "keydiff"], **settings).points == curve.points
+    assert search_curve(*small, selector=["knorm", "keydiff"], **settings).points == curve.points

@@ -37,11 +37,6 @@ UUID4 = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Small files in the formats of SQuAD and HotpotQA."""
 

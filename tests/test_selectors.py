@@ -361,6 +361,7 @@ def test_specs_round_trip(name):
     assert get_selector(selector.to_dict()) == selector
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("name", list(SELECTORS))
 def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
