@@ -33,7 +33,7 @@ _ALIGNED = 16
 
 
 class Group(Protocol):
-    """Rows of equal length; see `evolkv.cache.layer.RowGroup`."""
+    """Rows of equal length; see `evolkv.cache.rows.RowGroup`."""
 
     rows: Tensor
     keys: Tensor
@@ -53,7 +53,7 @@ class RowTable:
         self._aligned = False
 
     def of(self, groups: Sequence[Group]) -> tuple[Tensor, int, bool]:
-        """Where the rows of a layer's groups lie now.
+        """Return where the rows of a layer's groups lie now.
 
         Returns:
             The table, ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries
