@@ -45,11 +45,7 @@ def compress(
 
     Args:
         model: a transformers decoder-only model.
-        profile: as for `CompressedCache`.
-        budget: as for `CompressedCache`.
-        prefill_chunk: as for `CompressedCache`.
-        evict: as for `CompressedCache`.
-        evict_every: as for `CompressedCache`.
+        profile, budget, prefill_chunk, evict, evict_every: as for `CompressedCache`.
 
     Raises:
         ProfileError: if the profile is for another model.

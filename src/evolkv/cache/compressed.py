@@ -105,14 +105,9 @@ class CompressedCache(HookedCache):
         """Read prompts and return a cache that holds what a profile, or another method, keeps of them.
 
         Args:
-            model: as for the class.
-            profile: as for the class.
+            model, profile, budget, prefill_chunk, evict, evict_every: as for the class.
             input_ids: the prompts, ``[batch, tokens]``.
             attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
-            budget: as for the class.
-            prefill_chunk: as for the class.
-            evict: as for the class.
-            evict_every: as for the class.
 
         Raises:
             ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
