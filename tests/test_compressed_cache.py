@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
+import io
+import pickle
+import subprocess
+import sys
 import weakref
 from itertools import product
 
@@ -13,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.cache.layer import RowGroup
+from evolkv.cache.rows import RowGroup
 from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.models.layers import continues_by_token
 from tiny import EAGER_ONLY, FAMILIES, HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, WINDOW, failing, padded, tiny_model, tokens
@@ -401,6 +407,13 @@ def test_beam_search_on_a_ragged_cache_equals_generating_from_each_beam_alone():
         check_beams(model, new=6)
 
 
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def test_model_is_restored_on_leaving():
     model = tiny_model()
     hooks = (dict(model._forward_pre_hooks), dict(model.model._forward_pre_hooks))
@@ -425,6 +438,81 @@ def test_model_is_restored_when_the_last_explicit_cache_goes():
     assert model.config._attn_implementation == "evolkv_sdpa"
     second.release()
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded])
+@pytest.mark.parametrize("block", [False, True], ids=["explicit cache", "with block"])
+def test_copies_and_pickles_of_a_hooked_model_are_models_of_their_own(how, block):
+    model, prompt = tiny_model(), tokens(1, 40)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    plain, chosen = model.generate(prompt, **settings), profile(model, RAGGED)
+    expected = model.generate(prompt, cache=CompressedCache(model, chosen), **settings)
+    with compress(model, chosen) if block else contextlib.nullcontext():
+        cache = CompressedCache(model, chosen)
+        twin = how(model)
+        assert twin.config._attn_implementation == "sdpa"
+        assert torch.equal(twin.generate(prompt, **settings), plain)
+    for _ in range(2):
+        # In pieces, so that hooks that were there twice would show.
+        pieces = CompressedCache(twin, chosen, prefill_chunk=16)
+        twin(prompt, cache=pieces)
+        assert pieces.get_seq_length() == 40
+        assert torch.equal(twin.generate(prompt, cache=CompressedCache(twin, chosen), **settings), expected)
+        del pieces
+        gc.collect()
+        assert twin.config._attn_implementation == "sdpa"
+        assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert model.config._attn_implementation == "evolkv_sdpa"
+    assert torch.equal(model.generate(prompt, cache=cache, **settings), expected)
+
+
+def test_a_pickled_model_works_where_no_cache_ever_lived(tmp_path):
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 8))
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "folder")
+    assert cache.get_seq_length() == 0
+    assert "evolkv" not in (tmp_path / "folder" / "config.json").read_text()
+    code = "import sys, torch; torch.load(sys.argv[1], weights_only=False)(torch.tensor([[5, 6]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_that_the_block_has_made_can_be_gone_on_from_and_released_after_it():
+    model = tiny_model()
+    with compress(model, profile(model, 8)):
+        output = model(tokens(1, 40))
+    assert model(tokens(1, 1), cache=output.cache).cache.get_seq_length() == 41
+    output.cache.release()
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.model._forward_pre_hooks
+
+
+def test_two_models_around_one_decoder_share_its_hooks():
+    model = tiny_model()
+    first, second = (CompressedCache(each, profile(each, 8)) for each in (model, model.model))
+    assert len(model.model._forward_pre_hooks) == 1
+    first.release()
+    assert model.model(tokens(1, 40), cache=second).last_hidden_state.shape[1] == 40
+    second.release()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())])
+def test_a_cache_is_saved_rather_than_pickled(write):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=r"cannot be pickled; write it with cache.save\(path\)"):
+        write(CompressedCache(model, profile(model, 8)))
+
+
+def test_a_cache_is_true_whatever_it_holds():
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, 8))
+    assert cache
+    model(tokens(1, 40), cache=cache)
+    assert cache
 
 
 def test_attention_chosen_while_a_cache_lives_is_used_and_stays():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +29,7 @@ from evolkv.evaluation.shards import Request, Shard, ShardedEngine, ShardServer,
 from evolkv.evaluation.workers import Workers
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import get_selector
+from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Example, get_task
 from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, failing, stretching_model, tiny_model, tokens
 
@@ -123,6 +126,45 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
         assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
 
 
+@dataclass(frozen=True)
+class MeanQuery(Selector):
+    """Keeps keys like the mean query, and says nothing of the queries that it looks at."""
+
+    name = "mean_query"
+
+    def score(self, prompt):
+        mean = prompt.query.mean(2).unflatten(1, (prompt.key.shape[1], -1)).mean(2)
+        return (prompt.key @ mean[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Attended(Selector):
+    """Keeps what the middle of the prompt attends to, and says that it looks at the last query."""
+
+    name = "attended"
+    observed_queries = 1
+
+    def score(self, prompt):
+        return F.pad(prompt.probabilities(30, 31)[..., 0, :].mean(2), (0, prompt.num_tokens - 31))
+
+
+def test_a_selector_that_says_nothing_of_its_queries_is_given_all():
+    model, prompt = tiny_model(), tokens(1, 60)
+    shared = Prefiller(model, [MeanQuery()])
+    shared(torch.cat([prompt[:, :50], tokens(1, 20, seed=1)], dim=1))
+    after, alone = shared(prompt), Prefiller(model, [MeanQuery()])(prompt)
+    for got, expected in zip(after.cache.layers, alone.cache.layers, strict=True):
+        assert torch.equal(got.rankings[MeanQuery()], expected.rankings[MeanQuery()])
+
+
+def test_a_selector_that_looks_at_more_queries_than_it_says_is_named_the_setting():
+    model, prompt = tiny_model(), tokens(1, 60)
+    shared = Prefiller(model, [Attended()])
+    shared(prompt)
+    with pytest.raises(UsageError, match="observed_queries must be"):
+        shared(torch.cat([prompt[:, :50], tokens(1, 20, seed=1)], dim=1))
+
+
 def test_nothing_is_shared_with_a_prefill_that_failed():
     model = tiny_model()
     chosen = get_selector({"name": "snapkv", "window": 4})
@@ -145,6 +187,34 @@ def test_nothing_is_shared_with_a_prompt_whose_keys_were_turned_otherwise(kind):
     prefill(first)
     after = prefill(second).next_logits
     assert torch.equal(after, Prefiller(model, [chosen])(second).next_logits)
+
+
+def test_candidates_fan_out_while_other_threads_run_the_model():
+    # Hooks come and go with caches; what a thread computes must not depend on the others'.
+    model = tiny_model(num_hidden_layers=6)
+    budgets = np.full((2, 6, KV_HEADS), 20)
+    budgets[1, 5] = 30
+    answer = tokens(6)
+
+    def scores(seed, calls):
+        prompt = rank(model, tokens(1, 40, seed=seed))
+        for _ in range(calls):
+            cache = ReplayCache(model, [prompt], budgets, shared=5)
+            logits = prompt.next_logits.expand(2, -1)
+            yield target_log_probs(model, cache, logits, [40, 40], [answer, answer])
+
+    expected = [next(scores(seed, 1)) for seed in range(3)]
+
+    def check(seed):
+        return all(torch.equal(*pair) for each in scores(seed, 60) for pair in zip(each, expected[seed], strict=True))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(check, range(3)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_greedy_stops_as_soon_as_every_row_has_ended():

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.cache.hook import boolean_mask, padding_of
+from evolkv.cache.masks import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
 from evolkv.models import cached_layers, describe_model
 from test_compressed_cache import RAGGED, profile, run

@@ -418,6 +418,100 @@ def test_without_a_cache_nothing_is_compressed(model):
     assert torch.equal(generated(model, prompt, DENSE, False, use_cache=False, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_a_model_that_does_not_cache_by_default_is_compressed_or_says_why_not(where):
+    plain = tiny_model()
+    prompt, settings = tokens(1, 40), {**GREEDY, "return_dict_in_generate": True}
+    expected = generated(plain, prompt, DENSE, True, **settings).sequences
+    model = tiny_model()
+    getattr(model, where).use_cache = False
+    cache = CompressedCache.prefill(model, profile(model, DENSE), prompt[:, :-1])
+    assert torch.equal(model.generate(**cache.followed_by(prompt[:, -1:]), **GREEDY)[:, :40], prompt)
+    with compress(model, profile(model, DENSE)):
+        assert isinstance(cache_in(model(prompt)), CompressedCache)
+        found = model.generate(prompt, use_cache=True, **settings)
+        assert isinstance(cache_in(found), CompressedCache)
+        assert torch.equal(found.sequences, expected)
+        if where == "generation_config":
+            with pytest.raises(UsageError, match=r"generation_config says use_cache=False.*generate\(use_cache=True\)"):
+                model.generate(prompt, **GREEDY)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["with block", "explicit cache"])
+def test_a_prompt_in_chunks_of_generate_is_refused_where_only_the_first_would_be_cut(model, explicit):
+    with pytest.raises(UsageError, match=r"prefill_chunk_size.*prefill_chunk=N"):
+        generated(model, tokens(1, 40), DENSE, explicit, prefill_chunk_size=16, **GREEDY)
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    # A question is kept whole, so it may come in pieces.
+    model.generate(**cache.followed_by(tokens(1, 20)), prefill_chunk_size=8, **GREEDY)
+
+
+def test_a_default_cache_of_another_kind_is_named_with_where_it_comes_from():
+    model = tiny_model()
+    model.generation_config.cache_implementation = "static"
+    with (
+        compress(model, profile(model, DENSE)),
+        pytest.raises(UsageError, match=r"generation_config.cache_impl.* = None"),
+    ):
+        model.generate(tokens(1, 40), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [(60, "differs from what the cache has read at token 0"), (40, "seen 40"), (9, "seen 40")]
+)
+@pytest.mark.parametrize("how", ["prefill", "load"])
+def test_another_text_than_the_cache_has_read_is_refused(model, length, words, how, tmp_path):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    if how == "load":
+        cache.save(tmp_path / "cache")
+        cache = CompressedCache.load(tmp_path / "cache", model)
+    with pytest.raises(UsageError, match=words):
+        model.generate(tokens(1, length, seed=7), **cache.as_argument, **GREEDY)
+    assert cache.get_seq_length() == 40
+
+
+def test_the_text_that_the_cache_has_read_goes_on_whole_or_by_its_end(model):
+    prompt, question = tokens(1, 40), tokens(1, 5, seed=1)
+    whole, mask = torch.cat([prompt, question], dim=1), torch.ones(1, 45, dtype=torch.long)
+    first, second = (CompressedCache.prefill(model, profile(model, DENSE), prompt) for _ in range(2))
+    expected = model.generate(**first.followed_by(question), **GREEDY)
+    assert torch.equal(model.generate(whole, **second.copy().as_argument, **GREEDY), expected)
+    found = model.generate(question, attention_mask=mask, **second.as_argument, **GREEDY)
+    assert torch.equal(found[:, 5:], expected[:, 45:])
+
+
+def test_a_mask_of_another_text_is_refused_in_a_call(model):
+    cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
+    with pytest.raises(UsageError, match="attention_mask covers 3 tokens, but the cache has seen 40"):
+        model(tokens(1, 3), attention_mask=torch.ones(1, 3), **cache.as_argument)
+
+
+class Wrapper(torch.nn.Module):
+    """What passes everything on to the model inside, as adapters' wrappers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_wrapped_model_is_given_its_cache_by_the_name_it_wants(model):
+    wrapped, prompt, question = Wrapper(model), tokens(1, 40), tokens(1, 5, seed=1)
+    cache = CompressedCache.prefill(wrapped, profile(model, DENSE), prompt)
+    output = wrapped(question, **cache.as_argument)
+    expected = CompressedCache.prefill(model, profile(model, DENSE), prompt)
+    assert torch.equal(output.logits, model(question, **expected.as_argument).logits)
+
+
 def test_a_cache_that_the_block_has_replaced_is_not_taken_for_another_prompt(model):
     # What it would mean: each further token read as a prompt of its own.
     plain = DynamicCache()

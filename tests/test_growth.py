@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evolkv.cache.layer import RowGroup
+from evolkv.cache.rows import RowGroup
 
 ROWS, DIM = 2, 16
 #: Entries of a group whose keys have 512 KiB.

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from evolkv import CompressedCache
-from evolkv.cache import layer as layer_module
-from evolkv.cache.hook import boolean_mask, hides_nothing
+from evolkv.cache import attend
+from evolkv.cache.masks import boolean_mask, hides_nothing
 from evolkv.cache.math import attention, fold_sinks
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
@@ -223,7 +223,7 @@ def test_missing_triton_is_said_in_one_line(monkeypatch):
     monkeypatch.delattr("evolkv.cache.kernels")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UsageError, match="EVOLKV_TRITON=1 needs Triton; pip install triton"):
-        layer_module._kernels(torch.zeros(1))
+        attend.triton_kernels(torch.zeros(1))
 
 
 _COMPILE = """

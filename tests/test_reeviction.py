@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-import evolkv.cache.layer
+import evolkv.cache.attend
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.chunks import lengths_of_chunks
 from evolkv.errors import RunError, UsageError
@@ -77,13 +77,13 @@ def counts(cache):
 def most_attended(monkeypatch):
     """The most entries that any head attended to, new tokens included, in calls other than the first."""
     most = [0]
-    own = evolkv.cache.layer.attention
+    own = evolkv.cache.attend.attention
 
     def attention(query, key, *rest):
         most[0] = max(most[0], key.shape[1])
         return own(query, key, *rest)
 
-    monkeypatch.setattr(evolkv.cache.layer, "attention", attention)
+    monkeypatch.setattr(evolkv.cache.attend, "attention", attention)
     return most
 
 
@@ -375,6 +375,33 @@ def test_turns_of_a_conversation_stay_within_the_budgets(budgets):
         # Of the six new tokens the last was not fed back.
         assert (counts(cache) == matrix(budgets) + 5).all()
     assert cache.get_seq_length() == 4 * 46 - 1
+
+
+@pytest.mark.parametrize("budgets", [9, RAGGED])
+def test_padding_in_a_single_column_is_no_token(budgets):
+    model = tiny_model()
+    prompt, steps, turn, last = (tokens(2, n, seed=n) for n in (30, 4, 5, 1))
+
+    def read(rows, padding):
+        """Logits after the last token of a second turn, and the positions held."""
+        cache = CompressedCache(model, profile(model, budgets), evict="again")
+        columns = [prompt[rows], *steps[rows].unbind(1), turn[rows], last[rows]]
+        mask = torch.empty(len(rows), 0, dtype=torch.long)
+        for step, column in enumerate(columns):
+            column = column.view(len(rows), -1)
+            new = torch.ones_like(column)
+            if step - 1 == padding:
+                new[-1] = 0
+            if step - 1 == padding and len(rows) == 1:
+                continue
+            mask = torch.cat([mask, new], dim=1)
+            places = (mask.cumsum(-1) - 1)[:, -column.shape[1] :]
+            output = model(column, attention_mask=mask, position_ids=places, cache=cache)
+        return output.logits[-1], [[head[-1] if len(rows) > 1 else head for head in layer] for layer in cache.positions]
+
+    together, alone = read([0, 1], 2), read([1], 2)
+    torch.testing.assert_close(*(logits[-1] for logits, _ in (together, alone)), atol=1e-5, rtol=0)
+    assert all(map(torch.equal, *([head for layer in held for head in layer] for _, held in (together, alone))))
 
 
 def test_a_second_turn_is_ranked_with_its_own_queries():

@@ -47,6 +47,17 @@ def test_every_joint_candidate_has_exactly_the_target_memory(result):
 
 
 @pytest.mark.model
+def test_groups_of_layers_are_searched_by_two_threads_as_by_one(smollm2):
+    model = tiny_model(num_hidden_layers=16, vocab_size=len(smollm2[1]))
+    settings = {**SETTINGS, "strategy": "evolkv", "group_size": 4, "train": 6, "max_evals": 32}
+    histories = [
+        evolkv.search(model, smollm2[1], workers=workers, **settings, backend="local").history for workers in (2, 1)
+    ]
+    assert len({tuple(np.ravel(entry["budgets"])) for entry in histories[0]}) > 16
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.model
 def test_history_is_in_order_of_evaluation(result):
     found, _ = result
     generations = [entry["generation"] for entry in found.history]

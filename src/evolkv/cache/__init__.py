@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from evolkv.cache.compressed import CompressedCache, compress
+from evolkv.cache.block import compress
+from evolkv.cache.compressed import CompressedCache
+from evolkv.cache.reeviction import Reeviction
 
-__all__ = ["CompressedCache", "compress"]
+__all__ = ["CompressedCache", "Reeviction", "compress"]

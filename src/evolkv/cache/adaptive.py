@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evolkv.allocators.adaptive import Observations, rank_and_observe
-from evolkv.cache.layer import CompressedLayer, one_sequence
+from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
 from evolkv.methods import Method
 from evolkv.selectors import LayerContext, PromptAttention
@@ -53,7 +53,7 @@ class AdaptiveLayer(CompressedLayer):
         context: LayerContext,
     ):
         assert method.selector is not None
-        self._method, self._start, self._layers = method, start, layers
+        self._method, self.start, self._layers = method, start, layers
         self._waiting: _Waiting | None = None
         super().__init__(start, method.selector, sliding_window, context)
 
@@ -99,13 +99,13 @@ class AdaptiveLayer(CompressedLayer):
             prompts = [prompt]
         else:
             everything = torch.arange(prompt.num_tokens, device=prompt.key.device)
-            prompts = [one_sequence(prompt, i, everything if real is None else real[i]) for i in range(batch)]
+            prompts = [prompt.of_sequence(i, everything if real is None else real[i]) for i in range(batch)]
         seen = [rank_and_observe(each, self.selector, self._method.observers) for each in prompts]
         rankings, observed = [ranking for ranking, _ in seen], [noted for _, noted in seen]
         return _Waiting(prompt.key, prompt.value, rankings, observed, [each.most_held for each in prompts], real)
 
     def waiting(self) -> _Waiting:
-        """The prompts that await their budgets."""
+        """Return the prompts that await their budgets."""
         assert self._waiting is not None
         return self._waiting
 
@@ -113,15 +113,7 @@ class AdaptiveLayer(CompressedLayer):
         """Keeps of the prompts that wait what ``[batch, kv_heads]`` budgets allow."""
         held = self.waiting()
         self.budgets, self._waiting = budgets, None
-        if held.real is None:
-            self._store(held.key, held.value, torch.cat(held.rankings))
-        else:
-            self._store_padded(held.key, held.value, list(held.rankings), held.real)
-
-    @property
-    def start(self) -> np.ndarray:
-        """What the method starts from, ``[kv_heads]``."""
-        return self._start
+        self._store(held.key, held.value, list(held.rankings), held.real)
 
 
 def _decide(method: Method, layers: Sequence[AdaptiveLayer]) -> None:

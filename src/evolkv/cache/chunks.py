@@ -9,22 +9,9 @@ from torch import Tensor, nn
 
 from evolkv.errors import UsageError
 from evolkv.models.forward import by_name, given_cache
-from evolkv.models.rotary import stretching
 
-# What has a column for each new token in its last dimension but so many.
+# Arguments with a column for each new token, and which dimension it is, counted from the last.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
-
-
-def hook_chunks(decoder: nn.Module) -> list[Any]:
-    """Has a decoder read calls piece by piece where their cache wants it; returns the handles to remove.
-
-    A cache wants it if its ``most_tokens`` is a number. The output is that of one call: the last hidden state of every
-    token. Caches of ours are told where a call begins and ends.
-    """
-    return [
-        decoder.register_forward_pre_hook(_read_all_but_last, with_kwargs=True),
-        decoder.register_forward_hook(_put_together, with_kwargs=True),
-    ]
 
 
 def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
@@ -33,9 +20,13 @@ def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
     return [tokens // pieces + (i < tokens % pieces) for i in range(pieces)]
 
 
-def _read_all_but_last(
+def read_all_but_last(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Has a decoder read all pieces of a call but the last, where its cache wants pieces, and return the last one.
+
+    A cache wants them if its ``most_tokens`` is a number. Caches of ours are told where a call begins and ends.
+    """
     kwargs = by_name(module, args, kwargs)
     cache = given_cache(kwargs)[1]
     if not hasattr(cache, "begin_call"):
@@ -44,14 +35,15 @@ def _read_all_but_last(
     if kwargs.get("use_cache") is False:
         raise UsageError(
             "this call brings a compressed cache and says use_cache=False; generate() would then read the whole text "
-            "again at every step, behind what the cache holds; leave out the one or the other"
+            "again at every step, behind what the cache holds; call generate(use_cache=True), or leave out the cache"
         )
     if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
         raise UsageError(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
             "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
         )
-    _check_rotary(module, cache, kwargs)
+    _check_rotary(cache, kwargs)
+    _check_mask(cache, kwargs)
     chunk = cache.most_tokens
     if chunk is None:
         return None
@@ -60,7 +52,7 @@ def _read_all_but_last(
     if len(pieces) == 1:
         return None
     past, start, states = cache.get_seq_length(), 0, []
-    _check(module, kwargs, past + pieces[0], past + tokens)
+    _check(module, cache, kwargs, past + pieces[0], past + tokens)
     try:
         for piece in pieces[:-1]:
             output = module(**{**_columns(kwargs, start, start + piece, past), "return_dict": True})
@@ -73,7 +65,8 @@ def _read_all_but_last(
     return (), _columns(kwargs, start, tokens, past)
 
 
-def _put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return the output of one call for the pieces that were read: the last hidden state of every token."""
     cache = given_cache(by_name(module, args, kwargs))[1]
     if not hasattr(cache, "end_call"):
         return None
@@ -93,10 +86,10 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
-def _check_rotary(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+def _check_rotary(cache: Any, kwargs: dict[str, Any]) -> None:
     """Raises `UsageError` for a call after which a cache would hold keys that were turned in two ways."""
     past = cache.get_seq_length()
-    for kind, limit in stretching(module.config):
+    for kind, limit in cache.rotary_limits:
         # Beyond its limit a dynamic embedding turns each new token in a way of its own, with any cache.
         if kind != "longrope" or past == 0 or past + (tokens := _num_tokens(kwargs)) <= limit:
             continue
@@ -105,26 +98,41 @@ def _check_rotary(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None
         start = past if positions is None else int(positions[..., 0].max())
         stop = past + tokens if positions is None else int(positions.max()) + 1
         if start <= limit < stop:
-            raise UsageError(
-                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, so "
-                f"that a cache that holds {start} tokens cannot take it to {stop}; read the whole text as one prompt, "
-                f"or stop at {limit} tokens (with Phi-3, generate() in a compress() block reads it anew by itself)"
-            )
+            raise outgrown(kind, limit, start, stop)
+
+
+def outgrown(kind: str, limit: int, start: int, stop: int) -> UsageError:
+    """Return the error for a text that outgrows the limit of a rotary embedding from token `start` to `stop`."""
+    return UsageError(
+        f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, so "
+        f"that a cache that holds {start} tokens cannot take it to {stop}; read the whole text as one prompt, "
+        f"or stop at {limit} tokens (with Phi-3, generate() in a compress() block reads it anew by itself)"
+    )
+
+
+def _check_mask(cache: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `UsageError` for a mask of another length than the text has with the tokens of a call."""
+    mask, seen = kwargs.get("attention_mask"), cache.get_seq_length()
+    if seen and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != seen + (new := _num_tokens(kwargs)):
+        raise UsageError(
+            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {seen} and this call brings {new}; "
+            "expected a mask of the whole text, as cache.followed_by(ids) gives it, or an empty cache for another text"
+        )
 
 
 def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a call asks for a further output, or else the model's config does."""
+    """Return whether a call, or else the model's config, asks for a further output."""
     wanted = kwargs.get(name)
     return bool(getattr(module.config, name, False) if wanted is None else wanted)
 
 
-def _check(module: nn.Module, kwargs: dict[str, Any], first: int, last: int) -> None:
+def _check(module: nn.Module, cache: Any, kwargs: dict[str, Any], first: int, last: int) -> None:
     """Raises `UsageError` for a call that means something else in pieces, of which the first and last end there."""
-    for kind, limit in stretching(module.config):
+    for kind, limit in cache.rotary_limits:
         # A dynamic embedding turns each piece in a way of its own.
         if last > limit and (first <= limit or kind != "longrope"):
             raise UsageError(
-                f"this model's rotary embedding ({kind}) turns keys otherwise in texts of more than {limit} tokens, "
+                f"this model's rotary embedding ({kind}) uses other rotary angles beyond {limit} tokens, "
                 f"and the first pieces of a text of {last} tokens cannot know that; leave out prefill_chunk, or "
                 f"read at most {limit} tokens"
             )
@@ -150,7 +158,7 @@ def _check(module: nn.Module, kwargs: dict[str, Any], first: int, last: int) -> 
 
 
 def _columns(kwargs: dict[str, Any], start: int, stop: int, past: int) -> dict[str, Any]:
-    """The arguments of a call for some of its tokens."""
+    """Return the arguments of a call for some of its tokens."""
     part = dict(kwargs)
     for name, dimension in _BY_TOKEN.items():
         value = kwargs.get(name)

@@ -1,193 +1,29 @@
-"""The compressed cache, and the ``with`` block that gives it to a model."""
+"""The compressed cache."""
 
 from __future__ import annotations
 
-import functools
 import os
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from evolkv.budgets import BudgetSpec, read_budget
-from evolkv.cache.adaptive import AdaptiveLayer
-from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
+from evolkv.budgets import BudgetSpec
+from evolkv.cache.generate import check_ids, check_mask, check_text, filled_up
+from evolkv.cache.hook import hook_model
+from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.reeviction import ReevictingLayer, Reeviction
-from evolkv.cache.state import StateLayer, arrange, empty_states
+from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
+from evolkv.cache.resolve import LayerMaker, make_layers
+from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
-from evolkv.methods import MethodSpec, get_method
-from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import by_name, cache_keyword, given_cache, input_device
-from evolkv.models.layers import continues_by_token
-from evolkv.models.rotary import Rotary, rotary_of
+from evolkv.methods import MethodSpec
+from evolkv.models.forward import cache_keyword, input_device
 from evolkv.numbers import is_whole
-from evolkv.selectors import LayerContext, Selector
-
-
-def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
-    """For each layer of a new cache with keys and values, where it is; all share one memory."""
-    memory: dict[Any, Any] = {}
-    # A cache must not keep its model alive. Who asks is the model, at work.
-    reference = weakref.ref(model)
-
-    def rotary(index: int) -> Rotary:
-        held = reference()
-        assert held is not None
-        return rotary_of(held, index)
-
-    places, _ = cached_layers(model)
-    return [
-        LayerContext(row, functools.partial(rotary, place.index), memory, last=row == len(places) - 1)
-        for row, place in enumerate(places)
-    ]
-
-
-class _Block:
-    """A `compress` block."""
-
-    is_open = True
-
-
-class HookedCache(Cache):
-    """A cache of layers that compute their own attention.
-
-    The model's attention hook is in place while such a cache lives (or until `release`).
-
-    Args:
-        model: the model the cache is for.
-        kv_layers: one cache layer for each decoder layer that has keys and values, the rows of the budgets.
-        states: what the other layers of a hybrid model start from. Default: nothing.
-
-    Attributes:
-        states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
-        kv_layers: the layers with keys and values; in a hybrid model `layers` has the others too.
-        state_layers: the layers with a recurrent state.
-        block: the `compress` block that made the cache; None where it was made explicitly.
-        unfinished: whether some layers have read tokens of a forward call that has not ended.
-    """
-
-    states_of_chunks: list[Tensor] | None = None
-    block: _Block | None = None
-    unfinished: bool = False
-    #: The layer whose keys and values were the last to be sent to attention.
-    _sent: Any = None
-
-    def __init__(self, model: PreTrainedModel, kv_layers: list[Any], states: Sequence[StateLayer] | None = None):
-        self.kv_layers: list[Any] = kv_layers
-        self.state_layers = empty_states(model) if states is None else list(states)
-        super().__init__(layers=arrange(model, kv_layers, self.state_layers))
-        # A cache must not keep its model alive.
-        self._model = weakref.ref(model)
-        self._keyword = cache_keyword(model)
-        self._by_token = bool(self.state_layers) and continues_by_token(model)
-        self._detach = weakref.finalize(self, attach(model))
-
-    def __bool__(self) -> bool:
-        """Whether a `compress` block that is still open made the cache, and would make another in its place.
-
-        Phi-3 leaves out a cache that is true, and not longer than the limit of its short rotary embedding, to read a
-        longer text anew: with a cache of transformers', unless there is such a block.
-        """
-        return self.block is not None and self.block.is_open
-
-    def release(self) -> None:
-        """Gives the model's attention back now rather than when this object goes."""
-        self._detach()
-
-    def model(self) -> PreTrainedModel:
-        """The model the cache is for."""
-        model = self._model()
-        if model is None:
-            raise UsageError("the model that this cache is for has been deleted; keep it for as long as the cache")
-        return model
-
-    @torch.compiler.disable
-    def begin_call(self, decoder: nn.Module) -> None:
-        """What the decoder does before it reads a call.
-
-        Raises:
-            UsageError: if the call before this one failed half-way, or the decoder is not that of the cache's model.
-            ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
-        """
-        self.check_finished()
-        if decoder is not self.model().get_decoder():
-            raise UsageError("this cache was made for another model; make one for the model that is called")
-        # Of a call that failed there may be some left.
-        self.states_of_chunks = None
-        wrap_again(self.model())
-
-    @torch.compiler.disable
-    def end_call(self) -> None:
-        """What the decoder does after it has read a call.
-
-        Raises:
-            ModelError: if keys and values did not reach attention.
-        """
-        if self._sent is not None:
-            check_arrival(self._sent)
-        self.unfinished = False
-
-    def check_finished(self) -> None:
-        """Raises `UsageError` if a call failed half-way, so that layers differ in what they have read."""
-        if self.unfinished:
-            raise UsageError(
-                "a forward call failed half-way, and only some layers of this cache have read its tokens; reset() the "
-                "cache, or make a new one, and read the whole text again"
-            )
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Hands new keys and values on to attention, for a layer.
-
-        Raises:
-            ModelError: if those of the layer before did not get there.
-        """
-        if self._sent is not None:
-            check_arrival(self._sent)
-        sent = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._sent, self.unfinished = self.layers[layer_idx], True
-        return sent
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See `Cache.update_conv_state`."""
-        self.unfinished = True
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See `Cache.update_recurrent_state`."""
-        self.unfinished = True
-        return super().update_recurrent_state(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Empties the cache, which is then ready for another prompt, also after a call that failed half-way."""
-        super().reset()
-        self.unfinished, self._sent = False, None
-        for layer in self.kv_layers:
-            forget_sent(layer)
-
-    @property
-    def as_argument(self) -> dict[str, Any]:
-        """This cache under the name that the model's forward call has for it: ``model(ids, **cache.as_argument)``."""
-        return {self._keyword: self}
-
-    @property
-    def most_tokens(self) -> int | None:
-        """The most tokens that the decoder reads at once with this cache; longer calls are read in pieces. Or None."""
-        return 1 if self._by_token and self.get_seq_length() > 0 else None
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: the shapes change with every prompt."""
-        return False
+from evolkv.selectors import Selector
 
 
 class CompressedCache(HookedCache):
@@ -230,6 +66,7 @@ class CompressedCache(HookedCache):
     kv_layers: list[CompressedLayer]
     input_ids: Tensor | None = None
     _searched: bool = False
+    _awaits_drafts: bool = False
 
     def __init__(
         self,
@@ -241,13 +78,13 @@ class CompressedCache(HookedCache):
         evict: Literal["once", "again"] = "once",
         evict_every: int | None = None,
     ):
-        super().__init__(model, _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))())
+        super().__init__(model, LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))())
 
     @classmethod
-    def _with_layers(
+    def with_layers(
         cls, model: PreTrainedModel, kv_layers: list[CompressedLayer], states: Sequence[StateLayer] | None = None
     ) -> CompressedCache:
-        """A cache of given layers, for a model that is known to fit them."""
+        """Return a cache of layers that are known to fit the model."""
         cache = cls.__new__(cls)
         HookedCache.__init__(cache, model, kv_layers, states)
         return cache
@@ -265,27 +102,22 @@ class CompressedCache(HookedCache):
         evict: Literal["once", "again"] = "once",
         evict_every: int | None = None,
     ) -> CompressedCache:
-        """A cache that holds what a profile, or another method, keeps of some prompts.
+        """Read prompts and return a cache that holds what a profile, or another method, keeps of them.
 
         Args:
-            model: as for the class.
-            profile: as for the class.
+            model, profile, budget, prefill_chunk, evict, evict_every: as for the class.
             input_ids: the prompts, ``[batch, tokens]``.
             attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
-            budget: as for the class.
-            prefill_chunk: as for the class.
-            evict: as for the class.
-            evict_every: as for the class.
 
         Raises:
             ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        _check_ids(input_ids)
+        check_ids(input_ids)
         if not input_ids.numel():
             raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
         if attention_mask is not None:
-            _check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
+            check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
         ids = input_ids.to(input_device(model)).long()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -298,7 +130,7 @@ class CompressedCache(HookedCache):
         return cache
 
     def followed_by(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """What `generate` needs to go on from here: ``model.generate(**cache.followed_by(question), ...)``.
+        """Return what `generate` needs to go on: ``model.generate(**cache.followed_by(question), ...)``.
 
         The tokens that the cache has seen are not computed again. What they and the answer add is kept whole (unless
         the cache evicts again); to ask another question of the same text, ask a `copy`.
@@ -314,7 +146,7 @@ class CompressedCache(HookedCache):
             UsageError: if the text so far is not known, or not all of it; for another number of sequences; or after
                 beam search.
         """
-        _check_ids(input_ids)
+        check_ids(input_ids)
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
         if not seen:
             raise UsageError("the cache holds nothing yet; read a text with CompressedCache.prefill first")
@@ -336,14 +168,31 @@ class CompressedCache(HookedCache):
         after = self.kv_layers[0].prompt_width
         mask = torch.ones_like(ids)
         mask[:, :seen] = self.kv_layers[0].real_tokens().to(ids.device)
-        mask[:, after:known] *= ~_filled_up(self.model(), self.input_ids)[:, after:]
+        mask[:, after:known] *= ~filled_up(self.model(), self.input_ids)[:, after:]
         if attention_mask is not None:
             shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
-            _check_mask(attention_mask, shapes)
+            check_mask(attention_mask, shapes)
             mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
         for layer in self.kv_layers:
             layer.note_padding(mask[:, after:seen].bool())
-        return {"input_ids": ids, "attention_mask": mask, **self.as_argument}
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": True, **self.as_argument}
+
+    def begin_generation(self, ids: Any, mask: Tensor | None, new: int | None) -> None:
+        """Checks the text that `generate` goes on from, before its first forward call; see `check_text`.
+
+        Raises:
+            UsageError: for another text than the cache has read; for a prompt that comes in several calls to a cache
+                that would cut the first alone.
+        """
+        seen, before = self.get_seq_length(), self._seen_before_generate
+        in_pieces = seen and (before == 0 or (before is None and self.block is not None))
+        if in_pieces and not (self.prefill_chunk or self.reeviction.evict == "again"):
+            raise UsageError(
+                "generate(prefill_chunk_size=...) brings the prompt in several calls, of which only the first would be "
+                "compressed; leave it out, or give the cache or compress() prefill_chunk=N to evict after each chunk"
+            )
+        if seen:
+            check_text(self.input_ids, seen, ids, mask, new)
 
     def _check_text(self) -> None:
         """Raises `UsageError` if `input_ids` cannot be what the rows hold."""
@@ -359,7 +208,7 @@ class CompressedCache(HookedCache):
             )
 
     def copy(self) -> CompressedCache:
-        """A cache that holds the same and goes its own way.
+        """Return a cache that holds the same and goes its own way.
 
         Both share the memory of the keys and values held now, so a copy costs nothing until it grows (`kv_bytes` counts
         what is shared for each); recurrent states are copied. `copy.copy` and `copy.deepcopy` do the same.
@@ -372,7 +221,7 @@ class CompressedCache(HookedCache):
         layers: list[CompressedLayer] = []
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
             layers.append(layer.copy(layers, context))
-        twin = CompressedCache._with_layers(model, layers, [state.copy() for state in self.state_layers])
+        twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids, twin._searched = self.input_ids, self._searched
         return twin
 
@@ -412,11 +261,9 @@ class CompressedCache(HookedCache):
         """
         from evolkv.cache.files import read_cache
 
-        stored = read_cache(path, model)
-        layers = _layers(model, stored.budgets, stored.selector, stored.reeviction)
-        stored.fill(layers)
-        cache = cls._with_layers(model, layers, stored.states)
-        cache.input_ids = stored.input_ids
+        layers, states, input_ids = read_cache(path, model)
+        cache = cls.with_layers(model, layers, states)
+        cache.input_ids = input_ids
         return cache
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -443,7 +290,7 @@ class CompressedCache(HookedCache):
             self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """What beam search asks for: makes sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
+        """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it."""
         super().reorder_cache(beam_idx)
         self._searched = True
 
@@ -465,7 +312,7 @@ class CompressedCache(HookedCache):
         self.input_ids, self._searched = None, False
 
     def activate_past_recording(self) -> None:
-        """What assisted decoding asks for before its first call, which brings drafted tokens along with the prompt.
+        """Expect drafted tokens along with the prompt in the next call; assisted decoding asks for it.
 
         Raises:
             UsageError: if the cache holds a prompt, since transformers would bring it again.
@@ -476,29 +323,24 @@ class CompressedCache(HookedCache):
                 "second time; pass a new CompressedCache, or generate without assistance"
             )
         super().activate_past_recording()
-        reference = weakref.ref(self)
+        self._awaits_drafts = True
+        hook_model(self.model())
 
-        def find_drafted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache, (_, drafting) = reference(), given_cache(kwargs)
-            if cache is not None and drafting is not cache:
-                return
-            handle.remove()
-            kept = kwargs.get("logits_to_keep")
-            # A call that is not generate's has no drafts: generate may have failed before its first.
-            if cache is not None and isinstance(kept, int) and kept > 1:
-                for layer in cache.kv_layers:
-                    # transformers wants logits of the last prompt token and of each draft.
-                    layer.drafted = kept - 1
-
-        # `generate` of a compiled model calls the one within.
-        model = self.model()
-        handle = getattr(model, "_orig_mod", model).register_forward_pre_hook(find_drafted, with_kwargs=True)
+    def note_call(self, kwargs: dict[str, Any]) -> None:
+        """Takes note of the drafts in a call of the model, the first one since `activate_past_recording`."""
+        kept = kwargs.get("logits_to_keep")
+        # A call that is not generate's has no drafts: generate may have failed before its first.
+        if self._awaits_drafts and isinstance(kept, int) and kept > 1:
+            for layer in self.kv_layers:
+                # transformers wants logits of the last prompt token and of each draft.
+                layer.drafted = kept - 1
+        self._awaits_drafts = False
 
     @property
     def reeviction(self) -> Reeviction:
         """When the cache evicts again."""
         layer = self.kv_layers[0]
-        return layer.reeviction if isinstance(layer, ReevictingLayer) else Reeviction()
+        return layer.reeviction if isinstance(layer, ReevictingLayer) else ONCE
 
     @property
     def prefill_chunk(self) -> int | None:
@@ -507,7 +349,7 @@ class CompressedCache(HookedCache):
 
     @property
     def evicts_later(self) -> bool:
-        """Whether a later call may evict something: of a prompt that goes on, or after it."""
+        """Return whether a later call may evict something: of a prompt that goes on, or after it."""
         return any(isinstance(layer, ReevictingLayer) and layer.evicts_later for layer in self.kv_layers)
 
     @property
@@ -516,7 +358,7 @@ class CompressedCache(HookedCache):
         return self.prefill_chunk or super().most_tokens
 
     def end_prompt(self) -> None:
-        """Says that a prompt which may come in several calls is complete; a call of a single token says so too."""
+        """Mark a prompt that may come in several calls as complete; a call of a single token does so too."""
         for layer in self.kv_layers:
             if isinstance(layer, ReevictingLayer):
                 layer.end_prompt()
@@ -582,14 +424,14 @@ class CompressedCache(HookedCache):
             states: what the prompt left in the other layers of a hybrid model, one sequence each.
         """
         repeated = [StateLayer.merge([state] * len(budgets)) for state in states]
-        cache = cls._with_layers(model, _layers(model, np.moveaxis(budgets, 1, 0), selector, Reeviction()), repeated)
+        cache = cls.with_layers(model, make_layers(model, np.moveaxis(budgets, 1, 0), selector), repeated)
         for layer, (key, value), ranking in zip(cache.kv_layers, keys_values, rankings, strict=True):
             layer.store_ranked(key, value, ranking, room)
         return cache
 
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:
-        """The sequences of several caches, each right after its prompt, in one, with `room` for new tokens.
+        """Return one cache with the sequences of several, each right after its prompt, and `room` for new tokens.
 
         The caches must not be used afterwards: the new one shares memory with them.
 
@@ -604,191 +446,8 @@ class CompressedCache(HookedCache):
             )
         columns = zip(*(other.kv_layers for other in caches), strict=True)
         states = zip(*(other.state_layers for other in caches), strict=True)
-        return cls._with_layers(
+        return cls.with_layers(
             model,
             [CompressedLayer.merge(list(column), room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
-
-
-def _filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What `generate` put behind the rows of a batch that ended before others, ``[batch, tokens]``."""
-    settings = model.generation_config
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    # What generate() takes, too.
-    pad = settings.pad_token_id if settings.pad_token_id is not None else ends[0]
-    # Nothing is put behind the longest row, and so behind a single one.
-    if pad is None or len(ids) == 1:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    run = (ids == pad).flip(1).cumprod(dim=1).flip(1).bool()
-    if pad in ends:
-        # The first of the run is the row's own end.
-        run = run & F.pad(run[:, :-1], (1, 0))
-    return run
-
-
-def _check_ids(input_ids: Any) -> None:
-    """Raises `UsageError` for what is no tensor of token ids."""
-    if isinstance(input_ids, Tensor):
-        if input_ids.ndim == 2 and not (input_ids.is_floating_point() or input_ids.is_complex()):
-            return
-        found = f"a tensor of {input_ids.dtype} and shape {list(input_ids.shape)}"
-    else:
-        found = type(input_ids).__name__
-    raise UsageError(
-        f"input_ids is {found}; expected a tensor of token ids [batch, tokens], as tokenizer(text, "
-        "return_tensors='pt').input_ids is"
-    )
-
-
-def _check_mask(attention_mask: Any, shapes: Mapping[torch.Size, str]) -> None:
-    """Raises `UsageError` unless a mask has one of some shapes, which are named in words."""
-    found = attention_mask.shape if isinstance(attention_mask, Tensor) else None
-    if found not in shapes:
-        expected = " or ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
-        given = type(attention_mask).__name__ if found is None else f"of shape {list(found)}"
-        raise UsageError(f"attention_mask is {given}; expected a tensor of shape {expected}")
-
-
-def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:
-    return zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
-
-
-def _layers(model: PreTrainedModel, budgets: Any, selector: Selector, reeviction: Reeviction) -> list[CompressedLayer]:
-    if reeviction.wanted:
-        return [
-            ReevictingLayer(reeviction, row, selector, window, context)
-            for row, window, context in _places(model, budgets)
-        ]
-    return [CompressedLayer(row, selector, window, context) for row, window, context in _places(model, budgets)]
-
-
-class _LayerMaker:
-    """Makes the layers of new caches, for settings that have been checked."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        profile: MethodSpec,
-        budget: BudgetSpec | None,
-        reeviction: Reeviction,
-    ):
-        self.model, self.reeviction = model, reeviction
-        at = None if budget is None else read_budget(budget)
-        method, self.budgets = get_method(profile).resolve(model, at)
-        assert method.selector is not None
-        self.method, self.selector = method, method.selector
-        if reeviction.wanted and method.observers:
-            raise UsageError(
-                f"method {method.name!r} lays out budgets once, for the whole prompt, and cannot evict again; leave "
-                f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
-            )
-        reeviction.check_selector(method.selector)
-        if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
-            raise UsageError(
-                f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "
-                "tokens cannot be read, and cut, as one call; leave out prefill_chunk and evict='again', or give "
-                "evict_every"
-            )
-
-    def __call__(self) -> list[Any]:
-        if not self.method.observers:
-            return _layers(self.model, self.budgets, self.selector, self.reeviction)
-        layers: list[AdaptiveLayer] = []
-        for row, window, context in _places(self.model, self.budgets):
-            layers.append(AdaptiveLayer(self.method, row, layers, window, context))
-        return layers
-
-
-@contextmanager
-def compress(
-    model: PreTrainedModel,
-    profile: MethodSpec,
-    budget: BudgetSpec | None = None,
-    *,
-    prefill_chunk: int | None = None,
-    evict: Literal["once", "again"] = "once",
-    evict_every: int | None = None,
-) -> Iterator[None]:
-    """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
-
-    Each prompt gets a fresh `CompressedCache`, which the output holds as ``cache`` (``past_key_values`` before
-    transformers 5.24). Calls that pass a cache which already holds tokens, or ``use_cache=False``, go on as they
-    would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
-    exception.
-
-    The block switches the model, for all threads that call it: have one block per model at a time. Where requests come
-    from several threads, give each call a cache of its own, ``generate(cache=CompressedCache(model, profile))``.
-
-    Args:
-        model: a transformers decoder-only model.
-        profile: as for `CompressedCache`.
-        budget: as for `CompressedCache`.
-        prefill_chunk: as for `CompressedCache`.
-        evict: as for `CompressedCache`.
-        evict_every: as for `CompressedCache`.
-
-    Raises:
-        ProfileError: if the profile is for another model.
-        ModelError: if the model's cache cannot be compressed.
-        UsageError: as for `CompressedCache`; inside the block, if a call asks for another kind of
-            cache (static, quantized, offloaded).
-
-    Example:
-        >>> with evolkv.compress(model, profile):
-        ...     model.generate(**inputs)
-    """
-    make_layers = _LayerMaker(model, profile, budget, Reeviction(prefill_chunk, evict, evict_every))
-    block = _Block()
-    replaced: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
-
-    def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        kwargs = by_name(module, args, kwargs)
-        name, given = given_cache(kwargs)
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = model.config.get_text_config(decoder=True).use_cache
-        if isinstance(given, HookedCache) or not (use_cache or given is not None):
-            return None
-        if given is not None and given.get_seq_length() > 0:
-            return None
-        # transformers drafts with the first layers alone (assistant_early_exit), and does not restore their number if
-        # that raises. The call that brings the drafts is refused below.
-        if len(cached_layers(model)[0]) < len(make_layers.budgets):
-            return None
-        if given is not None and (type(given) is not DynamicCache or given.offloading):
-            raise UsageError(
-                f"compress() replaces the default cache, but this call brings a {type(given).__name__}; "
-                "call it without cache_implementation and without a cache"
-            )
-        kept = kwargs.get("logits_to_keep")
-        if given is not None and isinstance(kept, int) and kept > 1:
-            raise UsageError(
-                "assisted decoding brings drafts along with the prompt, and compress() cannot tell where they begin; "
-                "give generate() an empty CompressedCache(model, profile) as its cache"
-            )
-        if given is not None and given in replaced:
-            raise UsageError(
-                "this call brings a cache that stayed empty, since compress() has put one of its own in its place "
-                f"before; go on with the one that the model's output holds (output.{name}), or give each prompt a "
-                "new cache; a model whose output holds none cannot be compressed in a block"
-            )
-        cache = CompressedCache._with_layers(model, make_layers())
-        cache.block = block
-        if given is not None:
-            replaced.add(given)
-        kwargs[name or cache_keyword(module)] = cache
-        kwargs["use_cache"] = True
-        return (), kwargs
-
-    detach = attach(model)
-    # First in line: of nested blocks the innermost one must be the first to bring its cache.
-    targets: list[nn.Module] = list(dict.fromkeys([model, model.get_decoder()]))
-    handles = [target.register_forward_pre_hook(inject, prepend=True, with_kwargs=True) for target in targets]
-    try:
-        yield
-    finally:
-        block.is_open = False
-        for handle in handles:
-            handle.remove()
-        detach()

@@ -5,7 +5,7 @@ layer ``i`` and group ``j`` of its rows it has the tensors ``i.j.rows``, ``i.j.p
 ``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known. Layer ``i`` of a hybrid model's layers with
 states has ``states.i.0.conv`` and the like (see `StateLayer.parts`). For the next cut of a cache that evicts again (see
 `ReevictingLayer`) there are ``i.queries.s`` of sequence ``s`` and ``i.j.received`` of a group's rows. Where there is
-padding among the tokens after the prompt, ``real`` says which are none. The description has a CRC-32 of each tensor.
+padding among the tokens after the prompt, ``real`` marks the real ones. The description has a CRC-32 of each tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.layer import CompressedLayer, RowGroup
+from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ReevictingLayer, Reeviction
+from evolkv.cache.resolve import make_layers
+from evolkv.cache.rows import RowGroup
 from evolkv.cache.state import StateLayer, empty_states
 from evolkv.errors import CacheFileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, sliding_windows
@@ -105,51 +107,6 @@ class _Description(BaseModel):
     crc32: dict[str, int] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StoredCache:
-    """What a file holds.
-
-    Args:
-        budgets: of each layer, ``[kv_heads]`` or ``[batch, kv_heads]``.
-        selector: decided what was kept.
-        groups: the rows of each layer.
-        prompt_lengths: real tokens of each sequence's prompt.
-        prompt_width: tokens of the prompts, padding included.
-        appended: tokens seen after the prompt.
-        input_ids: the text, ``[batch, tokens]``, or None.
-        states: the layers of a hybrid model that have states instead.
-        reeviction: when the cache evicts again.
-        open: see `ReevictingLayer`.
-        real: see `CompressedLayer`.
-        queries, received: see `ReevictingLayer`; for each layer.
-    """
-
-    budgets: list[np.ndarray]
-    selector: Selector
-    groups: list[list[RowGroup]]
-    prompt_lengths: list[int]
-    prompt_width: int
-    appended: int
-    input_ids: Tensor | None
-    states: list[StateLayer]
-    reeviction: Reeviction
-    open: bool
-    real: Tensor | None
-    queries: list[list[Tensor]]
-    received: list[list[Tensor]]
-
-    def fill(self, layers: Sequence[CompressedLayer]) -> None:
-        """Gives empty layers what is held."""
-        for i, (layer, groups) in enumerate(zip(layers, self.groups, strict=True)):
-            layer.lazy_initialization(groups[0].keys, groups[0].values)
-            layer.groups, layer.prompt_lengths = groups, list(self.prompt_lengths)
-            layer.prompt_width, layer.appended = self.prompt_width, self.appended
-            layer.is_initialized, layer.real = True, self.real
-            if isinstance(layer, ReevictingLayer):
-                layer.open = self.open
-                layer.queries, layer.received = self.queries[i], self.received[i]
-
-
 def write_cache(
     path: str | os.PathLike[str],
     model: PreTrainedModel,
@@ -224,8 +181,12 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
     return tensors
 
 
+#: The layers with keys and values of a cache, those with states, and the ids of its text, ``[batch, tokens]``, or None.
+StoredCache = tuple[list[CompressedLayer], list[StateLayer], Tensor | None]
+
+
 def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCache:
-    """Reads a file, tensor by tensor, onto the device that the model's ids go to, and checks it.
+    """Read a file, tensor by tensor, onto the device that the model's ids go to, and check it.
 
     Raises:
         CacheFileError: if it is missing, no such file, damaged, of another version, or made with another model.
@@ -257,7 +218,7 @@ def _read(path: Path, model: PreTrainedModel) -> StoredCache:
             description = _description(file.metadata() or {})
             info = describe_model(model)
             _check_model(description.model, _model(model, info))
-            return _Reader(file, description, model, info).read(empty_states(model))
+            return _Reader(file, description, model, info).read()
     except SafetensorError as error:
         raise CacheFileError(f"no cache, or cut off: {error}; write it again with CompressedCache.save") from None
     except OSError as error:
@@ -301,14 +262,14 @@ class _Reader:
     """Takes the tensors of one file, each checked against the description."""
 
     def __init__(self, file: Any, description: _Description, model: PreTrainedModel, info: ModelInfo):
-        self.file, self.said = file, description
+        self.file, self.said, self.model = file, description, model
         self.heads, self.head_dim, self.dtype = description.model.num_kv_heads, info.head_dim, model.dtype
         self.value_dim = getattr(model.config.get_text_config(decoder=True), "v_head_dim", None) or info.head_dim
         self.query_heads, self.device = info.num_heads, input_device(model)
         self.batch = len(description.prompt_lengths)
 
-    def read(self, states: list[StateLayer]) -> StoredCache:
-        """All of it; `states` are the model's layers with states, empty, to be filled."""
+    def read(self) -> StoredCache:
+        """Return all that the file holds."""
         said, again = self.said, self.said.reeviction
         try:
             selector = get_selector(said.selector)
@@ -349,25 +310,20 @@ class _Reader:
             queries = [self._queries(i, selector) for i in range(len(groups))]
         if again is not None and again.received:
             received = [self._received(i, layer) for i, layer in enumerate(groups)]
+        states = empty_states(self.model)
         self._fill_states(states)
         ids = self._tensor("input_ids", torch.int64) if "input_ids" in self.file.keys() else None  # noqa: SIM118
         if ids is not None:
             _check(ids.ndim == 2 and ids.shape[0] == self.batch, "input_ids do not fit its sequences")
-        return StoredCache(
-            budgets=budgets,
-            selector=selector,
-            groups=groups,
-            prompt_lengths=said.prompt_lengths,
-            prompt_width=said.prompt_width,
-            appended=said.appended,
-            input_ids=ids,
-            states=states,
-            reeviction=reeviction,
-            open=again is not None and again.open,
-            real=real,
-            queries=queries,
-            received=received,
-        )
+        layers = make_layers(self.model, budgets, selector, reeviction)
+        for i, layer in enumerate(layers):
+            layer.lazy_initialization(groups[i][0].keys, groups[i][0].values)
+            layer.groups, layer.prompt_lengths = groups[i], list(said.prompt_lengths)
+            layer.prompt_width, layer.appended = said.prompt_width, said.appended
+            layer.is_initialized, layer.real = True, real
+            if isinstance(layer, ReevictingLayer) and again is not None:
+                layer.open, layer.queries, layer.received = again.open, queries[i], received[i]
+        return layers, states, ids
 
     def _group(self, name: str, window: int | None, padded: bool) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)

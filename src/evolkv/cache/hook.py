@@ -1,9 +1,9 @@
 """The door into attention: an implementation registered with transformers that our cache layers answer.
 
 `attach(model)` switches the model's decoder to the implementation ``evolkv_<own>``, where ``<own>`` is what the
-model was loaded with. It calls the model's own implementation unless the keys come from a `HookedLayer` (one of our
+model was loaded with. It calls the model's own implementation unless the keys come from an `AttendingLayer` (one of our
 cache layers), which then computes attention itself. The keys carry that fact as an attribute of the tensor that
-`HookedLayer.update` returned, so there is no global state and any other cache works as before.
+`update` returned, so there is no global state and any other cache works as before.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evolkv.cache.chunks import hook_chunks
+from evolkv.cache.chunks import put_together, read_all_but_last
+from evolkv.cache.generate import watch_generate
+from evolkv.cache.masks import make_mask
 from evolkv.errors import ModelError
+from evolkv.models.forward import given_cache
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 _PREFIX = "evolkv_"
 _LAYER = "_evolkv_layer"
-_PADDING = "_evolkv_padding"
 _ON_THE_WAY = "_evolkv_on_the_way"
-_EVERYTHING = "_evolkv_everything"
 
 
 class AttendingLayer(Protocol):
@@ -52,12 +52,7 @@ class AttendingLayer(Protocol):
 
 
 def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tensor]:
-    """Marks keys and values as coming from `layer`, for the attention call that follows.
-
-    Raises:
-        ModelError: if the keys that were marked before never got there, and so were not stored.
-    """
-    check_arrival(layer)
+    """Mark keys and values as coming from `layer`, for the attention call that follows; see `check_arrival`."""
     setattr(layer, _ON_THE_WAY, True)
     # Fresh views: the caller's own tensors must stay unmarked.
     key, value = key.view_as(key), value.view_as(value)
@@ -67,7 +62,7 @@ def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tens
 
 
 def check_arrival(layer: AttendingLayer) -> None:
-    """Raises `ModelError` if keys and values of the layer went to attention, and never got there."""
+    """Raise `ModelError` if the keys handed out by `update` never reached attention."""
     if getattr(layer, _ON_THE_WAY, False):
         raise ModelError(
             "the model changes its keys between cache and attention, or bypasses transformers' attention interface, so "
@@ -77,34 +72,8 @@ def check_arrival(layer: AttendingLayer) -> None:
 
 
 def forget_sent(layer: AttendingLayer) -> None:
-    """Expects no keys and values of the layer to reach attention any more."""
+    """Expect no keys and values of the layer to reach attention any more."""
     setattr(layer, _ON_THE_WAY, False)
-
-
-def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
-    """The 2-D padding mask ``[batch, tokens]`` (True: a real token) that a prompt's attention mask was made from."""
-    if mask is None:
-        return None
-    padding: Tensor | None = getattr(mask, _PADDING, None)
-    if padding is not None:
-        return padding
-    # A mask the caller prepared: a token is real if any query may look at it.
-    visible = _as_booleans(mask)
-    return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
-
-
-def was_padding(mask: Tensor | BlockMask | None) -> bool:
-    """Whether a mask says no more than which tokens are padding, and what the model's attention hides anyway."""
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) or hasattr(mask, _PADDING)
-
-
-def _as_booleans(mask: Tensor | BlockMask) -> Tensor:
-    """Any implementation's mask with True where visible, in the shape it has."""
-    if isinstance(mask, BlockMask):
-        batch, heads, queries, keys = mask.shape
-        return create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(mask.kv_num_blocks.device))
-    # Additive where it is of floating point, otherwise 1 for what is visible.
-    return mask >= 0 if mask.is_floating_point() else mask.bool()
 
 
 def _own_attention(module: nn.Module, name: str) -> Attention:
@@ -157,82 +126,110 @@ def _attention(
             "once, as the cache returned them"
         )
     setattr(layer, _ON_THE_WAY, False)
-    return layer.attend(own, module, query, key, value, attention_mask, **kwargs)
+    attend = _attend_untraced if torch.compiler.is_compiling() else type(layer).attend
+    return attend(layer, own, module, query, key, value, attention_mask, **kwargs)
 
 
-def _mask(name: str, **kwargs: Any) -> Any:
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
-    padding = kwargs.get("attention_mask")
-    if mask is not None and padding is not None:
-        setattr(mask, _PADDING, padding)
-    if mask is not None:
-        setattr(mask, _EVERYTHING, {})
-    return mask
+# The state of our layers is in Python objects, and grows: a compiled model runs them as they are.
+@torch.compiler.disable
+def _attend_untraced(layer: AttendingLayer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return layer.attend(*args, **kwargs)
 
 
-def boolean_mask(
-    mask: Tensor | BlockMask | None, batch: int, queries: int, keys: int, device: torch.device
-) -> Tensor | None:
-    """What any implementation's mask over the newest `keys` entries means, as booleans.
+class _WrappedName(str):
+    """The name of an attention implementation of ours; a copy or pickle of it is the name of the model's own."""
 
-    Returns:
-        ``[batch or 1, 1, queries, keys]``, True where visible; None where everything is visible.
-    """
-    if mask is None:
-        if queries == 1:
-            return None
-        rows = torch.arange(keys - queries, keys, device=device)[:, None]
-        return (torch.arange(keys, device=device) <= rows)[None, None]
-    visible = _as_booleans(mask)
-    if visible.ndim == 2:  # flash attention's: padding only
-        return sdpa_mask(
-            batch,
-            queries,
-            keys,
-            keys - queries,
-            attention_mask=visible[:, -keys:],
-            device=device,
-            allow_is_causal_skip=False,
-        )
-    return visible[..., -keys:]
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.removeprefix(_PREFIX),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self.removeprefix(_PREFIX)
 
 
-def hides_nothing(mask: Tensor | BlockMask | None, visible: Tensor | None) -> bool:
-    """Whether everything is visible by `visible`, which `boolean_mask` made from `mask`.
-
-    A device is asked once for all layers that share a mask of transformers' making, and never about other masks.
-    """
-    if visible is None:
-        return True
-    known: dict[int, bool] | None = getattr(mask, _EVERYTHING, None)
-    if known is None:
-        return False
-    keys = visible.shape[-1]
-    if keys not in known:
-        known[keys] = bool(visible.all())
-    return known[keys]
+def _read_config(module: nn.Module) -> PreTrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    found = {id(model.config.get_text_config(decoder=True)): model.config.get_text_config(decoder=True)}
-    for module in model.get_decoder().modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+# Module hooks. They are functions of this file, so that copies and pickles of a hooked model can have them, and do
+# nothing for a cache that is not ours. A thread that installs or removes them may have another thread's call take one
+# for a hook without keywords; such a call began without any of our caches.
+
+# Opens the call of a model in which a `compress` block puts its cache: arguments by name -> those with the cache.
+Bring = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+_Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+@torch.compiler.disable
+def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Changed:
+    attachment = None if kwargs is None else _attachments.get(module)
+    if attachment is None or kwargs is None:
+        return None
+    blocks = tuple(attachment.blocks)
+    brought = blocks[-1](module, args, kwargs) if blocks else None
+    cache: Any = given_cache(kwargs)[1]
+    if brought is None and hasattr(cache, "note_call"):
+        cache.note_call(kwargs)
+    return brought
+
+
+def _begin_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Changed:
+    return None if kwargs is None else read_all_but_last(module, args, kwargs)
+
+
+def _end_call(module: nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> Any:
+    return put_together(module, args, kwargs, *output) if output else None
+
+
+def _fan_out(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Changed:
+    cache: Any = None if kwargs is None else given_cache(kwargs)[1]
+    return cache.fan_out(index, args, kwargs) if hasattr(cache, "fan_out") else None
+
+
+_HOOKS = (_before_model, _begin_call, _end_call, _fan_out)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Remove our hooks from a module, also those that were copied along with it."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "func", hook) in _HOOKS:
+                hooks.pop(key, None)
+                flags.pop(key, None)
 
 
 class _Attachment:
-    """How many users the hook of one model has, and what to restore after the last."""
+    """The hooks of one decoder: how many users they have, and what to restore after the last."""
 
     def __init__(self, model: PreTrainedModel):
         self.users = 0
-        self.own = [(config, str(config._attn_implementation)) for config in _decoder_configs(model)]
+        #: What the open `compress` blocks do with a call, the innermost last.
+        self.blocks: list[Bring] = []
+        decoder = model.get_decoder()
+        configs = {id(model.config.get_text_config(decoder=True)): model.config.get_text_config(decoder=True)}
+        for module in decoder.modules():
+            if (config := _read_config(module)) is not None:
+                configs[id(config)] = config
+        # What a copy of a hooked model brought along.
+        for module in {*model.modules(), *decoder.modules()}:
+            _remove_hooks(module)
+        self.own = [(config, str(config._attn_implementation).removeprefix(_PREFIX)) for config in configs.values()]
         self.wrap()
-        self.handles = hook_chunks(model.get_decoder())
+        self._decoder = weakref.ref(decoder)
+        self._fans = False
+        decoder.register_forward_pre_hook(_begin_call, with_kwargs=True)
+        decoder.register_forward_hook(_end_call, with_kwargs=True)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Return whether all configs name our implementation."""
+        return all(type(config._attn_implementation_internal) is _WrappedName for config, _ in self.own)
 
     def wrap(self) -> None:
-        """Has the configs name our implementation for the one that they name now.
+        """Have the configs name our implementation for the one that they name now.
 
         Raises:
             ModelError: if it cannot be wrapped.
@@ -242,17 +239,38 @@ class _Attachment:
         for _, name in chosen:
             _check_implementation(name)
         for at, name in chosen:
-            wrapped = _PREFIX + name
+            wrapped = _WrappedName(_PREFIX + name)
             if wrapped not in ALL_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(wrapped, functools.partial(_attention, name))
-                AttentionMaskInterface.register(wrapped, functools.partial(_mask, name))
+                AttentionMaskInterface.register(wrapped, functools.partial(make_mask, name))
             config, _ = self.own[at]
             config._attn_implementation_internal = wrapped
             self.own[at] = (config, name)
 
+    def hook_model(self, model: PreTrainedModel) -> None:
+        """Have calls of the model, and of its decoder, go through the open blocks and their cache first."""
+        for module in dict.fromkeys([getattr(model, "_orig_mod", model), model.get_decoder()]):
+            if _before_model not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_before_model, prepend=True, with_kwargs=True)
+            _attachments[module] = self
+
+    def fan_out(self) -> None:
+        """Have each layer of the decoder ask its cache whether a row is to become several."""
+        decoder = self._decoder()
+        if not self._fans and decoder is not None:
+            for index, layer in enumerate(decoder.layers):
+                layer.register_forward_pre_hook(functools.partial(_fan_out, index), with_kwargs=True)
+            self._fans = True
+
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        """Leave the model as it was."""
+        for module in [module for module, held in _attachments.items() if held is self]:
+            _remove_hooks(module)
+            del _attachments[module]
+        decoder = self._decoder()
+        if self._fans and decoder is not None:
+            for layer in decoder.layers:
+                _remove_hooks(layer)
         for config, name in self.own:
             # Another may have been chosen meanwhile.
             if str(config._attn_implementation).startswith(_PREFIX):
@@ -260,7 +278,7 @@ class _Attachment:
 
 
 def own_attention(model: PreTrainedModel) -> str:
-    """Name of the attention implementation that a model was loaded with, whether or not the hook is installed."""
+    """Return the name of the attention implementation that a model was loaded with, hooked or not."""
     return str(model.config._attn_implementation).removeprefix(_PREFIX)
 
 
@@ -279,48 +297,68 @@ def _check_implementation(name: str) -> None:
         )
 
 
-_attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
+#: By decoder, and by model where a `compress` block is open.
+_attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
 # Reentrant: a cache may be collected, and so detached, while another one attaches.
 _lock = threading.RLock()
 
 
-def wrap_again(model: PreTrainedModel) -> None:
-    """Wraps what `set_attn_implementation` has chosen since the hook was installed, if it did.
+def wrap_again(decoder: nn.Module) -> None:
+    """Wrap what `set_attn_implementation` has chosen since the hook was installed, if it did.
 
     Raises:
         ModelError: if it cannot be wrapped.
     """
     with _lock:
-        attachment = _attachments.get(model)
-        if attachment is not None:
+        attachment = _attachments.get(decoder)
+        if attachment is not None and not attachment.is_wrapped:
             attachment.wrap()
 
 
-def attach(model: PreTrainedModel) -> Callable[[], None]:
-    """Installs the hook; the model is restored when every caller has called what is returned.
+def hook_model(model: PreTrainedModel) -> None:
+    """Have the model tell our caches of its calls (`note_call`), for as long as they live."""
+    with _lock:
+        _attachments[model.get_decoder()].hook_model(model)
+
+
+def attach(model: PreTrainedModel, bring: Bring | None = None, *, fans: bool = False) -> Callable[[], None]:
+    """Install the hooks; the model is restored when every caller has called what is returned.
+
+    Args:
+        model: the model.
+        bring: what a `compress` block does with calls of the model.
+        fans: whether a cache wants its `fan_out` called before each layer.
 
     Raises:
         ModelError: if the model's attention implementation cannot be wrapped.
     """
+    decoder = model.get_decoder()
     with _lock:
-        attachment = _attachments.get(model)
+        watch_generate(model)
+        attachment = _attachments.get(decoder)
         if attachment is None:
-            attachment = _attachments[model] = _Attachment(model)
+            attachment = _attachments[decoder] = _Attachment(model)
         else:
             attachment.wrap()
         attachment.users += 1
+        if bring is not None:
+            attachment.blocks.append(bring)
+            attachment.hook_model(model)
+        if fans:
+            attachment.fan_out()
     # The model may be gone before its last cache is; a weak reference lets it.
-    reference = weakref.ref(model)
+    reference = weakref.ref(decoder)
 
     def detach() -> None:
         with _lock:
             held = reference()
             current = _attachments.get(held) if held is not None else None
-            if held is None or current is None:
+            if current is None:
                 return
+            if bring is not None:
+                current.blocks.remove(bring)
             current.users -= 1
             if current.users == 0:
                 current.remove()
-                del _attachments[held]
 
     return detach

@@ -14,13 +14,15 @@ inference"), so that one head with a long budget does not keep the others waitin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from evolkv.cache.rows import RowGroup
 
 # Entries that one program attends to, and how many of them at a time at most.
 _SPLIT, _MOST_TILE = 256, 64
@@ -30,15 +32,6 @@ _STAGES, _SHARED = 2, 2**16
 _LEAST_BLOCK = 16
 # Bytes that are loaded at once where everything begins at a multiple of them.
 _ALIGNED = 16
-
-
-class Group(Protocol):
-    """Rows of equal length; see `evolkv.cache.layer.RowGroup`."""
-
-    rows: Tensor
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
 
 
 class RowTable:
@@ -52,8 +45,8 @@ class RowTable:
         self._table = torch.empty(0)
         self._aligned = False
 
-    def of(self, groups: Sequence[Group]) -> tuple[Tensor, int, bool]:
-        """Where the rows of a layer's groups lie now.
+    def of(self, groups: Sequence[RowGroup]) -> tuple[Tensor, int, bool]:
+        """Return where the rows of a layer's groups lie now.
 
         Returns:
             The table, ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries
@@ -72,10 +65,10 @@ class RowTable:
             self._table = self._made(groups)
         return self._table, since, self._aligned
 
-    def _same_rows(self, groups: Sequence[Group]) -> bool:
+    def _same_rows(self, groups: Sequence[RowGroup]) -> bool:
         return all(group.rows is known for group, known in zip(groups, self._order, strict=True))
 
-    def _made(self, groups: Sequence[Group]) -> Tensor:
+    def _made(self, groups: Sequence[RowGroup]) -> Tensor:
         if len(groups) != len(self._order) or not self._same_rows(groups):
             self._order = [group.rows for group in groups]
             self._places = [rows.cpu().numpy() for rows in self._order]

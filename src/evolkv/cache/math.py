@@ -16,12 +16,15 @@ _UNKNOWN_TERMS = ("position_bias", "alibi")
 
 
 def extra_term(kwargs: dict[str, Any]) -> str | None:
-    """The name of what a model passes along that changes its attention logits in a way we do not compute, if any."""
-    return next((name for name in _UNKNOWN_TERMS if kwargs.get(name) is not None), None)
+    """Return the name of an argument that changes the attention logits in a way we do not compute, or None."""
+    for name in _UNKNOWN_TERMS:
+        if kwargs.get(name) is not None:
+            return name
+    return None
 
 
 def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises `ModelError` if the attention of `module` adds terms (biases by position) that we would leave out."""
+    """Raise `ModelError` if the attention of `module` adds terms (biases by position) that we would leave out."""
     if (name := extra_term(kwargs)) is not None:
         raise ModelError(
             f"{type(module).__name__} adds {name!r} to its attention, which ragged or replayed caches do "
@@ -30,13 +33,13 @@ def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def scaling_of(query: Tensor, kwargs: dict[str, Any]) -> float:
-    """The factor on the attention logits that the model asked for."""
+    """Return the factor on the attention logits that the model asks for."""
     scaling = kwargs.get("scaling")
     return float(scaling) if scaling is not None else query.shape[-1] ** -0.5
 
 
 def sinks_of(kwargs: dict[str, Any]) -> Tensor | None:
-    """The model's attention sinks, a logit for each query head, ``[heads]``, or None.
+    """Return the model's attention sinks, a logit for each query head, ``[heads]``, or None.
 
     A sink takes part in the softmax as if it were one more key, whose value is zero (GPT-OSS).
     """
@@ -45,7 +48,7 @@ def sinks_of(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def fold_sinks(sinks: Tensor | None, kv_heads: int, queries: int, repeats: int = 1) -> Tensor | None:
-    """Sinks for queries that are folded per KV head, ``[kv_heads, repeats * queries_per_kv_head * queries]``."""
+    """Return sinks for queries that are folded per KV head, ``[kv_heads, repeats * queries_per_kv_head * queries]``."""
     if sinks is None:
         return None
     shape = (kv_heads, repeats, len(sinks) // kv_heads, queries)
@@ -61,7 +64,7 @@ def attention(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of each row to its own keys.
+    """Return the softmax attention of each row to its own keys.
 
     Args:
         query: ``[rows, queries, head_dim]``.

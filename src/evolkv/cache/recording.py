@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
-from evolkv.cache.compressed import HookedCache, layer_contexts
 from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
 from evolkv.cache.state import StateLayer
 from evolkv.models import sliding_windows

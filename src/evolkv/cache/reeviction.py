@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.cache.hook import Attention
-from evolkv.cache.layer import CompressedLayer, RowGroup, group_rows
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import real_columns
 from evolkv.cache.math import scaling_of, sinks_of
+from evolkv.cache.rows import RowGroup, group_rows
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -58,12 +60,12 @@ class Reeviction:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything happens after the first call."""
-        return self != Reeviction()
+        """Return whether anything happens after the first call."""
+        return self != ONCE
 
     @property
     def after_prompt(self) -> bool:
-        """Whether tokens that came after the prompt may be evicted."""
+        """Return whether tokens that came after the prompt may be evicted."""
         return self.evict == "again" or self.evict_every is not None
 
     def check_selector(self, selector: Selector) -> None:
@@ -74,6 +76,10 @@ class Reeviction:
                 "evicts again (prefill_chunk, evict, evict_every); let each choose for itself, with reuse=1 "
                 f"({{'name': '{selector.name}', 'reuse': 1}})"
             )
+
+
+#: What a cache does that evicts once.
+ONCE = Reeviction()
 
 
 class ReevictingLayer(CompressedLayer):
@@ -115,7 +121,7 @@ class ReevictingLayer(CompressedLayer):
 
     @property
     def queries(self) -> list[Tensor]:
-        """Of each sequence, the queries that are kept for the next cut, ``[heads, queries, head_dim]``."""
+        """Return the queries that each sequence keeps for the next cut, ``[heads, queries, head_dim]``."""
         if self._newest:
             self._queries = [torch.cat(pieces, dim=1) for pieces in zip(self._queries, *self._newest, strict=True)]
             self._newest = []
@@ -127,11 +133,11 @@ class ReevictingLayer(CompressedLayer):
 
     @property
     def evicts_later(self) -> bool:
-        """Whether a later call may evict something."""
+        """Return whether a later call may evict something."""
         return self.open or self.reeviction.after_prompt
 
     def end_prompt(self) -> None:
-        """What comes next is no longer the prompt, however many tokens a call has."""
+        """Mark the prompt as complete."""
         self.open = False
         if not self.reeviction.after_prompt:
             self.queries, self.received = [], []
@@ -179,7 +185,6 @@ class ReevictingLayer(CompressedLayer):
         if self.received:
             self.received = [self.received[i * self.num_kv_heads + head] for i in order for head in heads]
 
-    @torch.compiler.disable
     def attend(
         self,
         own: Attention,
@@ -191,7 +196,7 @@ class ReevictingLayer(CompressedLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the new tokens to what the layer holds and to themselves; then stores them, and may cut."""
-        real = self._real_columns(mask, key.shape[2])
+        real = real_columns(mask, key.shape[2])
         first = not self.is_initialized
         self._cutting = first or self._cuts_after(key.shape[2])
         if first:
@@ -212,7 +217,7 @@ class ReevictingLayer(CompressedLayer):
         return output
 
     def _cuts_after(self, new: int) -> bool:
-        """Whether everything is to be cut after a later call of so many tokens."""
+        """Return whether to cut everything after a later call of so many tokens."""
         if new == 1 and self.open:
             self.end_prompt()
         if new > 1 and (self.open or self.reeviction.evict == "again"):
@@ -296,7 +301,7 @@ class ReevictingLayer(CompressedLayer):
             self._regroup(places, np.array([len(entries) for entries in kept]), list(kept))
 
     def _slots(self) -> list[tuple[RowGroup, int]]:
-        """Of each row, the group that holds it and its place there."""
+        """Return, for each row, the group that holds it and its place there."""
         found = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
         return [found[row] for row in range(self.batch * self.num_kv_heads)]
 
@@ -318,7 +323,7 @@ class ReevictingLayer(CompressedLayer):
         counts: np.ndarray,
         logits: dict[str, Any],
     ) -> list[Tensor | None]:
-        """The entries that each row keeps, ascending; None for all."""
+        """Return the entries that each row keeps, ascending; None for all."""
         kept: list[Tensor | None] = []
         received: list[Tensor] = []
         for sequences in self._alike(seen):
@@ -345,7 +350,7 @@ class ReevictingLayer(CompressedLayer):
         return kept
 
     def _alike(self, seen: list[int]) -> list[list[int]]:
-        """The sequences, all together if they can be ranked so."""
+        """Return the sequences, all together if they can be ranked so."""
         together = len(self.groups) == 1 and len(set(seen)) == 1
         together = together and len({queries.shape[1] for queries in self.queries}) <= 1
         return [list(range(self.batch))] if together else [[i] for i in range(self.batch)]
@@ -357,7 +362,7 @@ class ReevictingLayer(CompressedLayer):
         seen: int,
         logits: dict[str, Any],
     ) -> PromptAttention:
-        """What some sequences hold, shorter rows filled up in front."""
+        """Return what some sequences hold, shorter rows filled up in front."""
         heads = self.num_kv_heads
         rows = [sequence * heads + head for sequence in sequences for head in range(heads)]
         lengths = [places[row][0].keys.shape[1] for row in rows]
@@ -399,7 +404,7 @@ class ReevictingLayer(CompressedLayer):
         )
 
     def _carried(self, row: int, length: int, since: int, longest: int) -> Tensor:
-        """What was accumulated of a row's entries, with zeros for new ones and in front of a short row."""
+        """Return what a row's entries have accumulated, with zeros for new ones and in front of a short row."""
         before, new = self.received[row], min(length, since)
         # Whatever has left a sliding window was at the front.
         return F.pad(before[len(before) - (length - new) :], (longest - length, new))
@@ -419,7 +424,7 @@ class ReevictingLayer(CompressedLayer):
 
 
 def _queries_that_stay(queries: Tensor, real: Tensor) -> Tensor:
-    """The queries ``[heads, queries, head_dim]`` of the newest tokens without those of the latest that are not real."""
+    """Return the newest queries ``[heads, queries, head_dim]`` without those of padding among the latest."""
     count = queries.shape[1]
     real = real[max(0, len(real) - count) :]
     return queries[:, F.pad(real, (count - len(real), 0), value=True).to(queries.device)]

@@ -6,10 +6,8 @@ only a number per head, and all candidates read the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.compressed import HookedCache
 from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hooked import HookedCache
 from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
 from evolkv.cache.recording import Recording, RecordingCache
 from evolkv.cache.state import StateLayer
@@ -30,7 +28,7 @@ from evolkv.selectors import Selector
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """What a prompt leaves behind: enough to continue it under any budgets up to a ceiling.
+    """A prompt's ranked entries: enough to continue it under any budgets up to a ceiling.
 
     Args:
         tokens: length of the prompt.
@@ -135,13 +133,13 @@ class ReplayLayer(CacheLayerMixin):
         return query_length, self.get_seq_length()
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """All candidates' queries against the shared entries, in one call per prompt."""
+        """Attend with all candidates' queries to the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
         terms = scaling_of(query, kwargs), kwargs.get("softcap"), sinks_of(kwargs)
         outputs, start = [], 0
@@ -167,7 +165,7 @@ class ReplayLayer(CacheLayerMixin):
         return output.reshape(candidates, queries, query_heads, -1)
 
     def _visible(self, part: _Candidates, fold: int, queries: int) -> Tensor:
-        """Which entries each query sees, ``[kv_heads, candidates * fold * queries, entries]``."""
+        """Return which entries each query sees, ``[kv_heads, candidates * fold * queries, entries]``."""
         candidates, heads = part.counts.shape
         device, held, new = part.keys.device, part.keys.shape[1], self.new_keys.shape[2]
         shape = (heads, candidates, fold, queries)
@@ -196,7 +194,7 @@ class ReplayCache(HookedCache):
         budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompts were ranked to, unless
             the prompt is shorter.
         shared: rows of the budgets below which all candidates are alike; the decoder runs with one row per prompt up to
-            that layer, inside `fanning_out`.
+            that layer, where each row becomes a row per candidate.
     """
 
     kv_layers: list[ReplayLayer]
@@ -229,40 +227,27 @@ class ReplayCache(HookedCache):
         for number, place in enumerate(place for place in others if place.states):
             repeats = 1 if shared and place.index < self.fan_at else len(budgets)
             states.append(StateLayer.merge([prompt.states[number] for prompt in prompts for _ in range(repeats)]))
-        super().__init__(model, layers, states)
+        super().__init__(model, layers, states, fans=shared > 0)
 
     @property
     def num_rows(self) -> int:
         """Prompts times candidates."""
         return self.kv_layers[-1].num_rows
 
-    @contextmanager
-    def fanning_out(self, model: PreTrainedModel) -> Iterator[None]:
-        """Has forward calls with this cache take a row per prompt and split up into candidates at layer `fan_at`."""
-        if not self.shared:
-            yield
-            return
-
-        def fan_out(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            # The same model may be running for other threads.
-            argument, cache = given_cache(kwargs)
-            if cache is not self or argument is None:
-                return None
-            wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != argument}
-            hidden = _repeated(args[0], self.fan) if first else args[0]
-            return (hidden, *args[1:]), {**wide, argument: self}
-
-        with ExitStack() as hooks:
-            for module in model.get_decoder().layers[self.fan_at :]:
-                hook = partial(fan_out, first=module is model.get_decoder().layers[self.fan_at])
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
+    def fan_out(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of decoder layer `index` with a row per candidate; the hidden states fan out once."""
+        if not self.shared or index < self.fan_at:
+            return None
+        argument, _ = given_cache(kwargs)
+        wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != argument}
+        hidden = _repeated(args[0], self.fan) if index == self.fan_at else args[0]
+        return (hidden, *args[1:]), {**wide, str(argument): self}
 
 
 def _repeated(value: Any, times: int) -> Any:
-    """A batch, or a tuple of them, with each row so many times."""
+    """Return a batch, or a tuple of them, with each row so many times."""
     if isinstance(value, Tensor) and value.ndim > 1:
         return value.repeat_interleave(times, dim=0)
     if isinstance(value, tuple):

@@ -44,7 +44,7 @@ class StateLayer(LinearAttentionLayer):
 
     @classmethod
     def merge(cls, layers: Sequence[StateLayer]) -> StateLayer:
-        """The sequences of several layers in one, copied; a layer may occur several times."""
+        """Return the sequences of several layers in one, copied; a layer may occur several times."""
         first = layers[0]
         merged = cls(first.number_of_states)
         merged.device, merged.dtype, merged.record_past = first.device, first.dtype, first.record_past
@@ -63,11 +63,11 @@ class StateLayer(LinearAttentionLayer):
         return merged
 
     def copy(self) -> StateLayer:
-        """A layer that holds the same, in memory of its own: states are overwritten in place."""
+        """Return a layer that holds the same, in memory of its own: states are overwritten in place."""
         return self.merge([self])
 
     def parts(self) -> dict[str, Tensor]:
-        """What going on needs, by the number of the state and its kind: ``0.conv``, ``0.recurrent``."""
+        """Return what going on needs, by the number of the state and its kind: ``0.conv``, ``0.recurrent``."""
         found = {f"{at}.recurrent": state for at, state in self.recurrent_states.items() if state is not None}
         for at, state in self.conv_states.items():
             if state is not None:
@@ -90,13 +90,13 @@ class StateLayer(LinearAttentionLayer):
         self.has_previous_state = dict(zip(range(self.number_of_states), updated, strict=True))
 
     def _held(self) -> list[tuple[dict[int, Tensor | None], int, Tensor]]:
-        """Each state that there is, and where it is held."""
+        """Return each state that there is, and where it is held."""
         both = (self.conv_states, self.recurrent_states)
         return [(states, at, state) for states in both for at, state in states.items() if state is not None]
 
 
 def arrange(model: PreTrainedModel, kept: Sequence[Any], states: Sequence[StateLayer]) -> list[Any]:
-    """All layers of a cache in the decoder's order, from those with keys and values and those with a state."""
+    """Return all layers of a cache in the decoder's order, from those with keys and values and those with a state."""
     with_keys, others = cached_layers(model)
     placed = {place.index: layer for place, layer in zip(with_keys, kept, strict=True)}
     with_state = [place for place in others if place.states]
@@ -106,5 +106,5 @@ def arrange(model: PreTrainedModel, kept: Sequence[Any], states: Sequence[StateL
 
 
 def empty_states(model: PreTrainedModel) -> list[StateLayer]:
-    """Layers for a new cache, one for each that keeps a state."""
+    """Return layers for a new cache, one for each that keeps a state."""
     return [StateLayer(place.states) for place in cached_layers(model)[1] if place.states]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def target_log_probs(
     if width == 1:
         return list(first)
     position = torch.tensor(tokens, device=device)[:, None] + torch.arange(padded.shape[1] - 1, device=device)
-    fan, fanning = (cache.fan, cache.fanning_out(model)) if isinstance(cache, ReplayCache) else (1, nullcontext())
+    fan = cache.fan if isinstance(cache, ReplayCache) else 1
     # No logits for questions: over the vocabulary they would be most of the memory. Long answers are read in pieces.
     total, kept = width - 1, min(width - 1, width - least)
     piece = total
@@ -104,7 +103,7 @@ def target_log_probs(
         piece = max(1, _LOGITS_BYTES // (_BYTES_PER_LOGIT * next_logits.shape[-1] * len(targets)))
     found: list[Tensor] = []
     start, end = 0, min(total, total - kept + piece)
-    with torch.inference_mode(), fanning:
+    with torch.inference_mode():
         while start < total:
             check_wanted()
             wanted = end - max(start, total - kept)

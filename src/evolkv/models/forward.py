@@ -15,13 +15,17 @@ _NAMES = ("cache", "past_key_values")
 
 def cache_keyword(module: nn.Module) -> str:
     """The name under which the forward call of a model takes its cache."""
-    return _keyword(type(module).forward)
+    name = _keyword(type(module).forward)
+    get_decoder: Any = getattr(module, "get_decoder", None)
+    if name is None and get_decoder is not None:
+        # A wrapper that passes everything on (of adapters, of a compiled model): its decoder's name it is.
+        name = _keyword(type(get_decoder()).forward)
+    return name or _NAMES[1]
 
 
 @lru_cache(maxsize=256)
-def _keyword(forward: Callable[..., Any]) -> str:
-    # Models with code of their own, and wrappers that pass everything on, may keep the old name for long.
-    return _NAMES[0] if _NAMES[0] in inspect.signature(forward).parameters else _NAMES[1]
+def _keyword(forward: Callable[..., Any]) -> str | None:
+    return next((name for name in _NAMES if name in inspect.signature(forward).parameters), None)
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:

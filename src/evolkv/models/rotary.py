@@ -36,7 +36,11 @@ class Rotary:
         # A copy, because embeddings that stretch with the prompt remember the positions they are asked for.
         return copy.deepcopy(self._of_model)
 
-    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine at some positions, ``[tokens, channels]`` float32.
+
+        Ask for all tokens of a text at once: embeddings that stretch turn each by the length of the text.
+        """
         like = torch.empty(1, device=positions.device, dtype=torch.float32)
         cos, sin = self._module(like, positions[None], **self._settings)
         return cos[0].float(), sin[0].float()
@@ -48,7 +52,10 @@ class Rotary:
             states: ``[..., tokens, head_dim]``.
             positions: of the tokens, ``[tokens]``.
         """
-        cos, sin = self._cos_sin(positions)
+        return self.undo_turn(states, *self.cos_sin(positions))
+
+    def undo_turn(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return what queries or keys were before a turn of `cos_sin`, in float32."""
         states = states.float()
         turned, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
         # Divided by the length of the turn, which is not 1 where the embedding also scales.
@@ -57,7 +64,7 @@ class Rotary:
 
     def mean_turn(self, positions: Tensor, head_dim: int) -> Tensor:
         """The matrix M that embeds a row vector x as ``x @ M``, averaged over positions, ``[head_dim, head_dim]``."""
-        cos, sin = self._cos_sin(positions)
+        cos, sin = self.cos_sin(positions)
         size = cos.shape[-1]
         matrix = torch.eye(head_dim, device=cos.device)
         one = torch.eye(size, device=cos.device)

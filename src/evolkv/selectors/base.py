@@ -31,7 +31,7 @@ class LayerContext:
     last: bool = False
 
     def of_sequence(self, number: int) -> LayerContext:
-        """The same for one sequence of a batch, with a memory of its own."""
+        """Return the same for one sequence of a batch, with a memory of its own."""
         return replace(self, memory=self.memory.setdefault(number, {}))
 
     def leave(self) -> None:
@@ -101,6 +101,17 @@ class PromptAttention:
         """Tokens that the next query may see: all, or those in the sliding window."""
         return min(self.num_tokens, self.sliding_window or self.num_tokens)
 
+    def of_sequence(self, index: int, tokens: Tensor) -> PromptAttention:
+        """Return one sequence of a padded batch, cut down to its real tokens."""
+        at = slice(index, index + 1)
+        return replace(
+            self,
+            query=self.query[at, :, tokens],
+            key=self.key[at, :, tokens],
+            value=self.value[at, :, tokens],
+            layer=None if self.layer is None else self.layer.of_sequence(index),
+        )
+
     def mean_over_heads(self, scores: Tensor) -> Tensor:
         """Scores ``[batch, kv_heads, tokens]`` of each token, averaged over the KV heads that hold it."""
         if self.positions is None:
@@ -121,6 +132,11 @@ class PromptAttention:
         batch, kv_heads, _, head_dim = self.key.shape
         group = self.query.shape[1] // kv_heads
         count = stop - start
+        if start < self.first_query:
+            raise UsageError(
+                f"a selector asks for the query of entry {start}, but only those from {self.first_query} on are there; "
+                "its observed_queries must be the number of last queries that it looks at, or None for all"
+            )
         query = self.query[:, :, start - self.first_query : stop - self.first_query].float() * self.scaling
         query = query.reshape(batch, kv_heads, group * count, head_dim)
         logits = query @ self.key[:, :, :stop].float().transpose(2, 3)
@@ -176,25 +192,29 @@ class Selector(ABC):
 
     @property
     def min_budget(self) -> int:
-        """The smallest budget this selector can serve: the number of tokens it always keeps, at least 1."""
+        """Return the smallest budget this selector can serve: the number of tokens it always keeps, at least 1."""
         return 1
 
     @property
     def observed_queries(self) -> int | None:
-        """How many of the prompt's last queries the score looks at; None for all of them."""
-        return 0
+        """Return how many of the prompt's last queries the score looks at; None (default) for all of them.
+
+        A selector that says a number is given at least these, and is cheaper: prompts that begin alike are then
+        prefilled once, and a cache that is cut again keeps no more queries.
+        """
+        return None
 
     @property
     def looks_at_other_layers(self) -> bool:
-        """Whether the score of a layer depends on what was found in another."""
+        """Return whether the score of a layer depends on that of another."""
         return False
 
     def accumulated(self, prompt: PromptAttention) -> Tensor:
-        """The sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""
+        """Return the sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""
         raise NotImplementedError(f"{self.name} does not accumulate")
 
     def protect(self, scores: Tensor) -> Tensor:
-        """The scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps."""
+        """Return the scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps."""
         raise NotImplementedError(f"{self.name} does not accumulate")
 
     def rank(self, prompt: PromptAttention) -> Tensor:
@@ -206,7 +226,7 @@ class Selector(ABC):
         return self.order(prompt, self.score(prompt))
 
     def order(self, prompt: PromptAttention, scores: Tensor) -> Tensor:
-        """The ranking that follows from scores; see `rank`.
+        """Return the ranking that follows from scores; see `rank`.
 
         Raises:
             UsageError: the scores of a selector, which may be another package's, have another shape.
@@ -230,12 +250,12 @@ class Selector(ABC):
 
     @property
     def spec(self) -> str:
-        """The selector as a command line takes it, without what is default: ``snapkv:window=8``."""
+        """Return the selector as a command line takes it, without what is default: ``snapkv:window=8``."""
         defaults = self.parameters()
         changed = [f"{key}={value}" for key, value in asdict(self).items() if value != defaults[key]]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:
-        """The hyper-parameters and their defaults."""
+        """Return the hyper-parameters and their defaults."""
         return {field.name: field.default for field in fields(cls)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from evolkv.errors import ModelError, UsageError
 from evolkv.selectors.base import PromptAttention, Selector
+
+# Tokens that are looked at together: what is computed of each is several times its keys.
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -49,38 +53,44 @@ class ExpectedAttention(Selector):
         """The sinks, and at least 1."""
         return max(1, self.sinks)
 
-    @property
-    def observed_queries(self) -> int | None:
-        """All."""
-        return None
-
     def score(self, prompt: PromptAttention) -> Tensor:
         """Expected attention, times the norm of the value, ``[batch, kv_heads, tokens]``."""
         if prompt.layer is None:
             raise ModelError("expected_attention needs to know the model's rotary position embedding; none was given")
-        batch, kv_heads, tokens, _ = prompt.key.shape
-        device, head_dim, length = prompt.key.device, prompt.query.shape[-1], prompt.length
-        queries = prompt.query.shape[2]
+        batch, kv_heads, tokens, head_dim = prompt.key.shape
+        device, length, count = prompt.key.device, prompt.length, prompt.query.shape[2]
         # The queries are those of the newest tokens.
-        asking = torch.arange(length - queries, length, device=device)
-        late = max(0, self.sinks - (length - queries))
-        if late >= queries:
+        late = max(0, self.sinks - (length - count))
+        if late >= count:
             return prompt.key.new_full((batch, kv_heads, tokens), torch.inf, dtype=torch.float32)
         rotary = prompt.layer.rotary()
-        query = rotary.undo(prompt.query[:, :, late:], asking[late:])
         turn = rotary.mean_turn(torch.arange(length, length + self.future, device=device), head_dim)
-        mean = query.mean(dim=2, keepdim=True)
-        group = query.shape[1] // kv_heads
-        keys = prompt.key.float().repeat_interleave(group, dim=1)
-        logits = ((mean @ turn) @ keys.transpose(2, 3)).squeeze(2) * prompt.scaling
+        cos, sin = rotary.cos_sin(torch.arange(length - count + late, length, device=device))
+
+        def over_queries(measure: Callable[[Tensor], Tensor]) -> Tensor:
+            """The mean of a measure, ``[batch, kv_heads, group, ...]``, of the queries before their embedding."""
+            blocks = zip(prompt.query[:, :, late:].split(_BLOCK, 2), cos.split(_BLOCK), sin.split(_BLOCK), strict=True)
+            total = sum(measure(rotary.undo_turn(*block)) for block in blocks)
+            assert isinstance(total, Tensor)
+            return (total / (count - late)).unflatten(1, (kv_heads, -1))
+
+        mean = over_queries(lambda query: query.sum(dim=2))
         if self.covariance:
-            centred = (query - mean) @ turn
-            spread = centred.transpose(2, 3) @ centred / centred.shape[2]
-            logits = logits + ((keys @ spread) * keys).sum(dim=-1) * prompt.scaling**2 / 2
+            centre = mean.flatten(1, 2)[:, :, None]
+            spread = over_queries(lambda query: (query - centre).transpose(2, 3) @ (query - centre))
+            spread = turn.T @ spread @ turn
+        mean = mean @ turn
+        logits = []
+        for block in prompt.key.split(_BLOCK, 2):
+            key = block.float()
+            logit = (mean @ key.transpose(2, 3)) * prompt.scaling
+            if self.covariance:
+                logit += ((key[:, :, None] @ spread) * key[:, :, None]).sum(dim=-1) * prompt.scaling**2 / 2
+            logits.append(logit)
         places = prompt.places
         # Sinks, and what stands for no entry, have no part in the softmax.
-        logits = logits.view(batch, kv_heads, group, tokens).masked_fill((places < self.sinks)[:, :, None], -torch.inf)
-        expected = logits.softmax(dim=-1).mean(dim=2)
+        hidden = (places < self.sinks)[:, :, None]
+        expected = torch.cat(logits, dim=-1).masked_fill_(hidden, -torch.inf).softmax(dim=-1).mean(dim=2)
         if self.value_norm:
             expected = expected * torch.linalg.vector_norm(prompt.value, dim=-1, dtype=torch.float32)
         return expected.masked_fill(places < self.sinks, torch.inf)

@@ -44,11 +44,6 @@ class H2O(Selector):
         """The window."""
         return self.window
 
-    @property
-    def observed_queries(self) -> int | None:
-        """All."""
-        return None
-
     def score(self, prompt: PromptAttention) -> Tensor:
         """Attention received, summed over queries and averaged over the group of query heads."""
         return self.protect(self.accumulated(prompt))

@@ -23,6 +23,11 @@ class KeyDiff(Selector):
 
     name: ClassVar[str] = "keydiff"
 
+    @property
+    def observed_queries(self) -> int:
+        """None of them."""
+        return 0
+
     def score(self, prompt: PromptAttention) -> Tensor:
         """Negative cosine similarity of each key to the anchor of its head."""
         # Where a head has no entry its key is zero, which does not turn the anchor.

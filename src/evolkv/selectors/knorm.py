@@ -21,6 +21,11 @@ class KNorm(Selector):
 
     name: ClassVar[str] = "knorm"
 
+    @property
+    def observed_queries(self) -> int:
+        """None of them."""
+        return 0
+
     def score(self, prompt: PromptAttention) -> Tensor:
         """Negative norm of each key, in float32 so that a low-precision cache makes no ties."""
         return -torch.linalg.vector_norm(prompt.key, dim=-1, dtype=torch.float32)

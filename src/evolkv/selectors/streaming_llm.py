@@ -35,6 +35,11 @@ class StreamingLLM(Selector):
         """The sinks and the last token."""
         return self.sinks + 1
 
+    @property
+    def observed_queries(self) -> int:
+        """None of them."""
+        return 0
+
     def score(self, prompt: PromptAttention) -> Tensor:
         """The position itself; sinks come first."""
         places = prompt.places

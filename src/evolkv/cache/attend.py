@@ -1,0 +1,185 @@
+"""Attention of new tokens to the rows that a cache layer holds, each at its own length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from evolkv.cache.hook import Attention
+from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.rows import RowGroup, RowOrder
+from evolkv.errors import UsageError
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend_as_model(
+    own: Attention, module: nn.Module, query: Tensor, group: RowGroup, kv_heads: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the model's own attention of one new token to all that a single group holds."""
+    shape = (query.shape[0], kv_heads)
+    return own(module, query, group.keys.unflatten(0, shape), group.values.unflatten(0, shape), None, **kwargs)
+
+
+def folding_is_equal(own: Attention, kwargs: dict[str, Any]) -> bool:
+    """Return whether `attend_groups` gives what the model's own attention gives.
+
+    It is cheaper: for one query sdpa reads every key once for each of its query heads on a CPU.
+    """
+    return own is sdpa_attention_forward and extra_term(kwargs) is None and not kwargs.get("dropout")
+
+
+def attend_groups(
+    query: Tensor,
+    groups: Sequence[RowGroup],
+    order: RowOrder | None,
+    visible: Sequence[Tensor | None] | None,
+    kv_heads: int,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend group by group, without padding any row to another's length.
+
+    Args:
+        query: ``[batch, heads, queries, head_dim]``.
+        groups: the rows.
+        order: of the rows; None for a single group.
+        visible: for each group, which entries each query sees, ``[group, queries, entries]``, or None for all; None
+            where all queries see all entries.
+        kv_heads: KV heads of the layer.
+        kwargs: what the model says of its attention.
+
+    Returns:
+        ``[batch, queries, heads, value_dim]``.
+    """
+    batch, heads, queries, head_dim = query.shape
+    fold = heads // kv_heads
+    rows = query.reshape(batch * kv_heads, fold * queries, head_dim)
+    scaling, softcap = scaling_of(query, kwargs), kwargs.get("softcap")
+    sinks = fold_sinks(sinks_of(kwargs), kv_heads, queries)
+    outputs = []
+    for i, asking in enumerate((rows,) if order is None else order.by_group(rows)):
+        group, shown = groups[i], None if visible is None else visible[i]
+        if shown is not None and queries > 1:
+            shown = shown.repeat(1, fold, 1)
+        sunk = None if sinks is None else sinks[group.rows % kv_heads]
+        outputs.append(attention(asking, group.keys, group.values, shown, scaling, softcap, sunk))
+    output = outputs[0] if order is None else order.in_order(outputs)
+    if queries == 1:
+        return output.reshape(batch, 1, heads, -1)
+    # [batch * kv_heads, fold * queries, dim] -> [batch, queries, heads, dim]
+    return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def visible_in_group(
+    group: RowGroup, queries: int, visible: Tensor | None, kv_heads: int, window: int | None, *, padded: bool
+) -> Tensor | None:
+    """Return which entries each query of a group sees, ``[group, queries, entries]``; None for all.
+
+    Args:
+        group: the rows.
+        queries: new tokens.
+        visible: which columns after the prompt each new token sees, ``[batch or 1, 1, queries, columns]``, or None.
+        kv_heads: KV heads of the layer.
+        window: tokens that a query sees by position, or None for all that are held.
+        padded: whether there is padding after the prompt.
+    """
+    entries, shown = group.keys.shape[1], None
+    if visible is not None:
+        sequences = group.rows // kv_heads if visible.shape[0] > 1 else torch.zeros_like(group.rows)
+        newest = visible[sequences, 0][..., -entries:]
+        held = entries - newest.shape[-1]
+        shown = torch.cat([newest.new_ones((*newest.shape[:2], held)), newest], dim=-1)
+    if window is not None:
+        # The newest tokens' positions stand last in every row.
+        inside = group.positions[:, None] > group.positions[:, -queries:, None] - window
+        shown = inside if shown is None else shown & inside
+    if shown is None or not padded:
+        return shown
+    # Padding that sees nothing would come out as no number, and spoil what it is multiplied with.
+    return shown | ~shown.any(dim=-1, keepdim=True)
+
+
+def triton_kernels(query: Tensor) -> ModuleType | None:
+    """Return the Triton kernels if EVOLKV_TRITON=1 asks for them: on a GPU, or in Triton's interpreter, for tests.
+
+    Raises:
+        UsageError: if Triton is not installed.
+    """
+    if os.environ.get("EVOLKV_TRITON") != "1":
+        return None
+    # The interpreter cannot read what is on a GPU.
+    if query.is_cuda == (os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    try:
+        from evolkv.cache import kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UsageError("EVOLKV_TRITON=1 needs Triton; pip install triton, or unset EVOLKV_TRITON") from error
+    return kernels
+
+
+def suits_kernels(groups: Sequence[RowGroup], parts: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
+    """Return whether the kernels compute all of a step: in one number format that they know, without a gradient.
+
+    Args:
+        groups: the rows.
+        parts: queries, keys and values of the new token.
+        kwargs: what the model says of its attention.
+    """
+    parts = [*parts, *(held for group in groups for held in (group.keys, group.values))]
+    alike = all(part.dtype == parts[0].dtype for part in parts) and parts[0].dtype in _KERNEL_DTYPES
+    sinks = sinks_of(kwargs)
+    asked = parts if sinks is None else [*parts, sinks]
+    gradient = torch.is_grad_enabled() and any(part.requires_grad for part in asked)
+    return alike and not gradient and extra_term(kwargs) is None
+
+
+def attend_with_kernels(
+    kernels: ModuleType,
+    table: Any,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    groups: Sequence[RowGroup],
+    kv_heads: int,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend with one new token to all rows at once, each at its length.
+
+    Args:
+        kernels: `evolkv.cache.kernels`, which also write the new entries, for which all groups have been extended.
+        table: the layer's `RowTable`.
+        query: ``[batch, heads, 1, head_dim]``.
+        new: keys ``[rows, head_dim]`` and values ``[rows, value_dim]`` of the token.
+        groups: the rows.
+        kv_heads: KV heads of the layer.
+        window: tokens that the query sees by position, or None for all that are held.
+        kwargs: what the model says of its attention.
+
+    Returns:
+        ``[batch, 1, heads, value_dim]``.
+    """
+    batch, heads, _, head_dim = query.shape
+    places, since, aligned = table.of(groups)
+    output: Tensor = kernels.decode(
+        query.reshape(batch * kv_heads, heads // kv_heads, head_dim).contiguous(),
+        new[0].contiguous(),
+        new[1].contiguous(),
+        places,
+        since,
+        max(group.keys.shape[1] for group in groups),
+        aligned=aligned,
+        kv_heads=kv_heads,
+        scaling=scaling_of(query, kwargs),
+        softcap=kwargs.get("softcap"),
+        window=window,
+        sinks=sinks_of(kwargs),
+    )
+    return output.reshape(batch, 1, heads, -1)

@@ -1,0 +1,122 @@
+"""What `generate` brings to a cache that holds a text already, and what it needs to go on from there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evolkv.cache.chunks import outgrown
+from evolkv.errors import UsageError
+from evolkv.models.forward import given_cache
+from evolkv.models.rotary import stretching
+
+_WATCHED = "_evolkv_watched"
+
+
+def watch_generate(model: Any) -> None:
+    """Has a model's class show our caches the text that `generate` is about to go on from; nothing else changes.
+
+    A forward call brings new tokens only. The one place that sees the whole text is the model's public
+    `prepare_inputs_for_generation`, and a method of the class takes no part in copies and pickles of a model.
+    """
+    # `generate` of a compiled model is that of the one within.
+    kind = type(getattr(model, "_orig_mod", model))
+    own = getattr(kind, "prepare_inputs_for_generation", None)
+    if own is None or hasattr(own, _WATCHED):
+        return
+
+    @functools.wraps(own)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name, cache = given_cache(kwargs)
+        if not hasattr(cache, "begin_generation"):
+            return own(self, *args, **kwargs)
+        ids: Any = args[0] if args else kwargs.get("input_ids")
+        if kwargs.get("is_first_iteration"):
+            cache.begin_generation(ids, kwargs.get("attention_mask"), kwargs.get("next_sequence_length"))
+        inputs = own(self, *args, **kwargs)
+        # Phi-3 reads a text anew that outgrows its short rotary embedding. Only a block has another cache for that.
+        seen = cache.get_seq_length()
+        if seen == 0:
+            inputs[name] = cache
+        elif given_cache(inputs)[1] is None and cache.block is None:
+            kind, limit = next(iter(stretching(self.config)), ("unknown", seen))
+            raise outgrown(kind, limit, seen, ids.shape[1])
+        return inputs
+
+    setattr(prepare_inputs_for_generation, _WATCHED, True)
+    kind.prepare_inputs_for_generation = prepare_inputs_for_generation
+
+
+def check_text(read: Tensor | None, seen: int, ids: Any, mask: Tensor | None, new: int | None) -> None:
+    """Raises `UsageError` unless a text goes on from what a cache has seen.
+
+    Args:
+        read: ids of the text so far, ``[batch, tokens]``; None where they are not known.
+        seen: how many tokens the cache has seen.
+        ids: what `generate` was given, ``[batch, tokens]``.
+        mask: its attention mask, ``[batch, tokens]``, or None.
+        new: how many of `ids` are new; None where only new ones were given.
+    """
+    if new is None or not isinstance(ids, Tensor):
+        return
+    if new <= 0:
+        raise UsageError(
+            f"the cache has seen {seen} tokens, but the text has {ids.shape[1]}; give generate() the whole text so far "
+            "with new tokens behind it, as cache.followed_by(ids) does, or an empty cache for another text"
+        )
+    if read is None or len(read) != len(ids):
+        return
+    length = min(seen, read.shape[1])
+    differs = read[:, :length] != ids[:, :length].to(read.device)
+    if mask is not None and mask.ndim == 2:
+        differs &= mask[:, :length].to(read.device).bool()
+    if bool(differs.any()):
+        raise UsageError(
+            f"the text differs from what the cache has read at token {int(differs.any(dim=0).nonzero()[0])}; give "
+            "generate() the same text with new tokens behind it, as cache.followed_by(ids) does, or an empty cache"
+        )
+
+
+def check_ids(input_ids: Any) -> None:
+    """Raises `UsageError` for what is no tensor of token ids."""
+    if isinstance(input_ids, Tensor):
+        if input_ids.ndim == 2 and not (input_ids.is_floating_point() or input_ids.is_complex()):
+            return
+        found = f"a tensor of {input_ids.dtype} and shape {list(input_ids.shape)}"
+    else:
+        found = type(input_ids).__name__
+    raise UsageError(
+        f"input_ids is {found}; expected a tensor of token ids [batch, tokens], as tokenizer(text, "
+        "return_tensors='pt').input_ids is"
+    )
+
+
+def check_mask(attention_mask: Any, shapes: Mapping[torch.Size, str]) -> None:
+    """Raises `UsageError` unless a mask has one of some shapes, which are named in words."""
+    found = attention_mask.shape if isinstance(attention_mask, Tensor) else None
+    if found not in shapes:
+        expected = " or ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
+        given = type(attention_mask).__name__ if found is None else f"of shape {list(found)}"
+        raise UsageError(f"attention_mask is {given}; expected a tensor of shape {expected}")
+
+
+def filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the padding that `generate` put behind rows that ended before others, ``[batch, tokens]``."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    # What generate() takes, too.
+    pad = settings.pad_token_id if settings.pad_token_id is not None else ends[0]
+    # Nothing is put behind the longest row, and so behind a single one.
+    if pad is None or len(ids) == 1:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    run = (ids == pad).flip(1).cumprod(dim=1).flip(1).bool()
+    if pad in ends:
+        # The first of the run is the row's own end.
+        run = run & F.pad(run[:, :-1], (1, 0))
+    return run

@@ -1,0 +1,77 @@
+"""From a profile, or a method and a budget, to the layers of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.budgets import BudgetSpec, read_budget
+from evolkv.cache.adaptive import AdaptiveLayer
+from evolkv.cache.hooked import layer_contexts
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
+from evolkv.errors import UsageError
+from evolkv.methods import MethodSpec, get_method
+from evolkv.models import sliding_windows
+from evolkv.models.layers import continues_by_token
+from evolkv.selectors import LayerContext, Selector
+
+
+def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:
+    return zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
+
+
+def make_layers(
+    model: PreTrainedModel, budgets: Any, selector: Selector, reeviction: Reeviction = ONCE
+) -> list[CompressedLayer]:
+    """Return empty layers for `budgets`, one row for each layer with keys and values."""
+    if reeviction.wanted:
+        return [
+            ReevictingLayer(reeviction, row, selector, window, context)
+            for row, window, context in _places(model, budgets)
+        ]
+    return [CompressedLayer(row, selector, window, context) for row, window, context in _places(model, budgets)]
+
+
+class LayerMaker:
+    """Makes the layers of new caches under a profile or method; its settings are checked once.
+
+    Args, errors: see `CompressedCache`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: MethodSpec,
+        budget: BudgetSpec | None,
+        reeviction: Reeviction,
+    ):
+        self.model, self.reeviction = model, reeviction
+        at = None if budget is None else read_budget(budget)
+        method, self.budgets = get_method(profile).resolve(model, at)
+        assert method.selector is not None
+        self.method, self.selector = method, method.selector
+        if reeviction.wanted and method.observers:
+            raise UsageError(
+                f"method {method.name!r} lays out budgets once, for the whole prompt, and cannot evict again; leave "
+                f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
+            )
+        reeviction.check_selector(method.selector)
+        if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
+            raise UsageError(
+                f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "
+                "tokens cannot be read, and cut, as one call; leave out prefill_chunk and evict='again', or give "
+                "evict_every"
+            )
+
+    def __call__(self) -> list[Any]:
+        """Return the empty layers of one cache."""
+        if not self.method.observers:
+            return make_layers(self.model, self.budgets, self.selector, self.reeviction)
+        layers: list[AdaptiveLayer] = []
+        for row, window, context in _places(self.model, self.budgets):
+            layers.append(AdaptiveLayer(self.method, row, layers, window, context))
+        return layers
