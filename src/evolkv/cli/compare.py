@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import MOST_SEED, Markdown
+from evolkv.cli.options import MOST_SEED, Markdown, to_read, to_write
 from evolkv.cli.tables import print_table
 
 
 def compare(
     records: Annotated[
         list[str],
-        typer.Argument(metavar="RECORDS...", help="Records of one model, as eval writes them (--records)."),
+        typer.Argument(
+            metavar="RECORDS...", callback=to_read, help="Records of one model, as eval writes them (--records)."
+        ),
     ],
     a: Annotated[str | None, typer.Option("--a", metavar="METHOD[@C]", help="A method that is on record.")] = None,
     b: Annotated[str | None, typer.Option("--b", metavar="METHOD[@C]", help="The one to compare it with.")] = None,
@@ -23,7 +25,7 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of resamples and flips.", min=0, max=MOST_SEED)] = 0,
     json_out: Annotated[
-        str | None, typer.Option("--json", metavar="COMPARISON.json", help="Where the numbers go.")
+        str | None, typer.Option("--json", metavar="COMPARISON.json", callback=to_write, help="Where the numbers go.")
     ] = None,
     markdown: Markdown = None,
 ) -> None:

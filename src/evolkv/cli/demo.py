@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust
+from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust, to_write
 from evolkv.cli.search import show_search
 from evolkv.cli.tables import print_table
 
@@ -25,7 +25,9 @@ _LEAST_BUDGET = 40
 
 
 def demo(
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for profile, results and picture.")] = "demo",
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", callback=to_write, help="Folder for profile, results and picture.")
+    ] = "demo",
     context: Annotated[int, typer.Option("--context", help="Length of the prompts in tokens.")] = _CONTEXT,
     budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 128,
     granularity: Granularity = "head",

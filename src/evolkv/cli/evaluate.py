@@ -20,6 +20,8 @@ from evolkv.cli.options import (
     Protocol,
     Seed,
     Trust,
+    to_read,
+    to_write,
 )
 from evolkv.cli.tables import print_table
 
@@ -35,6 +37,7 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="METHOD...",
+            callback=to_read,
             help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a "
             "profile (profile-{}.json: one for each budget).",
         ),
@@ -52,12 +55,15 @@ def evaluate(
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
     protocol: Protocol = "aware",
     prefill_chunk: PrefillChunk = None,
-    json_out: Annotated[str | None, typer.Option("--json", metavar="RESULTS.json", help="Where the rows go.")] = None,
+    json_out: Annotated[
+        str | None, typer.Option("--json", metavar="RESULTS.json", callback=to_write, help="Where the rows go.")
+    ] = None,
     records: Annotated[
         str | None,
         typer.Option(
             "--records",
             metavar="FILE.jsonl",
+            callback=to_write,
             help="Where every example goes, or none. (default: RESULTS.records.jsonl beside --json)",
         ),
     ] = None,
@@ -72,10 +78,8 @@ def evaluate(
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
     from evolkv.budgets import read_budgets
-    from evolkv.whole_files import check_outputs, check_writable, write_json
+    from evolkv.whole_files import check_outputs, write_json
 
-    if json_out is not None:
-        check_writable(json_out)
     beside = None if json_out is None else sibling(json_out, ".records.jsonl")
     kept = None if records == "none" else beside if records is None else records
     outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, PrefillChunk, Seed, Trust
+from evolkv.cli.options import (
+    Attention,
+    Device,
+    Dtype,
+    Model,
+    ModelOptions,
+    PrefillChunk,
+    Seed,
+    Trust,
+    to_read,
+    to_write,
+)
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
 
@@ -28,12 +39,18 @@ def generate(
     model: Model,
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", metavar="P.json", help="How much cache to keep. Default: all of it.")
+        str | None,
+        typer.Option(
+            "--profile", metavar="P.json", callback=to_read, help="How much cache to keep. Default: all of it."
+        ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="METHOD", help="Instead of a profile, a method of eval: snapkv, adakv+snapkv."
+            "--method",
+            metavar="METHOD",
+            callback=to_read,
+            help="Instead of a profile, a method of eval: snapkv, adakv+snapkv.",
         ),
     ] = None,
     budget: Annotated[
@@ -49,7 +66,7 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", metavar="F", help="A UTF-8 file with the prompt.")
+        str | None, typer.Option("--prompt-file", metavar="F", callback=to_read, help="A UTF-8 file with the prompt.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
@@ -60,13 +77,19 @@ def generate(
         typer.Option(
             "--save-cache",
             metavar="FILE",
+            callback=to_write,
             help="Take the prompt as a document: save what is kept of it for later questions, and answer nothing "
             "(options of the answer do not count).",
         ),
     ] = None,
     cache: Annotated[
         str | None,
-        typer.Option("--cache", metavar="FILE", help="Ask the prompt of the document that --save-cache wrote there."),
+        typer.Option(
+            "--cache",
+            metavar="FILE",
+            callback=to_read,
+            help="Ask the prompt of the document that --save-cache wrote there.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     dtype: Dtype = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.registry import unknown_name
+from evolkv.whole_files import output_path
 
 
 def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
@@ -23,6 +25,23 @@ def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def to_read(value: Any) -> Any:
+    """Expand ``~`` in a path, or in each of several, for Typer's `callback`: shells leave ``--cache=~/f`` as it is."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    return value if value is None else [os.path.expanduser(each) for each in value]
+
+
+def to_write(value: str | None) -> str | None:
+    """Return the path of an output, for Typer's `callback`; see `output_path`."""
+    return None if value is None else output_path(value)
+
+
+def to_write_or_print(value: str | None) -> str | None:
+    """Return the path of an output, or ``-`` for standard output, for Typer's `callback`."""
+    return value if value == "-" else to_write(value)
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),
@@ -32,7 +51,12 @@ MOST_SEED = 2**63 - 1
 Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0, max=MOST_SEED)]
 Markdown = Annotated[
     str | None,
-    typer.Option("--markdown", metavar="FILE|-", help="Where the table goes as Markdown; - is standard output."),
+    typer.Option(
+        "--markdown",
+        metavar="FILE|-",
+        callback=to_write_or_print,
+        help="Where the table goes as Markdown; - is standard output.",
+    ),
 ]
 Protocol = Annotated[
     str,

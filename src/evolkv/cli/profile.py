@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of
+from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of, to_read, to_write
 from evolkv.cli.tables import budgets_picture
 from evolkv.errors import UsageError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at profiles, check them, carry them to another budget.")
 
-Path = Annotated[str, typer.Argument(metavar="PROFILE.json", help="A profile.")]
+Path = Annotated[str, typer.Argument(metavar="PROFILE.json", callback=to_read, help="A profile.")]
 
 
 @app.command()
@@ -56,7 +56,7 @@ def validate(
 def expand(
     path: Path,
     budget: Annotated[int, typer.Option("--budget", help="The new mean budget; may be smaller, too.")],
-    out: Annotated[str, typer.Option("--out", metavar="Q.json", help="Where the new profile goes.")],
+    out: Annotated[str, typer.Option("--out", metavar="Q.json", callback=to_write, help="Where the new profile goes.")],
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
     from evolkv.whole_files import check_outputs
@@ -75,7 +75,9 @@ def export(
     to: Annotated[
         str, typer.Option("--to", metavar="json|csv|kvpress", callback=one_of("format", ("json", "csv", "kvpress")))
     ],
-    out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="F", callback=to_write, help="Default: standard output.")
+    ] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
     from evolkv.whole_files import check_outputs, write_text

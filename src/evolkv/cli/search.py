@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import expanded, sibling
+from evolkv.cli.arguments import sibling
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -22,6 +22,8 @@ from evolkv.cli.options import (
     Seed,
     Trust,
     one_of,
+    to_read,
+    to_write,
 )
 from evolkv.cli.tables import curve_table, validation_table
 from evolkv.errors import UsageError
@@ -86,7 +88,7 @@ def search(
         typer.Option(
             "--start",
             metavar="uniform|pyramid|PROFILE.json",
-            callback=expanded,
+            callback=to_read,
             help="What joint starts from.",
             rich_help_panel=_STRATEGY,
         ),
@@ -170,7 +172,7 @@ def search(
         typer.Option(
             "--storage",
             metavar="URL",
-            callback=expanded,
+            callback=to_read,
             help="Optuna storage, or a file, or none. (default: PROFILE.study.db beside --out)",
             rich_help_panel=_STUDY,
         ),
@@ -186,13 +188,13 @@ def search(
         typer.Option(
             "--out",
             metavar="PROFILE.json",
-            callback=expanded,
+            callback=to_write,
             help="Where the profile goes; of a curve, PROFILE-C.json for each budget.",
         ),
     ] = "profile.json",
     json_out: Annotated[
         str | None,
-        typer.Option("--json", metavar="RESULT.json", callback=expanded, help="Where every evaluation goes."),
+        typer.Option("--json", metavar="RESULT.json", callback=to_write, help="Where every evaluation goes."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
