@@ -105,9 +105,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:
-        # Whoever read the output has had enough. What is still buffered must not fail again at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has had enough.
+        _discard_output()
         return BROKEN_PIPE
     except Exception as error:
         if isinstance(error, _ClickException):
@@ -119,7 +118,9 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, EvolKVError):
             return _fail(2, str(error))
         if isinstance(error, OSError):
-            return _fail(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            # Of what is written only standard output has no name.
+            _discard_output()
+            return _fail(1, f"{error.filename or 'the output'}: {error.strerror or error}")
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
@@ -166,6 +167,12 @@ def no_interrupt_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = report
+
+
+def _discard_output() -> None:
+    """Have what is still to be written go nowhere, so that it does not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(code: int, message: str) -> int:

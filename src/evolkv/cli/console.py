@@ -54,11 +54,26 @@ ERR = _Console(highlight=False, markup=False, emoji=False, stderr=True)
 def prepare() -> None:
     """Make ready for a run: default settings, and output that no character can break."""
     settings.debug = settings.quiet = settings.log_json = False
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not OUT.is_terminal and "COLUMNS" not in os.environ:
         OUT.width = _PLAIN_WIDTH
+
+
+def _fill_closed_streams() -> None:
+    """Give streams that the shell has closed (``>&-``) a place to write to, and take their numbers.
+
+    Otherwise the next file that is opened would get the number, and what libraries print would end up in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def say(message: str) -> None:
@@ -116,9 +131,7 @@ def emit(event: str, **fields: Any) -> None:
 def _write(line: str) -> None:
     # Neither a reader that has left nor a full disk is a reason to end the work that is talked about.
     with contextlib.suppress(OSError):
-        # Without a stderr, print would choose stdout.
-        if sys.stderr is not None:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def quiet_libraries() -> None:

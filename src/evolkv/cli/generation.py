@@ -168,22 +168,18 @@ def generate_text(
     )
     (_, cache), ids = given_cache(inputs), inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
-    settings = {
-        **_settings(model, tokenizer, temperature),
-        "max_new_tokens": min(max_new_tokens, limit - len(ids)),
-        "eos_token_id": sorted(end_tokens(model, tokenizer)) or None,
-    }
     if temperature:
         torch.manual_seed(seed)
     meter = _Meter(tokenizer, cache, on_text or (lambda text: None))
     started = time.perf_counter()
     try:
+        settings = _settings(model, tokenizer, temperature, min(max_new_tokens, limit - len(ids)))
         output = model.generate(**{**inputs, **settings}, streamer=meter)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory on a prompt of {len(ids)} tokens; use a shorter one") from error
     except EvolKVError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError) as error:
         message = " ".join(str(error).split())
         raise ModelError(f"the model's generation config cannot be used ({message}); mend or remove it") from error
     finished = time.perf_counter()
@@ -199,7 +195,7 @@ def generate_text(
     )
 
 
-def _settings(model: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:
+def _settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: int) -> dict[str, Any]:
     """Return what `generate` must be told for one text, decoded token by token, from the cache that it is given.
 
     A published model's generation config may say more: beams, a kind of cache, outputs for programs. That is set aside.
@@ -219,7 +215,8 @@ def _settings(model: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:
                 "the tokenizer cannot make the stop strings %r; they are left out", published["stop_strings"]
             )
             settings["stop_strings"] = None
-    settings |= {"use_cache": True, "num_beams": 1, "num_return_sequences": 1}
+    settings |= {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": max_new_tokens}
+    settings["eos_token_id"] = sorted(end_tokens(model, tokenizer)) or None
     settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
     return settings if temperature else {**settings, "top_p": None, "top_k": None}
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.tables import list_table
+from evolkv.cli.tables import list_table, print_whole
 
 app = typer.Typer(help="List what can be named on the command line.")
 
@@ -98,4 +98,4 @@ def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
                 key if value == "required" else f"{key}={str(value).lower() if value in (None, False) else value}"
                 for key, value in row["parameters"].items()
             )
-    console.OUT.print(list_table(rows))
+    print_whole(list_table(rows))

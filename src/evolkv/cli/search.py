@@ -25,7 +25,7 @@ from evolkv.cli.options import (
     to_read,
     to_write,
 )
-from evolkv.cli.tables import curve_table, validation_table
+from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import UsageError
 from evolkv.report.units import duration
 from evolkv.report.words import candidates
@@ -289,7 +289,7 @@ def search(
         finally:
             # A file that cannot be written must not take the numbers with it.
             if not result.interrupted:
-                console.OUT.print(validation_table(result.validation, result.chosen))
+                print_whole(validation_table(result.validation, result.chosen))
                 console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         if result.interrupted:
             console.say(
@@ -310,7 +310,7 @@ def search(
             write_json(json_out, result.to_dict([str(path) for path in found]))
     finally:
         if not result.interrupted:
-            console.OUT.print(curve_table(result.points))
+            print_whole(curve_table(result.points))
     names = ", ".join(map(str, found))
     if result.interrupted:
         console.say(f"evolkv: interrupted; the best so far is in {names}{again}")

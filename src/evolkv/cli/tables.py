@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from evolkv.report.axes import Table as TextTable
 
 _BAR_WIDTH = 48
+#: Names may be broken into lines of so many columns, where a terminal is narrow; numbers may not.
+_LEAST_NAME = 12
 #: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
 _RAMP = [
     ("#440154", "white"),
@@ -49,13 +51,25 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
             console.OUT.print()
         if heading:
             console.OUT.print(Text(heading, style="dim"), soft_wrap=True)
-        console.OUT.print(part)
+        print_whole(part)
     if note:
         console.OUT.print(f"\n{note}", soft_wrap=True)
     if markdown is not None:
         from evolkv.whole_files import write_text
 
         write_text(markdown, text)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table with every number whole, on a terminal that is too narrow with lines that run on below."""
+    for column in table.columns:
+        cells = [column.header, *column.cells]
+        words = [word for cell in cells for word in str(cell).split()]
+        numbers = [word for word in words if any(map(str.isdigit, word)) and not any(map(str.isalpha, word))]
+        longest = max(map(len, words), default=0)
+        column.min_width = max([min(longest, _LEAST_NAME), *map(len, numbers)])
+        column.no_wrap = column.justify == "right"
+    console.OUT.print(table, crop=False)
 
 
 def _fitting(table: TextTable) -> list[tuple[str, Table]]:
@@ -83,11 +97,7 @@ def shown(found: TextTable) -> Table:
 
     table = _table()
     for column in found.columns:
-        if column in NUMERIC:
-            table.add_column(column, justify="right")
-        else:
-            # A number cut short is worse than one on two lines.
-            table.add_column(column, overflow="fold")
+        table.add_column(column, justify="right" if column in NUMERIC else "left", overflow="fold")
     for row in found.rows:
         table.add_row(*row)
     return table
@@ -101,9 +111,9 @@ def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
         chosen: name of the one chosen.
     """
     table = _table()
-    table.add_column("allocation")
+    table.add_column("allocation", overflow="fold")
     table.add_column("n", justify="right")
-    table.add_column("score (95 % interval)")
+    table.add_column("score (95 % interval)", overflow="fold")
     table.add_column("")
     for row in rows:
         name = f"evolved, {row['name']}" if row["evolved"] else row["name"]
@@ -160,7 +170,8 @@ def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int)
     for layer, row in enumerate(budgets):
         picture.append(f"{layer:>5}  ", style="dim")
         if not by_head:
-            bar = "█" * max(1, round(_BAR_WIDTH * row[0] / highest))
+            room = min(_BAR_WIDTH, width - cell - 7)
+            bar = "█" * max(1, round(room * row[0] / highest))
             picture.append(f"{row[0]:>{cell - 2}} ")
             picture.append(bar, style=_colours(row[0], lowest, highest)[0])
         elif numbers:
