@@ -13,7 +13,7 @@ from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.schemas import Curve, Profile, Row, Search, mean_of
 from evolkv.report.units import mebibytes
-from evolkv.report.words import in_chunks, interval, number, percent, score
+from evolkv.report.words import counted, in_chunks, interval, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
@@ -40,7 +40,7 @@ class Comparison:
 
     Args:
         entries: evolved ones first, the full cache last.
-        of_curve: whether they come from a curve.
+        of_curve: they are a curve's points: scores on the examples that the choice of budgets was made on.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -56,6 +56,11 @@ class Comparison:
         """The protocol and how prompts were read, to stand behind other words; empty where nothing is to be said."""
         first = self.first
         return "".join(f", {said}" for said in (first.protocol, in_chunks(first.prefill_chunk)) if said)
+
+    @property
+    def examples(self) -> str:
+        """The number of examples and their kind: those that a choice was made on are not held out."""
+        return counted(self.first.n, "validation example" if self.of_curve else "held-out example")
 
     @property
     def full(self) -> Entry | None:
@@ -129,6 +134,7 @@ class Comparison:
             self.table(),
             full=full[0] if full else None,
             ticks_at=self.budgets,
+            side_by_side=True,
         )
 
     def by_memory(self) -> ScoreChart:
@@ -154,13 +160,13 @@ def is_path(method: str) -> bool:
 
 
 def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[Profile]) -> list[Comparison]:
-    """Group rows and curves by what they were measured on."""
+    """Group rows by what they were measured on. Curves come last, because their scores are not on held-out examples."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         shared = (row.model, row.task, row.metric, row.n, row.protocol, row.prefill_chunk, row.dtype, row.seed)
         groups.setdefault(shared, []).append(row)
-    found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
-    return [_from_curve(curve, profiles) for curve in curves] + found
+    held_out = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
+    return held_out + [_from_curve(curve, profiles) for curve in curves]
 
 
 def _named(rows: Sequence[Row]) -> list[tuple[Row, str]]:

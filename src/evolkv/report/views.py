@@ -92,7 +92,8 @@ class Validation:
 def methods(group: Comparison) -> Methods:
     """The methods of a comparison."""
     first, styles = group.first, group.styles()
-    finding = f"Task {short(first.task)}, metric {short(first.metric)}, {counted(first.n, 'held-out example')}"
+    finding = f"Task {short(first.task)}, metric {short(first.metric)}, {group.examples}"
+    finding += " that the choice of budgets was made on" if group.of_curve else ""
     finding += f", protocol {short(first.protocol)}" if first.protocol else ""
     finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
     if not group.single:
@@ -115,9 +116,8 @@ def methods(group: Comparison) -> Methods:
 
 
 def memory(group: Comparison, table: str) -> Memory | None:
-    """A comparison's scores against memory, unless all take the same; `table` is the id of its table."""
-    sizes = sorted(entry.row.kv_bytes for entry in group.entries)
-    if sizes[-1] <= 1.02 * sizes[0]:
+    """Return a comparison's scores against memory, if it has several budgets; `table` is the id of its table."""
+    if group.single:
         return None
     finding = "What the cache holds after the prompt, averaged over examples."
     if group.full and (evolved := max(group.evolved, key=lambda entry: entry.row.score, default=None)):
