@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-import evolkv
 from evolkv.cli import console
 from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
 from evolkv.cli.compare import compare
@@ -27,6 +26,7 @@ from evolkv.cli.profile import app as profile
 from evolkv.cli.report import report
 from evolkv.cli.search import search
 from evolkv.errors import EvolKVError, RunError
+from evolkv.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 BROKEN_PIPE = 141
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.OUT.print(f"evolkv {evolkv.__version__}")
+        console.OUT.print(f"evolkv {__version__}")
         raise typer.Exit
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from evolkv.cli.standing import Pace, Standing, speed
 from evolkv.report.units import duration
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _NAME = "evolkv: "
 _PLAIN_EVERY_SECONDS, _JSON_EVERY_SECONDS = 5.0, 1.0
-_PACE_SECONDS, _PACE_STEPS, _PACE_EVERY_SECONDS = 60.0, 3, 0.5
 #: Where nobody looks at the output, tables need not fit a terminal.
 _PLAIN_WIDTH = 120
 
@@ -194,45 +193,6 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Where work in stages stands.
-
-    Args:
-        stage: what is being done.
-        done: steps done in this stage.
-        total: steps of this stage.
-        at: when this was so, in seconds of `time.monotonic`.
-        rate: steps per second, or None while unknown.
-        best_fitness: of a search, the highest fitness so far.
-        best_score: score of the fittest candidate so far.
-        generation: the latest generation.
-        fitnesses: highest fitness of each generation.
-        budgets: the fittest candidate so far, a row of heads per layer.
-        budget: what the search aims at.
-        selector: the ranking that budgets are evolved under, where a search has several.
-    """
-
-    stage: str
-    done: int
-    total: int
-    at: float
-    rate: float | None = None
-    best_fitness: float | None = None
-    best_score: float | None = None
-    generation: int | None = None
-    fitnesses: tuple[float, ...] = ()
-    budgets: tuple[tuple[int, ...], ...] | None = None
-    budget: int | None = None
-    selector: str | None = None
-
-    def seconds_left(self, now: float) -> float | None:
-        """Seconds that the rest of the stage takes at this rate, or None while unknown."""
-        if self.rate is None or self.done >= self.total:
-            return None
-        return max(0.0, (self.total - self.done) / self.rate - (now - self.at))
-
-
 class Progress:
     """Shows how work in stages goes on: a live view on a terminal, a line now and then elsewhere, JSON on request.
 
@@ -241,7 +201,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._standing: Standing | None = None
-        self._paces: dict[str, _Pace] = {}
+        self._paces: dict[str, Pace] = {}
         self._started = self._shown = time.monotonic()
         self._view: View | None = None
 
@@ -303,7 +263,7 @@ class Progress:
         if is_other:
             last = Standing(stage, 0, total, now)
         is_new = is_other or stage not in self._paces
-        rate = self._paces.setdefault(stage, _Pace()).add(now, done)
+        rate = self._paces.setdefault(stage, Pace()).add(now, done)
         step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate, selector=selector)
         bred = generation is not None and generation != last.generation
         if generation is not None or best_score is not None:
@@ -364,34 +324,3 @@ def _plain(step: Standing, now: float) -> str:
     if left is not None:
         parts.append(f"{duration(left)} left")
     return ", ".join(parts)
-
-
-class _Pace:
-    """How fast a stage goes: over its last minute, or its last few steps where they take longer."""
-
-    def __init__(self) -> None:
-        self._points: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, done: int) -> float | None:
-        """Steps per second, or None while unknown, once `done` steps are done."""
-        points = self._points
-        if points and done < points[-1][1]:
-            points.clear()
-        if len(points) > 1 and now - points[-2][0] < _PACE_EVERY_SECONDS:
-            points.pop()
-        points.append((now, done))
-        while len(points) > _PACE_STEPS and now - points[1][0] > _PACE_SECONDS:
-            points.popleft()
-        (since, before), (until, after) = points[0], points[-1]
-        # What is computed together is done together, in no time.
-        return (after - before) / (until - since) if after > before and until - since >= _PACE_EVERY_SECONDS else None
-
-
-def speed(per_second: float) -> str:
-    """A rate for people: 3.2/s, 40.0/min, 1.5/h."""
-    unit, rate = "s", per_second
-    for slower in ("min", "h"):
-        if rate >= 1:
-            break
-        unit, rate = slower, rate * 60
-    return f"{rate:,.1f}/{unit}" if rate < 100 else f"{rate:,.0f}/{unit}"

@@ -111,7 +111,7 @@ def generate(
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
     _return_large_blocks()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
-    from evolkv.cli.generation import generate_text, save_document
+    from evolkv.generation import generate_text, save_document
 
     if save_cache is not None:
         assert chosen is not None

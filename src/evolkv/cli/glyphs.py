@@ -11,8 +11,15 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 
-from evolkv.cli.tables import _RAMP
-
+#: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
+RAMP = [
+    ("#440154", "white"),
+    ("#414487", "white"),
+    ("#2a788e", "white"),
+    ("#22a884", "black"),
+    ("#7ad151", "black"),
+    ("#fde725", "black"),
+]
 Line = list[Segment]
 PLAIN, BOLD, DIM, ACCENT = Style(), Style(bold=True), Style(dim=True), Style(color="cyan")
 
@@ -75,10 +82,10 @@ def colours(upper: int | None, lower: int | None = None) -> Style:
         upper: colour of the character, from 0 to the last of the ramp; None for the terminal's own.
         lower: colour behind it, likewise.
     """
-    above, below = (None if index is None else _RAMP[index][0] for index in (upper, lower))
+    above, below = (None if index is None else RAMP[index][0] for index in (upper, lower))
     return Style(color=above, bgcolor=below)
 
 
 def shades(places: np.ndarray) -> list[list[int]]:
     """The colours for places from 0 to 1, shape [rows, columns]."""
-    return np.rint(places * (len(_RAMP) - 1)).astype(int).tolist()
+    return np.rint(places * (len(RAMP) - 1)).astype(int).tolist()

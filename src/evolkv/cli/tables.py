@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evolkv.cli import console
+from evolkv.cli.glyphs import RAMP
 from evolkv.report.units import mebibytes, with_interval
 
 if TYPE_CHECKING:
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 48
 #: Names may be broken into lines of so many columns, where a terminal is narrow; numbers may not.
 _LEAST_NAME = 12
-#: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
-_RAMP = [
-    ("#440154", "white"),
-    ("#414487", "white"),
-    ("#2a788e", "white"),
-    ("#22a884", "black"),
-    ("#7ad151", "black"),
-    ("#fde725", "black"),
-]
 #: Columns that may become a heading, and how it says them.
 _SHARED = {"task": "{}", "metric": "metric {}", "n": "n = {}"}
 _SHADES = "·░▒▓█"
@@ -193,7 +185,7 @@ def _place(value: int, lowest: int, highest: int) -> float:
 
 
 def _colours(value: int, lowest: int, highest: int) -> tuple[str, str]:
-    return _RAMP[round(_place(value, lowest, highest) * (len(_RAMP) - 1))]
+    return RAMP[round(_place(value, lowest, highest) * (len(RAMP) - 1))]
 
 
 def _table() -> Table:
