@@ -128,6 +128,14 @@ def test_version_is_printed(run):
         (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "'--seed'"),
         (["compare", "a.jsonl", "--seed", 2**63], "'--seed'"),
         (["profile"], "--help"),
+        (["eval", "--model", MODEL], "the model is the first argument"),
+        (["eval", MODEL, "--limit", 3], "here it is --samples"),
+        (["eval", MODEL, "--output_path", "r.json"], "here it is --json"),
+        (["search", MODEL, "--n_trials", 3], "here it is --max-evals"),
+        (["search", MODEL, "--max_evals", 3], "here it is --max-evals"),
+        (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 33 tokens; use 33"),
+        (["report", "r.json", "--out", "/typo/here/x.html"], "folder /typo/here does not exist"),
+        (["report", "r.json", "-o", "/typo/x.html"], "folder /typo does not exist"),
         (["generate", MODEL], "--prompt"),
         (["generate", MODEL, "-", "--prompt", "x"], "once"),
         (["generate", MODEL, "--prompt", "  "], "empty"),
@@ -241,7 +249,8 @@ def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(smo
         code, _, err = run("search", MODEL, *shared, "--budget", budget, f"--out=~/{name}", f"--json=~/{name}.r.json")
         assert code == 0, err
     written = [f"run.{number}{ending}" for number in "12" for ending in ("", ".r.json", ".study.db")]
-    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == written
+    # Libraries keep hidden folders of their own there.
+    assert sorted(path.name for path in (tmp_path / "home").glob("[!.]*")) == written
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
@@ -850,6 +859,7 @@ def test_a_generation_config_that_makes_no_sense_is_one_line(run, published, tmp
 def test_a_home_folder_is_found_after_an_equals_sign_too(run, demo, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(demo, tmp_path / "home")
+    (tmp_path / "home" / "new").mkdir()
     for argv in (
         ["profile", "show", "~/profile.json"],
         ["profile", "expand", "~/profile.json", "--budget=80", "--out=~/new/80.json"],
@@ -924,3 +934,41 @@ def test_numbers_are_whole_on_a_narrow_terminal(run, demo, monkeypatch, columns)
     numbers |= {mebibytes(row["kv_bytes"]) for row in rows}
     assert numbers <= set(out.split())
     assert "…" not in out
+
+
+def test_json_on_standard_output_is_all_that_is_there(run, demo, published, tmp_path):
+    model = published(tmp_path / "model", {})
+    task = ["--task", "code:context=90", "--budget", 20]
+    code, out, err = run("eval", model, *task, "--method", "snapkv:window=4", "--samples", 2, "--json", "-")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "evolkv.results/1"
+    assert "snapkv:window=4" in err
+    small = ["--selector", "snapkv:window=4", "--train", 1, "--val", 1, "--max-evals", 7]
+    code, out, err = run("search", model, *task, *small, "--json=-", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "evolkv.search/1"
+    assert err == ""
+    kept = ["--method", "full", "snapkv:window=4", "--samples", 2, "--records", "k.jsonl"]
+    assert run("eval", model, *task, *kept)[0] == 0
+    code, out, _ = run("compare", "k.jsonl", "--json", "-")
+    assert code == 0
+    assert json.loads(out)["tasks"]
+    code, out, _ = run("profile", "show", demo / "profile.json", "--json")
+    assert json.loads(out) == json.loads((demo / "profile.json").read_text())
+
+
+def test_help_is_written_as_in_the_docs(run):
+    for command in ("demo", "search", "eval", "compare", "generate", "report", ["profile", "show"], ["list", "tasks"]):
+        code, out, _ = run(*([command] if isinstance(command, str) else command), "--help")
+        assert code == 0
+        assert not any(noise in out for noise in ("{", "[[", "<bool>", "range"))
+    assert "evolkv generate [OPTIONS] MODEL [-]" in run("generate", "--help")[1]
+
+
+def test_a_shell_is_told_how_a_line_may_go_on():
+    for words, place, answer in (("evolkv rep", 1, "report"), ("evolkv search m --gran", 3, "--granularity")):
+        environment = {"_EVOLKV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+        done = subprocess.run(
+            [sys.executable, "-m", "evolkv.cli"], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [answer]

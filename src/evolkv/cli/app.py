@@ -17,6 +17,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
+from evolkv.cli.command import Command, Group, instead_of
 from evolkv.cli.compare import compare
 from evolkv.cli.demo import demo
 from evolkv.cli.evaluate import evaluate
@@ -30,12 +31,14 @@ from evolkv.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 BROKEN_PIPE = 141
+#: Set by a shell that asks how a line may go on.
+_COMPLETE = "_EVOLKV_COMPLETE"
 # Typer carries a copy of click or imports it, depending on its version; its errors know which.
 _ClickException: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="evolkv",
-    add_completion=False,
+    cls=Group,
     rich_markup_mode="rich",
     help="Evolve how much KV cache each layer and head of a language model needs, and run it with exactly that.",
     epilog="Start with: evolkv demo",
@@ -64,12 +67,12 @@ def _globals(
     console.settings.log_json = log_json
 
 
-app.command()(demo)
-app.command()(search)
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command()(generate)
-app.command()(report)
+app.command(cls=Command)(demo)
+app.command(cls=Command)(search)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(compare)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(report)
 app.add_typer(profile, name="profile")
 app.add_typer(listing, name="list")
 
@@ -97,6 +100,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
         command = typer.main.get_command(app)
+        if _COMPLETE in os.environ:
+            command.main(given, prog_name="evolkv")
         with no_interrupt_lost(), command.make_context("evolkv", given or ["--help"]) as context:
             code = context.command.invoke(context)
         sys.stdout.flush()
@@ -184,8 +189,11 @@ def _fail(code: int, message: str) -> int:
 
 
 def _usage(error: Exception) -> str:
-    """What Typer has to say, with the place where help is."""
+    """Return Typer's message, with the right word for an option of another program and the place where help is."""
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "evolkv"
+    option = getattr(error, "option_name", None)
+    if option and (instead := instead_of(option, context.command) if context else ""):
+        message = f"no such option {option}{instead}"
     return f"{message[:1].lower()}{message[1:]} (see '{command} --help')"

@@ -57,6 +57,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    OUT.stderr = OUT.quiet = False
     if not OUT.is_terminal and "COLUMNS" not in os.environ:
         OUT.width = _PLAIN_WIDTH
 
@@ -73,6 +74,22 @@ def _fill_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def write_json(path: str | None, data: Any) -> None:
+    """Write results where --json says: to a file, to standard output for ``-``, or nowhere for None."""
+    if path == "-":
+        sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    elif path is not None:
+        from evolkv import whole_files
+
+        whole_files.write_json(path, data)
+
+
+def keep_stdout_for_json(path: str | None) -> None:
+    """Have tables go to stderr if --json is ``-``, so that standard output holds JSON alone."""
+    if path == "-":
+        OUT.stderr, OUT.quiet = True, settings.quiet
 
 
 def say(message: str) -> None:

@@ -20,10 +20,10 @@ from evolkv.cli.options import (
     Model,
     ModelOptions,
     PrefillChunk,
-    Seed,
     Trust,
     to_read,
     to_write,
+    valid_seed,
 )
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
@@ -71,7 +71,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy; above 0 samples.")] = 0.0,
-    seed: Seed = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", metavar="N", callback=valid_seed, help="Draws another text, where --temperature is above 0."
+        ),
+    ] = 0,
     save_cache: Annotated[
         str | None,
         typer.Option(

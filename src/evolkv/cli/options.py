@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from evolkv.cli import console
+from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
 from evolkv.whole_files import output_path
 
@@ -34,7 +35,13 @@ def to_read(value: Any) -> Any:
 
 def to_write(value: str | None) -> str | None:
     """Return the path of an output, for Typer's `callback`; see `output_path`."""
-    return None if value is None else output_path(value)
+    if value is None:
+        return None
+    path = output_path(value)
+    # Below the current folder one is made; elsewhere one that is missing is a slip of the fingers.
+    if os.path.isabs(path) and not os.path.lexists(os.path.dirname(path)):
+        raise UsageError(f"folder {os.path.dirname(path)} does not exist; make it, or give another path than {path}")
+    return path
 
 
 def to_write_or_print(value: str | None) -> str | None:
@@ -42,13 +49,25 @@ def to_write_or_print(value: str | None) -> str | None:
     return value if value == "-" else to_write(value)
 
 
+def files(*outs: str | None) -> list[str]:
+    """Return the outputs that are files: neither left out nor standard output."""
+    return [out for out in outs if out not in (None, "-")]
+
+
+def valid_seed(value: int) -> int:
+    """Check that torch and databases can hold a seed, for Typer's `callback`."""
+    if not 0 <= value < 2**63:
+        raise UsageError(f"--seed is {value}; expected a whole number from 0 to {2**63 - 1}")
+    return value
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),
 ]
-# What torch takes, and databases.
-MOST_SEED = 2**63 - 1
-Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0, max=MOST_SEED)]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other examples and candidates.")
+]
 Markdown = Annotated[
     str | None,
     typer.Option(

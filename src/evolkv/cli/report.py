@@ -21,7 +21,7 @@ def report(
         ),
     ],
     out: Annotated[
-        str, typer.Option("--out", metavar="REPORT.html", callback=to_write, help="Where the page goes.")
+        str, typer.Option("--out", "-o", metavar="REPORT.html", callback=to_write, help="Where the page goes.")
     ] = "report.html",
     study: Annotated[
         str | None, typer.Option("--study", help="Which study, if the storage holds those of several searches.")
