@@ -30,7 +30,7 @@ LEAST_BUDGET = get_selector("snapkv").min_budget
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search spends: examples to train on, examples to choose on, candidates."""
+    """The cost of a search: examples to train on, examples to choose on, candidates."""
 
     train: int
     val: int
@@ -48,7 +48,7 @@ PASSAGES = 2
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where the demo writes.
+    """Paths that the demo writes to.
 
     Args:
         folder: holds all of them.
@@ -89,7 +89,7 @@ class DemoFiles:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The outcome of the demo.
 
     Args:
         files: what it wrote.
@@ -107,7 +107,7 @@ class DemoResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether KeyboardInterrupt ended the demo before the comparison was complete."""
+        """True if KeyboardInterrupt ended the demo before the comparison was complete."""
         return not self.rows
 
 

@@ -65,7 +65,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class SavedDocument:
-    """What was kept of a document, and its cost; the fields are those of `Generated`."""
+    """A saved document and its cost; the fields are those of `Generated`."""
 
     prompt_tokens: int
     kv_bytes: int
@@ -101,7 +101,7 @@ def save_document(
     Raises:
         UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
     """
-    _check_text("document", document)
+    check_text("document", document)
     before = "" if raw else _around_question(tokenizer)[0]
     ids = encode_text(tokenizer, before + document)
     _check_fits(model, "document", ids)
@@ -160,7 +160,7 @@ def generate_text(
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
-    _check_text("prompt", prompt)
+    check_text("prompt", prompt)
     inputs = (
         _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
         if document is None
@@ -269,7 +269,7 @@ def _chats(tokenizer: Any, raw: bool) -> bool:
 
 
 def _around_question(tokenizer: Any) -> tuple[str, str]:
-    """What a chat template puts before and after the user's message; nothing where there is none."""
+    """Return the text that a chat template puts before and after the user's message."""
     if not _chats(tokenizer, raw=False):
         return "", ""
     mark = "<<<the message>>>"
@@ -277,7 +277,12 @@ def _around_question(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
-def _check_text(what: str, text: str) -> None:
+def check_text(what: str, text: str) -> None:
+    """Check that a prompt, or what else is called so in messages, has text that can be encoded.
+
+    Raises:
+        UsageError: it is empty, or holds halves of characters.
+    """
     if not text.strip():
         raise UsageError(f"the {what} is empty; give it some text")
     try:
@@ -287,7 +292,7 @@ def _check_text(what: str, text: str) -> None:
 
 
 def _check_fits(model: Any, what: str, ids: list[int]) -> int:
-    """The tokens that the model's context holds."""
+    """Check that a text leaves room for an answer; return the tokens that the model's context holds."""
     limit = describe_model(model).max_context
     if len(ids) >= limit:
         raise UsageError(
@@ -298,7 +303,7 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 
 
 def _full_bytes(model: Any, tokens: int) -> int:
-    """What the full cache of a prompt holds: layers with a sliding window never hold more than it."""
+    """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
     info = describe_model(model)
     held = sum(tokens if window is None else min(tokens, window) for window in sliding_windows(model))
     return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize

@@ -19,7 +19,7 @@ _REFERENCE = r"refs/(?:pr|convert)/[^/]+"
 
 @dataclass(frozen=True)
 class HubAddress:
-    """Where a file is on the Hub, written ``hf://org/name@revision/folder/file``.
+    """The address of a file on the Hub, written ``hf://org/name@revision/folder/file``.
 
     Args:
         repo_id: ``org/name`` of a model repository.
@@ -40,7 +40,7 @@ class HubAddress:
 
     @classmethod
     def parse(cls, text: str) -> HubAddress:
-        """The address that a text says; without a file it is that of `FILE_NAME`.
+        """Parse an address; without a file name it is that of `FILE_NAME`.
 
         Raises:
             ProfileError: for a text that is no address.
@@ -53,13 +53,13 @@ class HubAddress:
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the address of a file on the Hub."""
+    """Return True if a path is the address of a file on the Hub."""
     # A Path makes one slash of two.
     return os.fspath(path).startswith(PREFIX[:-1])
 
 
 def download(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> Path:
-    """A file of the Hub as a local one, from the Hub's own cache where it is there.
+    """Download a file of the Hub, or find it in the Hub's own cache, and return its local path.
 
     Args:
         address: which file.
@@ -88,7 +88,7 @@ def upload(
     private: bool | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Puts a file on the Hub; a repository that is missing is made.
+    """Put a file on the Hub; a repository that is missing is made.
 
     Args:
         address: where to.
@@ -123,7 +123,7 @@ def upload(
 
 @contextmanager
 def _clear_errors(place: str) -> Iterator[None]:
-    """Says what went wrong with the Hub in one line."""
+    """Report in one line what went wrong with the Hub."""
     from huggingface_hub import errors
 
     try:

@@ -1,4 +1,4 @@
-"""What the program shows: results on stdout; progress, warnings and errors on stderr."""
+"""The output of the program: results on stdout; progress, warnings and errors on stderr."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def keep_stdout_for_json(path: str | None) -> None:
 
 
 def say(message: str) -> None:
-    """One line on stderr, also in quiet mode."""
+    """Print one line on stderr, also in quiet mode."""
     if settings.log_json:
         emit("note", message=message.removeprefix(_NAME))
     else:
@@ -101,13 +101,13 @@ def say(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """One line on stderr, but not in quiet mode."""
+    """Print one line on stderr, but not in quiet mode."""
     if not settings.quiet:
         say(message)
 
 
 def warn(message: str) -> None:
-    """A warning, but not in quiet mode."""
+    """Print a warning, but not in quiet mode."""
     if settings.log_json and not settings.quiet:
         emit("warning", message=message)
     else:
@@ -115,7 +115,7 @@ def warn(message: str) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """What ends the program with this exit code."""
+    """Report the error that ends the program with this exit code."""
     if settings.log_json:
         emit("error", message=message, exit_code=code)
     else:
@@ -123,7 +123,7 @@ def fail(message: str, code: int) -> None:
 
 
 def trace(text: str) -> None:
-    """The traceback of an error."""
+    """Print the traceback of an error."""
     if settings.log_json:
         emit("traceback", message=text)
     else:
@@ -131,7 +131,7 @@ def trace(text: str) -> None:
 
 
 def emit(event: str, **fields: Any) -> None:
-    """One line of JSON on stderr.
+    """Print one line of JSON on stderr.
 
     Args:
         event: what kind of line it is.
@@ -181,7 +181,7 @@ class _OneLine(logging.Handler):
 
 
 def is_watched() -> bool:
-    """Whether stderr is a terminal that a view can be drawn on, and may be."""
+    """Return True if stderr is a terminal, and a view may be drawn on it."""
     return (
         not (settings.quiet or settings.log_json)
         and ERR.is_terminal
@@ -305,7 +305,7 @@ class Progress:
 
 
 def _fields(step: Standing, now: float) -> dict[str, Any]:
-    """A step for machines."""
+    """Return a step as fields for JSON."""
     left = step.seconds_left(now)
     return {
         "stage": step.stage,
@@ -322,7 +322,7 @@ def _fields(step: Standing, now: float) -> dict[str, Any]:
 
 
 def _plain(step: Standing, now: float) -> str:
-    """A step as a line."""
+    """Return a step as a line of text."""
     parts = [f"{step.stage} {step.done}/{step.total}"]
     # What comes after a search goes on without changing what it found.
     if step.stage != "search":

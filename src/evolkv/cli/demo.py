@@ -81,7 +81,7 @@ def demo(
 
 
 def _summary(result: DemoResult) -> str:
-    """What the comparison shows, in one line."""
+    """Return the outcome of the comparison in one line."""
     rows = {row["method"]: row for row in result.rows}
     evolved, full = rows["evolkv"], rows["full"]
     share = evolved["kv_bytes"] / full["kv_bytes"]
@@ -99,7 +99,7 @@ def _summary(result: DemoResult) -> str:
 def _next_commands(
     result: DemoResult, model: str, budget: int, context: int, load: ModelOptions
 ) -> list[tuple[str, str]]:
-    """(what it is for, command) pairs; each command works when pasted."""
+    """Return (purpose, command) pairs; each command works when pasted."""
     from evolkv.demo import LEAST_BUDGET
 
     folder, profile = result.files.folder, result.files.profile
@@ -129,7 +129,7 @@ def _next_commands(
 
 
 def program_name() -> str:
-    """How to call this program from here: its name if the shell finds it, else its path."""
+    """Return the name of this program if the shell finds it, else its path."""
     called = sys.argv[0]
     found = shutil.which("evolkv")
     if os.path.basename(called) != "evolkv" or (found and os.path.exists(called) and os.path.samefile(found, called)):

@@ -114,10 +114,11 @@ def generate(
         from evolkv.whole_files import check_outputs
 
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
+    from evolkv.generation import check_text, generate_text, save_document
+
+    check_text("document" if save_cache is not None else "prompt", text)
     _return_large_blocks()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
-    from evolkv.generation import generate_text, save_document
-
     if save_cache is not None:
         assert chosen is not None
         saved = save_document(
@@ -175,7 +176,7 @@ def generate(
 
 
 def _method(profile: str | None, method: str | None, budget: int | None) -> Method | None:
-    """What to compress with; None for the full cache."""
+    """Return the method to compress with; None for the full cache."""
     if profile is not None and method is not None:
         raise UsageError("--profile and --method are both given; give one of them")
     name = profile or method
@@ -198,7 +199,7 @@ def _method(profile: str | None, method: str | None, budget: int | None) -> Meth
 def _check_cache(
     save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
 ) -> None:
-    """Whether what is asked of cache files goes together."""
+    """Check that the options about cache files go together."""
     if save_cache is not None and method is None:
         raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
     if cache is not None and prefill_chunk is not None:
@@ -212,7 +213,7 @@ def _weight(held: int, full: int) -> str:
 
 
 def _return_large_blocks() -> None:
-    """Has glibc give back every large block as soon as it is free.
+    """Have glibc give back every large block as soon as it is free.
 
     Left to itself it keeps more and more of them, with what layers keep of the prompt strewn in between: a long prompt
     then takes as much memory under a small budget as under none (docs/performance.md).
@@ -225,7 +226,7 @@ def _return_large_blocks() -> None:
 
 
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt, from the one place where it was given."""
+    """Read the prompt from the one place where it was given."""
     if stdin not in (None, "-"):
         raise UsageError(f"unexpected argument {stdin!r}; give the prompt with --prompt, --prompt-file or - (stdin)")
     if sum(source is not None for source in (stdin, prompt, prompt_file)) != 1:

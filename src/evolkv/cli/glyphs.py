@@ -45,11 +45,11 @@ class Glyphs:
     separator: str
 
     def level(self, place: float) -> str:
-        """A character for a place from 0 to 1."""
+        """Return the character for a place from 0 to 1."""
         return self.levels[round(place * (len(self.levels) - 1))]
 
     def facts(self, facts: Sequence[tuple[str, Style]], columns: int) -> Line:
-        """As many facts, the first ones, as a line of so many columns holds."""
+        """Return as many of the first facts as fit into a line of so many columns."""
         parts = [
             [Segment(text if index == 0 else self.separator + text, style)] for index, (text, style) in enumerate(facts)
         ]
@@ -57,7 +57,7 @@ class Glyphs:
 
 
 def glyphs_for(console: Console) -> Glyphs:
-    """What a terminal can show."""
+    """Return the characters that a terminal can show."""
     if console.options.ascii_only:
         return Glyphs("#", "-", "._-=+*%@", "#", "", ", ")
     colours = not console.no_color and console.color_system in ("256", "truecolor")
@@ -65,7 +65,7 @@ def glyphs_for(console: Console) -> Glyphs:
 
 
 def fitted(parts: Sequence[Line], columns: int) -> Line:
-    """As many parts, the first ones, as a line of so many columns holds; the first is cut if need be."""
+    """Return as many of the first parts as fit into a line of so many columns; the first is cut if need be."""
     line: Line = []
     for part in parts:
         if line and Segment.get_line_length(line + part) > columns:
@@ -76,7 +76,7 @@ def fitted(parts: Sequence[Line], columns: int) -> Line:
 
 @cache
 def colours(upper: int | None, lower: int | None = None) -> Style:
-    """Colours for a cell.
+    """Return the colours of a cell.
 
     Args:
         upper: colour of the character, from 0 to the last of the ramp; None for the terminal's own.
@@ -87,5 +87,5 @@ def colours(upper: int | None, lower: int | None = None) -> Style:
 
 
 def shades(places: np.ndarray) -> list[list[int]]:
-    """The colours for places from 0 to 1, shape [rows, columns]."""
+    """Return the colours for places from 0 to 1, shape [rows, columns]."""
     return np.rint(places * (len(RAMP) - 1)).astype(int).tolist()

@@ -16,7 +16,7 @@ from evolkv.whole_files import output_path
 
 
 def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
-    """A check that an option has one of these values, for Typer's `callback`."""
+    """Return a check that an option has one of these values, for Typer's `callback`."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -121,7 +121,7 @@ Trust = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is to be loaded; see `evolkv.load_model`."""
+    """Options for loading a model; see `evolkv.load_model`."""
 
     dtype: str | None = None
     device: str | None = None
@@ -129,13 +129,13 @@ class ModelOptions:
     trust_remote_code: bool = False
 
     def given(self) -> list[str]:
-        """What of this is not the default, as arguments of the program."""
+        """Return the options that are not the default, as arguments of the program."""
         options = {"--dtype": self.dtype, "--device": self.device, "--attn-implementation": self.attn_implementation}
         words = [word for name, value in options.items() if value is not None for word in (name, value)]
         return words + ["--trust-remote-code"] * self.trust_remote_code
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
+        """Load the model and its tokenizer."""
         with console.busy(f"loading {name}"):
             console.quiet_libraries()
             from evolkv.models import load_model

@@ -131,7 +131,7 @@ def _load(path: str) -> BudgetProfile:
 
 
 def _facts(profile: BudgetProfile) -> dict[str, str]:
-    """What a profile says about itself, in words."""
+    """Return the facts that a profile records about itself, in words."""
     search, model = profile.search, profile.model
     parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
     facts = {

@@ -1,4 +1,4 @@
-"""Where work in stages stands, and how fast it goes."""
+"""Progress of work in stages, and its rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACE_SECONDS, _PACE_STEPS, _PACE_EVERY_SECONDS = 60.0, 3, 0.5
 
 @dataclass(frozen=True)
 class Standing:
-    """Where work in stages stands.
+    """Progress of work in stages at one moment.
 
     Args:
         stage: what is being done.
@@ -41,20 +41,20 @@ class Standing:
     selector: str | None = None
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds that the rest of the stage takes at this rate, or None while unknown."""
+        """Return the seconds that the rest of the stage takes at this rate, or None while unknown."""
         if self.rate is None or self.done >= self.total:
             return None
         return max(0.0, (self.total - self.done) / self.rate - (now - self.at))
 
 
 class Pace:
-    """How fast a stage goes: over its last minute, or its last few steps where they take longer."""
+    """The rate of a stage over its last minute, or over its last few steps where these take longer."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, int]] = deque()
 
     def add(self, now: float, done: int) -> float | None:
-        """Steps per second, or None while unknown, once `done` steps are done."""
+        """Return steps per second, or None while unknown, once `done` steps are done."""
         points = self._points
         if points and done < points[-1][1]:
             points.clear()
@@ -69,7 +69,7 @@ class Pace:
 
 
 def speed(per_second: float) -> str:
-    """A rate for people: 3.2/s, 40.0/min, 1.5/h."""
+    """Return a rate for people: 3.2/s, 40.0/min, 1.5/h."""
     unit, rate = "s", per_second
     for slower in ("min", "h"):
         if rate >= 1:

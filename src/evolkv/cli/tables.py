@@ -65,7 +65,7 @@ def print_whole(table: Table) -> None:
 
 
 def _fitting(table: TextTable) -> list[tuple[str, Table]]:
-    """A table as the terminal has room for it: what all rows share, and tasks, go into headings where it has not."""
+    """Cut a table down to the width of the terminal: tasks, and values that all rows share, become headings."""
     whole = shown(table)
     unbounded = console.OUT.options.update(width=10_000)
     if not table.rows or console.OUT.measure(whole, options=unbounded).maximum <= console.OUT.width:
@@ -84,7 +84,7 @@ def _fitting(table: TextTable) -> list[tuple[str, Table]]:
 
 
 def shown(found: TextTable) -> Table:
-    """A table of text, its numbers right-aligned."""
+    """Return a table of text, its numbers right-aligned."""
     from evolkv.report.tables import NUMERIC
 
     table = _table()
@@ -180,7 +180,7 @@ def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int)
 
 
 def _place(value: int, lowest: int, highest: int) -> float:
-    """Where a value stands between two others on a logarithmic scale, from 0 to 1."""
+    """Return the place of a value between two others on a logarithmic scale, from 0 to 1."""
     return math.log(value / lowest) / math.log(highest / lowest) if highest > lowest else 0.5
 
 

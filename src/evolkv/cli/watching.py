@@ -1,4 +1,4 @@
-"""What is seen of long work on a terminal: how far it is, and what a search has found so far."""
+"""Pictures of long work on a terminal: progress, and the best that a search has so far."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def mib(self) -> float:
-        """What the cache holds."""
+        """MiB that the cache holds."""
         return self.row.kv_bytes / 2**20
 
 
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def evolved(self) -> list[Entry]:
-        """What came from a search."""
+        """Entries that came from a search."""
         return [entry for entry in self.entries if is_evolved(entry.row.method)]
 
     @property
@@ -79,11 +79,11 @@ class Comparison:
 
     @property
     def single(self) -> bool:
-        """Whether all but the full cache have the same memory, give or take what rounding makes of it."""
+        """True if all but the full cache have the same memory, apart from rounding."""
         return not self.budgets or self.budgets[-1] <= 1.02 * self.budgets[0]
 
     def rivals(self, entry: Entry) -> list[Entry]:
-        """What needs no search, in the memory of an entry."""
+        """Return the entries that need no search and have the memory of this one."""
         return [
             other
             for other in self.entries
@@ -150,12 +150,12 @@ class Comparison:
 
 
 def is_evolved(method: str) -> bool:
-    """Whether a method's name is that of a profile: the demo's, or a path."""
+    """Return True if a method's name is that of a profile: the demo's, or a path."""
     return method == EVOLVED or is_path(method)
 
 
 def is_path(method: str) -> bool:
-    """Whether a method's name is the path of a profile."""
+    """Return True if a method's name is the path of a profile."""
     return method.endswith(".json") or "/" in method or "\\" in method
 
 

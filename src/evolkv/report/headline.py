@@ -35,7 +35,7 @@ class Headline:
 def headline(
     comparisons: Sequence[Comparison], searches: Sequence[Search], profiles: Sequence[Profile], model: str, task: str
 ) -> Headline:
-    """What a report says first.
+    """Return the title, sentences and numbers at the top of a report.
 
     Args:
         comparisons: of methods on the same examples; those on held-out examples first.
@@ -148,7 +148,7 @@ def _methods(comparisons: Sequence[Comparison]) -> Headline:
 
 
 def _search_sentences(search: Search, count: int) -> list[str]:
-    """How the budgets were found and chosen."""
+    """Return sentences on how the budgets were found and chosen."""
     if count > 1:
         return []
     settings, said = search.settings, []

@@ -1,4 +1,4 @@
-"""What each section of a report shows and says: charts with their findings in words."""
+"""Sections of a report: charts with their findings in words."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions are kept."""
+    """Positions that are kept."""
 
     title: str
     finding: str
@@ -176,7 +176,7 @@ def validation(search: Search) -> Validation:
 
 
 def positions(search: Search) -> Positions:
-    """Which positions the layers keep, for the example that was looked at."""
+    """Return the positions that the layers keep of one example."""
     kept = search.kept
     assert kept is not None
     width = len(kept.share[0])
@@ -241,7 +241,7 @@ def _title(group: Comparison) -> str:
 
 
 def search_title(search: Search) -> str:
-    """What tells a search from the others."""
+    """Return a title that tells a search from the others."""
     chosen = search.profile or search.result or search.leader
     title = f"Budget {number(round(mean_of(chosen.budgets), 1))}" if chosen else "Search"
     if search.stage:
