@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,20 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import evolkv.models
-from evolkv.cli import main
+from evolkv.cli import console, main
 from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer
+from evolkv.cli.tables import print_table, print_whole, validation_table
 from evolkv.errors import RunError
 from evolkv.profile import BudgetProfile
+from evolkv.report.tables import results_table
+from evolkv.report.units import mebibytes
+from tiny import tiny_model
 
 MODEL = "smollm2-135m"
 TASK = "niah:context=300"
@@ -113,6 +121,14 @@ def test_version_is_printed(run):
         (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "'--seed'"),
         (["compare", "a.jsonl", "--seed", 2**63], "'--seed'"),
         (["profile"], "--help"),
+        (["eval", "--model", MODEL], "the model is the first argument"),
+        (["eval", MODEL, "--limit", 3], "here it is --samples"),
+        (["eval", MODEL, "--output_path", "r.json"], "here it is --json"),
+        (["search", MODEL, "--n_trials", 3], "here it is --max-evals"),
+        (["search", MODEL, "--max_evals", 3], "here it is --max-evals"),
+        (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 33 tokens; use 33"),
+        (["report", "r.json", "--out", "/typo/here/x.html"], "folder /typo/here does not exist"),
+        (["report", "r.json", "-o", "/typo/x.html"], "folder /typo does not exist"),
         (["generate", MODEL], "--prompt"),
         (["generate", MODEL, "-", "--prompt", "x"], "once"),
         (["generate", MODEL, "--prompt", "  "], "empty"),
@@ -226,7 +242,8 @@ def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run
         code, _, err = run("search", MODEL, *shared, "--budget", budget, f"--out=~/{name}", f"--json=~/{name}.r.json")
         assert code == 0, err
     written = [f"run.{number}{ending}" for number in "12" for ending in ("", ".r.json", ".study.db")]
-    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == written
+    # Libraries keep hidden folders of their own there.
+    assert sorted(path.name for path in (tmp_path / "home").glob("[!.]*")) == written
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
@@ -731,3 +748,221 @@ def test_an_interrupt_while_an_object_is_collected_still_ends_the_program(capsys
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Make folders of a tiny model whose generation config and config say what is asked for."""
+    alphabet = ["<pad>", "<end>", "<start>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    saved = tmp_path_factory.mktemp("published")
+    PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="<end>", bos_token="<start>"
+    ).save_pretrained(saved)
+    tiny_model("llama", vocab_size=len(alphabet), initializer_range=0.2).save_pretrained(saved)
+
+    def make(folder, generation, **config):
+        shutil.copytree(saved, folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0, **generation}))
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**written, **config}))
+        return folder
+
+    return make
+
+
+QUESTION = ["--prompt", "A prompt of some length, of which little is kept.", "--max-new-tokens", 8, "--json"]
+CUT = ["--method", "snapkv:window=4", "--budget", 16]
+
+
+def said_by(run, model, *options):
+    code, out, err = run("generate", model, *QUESTION, *options)
+    assert code == 0, err
+    return json.loads(out)["text"], err
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded", "cache_config": {"backend": "quanto"}},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 2.0, "early_stopping": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[5]]},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1},
+        {"max_time": 1e-4},
+        {"max_length": 5},
+        {"max_new_tokens": 2},
+        {"prefill_chunk_size": 8},
+        {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+        {"output_attentions": True, "output_hidden_states": True},
+        {"guidance_scale": 1.5},
+        {"token_healing": True},
+        {"use_mtp": True},
+        {"is_assistant": True, "num_assistant_tokens": 5, "assistant_confidence_threshold": 0.4},
+        {"prompt_lookup_num_tokens": 3},
+        {"stop_strings": ["no such text"]},
+        {"stop_strings": []},
+        {"chat_format": "chatml", "max_window_size": 6144},
+    ],
+)
+def test_generate_gives_the_greedy_text_whatever_decoding_a_model_was_published_with(
+    run, published, tmp_path, generation
+):
+    plain, model = published(tmp_path / "plain", {}), published(tmp_path / "model", generation)
+    for options in ([], CUT):
+        text, err = said_by(run, model, *options)
+        assert text == said_by(run, plain, *options)[0]
+        asked = {"num_beams", "penalty_alpha", "dola_layers", "force_words_ids", "guidance_scale", "token_healing"}
+        assert ("generation config asks for" in err) == bool(asked & generation.keys())
+
+
+def test_generate_samples_whatever_decoding_a_model_was_published_with(run, published, tmp_path):
+    plain, model = published(tmp_path / "plain", {}), published(tmp_path / "model", {"num_beams": 4, "max_time": 1e-4})
+    sampled = ["--temperature", 0.7, *CUT]
+    assert said_by(run, model, *sampled)[0] == said_by(run, plain, *sampled)[0] != said_by(run, plain, *CUT)[0]
+
+
+def test_generate_keeps_to_what_a_model_says_about_its_text(run, published, tmp_path):
+    plain = said_by(run, published(tmp_path / "plain", {}), *CUT)[0]
+    stopped = said_by(run, published(tmp_path / "stopped", {"stop_strings": [plain[2]]}), *CUT)[0]
+    assert stopped == plain[: plain.index(plain[2]) + 1]
+    penalised = said_by(run, published(tmp_path / "penalised", {"repetition_penalty": 3.0}), *CUT)[0]
+    assert penalised != plain
+
+
+@pytest.mark.parametrize("config", [{"use_cache": False}, {"output_attentions": True}, {"output_hidden_states": True}])
+def test_generate_serves_a_model_whose_config_says_how_it_was_trained(run, published, tmp_path, config):
+    plain, model = published(tmp_path / "plain", {}), published(tmp_path / "model", {}, **config)
+    assert said_by(run, model, *CUT)[0] == said_by(run, plain, *CUT)[0]
+    assert run("generate", model, "--prompt", "A document.", *CUT, "--save-cache", "d.cache")[0] == 0
+    assert run("generate", model, "--prompt", "A question?", "--cache", "d.cache")[0] == 0
+
+
+@pytest.mark.parametrize("generation", [{"bad_words_ids": [7]}, {"forced_eos_token_id": 900}, {"eos_token_id": "x"}])
+def test_a_generation_config_that_makes_no_sense_is_one_line(run, published, tmp_path, generation):
+    code, _, err = run("generate", published(tmp_path / "model", generation), "--prompt", "x" * 40, *CUT)
+    assert code == 2
+    assert "generation config cannot be used" in one_line(err)
+
+
+def test_a_home_folder_is_found_after_an_equals_sign_too(run, demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(demo, tmp_path / "home")
+    (tmp_path / "home" / "new").mkdir()
+    for argv in (
+        ["profile", "show", "~/profile.json"],
+        ["profile", "expand", "~/profile.json", "--budget=80", "--out=~/new/80.json"],
+        ["profile", "export", "~/profile.json", "--to=csv", "--out=~/new/80.csv"],
+        ["report", "~/results.json", "--out=~/new-report.html"],
+        ["generate", MODEL, "--profile=~/profile.json", "--prompt-file=~/prompt.txt", "--max-new-tokens=1", "--raw"],
+        ["generate", MODEL, "--method=~/profile.json", "--prompt=x", "--save-cache=~/x.cache"],
+        ["generate", MODEL, "--cache=~/x.cache", "--prompt=x", "--max-new-tokens=1"],
+        ["eval", MODEL, f"--task={TASK}", "--method=~/profile.json", "--samples=1", "--json=~/r.json"],
+        ["eval", MODEL, f"--task={TASK}", "--method", "~/new/{}.json", "--budget=80", "--samples=1", "--records=~/k"],
+        ["compare", "~/r.records.jsonl", "~/k", "--a=~/profile.json", "--b=~/new/{}.json", "--json=~/c.json"],
+    ):
+        code, _, err = run(*argv)
+        assert code == 0, (argv, err)
+    made = {"new", "new-report.html", "x.cache", "r.json", "r.records.jsonl", "k", "c.json"}
+    assert made <= {path.name for path in (tmp_path / "home").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["search", MODEL, "--task", TASK, "--budget", 64, "--out"],
+        ["search", MODEL, "--task", TASK, "--budget", 64, "--json"],
+        ["eval", MODEL, "--task", TASK, "--method", "full", "--json"],
+        ["eval", MODEL, "--task", TASK, "--method", "full", "--records"],
+        ["eval", MODEL, "--task", TASK, "--method", "full", "--markdown"],
+        ["compare", "r.jsonl", "--json"],
+        ["generate", MODEL, "--prompt", "x", "--method", "snapkv", "--budget", 64, "--save-cache"],
+        ["profile", "expand", "p.json", "--budget", 80, "--out"],
+        ["profile", "export", "p.json", "--to", "csv", "--out"],
+        ["report", "r.json", "--out"],
+        ["demo", "--out"],
+    ],
+)
+def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
+    code, _, err = run(*argv, "hf://org/name")
+    assert code == 2
+    assert "hf://org/name is an address on the Hub" in one_line(err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_loses_no_work(published, tmp_path, closed):
+    model, results = published(tmp_path / "model", {}), tmp_path / "r.json"
+    words = ["eval", model, "--task", "code:context=90", "--method", "full", "--samples", 1, "--json", results]
+    command = shlex.join([sys.executable, "-m", "evolkv.cli", *map(str, words)])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(results.read_text())["rows"][0]["n"] == 1
+    assert "Error" not in done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "evolkv.cli", "list", "metrics"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "evolkv: error: the output: No space left on device"
+
+
+@pytest.mark.parametrize("columns", [1, 20, 45])
+def test_numbers_are_whole_on_a_narrow_terminal(run, demo, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(console.OUT, "width", columns)
+    rows = json.loads((demo / "results.json").read_text())["rows"]
+    print_table(results_table(rows))
+    print_whole(validation_table([{"name": "x", "evolved": True, "n": 24, "score": 0.5, "ci95": [0.25, 0.75]}], "x"))
+    _, out, _ = run("profile", "show", demo / "profile.json")
+    numbers = {"0.500", "(0.25–0.75)", "24", *(f"{row['score']:.3f}" for row in rows)}
+    numbers |= {mebibytes(row["kv_bytes"]) for row in rows}
+    assert numbers <= set(out.split())
+    assert "…" not in out
+
+
+def test_json_on_standard_output_is_all_that_is_there(run, demo, published, tmp_path):
+    model = published(tmp_path / "model", {})
+    task = ["--task", "code:context=90", "--budget", 20]
+    code, out, err = run("eval", model, *task, "--method", "snapkv:window=4", "--samples", 2, "--json", "-")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "evolkv.results/1"
+    assert "snapkv:window=4" in err
+    small = ["--selector", "snapkv:window=4", "--train", 1, "--val", 1, "--max-evals", 7]
+    code, out, err = run("search", model, *task, *small, "--json=-", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "evolkv.search/1"
+    assert err == ""
+    kept = ["--method", "full", "snapkv:window=4", "--samples", 2, "--records", "k.jsonl"]
+    assert run("eval", model, *task, *kept)[0] == 0
+    code, out, _ = run("compare", "k.jsonl", "--json", "-")
+    assert code == 0
+    assert json.loads(out)["tasks"]
+    code, out, _ = run("profile", "show", demo / "profile.json", "--json")
+    assert json.loads(out) == json.loads((demo / "profile.json").read_text())
+
+
+def test_help_is_written_as_in_the_docs(run):
+    for command in ("demo", "search", "eval", "compare", "generate", "report", ["profile", "show"], ["list", "tasks"]):
+        code, out, _ = run(*([command] if isinstance(command, str) else command), "--help")
+        assert code == 0
+        assert not any(noise in out for noise in ("{", "[[", "<bool>", "range"))
+    assert "evolkv generate [OPTIONS] MODEL [-]" in run("generate", "--help")[1]
+
+
+def test_a_shell_is_told_how_a_line_may_go_on():
+    for words, place, answer in (("evolkv rep", 1, "report"), ("evolkv search m --gran", 3, "--granularity")):
+        environment = {"_EVOLKV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+        done = subprocess.run(
+            [sys.executable, "-m", "evolkv.cli"], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [answer]

@@ -22,7 +22,7 @@ from evolkv.report.sources import read_sources
 LAYERS, HEADS = 12, 2
 MODEL, TASK = "smollm2-135m", "niah:context=1600"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)"
-SECTIONS = ["scores", "memory", "budgets", "kept", "fitness", "validation", "reproduce"]
+SECTIONS = ["scores", "budgets", "kept", "fitness", "validation", "reproduce"]
 
 
 def allocation(budget, seed=0):
@@ -223,8 +223,8 @@ def test_an_evaluation_that_went_on_stands_for_what_it_was_when_interrupted(writ
     ("data", "sections"),
     [
         (profile(), ["budgets", "reproduce"]),
-        (results(), ["scores", "memory", "reproduce"]),
-        ({**results(), "rows": results()["rows"][1:]}, ["scores", "reproduce"]),
+        (results((64, 128)), ["scores", "memory", "reproduce"]),
+        (results(), ["scores", "reproduce"]),
         (search(), ["budgets", "fitness", "validation", "reproduce"]),
         (search(validation=[], interrupted=True), ["budgets", "fitness", "reproduce"]),
         (search(kept=kept()), ["budgets", "kept", "fitness", "validation", "reproduce"]),
@@ -487,6 +487,52 @@ def test_curve_shows_its_points_beside_the_heuristics_of_its_searches(write):
     text = page(path).text
     assert "--budget 64,128,256" in text
     assert "Search at 3 budgets" in text
+
+
+def evaluated():
+    """What `eval` measured on held-out examples of the profiles of a curve."""
+    rows = [row(f"p{b}.json", b, s, n=8) for b, s in ((64, 0.12), (128, 0.25), (256, 0.5))]
+    rows += [row("snapkv", b, s, n=8) for b, s in ((64, 0.0), (128, 0.05), (256, 0.2))]
+    return {"format": "evolkv.results/1", "rows": [row("full", None, 1.0, n=8), *rows]}
+
+
+def test_held_out_scores_are_the_headline_and_a_curves_points_are_called_validation(write):
+    text = page(write("curve.json", curve()), write("r.json", evaluated())).text
+    title, rest = text[: text.index("EvolKV")], text
+    assert "scores 0.50 on niah with 16\u202f%" in title
+    assert "validation" not in title
+    assert "on 8 held-out examples" in rest
+    assert "7 validation examples that the choice of budgets was made on" in rest
+    assert "7 held-out" not in rest
+
+
+def test_a_curve_alone_says_that_its_scores_are_of_validation(write):
+    text = page(write("curve.json", curve())).text
+    title = text[: text.index("EvolKV")]
+    assert "scores 0.85 on niah in validation" in title
+    assert "on 7 validation examples" in text
+    assert "The budgets were chosen on these examples, so scores on others may be lower" in text
+    assert "held-out" not in text
+
+
+def test_a_search_alone_says_that_its_score_is_of_examples_that_it_chose_on(write):
+    text = page(write("s.json", search())).text
+    assert "held-out" not in text
+    assert "7 examples that the search never saw decide which allocation it returns" in text
+
+
+def test_memory_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):
+    assert "memory" not in page(write("one.json", results())).sections
+    several = write("several.json", evaluated())
+    assert "memory" in page(several).sections
+    (group,) = comparisons(read_sources([several]).rows, [], [])
+    chart = group.by_memory()
+    assert {series.shift for series in chart.series} == {0}
+    places = {}
+    for series in chart.series:
+        for mark in series.marks:
+            places.setdefault(group.entries[mark.row].row.kv_bytes, set()).add(mark.x)
+    assert all(len(at) == 1 for at in places.values())
 
 
 def test_curve_reads_no_profile_outside_its_folder(write, tmp_path):

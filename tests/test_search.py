@@ -17,7 +17,7 @@ from evolkv.evolution.study import read_study
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import get_task
-from tiny import KV_HEADS, LAYERS
+from tiny import KV_HEADS, LAYERS, tiny_model
 
 #: Candidates of a generation for the budgets of `small`: one group of four layers.
 GENERATION = 8

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from evolkv.version import __version__
+
 if TYPE_CHECKING:
     from evolkv.cache import CompressedCache, compress
     from evolkv.errors import EvolKVError, RunError, UsageError
@@ -11,8 +13,6 @@ if TYPE_CHECKING:
     from evolkv.evolution import search
     from evolkv.models import load_model
     from evolkv.profile import BudgetProfile
-
-__version__ = "0.1.0"
 
 # Public name -> where it lives. Loaded on first use: torch takes seconds to import, and `evolkv --help` needs none
 # of it.

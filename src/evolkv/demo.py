@@ -15,6 +15,7 @@ from evolkv.registry import unknown_name
 from evolkv.report.page import render
 from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
+from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
@@ -23,11 +24,13 @@ from evolkv.whole_files import check_folder, check_outputs, write_json, write_te
 SELECTOR = "chunkkv:window=8"
 RESULTS_FORMAT = "evolkv.results/1"
 SAMPLES = 50
+#: What SnapKV and PyramidKV, which the demo compares with, keep whatever the budget.
+LEAST_BUDGET = get_selector("snapkv").min_budget
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search spends: examples to train on, examples to choose on, candidates."""
+    """The cost of a search: examples to train on, examples to choose on, candidates."""
 
     train: int
     val: int
@@ -45,7 +48,7 @@ PASSAGES = 2
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where the demo writes.
+    """Paths that the demo writes to.
 
     Args:
         folder: holds all of them.
@@ -86,7 +89,7 @@ class DemoFiles:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The outcome of the demo.
 
     Args:
         files: what it wrote.
@@ -104,7 +107,7 @@ class DemoResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether KeyboardInterrupt ended the demo before the comparison was complete."""
+        """True if KeyboardInterrupt ended the demo before the comparison was complete."""
         return not self.rows
 
 
@@ -155,8 +158,7 @@ def run_demo(
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
     effort = EFFORT_WHEN_SCARCE if budget < SCARCE * context else EFFORT[granularity]
-    files = DemoFiles(Path(out))
-    check_demo_folder(files)
+    files = check_demo(out, budget)
     task = f"niah:context={context}"
     found = search(
         model,
@@ -200,16 +202,23 @@ def run_demo(
     return DemoResult(files, task, found, rows, prompt.references[0])
 
 
-def check_demo_folder(files: DemoFiles) -> None:
-    """Check, without touching anything, that all files of a demo can be written.
+def check_demo(out: str | Path, budget: int) -> DemoFiles:
+    """Check, without touching anything, that a demo can be run at a budget and its files be written.
 
     Raises:
-        UsageError: one cannot.
+        UsageError: the budget is too small for what the demo compares with, or a file cannot be written.
     """
+    if budget < LEAST_BUDGET:
+        raise UsageError(
+            f"--budget is {budget}, but SnapKV, which the demo compares with, always keeps {LEAST_BUDGET} tokens; "
+            f"use {LEAST_BUDGET} or more"
+        )
+    files = DemoFiles(Path(out))
     if files.folder.is_file():
         raise UsageError(f"{files.folder} is a file; give --out a folder")
     check_folder(files.folder)
     check_outputs([files.profile, files.search, files.results, files.picture, files.report, files.prompt])
+    return files
 
 
 def _example_to_show(task: str, samples: int, tokenizer: Any, seed: int) -> Example:

@@ -1,4 +1,4 @@
-"""Read and write profiles on the Hugging Face Hub: one JSON file in a repository."""
+"""Profiles on the Hugging Face Hub: one JSON file in a repository."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ class HubAddress:
 
     @classmethod
     def parse(cls, text: str) -> HubAddress:
-        """Return the address that a text spells; without a file it is that of `FILE_NAME`.
+        """Parse an address; without a file name it is that of `FILE_NAME`.
 
         Raises:
             ProfileError: for a text that is no address.
         """
-        parts = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
-        if parts is None:
+        found = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
+        if found is None:
             raise ProfileError(f"{text!r} is no address; expected hf://org/name or hf://org/name@revision/{FILE_NAME}")
-        revision = None if parts[2] is None else re.sub("%2F", "/", parts[2], flags=re.IGNORECASE)
-        return cls(parts[1], parts[3] or FILE_NAME, revision)
+        revision = None if found[2] is None else re.sub("%2F", "/", found[2], flags=re.IGNORECASE)
+        return cls(found[1], found[3] or FILE_NAME, revision)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """True if a path is the address of a file on the Hub."""
+    """Return True if a path is the address of a file on the Hub."""
     # A Path makes one slash of two.
     return os.fspath(path).startswith(PREFIX[:-1])
 
 
 def download(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> Path:
-    """Return the local copy of a file on the Hub, from the Hub's own cache where it is there.
+    """Download a file of the Hub, or find it in the Hub's own cache, and return its local path.
 
     Args:
         address: which file.
@@ -74,8 +74,8 @@ def download(address: HubAddress, max_bytes: int, token: str | bool | None = Non
 
     at, name = address.revision, address.filename
     with _clear_errors(str(address)):
-        facts = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
-        if (facts.file_size or 0) > max_bytes:
+        found = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
+        if (found.file_size or 0) > max_bytes:
             raise ProfileError(f"not a profile: larger than {max_bytes >> 20} MiB")
         return Path(hf_hub_download(address.repo_id, name, revision=at, token=token))
 
@@ -123,7 +123,7 @@ def upload(
 
 @contextmanager
 def _clear_errors(place: str) -> Iterator[None]:
-    """Turn the Hub's errors into one line that says what went wrong."""
+    """Report in one line what went wrong with the Hub."""
     from huggingface_hub import errors
 
     try:

@@ -1,4 +1,4 @@
-"""What counts as a number."""
+"""Tests for numbers."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import numpy as np
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is a whole number, of Python or NumPy; a truth value is none, though it is an int in Python."""
+    """Return True for a whole number of Python or NumPy, but not for a truth value, though it is an int in Python."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -24,7 +24,7 @@ def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
     Raises:
         OSError: the file cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(os.path.expanduser(path)))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
     try:
@@ -40,19 +40,31 @@ def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         partial.unlink(missing_ok=True)
 
 
+def output_path(path: str | os.PathLike[str]) -> str:
+    """Return the path of an output, with ``~`` replaced by the home folder.
+
+    Call this on what a user gave, before `pathlib` sees it: `Path` makes ``hf:/org/name`` of an address on the Hub.
+
+    Raises:
+        UsageError: it is empty, is called ``-``, or is an address on the Hub.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UsageError("the name of a file to write is empty; give a path")
+    if text == "-":
+        raise UsageError("'-' is no name for this file; give a path")
+    if hub.is_address(text):
+        raise UsageError(f"{text} is an address on the Hub, to read from; write to a file, then use push_to_hub")
+    return os.path.expanduser(text)
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Check, without touching anything, that a file can be written at `path`; its folders may be missing.
 
     Raises:
-        UsageError: it is empty, a folder or a device, is called ``-``, or its folder cannot be made or written to.
+        UsageError: as for `output_path`; or it is a folder or a device, or its folder cannot be made or written to.
     """
-    if not os.fspath(path):
-        raise UsageError("the name of a file to write is empty; give a path")
-    if os.fspath(path) == "-":
-        raise UsageError("'-' is no name for this file; give a path")
-    if hub.is_address(path):
-        raise UsageError(f"{path} is an address on the Hub, to read from; write to a file, then use push_to_hub")
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(output_path(path)))
     if target.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file, such as {Path(path) / 'result.json'}")
     if target.exists() and not target.is_file():
@@ -66,7 +78,7 @@ def check_folder(path: str | os.PathLike[str]) -> None:
     Raises:
         UsageError: part of the path is a file, or the folder cannot be made or written to.
     """
-    folder = Path(os.path.realpath(path))
+    folder = Path(os.path.realpath(os.path.expanduser(path)))
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
@@ -85,7 +97,7 @@ def check_outputs(outs: Iterable[str | os.PathLike[str]], read: Iterable[str | o
     taken: set[str] = set()
     for path in outs:
         check_writable(path)
-        place = os.path.realpath(path)
+        place = os.path.realpath(os.path.expanduser(path))
         if place in known:
             raise UsageError(f"{path} would be written over, but is read by this command; give another path")
         if place in taken:

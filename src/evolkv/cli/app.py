@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-import evolkv
 from evolkv.cli import console
 from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
+from evolkv.cli.command import Command, Group, instead_of
 from evolkv.cli.compare import compare
 from evolkv.cli.demo import demo
 from evolkv.cli.evaluate import evaluate
@@ -27,15 +27,18 @@ from evolkv.cli.profile import app as profile
 from evolkv.cli.report import report
 from evolkv.cli.search import search
 from evolkv.errors import EvolKVError, RunError
+from evolkv.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 BROKEN_PIPE = 141
+#: Set by a shell that asks how a line may go on.
+_COMPLETE = "_EVOLKV_COMPLETE"
 # Typer carries a copy of click or imports it, depending on its version; its errors know which.
 _ClickException: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="evolkv",
-    add_completion=False,
+    cls=Group,
     rich_markup_mode="rich",
     help="Evolve how much KV cache each layer and head of a language model needs, and run it with exactly that.",
     epilog="Start with: evolkv demo",
@@ -44,7 +47,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.OUT.print(f"evolkv {evolkv.__version__}")
+        console.OUT.print(f"evolkv {__version__}")
         raise typer.Exit
 
 
@@ -64,12 +67,12 @@ def _globals(
     console.settings.log_json = log_json
 
 
-app.command()(demo)
-app.command()(search)
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command()(generate)
-app.command()(report)
+app.command(cls=Command)(demo)
+app.command(cls=Command)(search)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(compare)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(report)
 app.add_typer(profile, name="profile")
 app.add_typer(listing, name="list")
 
@@ -97,6 +100,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
         command = typer.main.get_command(app)
+        if _COMPLETE in os.environ:
+            command.main(given, prog_name="evolkv")
         with no_interrupt_lost(), command.make_context("evolkv", given or ["--help"]) as context:
             code = context.command.invoke(context)
         sys.stdout.flush()
@@ -105,9 +110,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:
-        # Whoever read the output has had enough. What is still buffered must not fail again at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has had enough.
+        _discard_output()
         return BROKEN_PIPE
     except Exception as error:
         if isinstance(error, _ClickException):
@@ -119,7 +123,9 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, EvolKVError):
             return _fail(2, str(error))
         if isinstance(error, OSError):
-            return _fail(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            # Of what is written only standard output has no name.
+            _discard_output()
+            return _fail(1, f"{error.filename or 'the output'}: {error.strerror or error}")
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
@@ -168,6 +174,12 @@ def no_interrupt_lost() -> Iterator[None]:
         sys.unraisablehook = report
 
 
+def _discard_output() -> None:
+    """Have what is still to be written go nowhere, so that it does not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(code: int, message: str) -> int:
     if code == INTERRUPTED:
         console.say(f"evolkv: {message}")
@@ -177,8 +189,11 @@ def _fail(code: int, message: str) -> int:
 
 
 def _usage(error: Exception) -> str:
-    """What Typer has to say, with the place where help is."""
+    """Return Typer's message, with the right word for an option of another program and the place where help is."""
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "evolkv"
+    option = getattr(error, "option_name", None)
+    if option and (instead := instead_of(option, context.command) if context else ""):
+        message = f"no such option {option}{instead}"
     return f"{message[:1].lower()}{message[1:]} (see '{command} --help')"

@@ -53,11 +53,6 @@ def _repeated(argv: Sequence[str], several: Collection[str]) -> list[str]:
     return result
 
 
-def expanded(path: str | None) -> str | None:
-    """Return a path with a leading ``~`` replaced, as a Typer `callback`: no shell does it after ``--out=``."""
-    return None if path is None else os.path.expanduser(path)
-
-
 def sibling(path: str, ending: str) -> str:
     """Return the name of a file that goes with another: of ``run.json`` it is ``run`` and the ending.
 

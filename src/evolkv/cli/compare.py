@@ -7,31 +7,40 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import MOST_SEED, Markdown
+from evolkv.cli.options import Markdown, files, to_read, to_write_or_print, valid_seed
 from evolkv.cli.tables import print_table
 
 
 def compare(
     records: Annotated[
         list[str],
-        typer.Argument(metavar="RECORDS...", help="Records of one model, as eval writes them (--records)."),
+        typer.Argument(
+            metavar="RECORDS...", callback=to_read, help="Records of one model, as eval writes them (--records)."
+        ),
     ],
     a: Annotated[str | None, typer.Option("--a", metavar="METHOD[@C]", help="A method that is on record.")] = None,
     b: Annotated[str | None, typer.Option("--b", metavar="METHOD[@C]", help="The one to compare it with.")] = None,
     budget: Annotated[
-        int | None, typer.Option("--budget", metavar="C", help="Of methods that are on record at several.")
+        int | None,
+        typer.Option("--budget", metavar="C", help="Which budget, where the records have several."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of resamples and flips.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other resamples.")] = 0,
     json_out: Annotated[
-        str | None, typer.Option("--json", metavar="COMPARISON.json", help="Where the numbers go.")
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="COMPARISON.json",
+            callback=to_write_or_print,
+            help="Where the numbers go; - is standard output.",
+        ),
     ] = None,
     markdown: Markdown = None,
 ) -> None:
-    """Compare two methods on the same examples: mean difference, its interval, and how likely chance alone is."""
-    from evolkv.whole_files import check_outputs, write_json
+    """Compare two methods on the same examples: mean difference, 95 % interval, p-value."""
+    from evolkv.whole_files import check_outputs
 
-    outs = [path for path in (json_out, None if markdown == "-" else markdown) if path is not None]
-    check_outputs(outs, records)
+    console.keep_stdout_for_json(json_out)
+    check_outputs(files(json_out, markdown), records)
     with console.busy("comparing"):
         from evolkv.evaluation.compare import compare_records
         from evolkv.report.tables import comparison_note, comparison_table
@@ -39,8 +48,7 @@ def compare(
         found = compare_records(records, a, b, budget, seed)
     table = comparison_table(found)
     try:
-        if json_out is not None:
-            write_json(json_out, found.to_dict())
+        console.write_json(json_out, found.to_dict())
     finally:
         # A file that cannot be written must not take the numbers with it.
         if markdown != "-":

@@ -1,4 +1,4 @@
-"""What the program shows: results on stdout; progress, warnings and errors on stderr."""
+"""The output of the program: results on stdout; progress, warnings and errors on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from evolkv.cli.standing import Pace, Standing, speed
 from evolkv.report.units import duration
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _NAME = "evolkv: "
 _PLAIN_EVERY_SECONDS, _JSON_EVERY_SECONDS = 5.0, 1.0
-_PACE_SECONDS, _PACE_STEPS, _PACE_EVERY_SECONDS = 60.0, 3, 0.5
 #: Where nobody looks at the output, tables need not fit a terminal.
 _PLAIN_WIDTH = 120
 
@@ -54,15 +53,47 @@ ERR = _Console(highlight=False, markup=False, emoji=False, stderr=True)
 def prepare() -> None:
     """Make ready for a run: default settings, and output that no character can break."""
     settings.debug = settings.quiet = settings.log_json = False
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    OUT.stderr = OUT.quiet = False
     if not OUT.is_terminal and "COLUMNS" not in os.environ:
         OUT.width = _PLAIN_WIDTH
 
 
+def _fill_closed_streams() -> None:
+    """Give streams that the shell has closed (``>&-``) a place to write to, and take their numbers.
+
+    Otherwise the next file that is opened would get the number, and what libraries print would end up in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def write_json(path: str | None, data: Any) -> None:
+    """Write results where --json says: to a file, to standard output for ``-``, or nowhere for None."""
+    if path == "-":
+        sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    elif path is not None:
+        from evolkv import whole_files
+
+        whole_files.write_json(path, data)
+
+
+def keep_stdout_for_json(path: str | None) -> None:
+    """Have tables go to stderr if --json is ``-``, so that standard output holds JSON alone."""
+    if path == "-":
+        OUT.stderr, OUT.quiet = True, settings.quiet
+
+
 def say(message: str) -> None:
-    """One line on stderr, also in quiet mode."""
+    """Print one line on stderr, also in quiet mode."""
     if settings.log_json:
         emit("note", message=message.removeprefix(_NAME))
     else:
@@ -70,13 +101,13 @@ def say(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """One line on stderr, but not in quiet mode."""
+    """Print one line on stderr, but not in quiet mode."""
     if not settings.quiet:
         say(message)
 
 
 def warn(message: str) -> None:
-    """A warning, but not in quiet mode."""
+    """Print a warning, but not in quiet mode."""
     if settings.log_json and not settings.quiet:
         emit("warning", message=message)
     else:
@@ -84,7 +115,7 @@ def warn(message: str) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """What ends the program with this exit code."""
+    """Report the error that ends the program with this exit code."""
     if settings.log_json:
         emit("error", message=message, exit_code=code)
     else:
@@ -92,7 +123,7 @@ def fail(message: str, code: int) -> None:
 
 
 def trace(text: str) -> None:
-    """The traceback of an error."""
+    """Print the traceback of an error."""
     if settings.log_json:
         emit("traceback", message=text)
     else:
@@ -100,7 +131,7 @@ def trace(text: str) -> None:
 
 
 def emit(event: str, **fields: Any) -> None:
-    """One line of JSON on stderr.
+    """Print one line of JSON on stderr.
 
     Args:
         event: what kind of line it is.
@@ -116,9 +147,7 @@ def emit(event: str, **fields: Any) -> None:
 def _write(line: str) -> None:
     # Neither a reader that has left nor a full disk is a reason to end the work that is talked about.
     with contextlib.suppress(OSError):
-        # Without a stderr, print would choose stdout.
-        if sys.stderr is not None:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def quiet_libraries() -> None:
@@ -152,7 +181,7 @@ class _OneLine(logging.Handler):
 
 
 def is_watched() -> bool:
-    """Whether stderr is a terminal that a view can be drawn on, and may be."""
+    """Return True if stderr is a terminal, and a view may be drawn on it."""
     return (
         not (settings.quiet or settings.log_json)
         and ERR.is_terminal
@@ -181,45 +210,6 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Where work in stages stands.
-
-    Args:
-        stage: what is being done.
-        done: steps done in this stage.
-        total: steps of this stage.
-        at: when this was so, in seconds of `time.monotonic`.
-        rate: steps per second, or None while unknown.
-        best_fitness: of a search, the highest fitness so far.
-        best_score: score of the fittest candidate so far.
-        generation: the latest generation.
-        fitnesses: highest fitness of each generation.
-        budgets: the fittest candidate so far, a row of heads per layer.
-        budget: what the search aims at.
-        selector: the ranking that budgets are evolved under, where a search has several.
-    """
-
-    stage: str
-    done: int
-    total: int
-    at: float
-    rate: float | None = None
-    best_fitness: float | None = None
-    best_score: float | None = None
-    generation: int | None = None
-    fitnesses: tuple[float, ...] = ()
-    budgets: tuple[tuple[int, ...], ...] | None = None
-    budget: int | None = None
-    selector: str | None = None
-
-    def seconds_left(self, now: float) -> float | None:
-        """Seconds that the rest of the stage takes at this rate, or None while unknown."""
-        if self.rate is None or self.done >= self.total:
-            return None
-        return max(0.0, (self.total - self.done) / self.rate - (now - self.at))
-
-
 class Progress:
     """Shows how work in stages goes on: a live view on a terminal, a line now and then elsewhere, JSON on request.
 
@@ -228,7 +218,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._standing: Standing | None = None
-        self._paces: dict[str, _Pace] = {}
+        self._paces: dict[str, Pace] = {}
         self._started = self._shown = time.monotonic()
         self._view: View | None = None
 
@@ -290,7 +280,7 @@ class Progress:
         if is_other:
             last = Standing(stage, 0, total, now)
         is_new = is_other or stage not in self._paces
-        rate = self._paces.setdefault(stage, _Pace()).add(now, done)
+        rate = self._paces.setdefault(stage, Pace()).add(now, done)
         step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate, selector=selector)
         bred = generation is not None and generation != last.generation
         if generation is not None or best_score is not None:
@@ -315,7 +305,7 @@ class Progress:
 
 
 def _fields(step: Standing, now: float) -> dict[str, Any]:
-    """A step for machines."""
+    """Return a step as fields for JSON."""
     left = step.seconds_left(now)
     return {
         "stage": step.stage,
@@ -332,7 +322,7 @@ def _fields(step: Standing, now: float) -> dict[str, Any]:
 
 
 def _plain(step: Standing, now: float) -> str:
-    """A step as a line."""
+    """Return a step as a line of text."""
     parts = [f"{step.stage} {step.done}/{step.total}"]
     # What comes after a search goes on without changing what it found.
     if step.stage != "search":
@@ -351,34 +341,3 @@ def _plain(step: Standing, now: float) -> str:
     if left is not None:
         parts.append(f"{duration(left)} left")
     return ", ".join(parts)
-
-
-class _Pace:
-    """How fast a stage goes: over its last minute, or its last few steps where they take longer."""
-
-    def __init__(self) -> None:
-        self._points: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, done: int) -> float | None:
-        """Steps per second, or None while unknown, once `done` steps are done."""
-        points = self._points
-        if points and done < points[-1][1]:
-            points.clear()
-        if len(points) > 1 and now - points[-2][0] < _PACE_EVERY_SECONDS:
-            points.pop()
-        points.append((now, done))
-        while len(points) > _PACE_STEPS and now - points[1][0] > _PACE_SECONDS:
-            points.popleft()
-        (since, before), (until, after) = points[0], points[-1]
-        # What is computed together is done together, in no time.
-        return (after - before) / (until - since) if after > before and until - since >= _PACE_EVERY_SECONDS else None
-
-
-def speed(per_second: float) -> str:
-    """A rate for people: 3.2/s, 40.0/min, 1.5/h."""
-    unit, rate = "s", per_second
-    for slower in ("min", "h"):
-        if rate >= 1:
-            break
-        unit, rate = slower, rate * 60
-    return f"{rate:,.1f}/{unit}" if rate < 100 else f"{rate:,.0f}/{unit}"

@@ -6,13 +6,12 @@ import os
 import shlex
 import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust
+from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust, to_write
 from evolkv.cli.search import show_search
 from evolkv.cli.tables import print_table
 
@@ -20,12 +19,13 @@ if TYPE_CHECKING:
     from evolkv.demo import DemoResult
 
 _MODEL, _CONTEXT = "smollm2-135m", 1600
-#: Some way above SnapKV's window: below it there is nothing to evolve.
-_LEAST_BUDGET = 40
 
 
 def demo(
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for profile, results and picture.")] = "demo",
+    out: Annotated[
+        str,
+        typer.Option("--out", "-o", metavar="DIR", callback=to_write, help="Folder for profile, results and picture."),
+    ] = "demo",
     context: Annotated[int, typer.Option("--context", help="Length of the prompts in tokens.")] = _CONTEXT,
     budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 128,
     granularity: Granularity = "head",
@@ -41,12 +41,12 @@ def demo(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile on an embedded model, compare it on held-out examples, and write it all down."""
-    from evolkv.demo import DemoFiles, check_demo_folder, run_demo
+    from evolkv.demo import check_demo, run_demo
     from evolkv.report.tables import results_table
     from evolkv.tasks import get_task
 
     get_task(f"niah:context={context}")
-    check_demo_folder(DemoFiles(Path(out)))
+    check_demo(out, budget)
     load = ModelOptions(dtype, device, attn_implementation, trust_remote_code)
     loaded, tokenizer = load.load(model)
     with console.Progress() as progress:
@@ -81,7 +81,7 @@ def demo(
 
 
 def _summary(result: DemoResult) -> str:
-    """What the comparison shows, in one line."""
+    """Return the outcome of the comparison in one line."""
     rows = {row["method"]: row for row in result.rows}
     evolved, full = rows["evolkv"], rows["full"]
     share = evolved["kv_bytes"] / full["kv_bytes"]
@@ -99,7 +99,9 @@ def _summary(result: DemoResult) -> str:
 def _next_commands(
     result: DemoResult, model: str, budget: int, context: int, load: ModelOptions
 ) -> list[tuple[str, str]]:
-    """(what it is for, command) pairs; each command works when pasted."""
+    """Return (purpose, command) pairs; each command works when pasted."""
+    from evolkv.demo import LEAST_BUDGET
+
     folder, profile = result.files.folder, result.files.profile
     paper = folder.with_name(f"{folder.name}-paper.json")
     half = folder.with_name(f"{folder.name}-half")
@@ -115,19 +117,19 @@ def _next_commands(
         ),
         (
             "the paper's own search strategy",
-            ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", paper],
+            ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", "-o", paper],
         ),
     ]
-    if budget > _LEAST_BUDGET:
-        words = ["demo", "--granularity", "head", "--budget", max(_LEAST_BUDGET, budget // 2)]
+    if budget // 2 >= LEAST_BUDGET:
+        words = ["demo", "--granularity", "head", "--budget", budget // 2]
         words += ["--context", context] if context != _CONTEXT else []
         words += ["--model", model] if model != _MODEL else []
-        commands.append(("the same in half the memory", [*words, "--out", half]))
+        commands.append(("the same in half the memory", [*words, "--out", "-o", half]))
     return [(comment, shlex.join(map(str, [program_name(), *words, *load.given()]))) for comment, words in commands]
 
 
 def program_name() -> str:
-    """How to call this program from here: its name if the shell finds it, else its path."""
+    """Return the name of this program if the shell finds it, else its path."""
     called = sys.argv[0]
     found = shutil.which("evolkv")
     if os.path.basename(called) != "evolkv" or (found and os.path.exists(called) and os.path.samefile(found, called)):

@@ -20,6 +20,10 @@ from evolkv.cli.options import (
     Protocol,
     Seed,
     Trust,
+    files,
+    to_read,
+    to_write,
+    to_write_or_print,
 )
 from evolkv.cli.tables import print_table
 
@@ -35,6 +39,7 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="METHOD...",
+            callback=to_read,
             help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a "
             "profile (profile-{}.json: one for each budget).",
         ),
@@ -52,12 +57,21 @@ def evaluate(
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
     protocol: Protocol = "aware",
     prefill_chunk: PrefillChunk = None,
-    json_out: Annotated[str | None, typer.Option("--json", metavar="RESULTS.json", help="Where the rows go.")] = None,
+    json_out: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="RESULTS.json",
+            callback=to_write_or_print,
+            help="Where the rows go; - is standard output.",
+        ),
+    ] = None,
     records: Annotated[
         str | None,
         typer.Option(
             "--records",
             metavar="FILE.jsonl",
+            callback=to_write,
             help="Where every example goes, or none. (default: RESULTS.records.jsonl beside --json)",
         ),
     ] = None,
@@ -72,13 +86,11 @@ def evaluate(
     Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
     """
     from evolkv.budgets import read_budgets
-    from evolkv.whole_files import check_outputs, check_writable, write_json
+    from evolkv.whole_files import check_outputs
 
-    if json_out is not None:
-        check_writable(json_out)
-    beside = None if json_out is None else sibling(json_out, ".records.jsonl")
+    console.keep_stdout_for_json(json_out)
+    beside = None if json_out in (None, "-") else sibling(json_out, ".records.jsonl")
     kept = None if records == "none" else beside if records is None else records
-    outs = [path for path in (json_out, kept, None if markdown == "-" else markdown) if path is not None]
     budgets = read_budgets(budget or [], "--budget")
     from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
     from evolkv.evaluation import evaluate as run_evaluation
@@ -86,7 +98,7 @@ def evaluate(
 
     tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
-    check_outputs(outs, chain.from_iterable(read))
+    check_outputs(files(json_out, kept, markdown), chain.from_iterable(read))
     check_request(methods, budgets, samples, metric)
     for each in methods:
         for number in budgets:
@@ -120,8 +132,7 @@ def evaluate(
 
         unfinished = {"interrupted": True} if stopped else {}
         try:
-            if json_out is not None:
-                write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": rows})
+            console.write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": rows})
         finally:
             # A file that cannot be written must not take the numbers with it.
             note = " ".join(filter(None, [f"Interrupted {so_far}." if stopped else "", results_note(rows)]))

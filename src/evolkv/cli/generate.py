@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, Model, ModelOptions, PrefillChunk, Seed, Trust
+from evolkv.cli.options import (
+    Attention,
+    Device,
+    Dtype,
+    Model,
+    ModelOptions,
+    PrefillChunk,
+    Trust,
+    to_read,
+    to_write,
+    valid_seed,
+)
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
 
@@ -28,12 +39,18 @@ def generate(
     model: Model,
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", metavar="P.json", help="How much cache to keep. Default: all of it.")
+        str | None,
+        typer.Option(
+            "--profile", metavar="P.json", callback=to_read, help="How much cache to keep. Default: all of it."
+        ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="METHOD", help="Instead of a profile, a method of eval: snapkv, adakv+snapkv."
+            "--method",
+            metavar="METHOD",
+            callback=to_read,
+            help="Instead of a profile, a method of eval: snapkv, adakv+snapkv.",
         ),
     ] = None,
     budget: Annotated[
@@ -49,24 +66,35 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", metavar="F", help="A UTF-8 file with the prompt.")
+        str | None, typer.Option("--prompt-file", metavar="F", callback=to_read, help="A UTF-8 file with the prompt.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy; above 0 samples.")] = 0.0,
-    seed: Seed = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", metavar="N", callback=valid_seed, help="Draws another text, where --temperature is above 0."
+        ),
+    ] = 0,
     save_cache: Annotated[
         str | None,
         typer.Option(
             "--save-cache",
             metavar="FILE",
+            callback=to_write,
             help="Take the prompt as a document: save what is kept of it for later questions, and answer nothing "
             "(options of the answer do not count).",
         ),
     ] = None,
     cache: Annotated[
         str | None,
-        typer.Option("--cache", metavar="FILE", help="Ask the prompt of the document that --save-cache wrote there."),
+        typer.Option(
+            "--cache",
+            metavar="FILE",
+            callback=to_read,
+            help="Ask the prompt of the document that --save-cache wrote there.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     dtype: Dtype = None,
@@ -86,10 +114,11 @@ def generate(
         from evolkv.whole_files import check_outputs
 
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
+    from evolkv.generation import check_text, generate_text, save_document
+
+    check_text("document" if save_cache is not None else "prompt", text)
     _return_large_blocks()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
-    from evolkv.cli.generation import generate_text, save_document
-
     if save_cache is not None:
         assert chosen is not None
         saved = save_document(
@@ -147,7 +176,7 @@ def generate(
 
 
 def _method(profile: str | None, method: str | None, budget: int | None) -> Method | None:
-    """What to compress with; None for the full cache."""
+    """Return the method to compress with; None for the full cache."""
     if profile is not None and method is not None:
         raise UsageError("--profile and --method are both given; give one of them")
     name = profile or method
@@ -170,7 +199,7 @@ def _method(profile: str | None, method: str | None, budget: int | None) -> Meth
 def _check_cache(
     save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
 ) -> None:
-    """Whether what is asked of cache files goes together."""
+    """Check that the options about cache files go together."""
     if save_cache is not None and method is None:
         raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
     if cache is not None and prefill_chunk is not None:
@@ -184,7 +213,7 @@ def _weight(held: int, full: int) -> str:
 
 
 def _return_large_blocks() -> None:
-    """Has glibc give back every large block as soon as it is free.
+    """Have glibc give back every large block as soon as it is free.
 
     Left to itself it keeps more and more of them, with what layers keep of the prompt strewn in between: a long prompt
     then takes as much memory under a small budget as under none (docs/performance.md).
@@ -197,7 +226,7 @@ def _return_large_blocks() -> None:
 
 
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt, from the one place where it was given."""
+    """Read the prompt from the one place where it was given."""
     if stdin not in (None, "-"):
         raise UsageError(f"unexpected argument {stdin!r}; give the prompt with --prompt, --prompt-file or - (stdin)")
     if sum(source is not None for source in (stdin, prompt, prompt_file)) != 1:

@@ -11,8 +11,15 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 
-from evolkv.cli.tables import _RAMP
-
+#: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
+RAMP = [
+    ("#440154", "white"),
+    ("#414487", "white"),
+    ("#2a788e", "white"),
+    ("#22a884", "black"),
+    ("#7ad151", "black"),
+    ("#fde725", "black"),
+]
 Line = list[Segment]
 PLAIN, BOLD, DIM, ACCENT = Style(), Style(bold=True), Style(dim=True), Style(color="cyan")
 
@@ -38,11 +45,11 @@ class Glyphs:
     separator: str
 
     def level(self, place: float) -> str:
-        """A character for a place from 0 to 1."""
+        """Return the character for a place from 0 to 1."""
         return self.levels[round(place * (len(self.levels) - 1))]
 
     def facts(self, facts: Sequence[tuple[str, Style]], columns: int) -> Line:
-        """As many facts, the first ones, as a line of so many columns holds."""
+        """Return as many of the first facts as fit into a line of so many columns."""
         parts = [
             [Segment(text if index == 0 else self.separator + text, style)] for index, (text, style) in enumerate(facts)
         ]
@@ -50,7 +57,7 @@ class Glyphs:
 
 
 def glyphs_for(console: Console) -> Glyphs:
-    """What a terminal can show."""
+    """Return the characters that a terminal can show."""
     if console.options.ascii_only:
         return Glyphs("#", "-", "._-=+*%@", "#", "", ", ")
     colours = not console.no_color and console.color_system in ("256", "truecolor")
@@ -58,7 +65,7 @@ def glyphs_for(console: Console) -> Glyphs:
 
 
 def fitted(parts: Sequence[Line], columns: int) -> Line:
-    """As many parts, the first ones, as a line of so many columns holds; the first is cut if need be."""
+    """Return as many of the first parts as fit into a line of so many columns; the first is cut if need be."""
     line: Line = []
     for part in parts:
         if line and Segment.get_line_length(line + part) > columns:
@@ -69,16 +76,16 @@ def fitted(parts: Sequence[Line], columns: int) -> Line:
 
 @cache
 def colours(upper: int | None, lower: int | None = None) -> Style:
-    """Colours for a cell.
+    """Return the colours of a cell.
 
     Args:
         upper: colour of the character, from 0 to the last of the ramp; None for the terminal's own.
         lower: colour behind it, likewise.
     """
-    above, below = (None if index is None else _RAMP[index][0] for index in (upper, lower))
+    above, below = (None if index is None else RAMP[index][0] for index in (upper, lower))
     return Style(color=above, bgcolor=below)
 
 
 def shades(places: np.ndarray) -> list[list[int]]:
-    """The colours for places from 0 to 1, shape [rows, columns]."""
-    return np.rint(places * (len(_RAMP) - 1)).astype(int).tolist()
+    """Return the colours for places from 0 to 1, shape [rows, columns]."""
+    return np.rint(places * (len(RAMP) - 1)).astype(int).tolist()

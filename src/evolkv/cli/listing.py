@@ -12,14 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.tables import list_table
+from evolkv.cli.command import Command, Group
+from evolkv.cli.tables import list_table, print_whole
 
-app = typer.Typer(help="List what can be named on the command line.")
+app = typer.Typer(cls=Group, help="List what can be named on the command line.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def models(as_json: AsJson = False) -> None:
     """Models that need no download, once their packages are installed."""
     from evolkv.models import list_models
@@ -31,7 +32,7 @@ def models(as_json: AsJson = False) -> None:
     _print(rows, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def tasks(as_json: AsJson = False) -> None:
     """Tasks, and the settings that may follow their names."""
     from evolkv.tasks import TASKS
@@ -39,7 +40,7 @@ def tasks(as_json: AsJson = False) -> None:
     _print([_row(name, task, _dataclass_defaults(task)) for name, task in TASKS.items()], as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def metrics(as_json: AsJson = False) -> None:
     """Metrics."""
     from evolkv.evaluation.engine import mean_probability
@@ -49,7 +50,7 @@ def metrics(as_json: AsJson = False) -> None:
     _print([_row(name, described[name]) for name in sorted(described)], as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def selectors(as_json: AsJson = False) -> None:
     """Selectors, and the parameters that may follow their names."""
     from evolkv.selectors import SELECTORS
@@ -57,7 +58,7 @@ def selectors(as_json: AsJson = False) -> None:
     _print([_row(name, selector, selector.parameters()) for name, selector in SELECTORS.items()], as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def allocators(as_json: AsJson = False) -> None:
     """Allocators, and the parameters that may follow their names: uniform and pyramid have none."""
     from evolkv.allocators import ALLOCATORS
@@ -67,7 +68,7 @@ def allocators(as_json: AsJson = False) -> None:
     _print([*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())], as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def strategies(as_json: AsJson = False) -> None:
     """Strategies of a search."""
     from evolkv.evolution import STRATEGIES
@@ -98,4 +99,4 @@ def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
                 key if value == "required" else f"{key}={str(value).lower() if value in (None, False) else value}"
                 for key, value in row["parameters"].items()
             )
-    console.OUT.print(list_table(rows))
+    print_whole(list_table(rows))

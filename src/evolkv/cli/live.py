@@ -127,7 +127,7 @@ class View(RenderHook):
                 self._console.print(_codes("\r" + ERASE_REST + SHOW_CURSOR), end="", crop=False)
 
     def _in_foreground(self) -> bool:
-        """Whether the terminal is this program's to draw on."""
+        """Return True if the program is in the foreground, so that it may draw."""
         try:
             return os.tcgetpgrp(self._console.file.fileno()) == os.getpgrp()
         except (AttributeError, OSError, ValueError):
@@ -157,7 +157,7 @@ class View(RenderHook):
 
 
 class _Drawing:
-    """What the view itself writes."""
+    """A frame or codes that the view itself writes."""
 
     def __init__(self, segments: list[Segment]):
         self._segments = segments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from evolkv.cli import console
+from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
+from evolkv.whole_files import output_path
 
 
 def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
-    """A check that an option has one of these values, for Typer's `callback`."""
+    """Return a check that an option has one of these values, for Typer's `callback`."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -23,16 +26,56 @@ def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def to_read(value: Any) -> Any:
+    """Expand ``~`` in a path, or in each of several, for Typer's `callback`: shells leave ``--cache=~/f`` as it is."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    return value if value is None else [os.path.expanduser(each) for each in value]
+
+
+def to_write(value: str | None) -> str | None:
+    """Return the path of an output, for Typer's `callback`; see `output_path`."""
+    if value is None:
+        return None
+    path = output_path(value)
+    # Below the current folder one is made; elsewhere one that is missing is a slip of the fingers.
+    if os.path.isabs(path) and not os.path.lexists(os.path.dirname(path)):
+        raise UsageError(f"folder {os.path.dirname(path)} does not exist; make it, or give another path than {path}")
+    return path
+
+
+def to_write_or_print(value: str | None) -> str | None:
+    """Return the path of an output, or ``-`` for standard output, for Typer's `callback`."""
+    return value if value == "-" else to_write(value)
+
+
+def files(*outs: str | None) -> list[str]:
+    """Return the outputs that are files: neither left out nor standard output."""
+    return [out for out in outs if out not in (None, "-")]
+
+
+def valid_seed(value: int) -> int:
+    """Check that torch and databases can hold a seed, for Typer's `callback`."""
+    if not 0 <= value < 2**63:
+        raise UsageError(f"--seed is {value}; expected a whole number from 0 to {2**63 - 1}")
+    return value
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),
 ]
-# What torch takes, and databases.
-MOST_SEED = 2**63 - 1
-Seed = Annotated[int, typer.Option("--seed", help="Seed of examples and search.", min=0, max=MOST_SEED)]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other examples and candidates.")
+]
 Markdown = Annotated[
     str | None,
-    typer.Option("--markdown", metavar="FILE|-", help="Where the table goes as Markdown; - is standard output."),
+    typer.Option(
+        "--markdown",
+        metavar="FILE|-",
+        callback=to_write_or_print,
+        help="Where the table goes as Markdown; - is standard output.",
+    ),
 ]
 Protocol = Annotated[
     str,
@@ -78,7 +121,7 @@ Trust = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is to be loaded; see `evolkv.load_model`."""
+    """Options for loading a model; see `evolkv.load_model`."""
 
     dtype: str | None = None
     device: str | None = None
@@ -86,13 +129,13 @@ class ModelOptions:
     trust_remote_code: bool = False
 
     def given(self) -> list[str]:
-        """What of this is not the default, as arguments of the program."""
+        """Return the options that are not the default, as arguments of the program."""
         options = {"--dtype": self.dtype, "--device": self.device, "--attn-implementation": self.attn_implementation}
         words = [word for name, value in options.items() if value is not None for word in (name, value)]
         return words + ["--trust-remote-code"] * self.trust_remote_code
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
+        """Load the model and its tokenizer."""
         with console.busy(f"loading {name}"):
             console.quiet_libraries()
             from evolkv.models import load_model

@@ -8,29 +8,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of
+from evolkv.cli.command import Command, Group
+from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of, to_read, to_write
 from evolkv.cli.tables import budgets_picture
 from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
 
-app = typer.Typer(help="Look at profiles, check them, carry them to another budget.")
+app = typer.Typer(cls=Group, help="Look at profiles, check them, carry them to another budget.")
 
-Path = Annotated[str, typer.Argument(metavar="PROFILE.json", help="A profile.")]
+Path = Annotated[str, typer.Argument(metavar="PROFILE.json", callback=to_read, help="A profile.")]
 
 
-@app.command()
-def show(path: Path) -> None:
+@app.command(cls=Command)
+def show(
+    path: Path, as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False
+) -> None:
     """Show the budgets, where they come from, and how they scored."""
     profile = _load(path)
+    if as_json:
+        console.write_json("-", profile.to_dict())
+        return
     console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
     console.OUT.print()
     for name, value in _facts(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def validate(
     path: Path,
     model: Annotated[str | None, typer.Option("--model", help="Also check that it belongs to this model.")] = None,
@@ -52,11 +58,13 @@ def validate(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def expand(
     path: Path,
     budget: Annotated[int, typer.Option("--budget", help="The new mean budget; may be smaller, too.")],
-    out: Annotated[str, typer.Option("--out", metavar="Q.json", help="Where the new profile goes.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
+    ],
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
     from evolkv.whole_files import check_outputs
@@ -69,13 +77,15 @@ def expand(
     console.OUT.print(f"mean budget {profile.mean_budget:,.6g}; profile written to {out}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     path: Path,
     to: Annotated[
         str, typer.Option("--to", metavar="json|csv|kvpress", callback=one_of("format", ("json", "csv", "kvpress")))
     ],
-    out: Annotated[str | None, typer.Option("--out", metavar="F", help="Default: standard output.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="F", callback=to_write, help="Default: standard output.")
+    ] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
     from evolkv.whole_files import check_outputs, write_text
@@ -121,7 +131,7 @@ def _load(path: str) -> BudgetProfile:
 
 
 def _facts(profile: BudgetProfile) -> dict[str, str]:
-    """What a profile says about itself, in words."""
+    """Return the facts that a profile records about itself, in words."""
     search, model = profile.search, profile.model
     parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
     facts = {

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
+from evolkv.cli.options import to_read, to_write
 
 
 def report(
@@ -15,10 +16,13 @@ def report(
         list[str],
         typer.Argument(
             metavar="STUDY_OR_RESULTS...",
+            callback=to_read,
             help="Searches, results, profiles, curves and records, folders of them, studies (file or storage URL).",
         ),
     ],
-    out: Annotated[str, typer.Option("--out", metavar="REPORT.html", help="Where the page goes.")] = "report.html",
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="REPORT.html", callback=to_write, help="Where the page goes.")
+    ] = "report.html",
     study: Annotated[
         str | None, typer.Option("--study", help="Which study, if the storage holds those of several searches.")
     ] = None,

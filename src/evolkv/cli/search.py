@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import expanded, sibling
+from evolkv.cli.arguments import sibling
 from evolkv.cli.options import (
     Attention,
     Device,
@@ -21,9 +21,13 @@ from evolkv.cli.options import (
     Protocol,
     Seed,
     Trust,
+    files,
     one_of,
+    to_read,
+    to_write,
+    to_write_or_print,
 )
-from evolkv.cli.tables import curve_table, validation_table
+from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import UsageError
 from evolkv.report.units import duration
 from evolkv.report.words import candidates
@@ -86,7 +90,7 @@ def search(
         typer.Option(
             "--start",
             metavar="uniform|pyramid|PROFILE.json",
-            callback=expanded,
+            callback=to_read,
             help="What joint starts from.",
             rich_help_panel=_STRATEGY,
         ),
@@ -170,7 +174,7 @@ def search(
         typer.Option(
             "--storage",
             metavar="URL",
-            callback=expanded,
+            callback=to_read,
             help="Optuna storage, or a file, or none. (default: PROFILE.study.db beside --out)",
             rich_help_panel=_STUDY,
         ),
@@ -185,14 +189,20 @@ def search(
         str,
         typer.Option(
             "--out",
+            "-o",
             metavar="PROFILE.json",
-            callback=expanded,
+            callback=to_write,
             help="Where the profile goes; of a curve, PROFILE-C.json for each budget.",
         ),
     ] = "profile.json",
     json_out: Annotated[
         str | None,
-        typer.Option("--json", metavar="RESULT.json", callback=expanded, help="Where every evaluation goes."),
+        typer.Option(
+            "--json",
+            metavar="RESULT.json",
+            callback=to_write_or_print,
+            help="Where every evaluation goes; - is standard output.",
+        ),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -201,12 +211,13 @@ def search(
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
     from evolkv.budgets import read_budgets
-    from evolkv.whole_files import check_outputs, write_json
+    from evolkv.whole_files import check_outputs
 
     budgets = read_budgets(budget, "--budget")
     json_ending = ".json" if out.endswith(".json") else ""
     outs = [out] if len(budgets) == 1 else [sibling(out, f"-{c}{json_ending}") for c in budgets]
-    targets = [*outs, *([] if json_out is None else [json_out])]
+    targets = [*outs, *files(json_out)]
+    console.keep_stdout_for_json(json_out)
     if backend == "local" and (ray_address is not None or worker_gpus is not None or worker_cpus != 1):
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
     if first != "smallest" and len(budgets) == 1:
@@ -282,12 +293,11 @@ def search(
     if isinstance(result, SearchResult):
         try:
             result.profile.save(outs[0])
-            if json_out is not None:
-                write_json(json_out, result.to_dict())
+            console.write_json(json_out, result.to_dict())
         finally:
             # A file that cannot be written must not take the numbers with it.
             if not result.interrupted:
-                console.OUT.print(validation_table(result.validation, result.chosen))
+                print_whole(validation_table(result.validation, result.chosen))
                 console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
         if result.interrupted:
             console.say(
@@ -304,11 +314,10 @@ def search(
     try:
         for each, path in zip(result.results, found, strict=True):
             each.profile.save(path)
-        if json_out is not None:
-            write_json(json_out, result.to_dict([str(path) for path in found]))
+        console.write_json(json_out, result.to_dict([str(path) for path in found]))
     finally:
         if not result.interrupted:
-            console.OUT.print(curve_table(result.points))
+            print_whole(curve_table(result.points))
     names = ", ".join(map(str, found))
     if result.interrupted:
         console.say(f"evolkv: interrupted; the best so far is in {names}{again}")

@@ -11,21 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from evolkv.cli import console
+from evolkv.cli.glyphs import RAMP
 from evolkv.report.units import mebibytes, with_interval
 
 if TYPE_CHECKING:
     from evolkv.report.axes import Table as TextTable
 
 _BAR_WIDTH = 48
-#: From dark to bright on any 256-colour terminal, each with a text colour that can be read on it.
-_RAMP = [
-    ("#440154", "white"),
-    ("#414487", "white"),
-    ("#2a788e", "white"),
-    ("#22a884", "black"),
-    ("#7ad151", "black"),
-    ("#fde725", "black"),
-]
+#: Names may be broken into lines of so many columns, where a terminal is narrow; numbers may not.
+_LEAST_NAME = 12
 #: Columns that may become a heading, and how it says them.
 _SHARED = {"task": "{}", "metric": "metric {}", "n": "n = {}"}
 _SHADES = "·░▒▓█"
@@ -49,7 +43,7 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
             console.OUT.print()
         if heading:
             console.OUT.print(Text(heading, style="dim"), soft_wrap=True)
-        console.OUT.print(part)
+        print_whole(part)
     if note:
         console.OUT.print(f"\n{note}", soft_wrap=True)
     if markdown is not None:
@@ -58,8 +52,20 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
         write_text(markdown, text)
 
 
+def print_whole(table: Table) -> None:
+    """Print a table with every number whole, on a terminal that is too narrow with lines that run on below."""
+    for column in table.columns:
+        cells = [column.header, *column.cells]
+        words = [word for cell in cells for word in str(cell).split()]
+        numbers = [word for word in words if any(map(str.isdigit, word)) and not any(map(str.isalpha, word))]
+        longest = max(map(len, words), default=0)
+        column.min_width = max([min(longest, _LEAST_NAME), *map(len, numbers)])
+        column.no_wrap = column.justify == "right"
+    console.OUT.print(table, crop=False)
+
+
 def _fitting(table: TextTable) -> list[tuple[str, Table]]:
-    """A table as the terminal has room for it: what all rows share, and tasks, go into headings where it has not."""
+    """Cut a table down to the width of the terminal: tasks, and values that all rows share, become headings."""
     whole = shown(table)
     unbounded = console.OUT.options.update(width=10_000)
     if not table.rows or console.OUT.measure(whole, options=unbounded).maximum <= console.OUT.width:
@@ -78,16 +84,12 @@ def _fitting(table: TextTable) -> list[tuple[str, Table]]:
 
 
 def shown(found: TextTable) -> Table:
-    """A table of text, its numbers right-aligned."""
+    """Return a table of text, its numbers right-aligned."""
     from evolkv.report.tables import NUMERIC
 
     table = _table()
     for column in found.columns:
-        if column in NUMERIC:
-            table.add_column(column, justify="right")
-        else:
-            # A number cut short is worse than one on two lines.
-            table.add_column(column, overflow="fold")
+        table.add_column(column, justify="right" if column in NUMERIC else "left", overflow="fold")
     for row in found.rows:
         table.add_row(*row)
     return table
@@ -101,9 +103,9 @@ def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
         chosen: name of the one chosen.
     """
     table = _table()
-    table.add_column("allocation")
+    table.add_column("allocation", overflow="fold")
     table.add_column("n", justify="right")
-    table.add_column("score (95 % interval)")
+    table.add_column("score (95 % interval)", overflow="fold")
     table.add_column("")
     for row in rows:
         name = f"evolved, {row['name']}" if row["evolved"] else row["name"]
@@ -160,7 +162,8 @@ def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int)
     for layer, row in enumerate(budgets):
         picture.append(f"{layer:>5}  ", style="dim")
         if not by_head:
-            bar = "█" * max(1, round(_BAR_WIDTH * row[0] / highest))
+            room = min(_BAR_WIDTH, width - cell - 7)
+            bar = "█" * max(1, round(room * row[0] / highest))
             picture.append(f"{row[0]:>{cell - 2}} ")
             picture.append(bar, style=_colours(row[0], lowest, highest)[0])
         elif numbers:
@@ -177,12 +180,12 @@ def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int)
 
 
 def _place(value: int, lowest: int, highest: int) -> float:
-    """Where a value stands between two others on a logarithmic scale, from 0 to 1."""
+    """Return the place of a value between two others on a logarithmic scale, from 0 to 1."""
     return math.log(value / lowest) / math.log(highest / lowest) if highest > lowest else 0.5
 
 
 def _colours(value: int, lowest: int, highest: int) -> tuple[str, str]:
-    return _RAMP[round(_place(value, lowest, highest) * (len(_RAMP) - 1))]
+    return RAMP[round(_place(value, lowest, highest) * (len(RAMP) - 1))]
 
 
 def _table() -> Table:

@@ -1,4 +1,4 @@
-"""What is seen of long work on a terminal: how far it is, and what a search has found so far."""
+"""Pictures of long work on a terminal: progress, and the best that a search has so far."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.segment import Segment
 
 from evolkv.cli.budgets_map import budgets_map
-from evolkv.cli.console import Standing, speed
 from evolkv.cli.glyphs import ACCENT, BOLD, DIM, PLAIN, Glyphs, Line, fitted
+from evolkv.cli.standing import Standing, speed
 from evolkv.report.units import duration
 
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 40, 6

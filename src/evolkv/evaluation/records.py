@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import evolkv
 from evolkv.errors import RunError, UsageError
+from evolkv.version import __version__
 
 FORMAT = "evolkv.records/1"
 _START = f'{{"format": "{FORMAT}"'.encode()
@@ -257,7 +257,7 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"evolkv": evolkv.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"evolkv": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def read_records(path: str | os.PathLike[str]) -> Records:

@@ -15,7 +15,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import evolkv
 from evolkv.errors import UsageError
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.shards import Backend
@@ -32,6 +31,7 @@ from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.tasks import Task, get_task
 from evolkv.tasks.protocol import AWARE
+from evolkv.version import __version__
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import Study
@@ -385,7 +385,7 @@ def versions() -> dict[str, str]:
     import cma
 
     return {
-        "evolkv": evolkv.__version__,
+        "evolkv": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cma": cma.__version__,

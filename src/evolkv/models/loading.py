@@ -133,6 +133,8 @@ def _load(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = label
+    # A call that wants more than logits asks for it.
+    model.config.output_attentions = model.config.output_hidden_states = False
     return model.to(device).eval(), tokenizer
 
 

@@ -18,7 +18,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a number stands: 0 at the low end, 100 at the high one."""
+        """Return the place of a number: 0 at the low end, 100 at the high one."""
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return round(100 * (at - low) / (high - low), 3) if high > low else 50.0
 

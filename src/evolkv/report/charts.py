@@ -135,6 +135,7 @@ def score_chart(
     *,
     full: Scored | None = None,
     ticks_at: Iterable[float] = (),
+    side_by_side: bool = False,
 ) -> ScoreChart:
     """Scores, from 0 to 1, against budget or memory on a logarithmic axis.
 
@@ -145,6 +146,7 @@ def score_chart(
         table: the numbers.
         full: the full cache's score, to be drawn as a reference over the whole width.
         ticks_at: where the axis is labelled, if these are few and far between; else at round numbers.
+        side_by_side: move marks of several series at one place apart; then read them by the labels of the axis.
     """
     values = [point.x for point in points]
     room = max((max(values) / min(values)) ** 0.08, 1.15)
@@ -152,7 +154,7 @@ def score_chart(
     ticks = [Tick(x(value), f"{value:,.6g}") for value in sorted(set(ticks_at))]
     if not ticks or len(ticks) > 8 or any(b.at - a.at < 9 for a, b in pairwise(ticks)):
         ticks = log_ticks(x)
-    shifts = _shifts(points)
+    shifts = _shifts(points) if side_by_side else {}
     series = []
     for name in dict.fromkeys(point.series for point in points):
         members = sorted((point for point in points if point.series == name), key=lambda point: point.x)

@@ -14,7 +14,7 @@ from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.schemas import Curve, Row, Search, mean_of
 from evolkv.report.units import mebibytes
-from evolkv.report.words import in_chunks, interval, number, percent, score
+from evolkv.report.words import counted, in_chunks, interval, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def mib(self) -> float:
-        """What the cache holds."""
+        """MiB that the cache holds."""
         return self.row.kv_bytes / 2**20
 
 
@@ -41,7 +41,7 @@ class Comparison:
 
     Args:
         entries: evolved ones first, the full cache last.
-        of_curve: whether they come from a curve.
+        of_curve: they are a curve's points: scores on the examples that the choice of budgets was made on.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -59,13 +59,18 @@ class Comparison:
         return "".join(f", {said}" for said in (first.protocol, in_chunks(first.prefill_chunk)) if said)
 
     @property
+    def examples(self) -> str:
+        """The number of examples and their kind: those that a choice was made on are not held out."""
+        return counted(self.first.n, "validation example" if self.of_curve else "held-out example")
+
+    @property
     def full(self) -> Entry | None:
         """The full cache."""
         return next((entry for entry in self.entries if entry.row.method == FULL), None)
 
     @property
     def evolved(self) -> list[Entry]:
-        """What came from a search."""
+        """Entries that came from a search."""
         return [entry for entry in self.entries if is_evolved(entry.row.method)]
 
     @property
@@ -75,11 +80,11 @@ class Comparison:
 
     @property
     def single(self) -> bool:
-        """Whether all but the full cache have the same memory, give or take what rounding makes of it."""
+        """True if all but the full cache have the same memory, apart from rounding."""
         return not self.budgets or self.budgets[-1] <= 1.02 * self.budgets[0]
 
     def rivals(self, entry: Entry) -> list[Entry]:
-        """What needs no search, in the memory of an entry."""
+        """Return the entries that need no search and have the memory of this one."""
         return [
             other
             for other in self.entries
@@ -130,6 +135,7 @@ class Comparison:
             self.table(),
             full=full[0] if full else None,
             ticks_at=self.budgets,
+            side_by_side=True,
         )
 
     def by_memory(self) -> ScoreChart:
@@ -145,23 +151,23 @@ class Comparison:
 
 
 def is_evolved(method: str) -> bool:
-    """Whether a method's name is that of a profile: the demo's, or a path."""
+    """Return True if a method's name is that of a profile: the demo's, or a path."""
     return method == EVOLVED or is_path(method)
 
 
 def is_path(method: str) -> bool:
-    """Whether a method's name is the path of a profile."""
+    """Return True if a method's name is the path of a profile."""
     return method.endswith(".json") or "/" in method or "\\" in method
 
 
 def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[ProfileFile]) -> list[Comparison]:
-    """Group rows and curves by what they were measured on."""
+    """Group rows by what they were measured on. Curves come last, because their scores are not on held-out examples."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         shared = (row.model, row.task, row.metric, row.n, row.protocol, row.prefill_chunk, row.dtype, row.seed)
         groups.setdefault(shared, []).append(row)
-    found = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
-    return [_from_curve(curve, profiles) for curve in curves] + found
+    held_out = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
+    return held_out + [_from_curve(curve, profiles) for curve in curves]
 
 
 def _named(rows: Sequence[Row]) -> list[tuple[Row, str]]:

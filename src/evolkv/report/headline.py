@@ -40,10 +40,10 @@ def headline(
     model: str,
     task: str,
 ) -> Headline:
-    """What a report says first.
+    """Return the title, sentences and numbers at the top of a report.
 
     Args:
-        comparisons: of methods on held-out examples.
+        comparisons: of methods on the same examples; those on held-out examples first.
         searches: as read.
         profiles: as read.
         model: name of the model, or "".
@@ -75,14 +75,19 @@ def _evolved(group: Comparison, search_sentences: list[str], search_facts: list[
     entry, full = _best(group), group.full
     row, share = entry.row, group.share(entry)
     memory = f"{percent(share)} of its KV cache" if share is not None else f"{mebibytes(row.kv_bytes)} MiB of KV cache"
-    title = f"{_plain(row.model)} scores {row.score:.2f} on {_plain(row.task)} with {memory}"
+    where = f"{_plain(row.task)} in validation" if group.of_curve else _plain(row.task)
+    title = f"{_plain(row.model)} scores {row.score:.2f} on {where} with {memory}"
     sentence = (
         f"With {number(round(row.mean_budget, 1))} cache entries per KV head, the evolved budgets score "
-        f"{row.score:.2f} (95\u202f% interval {interval(row.ci95)}) on {counted(row.n, 'held-out example')}"
+        f"{row.score:.2f} (95\u202f% interval {interval(row.ci95)}) on {group.examples}"
     )
     if full is not None:
         sentence += f"; the full cache holds {number(round(full.row.mean_budget))} and scores {full.row.score:.2f}"
     sentences = [sentence + "."]
+    if group.of_curve:
+        sentences.append(
+            "The budgets were chosen on these examples, so scores on others may be lower: evaluate the profiles."
+        )
     if rivals := group.rivals(entry):
         scores = listing([f"{short(rival.row.method)} {rival.row.score:.2f}" for rival in rivals])
         sentences.append(f"In the same memory: {scores}.")
@@ -141,14 +146,14 @@ def _methods(comparisons: Sequence[Comparison]) -> Headline:
     best = max(group.entries, key=lambda entry: (entry.row.score, -entry.row.kv_bytes))
     sentence = (
         f"{short(best.row.method)} scores highest: {best.row.score:.2f} (95\u202f% interval {interval(best.row.ci95)}) "
-        f"on {counted(best.row.n, 'held-out example')}, with {mebibytes(best.row.kv_bytes)} MiB of KV cache."
+        f"on {group.examples}, with {mebibytes(best.row.kv_bytes)} MiB of KV cache."
     )
     title = f"{_of(group.first.model, group.first.task)}: {counted(len(methods), 'method')} compared"
     return Headline(title, [sentence], [])
 
 
 def _search_sentences(search: Search, count: int) -> list[str]:
-    """How the budgets were found and chosen."""
+    """Return sentences on how the budgets were found and chosen."""
     if count > 1:
         return []
     settings, said = search.settings, []

@@ -75,7 +75,7 @@ def _place(record: Record) -> tuple[str, int, int] | None:
 
 
 def _distinguishing(groups: Sequence[tuple[str, ...]]) -> list[int]:
-    """Which parts of the groups' keys, apart from the last, are not the same in all."""
+    """Return the parts of the groups' keys, apart from the last, that are not the same in all."""
     return [i for i in range(len(groups[0]) - 1) if len({group[i] for group in groups}) > 1] if groups else []
 
 

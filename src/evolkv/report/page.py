@@ -8,7 +8,6 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import evolkv
 from evolkv.report import views
 from evolkv.report.comparisons import comparisons, model_name
 from evolkv.report.headline import headline
@@ -17,6 +16,7 @@ from evolkv.report.needles import needle_grids
 from evolkv.report.recipes import recipes
 from evolkv.report.sources import Sources
 from evolkv.report.words import counted, interval, score, short
+from evolkv.version import __version__
 
 
 def render(sources: Sources) -> str:
@@ -61,7 +61,7 @@ def render(sources: Sources) -> str:
         sections=[section for section in sections if section[2]],
         levels=LEVELS,
         sources=sources.names,
-        version=evolkv.__version__,
+        version=__version__,
         # Nothing is loaded and no script but this one runs, whatever the data hold.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{_digest(script)}'",
         script=script,

@@ -1,4 +1,4 @@
-"""How what a report shows is done again: commands, and what was recorded of the runs."""
+"""Commands that reproduce a report, and the settings that were recorded of each run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evolkv.report.words import counted, eval_command, facts, search_command
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to do something again: the command, and what was recorded of the run."""
+    """A command that reproduces a run, and the settings that were recorded of it."""
 
     title: str
     command: list[str]
@@ -25,7 +25,7 @@ class Recipe:
 
 
 def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Recipe]:
-    """How each curve, search, profile and comparison is done again."""
+    """Return a recipe for each curve, search, profile and comparison."""
     found = []
     for origin in dict.fromkeys(search.origin for search in sources.searches):
         searches = [search for search in sources.searches if search.origin == origin]

@@ -57,7 +57,7 @@ class Validated(_Allocated, _Scored):
 
 
 class Kept(_Record):
-    """Which prompt positions are kept, for one example.
+    """Prompt positions that are kept, for one example.
 
     `share` is ``L × bins``: of the tokens in a bin, the share that is kept, averaged over the layer's KV heads.
     """
@@ -106,7 +106,7 @@ class Search(_Record):
 
     @property
     def rotating(self) -> bool:
-        """Whether generations were scored on a few of the training examples in turn."""
+        """True if generations were scored on a few of the training examples in turn."""
         return any(entry.scores and None in entry.scores for entry in self.history)
 
     @property
@@ -120,7 +120,7 @@ class Search(_Record):
         return next(entry for entry in self.history if entry.generation == last)
 
     def course(self) -> list[tuple[int, float, float]]:
-        """How the search went: (candidates evaluated, fitness, score) whenever the best so far changes.
+        """Return (candidates evaluated, fitness, score) for each change of the best so far.
 
         Fitness on different examples cannot be compared. Where generations are scored on a few examples in turn, what
         is followed is the first candidate of each, the mean of the distribution, with each example as last seen.

@@ -1,4 +1,4 @@
-"""What a report is made of: result files and studies, recognised by their content and checked."""
+"""Input of a report: result files and studies, recognised by their content and checked."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _add_file(sources: Sources, path: Path, study: str | None) -> None:
 
 
 def _without_numbers(row: Row) -> str:
-    """What a row is about."""
+    """Return what tells rows apart: all of a row but its numbers."""
     return row.model_dump_json(exclude={"n", "score", "ci95", "kv_bytes", "mean_budget"})
 
 

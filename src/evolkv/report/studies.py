@@ -76,6 +76,6 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
 
 
 def _of_budget(record: StudyRecord, name: str, budget: str) -> Any:
-    """What a fact that is on record by budget says of one."""
+    """Return the value for one budget of a fact that is on record by budget."""
     fact = record.facts.get(name)
     return fact.get(budget) if isinstance(fact, Mapping) else None

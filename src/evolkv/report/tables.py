@@ -46,7 +46,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def results_note(rows: Sequence[dict[str, Any]]) -> str:
-    """What must be said of some rows of an evaluation, in a line, or nothing."""
+    """Return a caveat about the rows of an evaluation, in a line, or nothing."""
     if all(row["ci95"][0] < row["ci95"][1] for row in rows):
         return ""
     return "An interval without width: all examples score alike, and resampling cannot tell how others would."
@@ -63,7 +63,7 @@ def comparison_table(found: MethodComparison) -> Table:
 
 
 def comparison_note(found: MethodComparison) -> str:
-    """How the numbers of a comparison come about, in a line."""
+    """Return how the numbers of a comparison were computed, in a line."""
     results = [each.result for each in found.tasks] + [found.overall] * (len(found.tasks) > 1)
     counts = {True: "all ways to flip the signs", False: "20,000 random flips"}
     how = " or ".join(counts[exact] for exact in sorted({each.exact for each in results}, reverse=True))

@@ -1,4 +1,4 @@
-"""What each section of a report shows and says: charts with their findings in words."""
+"""Sections of a report: charts with their findings in words."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions are kept."""
+    """Positions that are kept."""
 
     title: str
     finding: str
@@ -92,7 +92,8 @@ class Validation:
 def methods(group: Comparison) -> Methods:
     """The methods of a comparison."""
     first, styles = group.first, group.styles()
-    finding = f"Task {short(first.task)}, metric {short(first.metric)}, {counted(first.n, 'held-out example')}"
+    finding = f"Task {short(first.task)}, metric {short(first.metric)}, {group.examples}"
+    finding += " that the choice of budgets was made on" if group.of_curve else ""
     finding += f", protocol {short(first.protocol)}" if first.protocol else ""
     finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
     if not group.single:
@@ -115,9 +116,8 @@ def methods(group: Comparison) -> Methods:
 
 
 def memory(group: Comparison, table: str) -> Memory | None:
-    """A comparison's scores against memory, unless all take the same; `table` is the id of its table."""
-    sizes = sorted(entry.row.kv_bytes for entry in group.entries)
-    if sizes[-1] <= 1.02 * sizes[0]:
+    """Return a comparison's scores against memory, if it has several budgets; `table` is the id of its table."""
+    if group.single:
         return None
     finding = "What the cache holds after the prompt, averaged over examples."
     if group.full and (evolved := max(group.evolved, key=lambda entry: entry.row.score, default=None)):
@@ -176,7 +176,7 @@ def validation(search: Search) -> Validation:
 
 
 def positions(search: Search) -> Positions:
-    """Which positions the layers keep, for the example that was looked at."""
+    """Return the positions that the layers keep of one example."""
     kept = search.kept
     assert kept is not None
     width = len(kept.share[0])
@@ -241,7 +241,7 @@ def _title(group: Comparison) -> str:
 
 
 def search_title(search: Search) -> str:
-    """What tells a search from the others."""
+    """Return a title that tells a search from the others."""
     chosen = search.profile or search.result or search.leader
     title = f"Budget {number(round(mean_of(chosen.budgets), 1))}" if chosen else "Search"
     if search.stage:

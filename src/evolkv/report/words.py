@@ -56,7 +56,7 @@ def interval(bounds: Sequence[float]) -> str:
 
 
 def in_chunks(tokens: int | None) -> str:
-    """How prompts were read, if it was not at once."""
+    """Return how prompts were read, if it was not at once."""
     return "" if tokens is None else f"in chunks of {number(tokens)}"
 
 
@@ -137,7 +137,7 @@ def _rivals(settings: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 
 def candidates(evaluations: int, settings: Mapping[str, Any]) -> int:
-    """How many candidates a search evaluated, under all of its selectors."""
+    """Return the number of candidates that a search evaluated, under all of its selectors."""
     rows = rows if isinstance(rows := settings.get("rivals"), list) else []
     counts = [row.get("evaluations") for row in rows if isinstance(row, Mapping)]
     return sum(count for count in counts if isinstance(count, int)) or evaluations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StopStringCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.errors import RunError, UsageError
+from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
 from evolkv.models.forward import cache_keyword, given_cache, input_device
 from evolkv.tasks.prompts import encode_text, user_message
+
+logger = logging.getLogger(__name__)
+
+#: Settings of a generation config that choose among the next tokens, or say where a text ends.
+_SERVED = {
+    "stop_strings",
+    *("bos_token_id", "eos_token_id", "pad_token_id", "min_length", "min_new_tokens"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "watermarking_config"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("remove_invalid_values", "renormalize_logits"),
+    *("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+}
+#: Settings that make another text than one that is decoded token by token, and the value at which they do not.
+_OTHER_TEXTS = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), 1),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing")),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class SavedDocument:
-    """What was kept of a document, and its cost; the fields are those of `Generated`."""
+    """A saved document and its cost; the fields are those of `Generated`."""
 
     prompt_tokens: int
     kv_bytes: int
@@ -82,7 +101,7 @@ def save_document(
     Raises:
         UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
     """
-    _check_text("document", document)
+    check_text("document", document)
     before = "" if raw else _around_question(tokenizer)[0]
     ids = encode_text(tokenizer, before + document)
     _check_fits(model, "document", ids)
@@ -141,7 +160,7 @@ def generate_text(
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
-    _check_text("prompt", prompt)
+    check_text("prompt", prompt)
     inputs = (
         _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
         if document is None
@@ -149,22 +168,20 @@ def generate_text(
     )
     (_, cache), ids = given_cache(inputs), inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
-        sampling = {"do_sample": True, "temperature": temperature}
         torch.manual_seed(seed)
     meter = _Meter(tokenizer, cache, on_text or (lambda text: None))
     started = time.perf_counter()
     try:
-        output = model.generate(
-            **inputs,
-            max_new_tokens=min(max_new_tokens, limit - len(ids)),
-            eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
-            streamer=meter,
-            **sampling,
-        )
+        settings = _settings(model, tokenizer, temperature, min(max_new_tokens, limit - len(ids)))
+        output = model.generate(**{**inputs, **settings}, streamer=meter)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory on a prompt of {len(ids)} tokens; use a shorter one") from error
+    except EvolKVError:
+        raise
+    except (ValueError, TypeError, IndexError) as error:
+        message = " ".join(str(error).split())
+        raise ModelError(f"the model's generation config cannot be used ({message}); mend or remove it") from error
     finished = time.perf_counter()
     new = output[0, len(ids) :]
     return Generated(
@@ -176,6 +193,32 @@ def generate_text(
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
+
+
+def _settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    """Return what `generate` must be told for one text, decoded token by token, from the cache that it is given.
+
+    A published model's generation config may say more: beams, a kind of cache, outputs for programs. That is set aside.
+    """
+    published = {name: value for name, value in vars(model.generation_config).items() if value is not None}
+    ignored = {name: published[name] for name in _OTHER_TEXTS if published.get(name) not in (None, _OTHER_TEXTS[name])}
+    if ignored:
+        named = ", ".join(f"{name} {value}" for name, value in ignored.items())
+        logger.warning("the model's generation config asks for %s, which is set aside here", named)
+    settings: dict[str, Any] = {name: None for name in published if name not in _SERVED and not name.startswith("_")}
+    if "stop_strings" in published:
+        settings["tokenizer"] = tokenizer
+        try:
+            StopStringCriteria(tokenizer, published["stop_strings"])
+        except (ValueError, TypeError, AttributeError):
+            logger.warning(
+                "the tokenizer cannot make the stop strings %r; they are left out", published["stop_strings"]
+            )
+            settings["stop_strings"] = None
+    settings |= {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": max_new_tokens}
+    settings["eos_token_id"] = sorted(end_tokens(model, tokenizer)) or None
+    settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
+    return settings if temperature else {**settings, "top_p": None, "top_k": None}
 
 
 def _prompt_inputs(
@@ -226,7 +269,7 @@ def _chats(tokenizer: Any, raw: bool) -> bool:
 
 
 def _around_question(tokenizer: Any) -> tuple[str, str]:
-    """What a chat template puts before and after the user's message; nothing where there is none."""
+    """Return the text that a chat template puts before and after the user's message."""
     if not _chats(tokenizer, raw=False):
         return "", ""
     mark = "<<<the message>>>"
@@ -234,7 +277,12 @@ def _around_question(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
-def _check_text(what: str, text: str) -> None:
+def check_text(what: str, text: str) -> None:
+    """Check that a prompt, or what else is called so in messages, has text that can be encoded.
+
+    Raises:
+        UsageError: it is empty, or holds halves of characters.
+    """
     if not text.strip():
         raise UsageError(f"the {what} is empty; give it some text")
     try:
@@ -244,7 +292,7 @@ def _check_text(what: str, text: str) -> None:
 
 
 def _check_fits(model: Any, what: str, ids: list[int]) -> int:
-    """The tokens that the model's context holds."""
+    """Check that a text leaves room for an answer; return the tokens that the model's context holds."""
     limit = describe_model(model).max_context
     if len(ids) >= limit:
         raise UsageError(
@@ -255,7 +303,7 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 
 
 def _full_bytes(model: Any, tokens: int) -> int:
-    """What the full cache of a prompt holds: layers with a sliding window never hold more than it."""
+    """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
     info = describe_model(model)
     held = sum(tokens if window is None else min(tokens, window) for window in sliding_windows(model))
     return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize

@@ -1,0 +1,70 @@
+import ast
+import graphlib
+from pathlib import Path
+
+import evolkv
+
+ROOT = Path(evolkv.__file__).parent
+#: From the lowest to the highest, as docs/architecture.md has them. What is not named here serves every floor.
+FLOORS = [
+    {"models"},
+    {"selectors"},
+    {"allocators"},
+    {"profile"},
+    {"methods"},
+    {"cache"},
+    {"tasks"},
+    {"evaluation"},
+    {"evolution"},
+    {"report", "integrations"},
+    {"demo", "generation"},
+    {"cli"},
+    {"__main__", "integrations.lm_eval_command"},
+]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def imported_by(name):
+    """The modules of the package that a module imports anywhere in its text, functions included."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+GRAPH = {name: set(imported_by(name)) - {name} for name in MODULES}
+
+
+def floor(name):
+    inner = name.removeprefix("evolkv.")
+    levels = [level for level, names in enumerate(FLOORS, 1) for each in names if f"{inner}.".startswith(f"{each}.")]
+    return max(levels, default=0)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_each_floor_imports_only_from_floors_below():
+    upwards = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        # The package itself only says where its names live, and loads them when they are asked for.
+        if "evolkv" not in (name, other) and floor(other) > floor(name)
+    ]
+    assert upwards == []
+
+
+def test_every_floor_has_modules():
+    assert {floor(name) for name in MODULES} == set(range(len(FLOORS) + 1))
