@@ -31,40 +31,6 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
-def parse_named(text: str, kind: str, example: str) -> dict[str, Any]:
-    """A mapping with ``name`` and parameters, from ``name`` or ``name:parameter=value,parameter=value``.
-
-    Args:
-        text: what to read.
-        kind: what is named, for messages.
-        example: of such a text, for messages.
-
-    Raises:
-        UsageError: a part that is not parameter=value, or a parameter given twice.
-    """
-    name, _, rest = text.partition(":")
-    spec: dict[str, Any] = {"name": name.strip()}
-    for part in filter(str.strip, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key:
-            raise UsageError(f"{kind} {text!r}: {part!r} is not parameter=value; write for example {example}")
-        if key in spec:
-            raise UsageError(f"{kind} {text!r}: {key} is given twice; give it once")
-        spec[key] = _value(value)
-    return spec
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
-
-
 def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
     """An object of a dataclass that has a name, and defaults for all of its fields.
 

@@ -82,9 +82,9 @@ def evaluate(
     budgets = read_budgets(budget or [], "--budget")
     from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
     from evolkv.evaluation import evaluate as run_evaluation
-    from evolkv.tasks import get_task
+    from evolkv.tasks import get_tasks
 
-    tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
+    tasks, methods = get_tasks(task), [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(outs, chain.from_iterable(read))
     check_request(methods, budgets, samples, metric)

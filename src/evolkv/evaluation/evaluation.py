@@ -33,7 +33,7 @@ from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
-from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
+from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, under_protocol
 
@@ -123,10 +123,10 @@ def evaluate(
         RunError: if the records cannot be written.
         EvaluationInterrupted: on KeyboardInterrupt; it is one itself, and has the rows of what was finished.
     """
-    tasks = [get_task(t) for t in ([task] if isinstance(task, (str, Task)) else task)]
+    tasks = get_tasks(task)
     chosen, at = get_methods(methods), read_budgets(budgets)
-    if not tasks or not chosen:
-        raise UsageError("nothing to evaluate: give at least one task and one method")
+    if not chosen:
+        raise UsageError("nothing to evaluate: give at least one method")
     check_request(chosen, at, samples, metric)
     rows = _rows(model, chosen, at)
     if prefill_chunk is not None:

@@ -70,6 +70,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     default_metric: ClassVar[str] = "contains"
+    #: The setting whose key may be left out of a spec, at its beginning: `ruler:vt` is `ruler:task=vt`.
+    main_setting: ClassVar[str | None] = None
 
     @abstractmethod
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:

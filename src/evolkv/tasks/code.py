@@ -92,6 +92,7 @@ class CodeCompletion(Task):
 
     name: ClassVar[str] = "code"
     default_metric: ClassVar[str] = "code_sim"
+    main_setting: ClassVar[str] = "path"
 
     context: int = 1600
     path: str | None = None

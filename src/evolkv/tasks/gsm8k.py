@@ -64,6 +64,7 @@ class Gsm8k(Task):
 
     name: ClassVar[str] = "gsm8k"
     default_metric: ClassVar[str] = "gsm8k"
+    main_setting: ClassVar[str] = "path"
 
     path: str | None = None
     shots: int = 5

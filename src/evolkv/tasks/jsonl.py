@@ -59,6 +59,7 @@ class JsonLines(Task):
     """
 
     name: ClassVar[str] = "jsonl"
+    main_setting: ClassVar[str] = "path"
 
     path: str
     metric: str | None = None

@@ -65,6 +65,7 @@ class LongBench(Task):
     """
 
     name: ClassVar[str] = "longbench"
+    main_setting: ClassVar[str] = "subset"
 
     subset: str
     path: str | None = None

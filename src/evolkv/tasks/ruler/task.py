@@ -76,6 +76,7 @@ class Ruler(Task):
 
     name: ClassVar[str] = "ruler"
     default_metric: ClassVar[str] = "ruler_all"
+    main_setting: ClassVar[str] = "task"
 
     task: str
     context: int = 4096
