@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("gsm8k:path=good.jsonl,shots_path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
         ("ruler:task=vt,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
         ("ruler:task=qa_2,path=bad.json", "bad.json [0]: field 'question' is missing"),
-        ("ruler:task=niah_single_2,haystack=missing.txt", "missing.txt does not exist"),
+        ("ruler:task=niah_single_2,essays=missing.txt", "missing.txt does not exist"),
         ("niah:haystack=missing.txt", "missing.txt does not exist"),
         ("code:path=missing", "missing does not exist"),
         ("code:path=", "the path of the folder is empty"),

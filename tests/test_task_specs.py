@@ -104,7 +104,7 @@ def test_commas_stand_between_tasks_as_well_as_between_settings(text, specs):
 
 
 def test_an_unknown_task_after_a_comma_is_named():
-    with pytest.raises(UsageError, match="unknown task 'gsm9k'. Did you mean 'gsm8k'"):
+    with pytest.raises(UsageError, match=r"unknown task 'gsm9k'\. Did you mean 'gsm8k'"):
         get_task("niah,gsm9k")
 
 

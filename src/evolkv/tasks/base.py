@@ -18,7 +18,7 @@ from evolkv.registry import unknown_name
 Split = Literal["train", "validation", "report"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 #: The settings of tasks that name a file.
-_PATHS = ("path", "shots_path", "haystack")
+_PATHS = ("path", "shots_path", "haystack", "essays")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class Task(ABC):
         """The task's name and settings as plain data, for provenance."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **settings}
+
+    def haystack_used(self) -> str | None:
+        """Return what the text around the needles is, for the record; None for a task that hides none in a text."""
+        return None
 
     def check_files(self) -> None:
         """Read the data that examples are drawn from, so that what is wrong with it is said before a model is loaded.

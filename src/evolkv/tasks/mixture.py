@@ -39,6 +39,11 @@ class Mixture(Task):
         for task in self.tasks:
             task.check_files()
 
+    def haystack_used(self) -> str | None:
+        """Return those of all tasks that have one."""
+        used = {f"{task.name}: {text}": None for task in self.tasks if (text := task.haystack_used())}
+        return "; ".join(used) or None
+
     def files(self) -> list[str]:
         """Those of all tasks."""
         return [path for task in self.tasks for path in task.files()]

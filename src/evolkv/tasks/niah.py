@@ -14,7 +14,8 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition, read_text
+from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition
+from evolkv.tasks.haystacks import describe_haystack, read_haystack
 from evolkv.tasks.prompts import encode_text, question_at, user_message
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
@@ -37,7 +38,7 @@ _BREAK_REACH = 400
 
 @dataclass(frozen=True)
 class NeedleInHaystack(Task):
-    """Find a 7-digit number hidden in a long text.
+    """Find a 7-digit number hidden in a long text: generated prose, or a file of your own (haystack).
 
     Examples share passages: those of one passage have the same text up to their first needle and come
     deepest needle first, so an engine can reuse the common prefix of neighbouring prompts. An example
@@ -52,8 +53,9 @@ class NeedleInHaystack(Task):
         depth: where the asked needle is, from 0 (start of the text) to 1 (end). Default None: 16
             consecutive examples are spaced evenly over [0, 1]. Other needles are anywhere. Each
             needle stands at the sentence boundary nearest to its depth.
-        haystack: path of a UTF-8 text file. Default None: generated prose. The first quarter of a file serves
-            train, the second validation, the second half report.
+        haystack: path of a UTF-8 text file, such as the essays of the needle-in-a-haystack test (its folder
+            `PaulGrahamEssays`, joined). Default None: generated prose. The first quarter of a file serves train, the
+            second validation, the second half report.
         passages: how many different stretches of text a split draws on. Default None: one per 16 examples.
         template: "chat" puts the prompt in the tokenizer's chat template, "plain" does not, "auto" (default)
             does where the tokenizer has one.
@@ -157,14 +159,18 @@ class NeedleInHaystack(Task):
     def check_files(self) -> None:
         """Read the haystack, where it is a file."""
         if self.haystack is not None:
-            read_text(self.haystack)
+            read_haystack(self.haystack, WORDINGS[self.language].needle)
+
+    def haystack_used(self) -> str:
+        """Return "generated prose", or name and hash of the file."""
+        return describe_haystack(self.haystack)
 
     def _passages(self, split: Split, count: int, tokenizer: Any, seed: int) -> Callable[[int], str]:
         """Passage index → text, long enough for a prompt of `context` tokens."""
         if self.haystack is None:
             # No tokenizer packs more than 10 characters of such prose into a token, on average.
             return lambda passage: prose(f"{seed}/{split}/{passage}", 10 * self.context, self.language)
-        text = read_text(self.haystack).replace("\r\n", "\n")
+        text = read_haystack(self.haystack, WORDINGS[self.language].needle).replace("\r\n", "\n")
         share = partition(len(text))[split]
         start, stop = (_nearest_break(text, edge, len(text)) for edge in (share.start, share.stop))
         region = text[start:stop]

@@ -12,11 +12,14 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from evolkv.errors import TaskError
+from evolkv.errors import TaskError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.tasks.base import Split, partition
+from evolkv.tasks.metrics import get_metric
 
 logger = logging.getLogger(__name__)
+
+_NOT_ASKED = ("logprob", "rouge_l", "rouge_l_zh")
 
 Splitting = Literal["auto", "all"]
 """How the rows of a file serve the splits: "auto" shares them out, "all" gives every row to every split."""
@@ -61,7 +64,9 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         empty = False
         where = f"{source} line {number}"
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_unique)
+        except _RepeatedKeyError as error:
+            raise TaskError(f"{where}: key {error} is given twice; give it once") from None
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
         if not isinstance(fields, dict):
@@ -69,6 +74,36 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, fields
     if empty:
         raise TaskError(f"{source} has no rows; expected one JSON object on each line")
+
+
+class _RepeatedKeyError(ValueError):
+    """An object has the key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise _RepeatedKeyError(repr(key))
+        fields[key] = value
+    return fields
+
+
+def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any) -> bool:
+    """Return whether any of a row's own answers scores above 0 under its metric.
+
+    Summaries are taken to: ROUGE needs minutes for a file of them.
+
+    Raises:
+        TaskError: the metric needs what `extra` lacks, or an answer that reads otherwise.
+    """
+    if metric in _NOT_ASKED:
+        return True
+    judge = get_metric(metric)
+    try:
+        return any(judge(answer, answers, **extra) > 0 for answer in answers)
+    except UsageError as error:
+        raise TaskError(f"{where}: {error}") from None
 
 
 def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:

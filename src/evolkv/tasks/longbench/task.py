@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +17,7 @@ from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
 from evolkv.tasks.prompts import cut_middle, question_at, user_message
 from evolkv.tasks.rows import (
     Splitting,
+    answers_score,
     check_splitting,
     digest,
     distinct,
@@ -26,6 +28,8 @@ from evolkv.tasks.rows import (
     get_texts,
     parse_rows,
 )
+
+logger = logging.getLogger(__name__)
 
 Template = Literal["auto", "plain"]
 
@@ -106,6 +110,7 @@ class LongBench(Task):
         for row in drawn:
             place.setdefault(row.context, len(place))
         drawn.sort(key=lambda row: place[row.context])
+        self._warn_of_unanswerable(drawn, source)
         return [self._example(row, tokenizer) for row in drawn]
 
     def files(self) -> list[str]:
@@ -124,6 +129,23 @@ class LongBench(Task):
         """The rows, and where they are from."""
         text, source = read_subset(self.subset, self.path)
         return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
+
+    def _warn_of_unanswerable(self, rows: Sequence[_Row], source: str) -> None:
+        # Not refused: published scores count such rows too. `code_sim`, for one, passes over lines with "#".
+        at_zero = [
+            row.id
+            for row in rows
+            if not answers_score(self._work.metric, row.answers, f"{source} {row.id}", all_classes=row.all_classes)
+        ]
+        if at_zero:
+            logger.warning(
+                "%s: no answer can score under %s in %d of %d rows (%s, …); they count, as in published scores",
+                source,
+                self._work.metric,
+                len(at_zero),
+                len(rows),
+                at_zero[0],
+            )
 
     @property
     def _work(self) -> Subset:

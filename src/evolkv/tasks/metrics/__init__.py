@@ -18,7 +18,7 @@ from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
 from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
 from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
-__all__ = ["METRICS", "Metric", "check_metric", "get_metric"]
+__all__ = ["METRICS", "Metric", "check_metric", "get_metric", "judged_part"]
 
 
 class Metric(Protocol):
@@ -54,6 +54,13 @@ def check_metric(name: object) -> None:
     """Raise UsageError, with the nearest name, unless `name` is a text metric or `logprob`, which engines compute."""
     if not (isinstance(name, str) and (name == "logprob" or name in METRICS)):
         raise unknown_name("metric", name, [*METRICS, "logprob"])
+
+
+def judged_part(prediction: str, stop: Sequence[str], first_line: bool) -> str:
+    """Return the part of a prediction that a text metric judges; see `Example.stop` and `Example.first_line`."""
+    for text in stop:
+        prediction = prediction.partition(text)[0]
+    return prediction.lstrip("\n").partition("\n")[0] if first_line else prediction
 
 
 def get_metric(name: str) -> Metric:
