@@ -124,6 +124,12 @@ def check_request(split: str, n: int) -> None:
         raise UsageError(f"cannot draw {n!r} examples; ask for a whole number, at least 1")
 
 
+def check_choice(task: str, key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise TaskError unless the value of a task's setting is one of the choices."""
+    if value not in choices:
+        raise TaskError(f"{task}: {key}={value!r} is unknown; expected one of {', '.join(choices)}")
+
+
 def fingerprint(examples: Iterable[Example]) -> str:
     """A 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
     digest = hashlib.sha256()

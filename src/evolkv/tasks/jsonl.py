@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks.base import Example, Split, Task, check_request, read_text
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
-from evolkv.tasks.prompts import cut_middle, question_at, user_message
+from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
     Splitting,
     answers_score,
-    check_splitting,
     digest,
     distinct,
     draw,
@@ -76,7 +75,7 @@ class JsonLines(Task):
             raise TaskError(f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
         if self.context is not None and self.context < 2:
             raise TaskError(f"jsonl: context={self.context} is out of range; expected at least 2 tokens")
-        check_splitting(self.split, self.name)
+        check_choice(self.name, "split", self.split, get_args(Splitting))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n rows of the split in the seed's order; all of them, with a warning, if there are fewer.
@@ -86,8 +85,7 @@ class JsonLines(Task):
                 split has no rows, or chat=true and the tokenizer has no chat template.
         """
         check_request(split, n)
-        if self.chat and not getattr(tokenizer, "chat_template", None):
-            raise TaskError("jsonl: chat=true, but this tokenizer has no chat template; use chat=false")
+        uses_chat(tokenizer, self.chat, self.name)
         drawn = draw(
             distinct(self._rows(), self.path),
             split,

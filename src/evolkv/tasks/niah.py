@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition
+from evolkv.tasks.base import SPLITS, Example, Split, Task, check_choice, check_request, partition
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
-from evolkv.tasks.prompts import encode_text, question_at, user_message
+from evolkv.tasks.prompts import encode_text, question_at, user_message, uses_chat
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
 
@@ -87,8 +87,7 @@ class NeedleInHaystack(Task):
             raise TaskError(f"niah: depth={self.depth} is out of range; expected 0 (start) to 1 (end)")
         if self.passages is not None and self.passages < 1:
             raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
-        if self.template not in get_args(Template):
-            raise TaskError(f"niah: template={self.template!r} is unknown; expected {', '.join(get_args(Template))}")
+        check_choice(self.name, "template", self.template, get_args(Template))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, grouped by passage and within a passage by descending depth.
@@ -98,7 +97,7 @@ class NeedleInHaystack(Task):
                 or is too short; template="chat" and the tokenizer has no chat template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context, self.language)
+        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
         sample = prompts.largest_needles(self.needles)
         self._check_room(prompts, sample)
         plans = [self._plan(split, index, seed) for index in range(n)]
@@ -113,12 +112,6 @@ class NeedleInHaystack(Task):
             for plan in group:
                 examples.append(self._example(plan, split, seed, prompts, text, end))
         return examples
-
-    def _uses_chat(self, tokenizer: Any) -> bool:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if self.template == "chat" and not has_template:
-            raise TaskError("niah: template=chat, but this tokenizer has no chat template; use template=plain")
-        return has_template and self.template != "plain"
 
     def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
         positions = [0] * len(sample)

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.numbers import is_whole
@@ -38,12 +38,6 @@ class Row(Protocol):
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-def check_splitting(splitting: str, task: str) -> None:
-    """Raise TaskError unless `splitting` is one of `Splitting`."""
-    if splitting not in get_args(Splitting):
-        raise TaskError(f"{task}: split={splitting!r} is unknown; expected one of {', '.join(get_args(Splitting))}")
 
 
 def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -118,6 +112,22 @@ def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
     return list(kept.values())
 
 
+def of_split(rows: Sequence[AnyRow], split: Split, splitting: Splitting) -> list[AnyRow]:
+    """Return the rows that serve a split, in their order; see `draw` for which."""
+    groups = sorted({row.group for row in rows}, key=digest)
+    own = set(groups[partition(len(groups))[split]] if splitting == "auto" else groups)
+    return [row for row in rows if row.group in own]
+
+
+def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, source: str, groups: str) -> None:
+    """Raise TaskError if no rows of all are a split's own; `source` and `groups` are as for `draw`."""
+    if not own:
+        raise TaskError(
+            f"{source}: split {split!r} is empty: the file has {len({row.group for row in rows})} different {groups}; "
+            "give at least 4, or use split=all"
+        )
+
+
 def draw(
     rows: Sequence[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
 ) -> list[AnyRow]:
@@ -138,15 +148,8 @@ def draw(
     Raises:
         TaskError: the split has no rows.
     """
-    order = sorted({row.group for row in rows}, key=digest)
-    share = partition(len(order))[split] if splitting == "auto" else slice(None)
-    chosen = set(order[share])
-    drawn = sorted((row for row in rows if row.group in chosen), key=lambda row: row.content)
-    if not drawn:
-        raise TaskError(
-            f"{source}: split {split!r} is empty: the file has {len(order)} different {groups}; "
-            "give at least 4, or use split=all"
-        )
+    drawn = sorted(of_split(rows, split, splitting), key=lambda row: row.content)
+    check_split(drawn, rows, split, source, groups)
     random.Random(seed).shuffle(drawn)
     if splitting == "all" and split == "validation":
         # From the other end, so that a search trains and chooses on different rows as long as there are enough.

@@ -11,14 +11,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
-from evolkv.tasks.prompts import cut_middle, question_at, user_message
+from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
     Splitting,
     answers_score,
-    check_splitting,
     digest,
     distinct,
     draw,
@@ -82,11 +81,8 @@ class LongBench(Task):
             raise unknown_name("longbench subset", self.subset, NAMES)
         if self.context < 2:
             raise TaskError(f"longbench: context={self.context} is out of range; expected at least 2 tokens")
-        check_splitting(self.split, self.name)
-        if self.template not in get_args(Template):
-            raise TaskError(
-                f"longbench: template={self.template!r} is unknown; expected one of {', '.join(get_args(Template))}"
-            )
+        check_choice(self.name, "split", self.split, get_args(Splitting))
+        check_choice(self.name, "template", self.template, get_args(Template))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n rows of the split; all of them, with a warning, if there are fewer. Rows of a document are neighbours.
@@ -173,7 +169,7 @@ class LongBench(Task):
     def _example(self, row: _Row, tokenizer: Any) -> Example:
         work = self._work
         prompt = cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
-        if work.chat and self.template == "auto" and getattr(tokenizer, "chat_template", None):
+        if work.chat and uses_chat(tokenizer, self.template, self.name):
             prompt = user_message(tokenizer, prompt)
         extra: dict[str, Any] = {"length": row.length}
         if self.subset in EXTENDED:

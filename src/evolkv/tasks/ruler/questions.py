@@ -10,8 +10,8 @@ from itertools import cycle, islice
 from typing import Any
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Split, partition, read_text
-from evolkv.tasks.rows import Splitting, check_text, digest, distinct, draw, get_text, kind_of
+from evolkv.tasks.base import Split, read_text
+from evolkv.tasks.rows import Splitting, check_split, check_text, digest, distinct, draw, get_text, kind_of, of_split
 from evolkv.tasks.ruler.puzzle import Family, Puzzle
 
 TEMPLATE = (
@@ -64,15 +64,9 @@ def question_puzzles(
     Raises:
         TaskError: the file cannot be read or is malformed, or the split has no questions.
     """
-    questions = distinct(read(path), path)
-    groups = sorted({question.group for question in questions}, key=digest)
-    chosen = set(groups[partition(len(groups))[split]] if splitting == "auto" else groups)
-    questions = [question for question in questions if question.group in chosen]
-    if not questions:
-        raise TaskError(
-            f"{path}: split {split!r} is empty: the file has {len(groups)} article(s) or question(s) to share out; "
-            "give at least 4, or use split=all"
-        )
+    every = distinct(read(path), path)
+    questions = of_split(every, split, splitting)
+    check_split(questions, every, split, path, "articles or questions")
     documents = sorted({document for question in questions for document in question.needed + question.related})
     drawn = draw(questions, split, n, splitting="all", seed=f"ruler-qa/{seed}", source=path, groups="questions")
     return [_puzzle(question, documents, f"ruler-qa/{seed}/{question.content}") for question in drawn]

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
-from evolkv.tasks.prompts import encode_text, user_message
-from evolkv.tasks.rows import Splitting, check_splitting
+from evolkv.tasks.prompts import encode_text, user_message, uses_chat
+from evolkv.tasks.rows import Splitting
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
 from evolkv.tasks.ruler.prepared import prepared_rows, read_prepared
@@ -105,7 +105,7 @@ class Ruler(Task):
             )
         if self.essays is not None and (self._is_prepared or not self._has_essay):
             raise TaskError(f"ruler: essays={self.essays} is of no use to task={self.task} here; leave it out")
-        check_splitting(self.split, self.name)
+        check_choice(self.name, "split", self.split, get_args(Splitting))
         if self.path is None and self.split != "auto":
             raise TaskError(f"ruler: split={self.split} is about the rows of a file; give path=FILE or leave split out")
 
@@ -118,7 +118,11 @@ class Ruler(Task):
                 template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context - FAMILIES[self.task].max_new_tokens)
+        prompts = _Prompts(
+            tokenizer,
+            uses_chat(tokenizer, self.chat, self.name),
+            self.context - FAMILIES[self.task].max_new_tokens,
+        )
         if self._is_prepared:
             examples = self._prepared(split, n, prompts, seed)
         else:
@@ -150,12 +154,6 @@ class Ruler(Task):
     @property
     def _has_essay(self) -> bool:
         return self.task in needles.TASKS and needles.TASKS[self.task].haystack == "essay"
-
-    def _uses_chat(self, tokenizer: Any) -> bool:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if self.chat and not has_template:
-            raise TaskError("ruler: chat=true, but this tokenizer has no chat template; use chat=false")
-        return has_template if self.chat is None else self.chat
 
     def _prepared(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
         assert self.path is not None
