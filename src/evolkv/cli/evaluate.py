@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,7 @@ def evaluate(
     from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
     from evolkv.evaluation import evaluate as run_evaluation
     from evolkv.tasks import get_tasks
+    from evolkv.tasks.check import check_examples
 
     tasks, methods = get_tasks(task), [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
@@ -93,7 +95,8 @@ def evaluate(
             each.at(number)
     for every in tasks:
         every.check_files()
-    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    check = partial(check_examples, tasks, ["report"], metric=metric, protocol=protocol, seed=seed)
+    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
     stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:
         try:
