@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
-    """The error for a `name` that is not among the `known` names of a `kind` of thing."""
+    """Return the error for a `name` that is not among the `known` names of a `kind` of thing."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
 
 
 def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
-    """An object of a dataclass that has a name, and defaults for all of its fields.
+    """Return an object of a dataclass that has a name, and defaults for all of its fields.
 
     Args:
         cls: its class.
@@ -41,17 +41,18 @@ def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         UsageError: an unknown parameter, or a value of another type.
     """
-    owner, known = getattr(cls, "name", cls.__name__), {field.name: field.default for field in fields(cast(Any, cls))}
-    found = {}
+    owner = getattr(cls, "name", cls.__name__)
+    defaults = {field.name: field.default for field in fields(cast(Any, cls))}
+    parameters = {}
     for key, value in values.items():
-        if key not in known:
-            raise unknown_name(f"parameter of {owner}", key, known)
-        kind = type(known[key])
+        if key not in defaults:
+            raise unknown_name(f"parameter of {owner}", key, defaults)
+        kind = type(defaults[key])
         # bool is an int in Python, but `"window": true` in a file is a mistake.
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UsageError(f"{owner}: {key} is {value!r}; expected {kind.__name__} like {known[key]!r}")
-        found[key] = kind(value)
-    return cls(**found)
+            raise UsageError(f"{owner}: {key} is {value!r}; expected {kind.__name__} like {defaults[key]!r}")
+        parameters[key] = kind(value)
+    return cls(**parameters)
 
 
 class Registry(Mapping[str, T]):
@@ -95,7 +96,7 @@ class Registry(Mapping[str, T]):
 
     # Mapping's own `get` waits for a KeyError, and a miss here is a UsageError.
     def get(self, name: str, default: Any = None) -> Any:
-        """The entry called `name`, or `default`."""
+        """Return the entry called `name`, or `default`."""
         if name not in self:
             return default
         return self[name]
@@ -112,13 +113,13 @@ class Registry(Mapping[str, T]):
 
     @cached_property
     def _offers(self) -> dict[str, EntryPoint]:
-        """What packages offer, by name; nothing of it is imported yet."""
-        found = {} if self.group is None else {each.name: each for each in entry_points(group=self.group)}
-        for name in self._own.intersection(found):
+        """The entries that packages offer, by name; none is imported yet."""
+        offers = {} if self.group is None else {each.name: each for each in entry_points(group=self.group)}
+        for name in self._own.intersection(offers):
             logger.warning(
-                "%s %r of package %s is passed over: EvolKV has one", self.kind, name, _package(found.pop(name))
+                "%s %r of package %s is passed over: EvolKV has one", self.kind, name, _package(offers.pop(name))
             )
-        return found
+        return offers
 
     def _load(self, offer: EntryPoint) -> T:
         try:

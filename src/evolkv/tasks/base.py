@@ -1,4 +1,4 @@
-"""What a task is: a named source of examples, each a prompt with the answers that count as right."""
+"""The base class of tasks: a task is a named source of examples, each a prompt with the answers that count as right."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Task(ABC):
         """
 
     def spec(self) -> dict[str, Any]:
-        """The task's name and settings as plain data, for provenance."""
+        """Return the task's name and settings as plain data, for provenance."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **settings}
 
@@ -131,7 +131,7 @@ def check_choice(task: str, key: str, value: object, choices: Sequence[str]) -> 
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
+    """Return a 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
     digest = hashlib.sha256()
     for example in examples:
         fields = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
@@ -141,7 +141,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file (a byte-order mark is dropped, `~` is the home folder).
+    """Return the text of a UTF-8 file (a byte-order mark is dropped, `~` is the home folder).
 
     Raises:
         TaskError: the file is missing, a folder, unreadable or not UTF-8.
@@ -162,7 +162,7 @@ def read_text(path: str) -> str:
 
 
 def decode_text(data: bytes, source: str) -> str:
-    """The text of UTF-8 bytes (a byte-order mark is dropped) that come from `source`.
+    """Return the text of UTF-8 bytes (a byte-order mark is dropped) that come from `source`.
 
     Raises:
         TaskError: the bytes are not UTF-8.
@@ -177,7 +177,7 @@ def decode_text(data: bytes, source: str) -> str:
 
 
 def partition(size: int) -> dict[str, slice]:
-    """Where each split lies in an ordered collection of `size` things: ¼ train, ¼ validation, ½ report."""
+    """Return where each split lies in an ordered collection of `size` things: ¼ train, ¼ validation, ½ report."""
     quarter, half = size // 4, size // 2
     bounds: Sequence[tuple[int, int]] = [(0, quarter), (quarter, half), (half, size)]
     return {split: slice(*bound) for split, bound in zip(SPLITS, bounds, strict=True)}

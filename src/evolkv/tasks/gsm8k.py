@@ -24,7 +24,7 @@ Mode = Literal["flexible", "strict"]
 Template = Literal["auto", "chat", "plain"]
 
 STOP = ("Question:", "</s>", "<|im_end|>")
-"""Where the harness ends a generation."""
+"""Texts at which the harness ends a generation."""
 
 _REPOSITORY, _TEST_FILE = "openai/gsm8k", "main/test-00000-of-00001.parquet"
 _INSTEAD = "give path= a file of questions and answers, such as test.jsonl of github.com/openai/grade-school-math"

@@ -21,12 +21,12 @@ def read_haystack(path: str, needle: str) -> str:
         TaskError: the file cannot be read, or has such a sentence already: then a question has more than one answer.
     """
     text = read_text(path)
-    said = max(re.split(r"\{\w+\}", needle), key=len).strip()
-    place = text.find(said)
+    phrase = max(re.split(r"\{\w+\}", needle), key=len).strip()
+    place = text.find(phrase)
     if place >= 0:
         line = text.count("\n", 0, place) + 1
         raise TaskError(
-            f"haystack {path} line {line} has {said!r}, as the needles do, so a question would have more than one "
+            f"haystack {path} line {line} has {phrase!r}, as the needles do, so a question would have more than one "
             "answer; take that sentence out"
         )
     return text

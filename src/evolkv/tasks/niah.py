@@ -254,7 +254,7 @@ class _Prompts:
         return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions, word)))
 
     def largest_needles(self, count: int) -> list[tuple[str, int]]:
-        """The `count` needles that take the most tokens."""
+        """Return the `count` needles that take the most tokens."""
         space = gap(self.language)
         sizes = {word: len(encode_text(self.tokenizer, f"{space}{word}")) for word in self.wording.words}
         words = sorted(sizes, key=lambda word: (-sizes[word], word))
@@ -268,7 +268,7 @@ class _Prompts:
         word: str,
         guess: int | None = None,
     ) -> int:
-        """How much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
+        """Return how much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
 
         The cut is at the end of a word unless a single word is longer than the slack.
         """
@@ -301,7 +301,7 @@ class _Prompts:
 
 
 def _word_end(text: str, low: int, high: int) -> int:
-    """The last end of a word in (low, high], or high where there is none."""
+    """Return the last end of a word in (low, high], or high where there is none."""
     if high == len(text) or text[high].isspace():
         return high
     for position in range(high - 1, max(low, high - _BREAK_REACH), -1):
@@ -311,7 +311,7 @@ def _word_end(text: str, low: int, high: int) -> int:
 
 
 def _nearest_break(text: str, position: int, end: int) -> int:
-    """The start of the sentence nearest to `position`, at most `end`.
+    """Return the start of the sentence nearest to `position`, at most `end`.
 
     Where no sentence starts within `_BREAK_REACH` characters (a list, a table) the start of a word will do,
     and where there is none, `position` itself.
@@ -322,8 +322,8 @@ def _nearest_break(text: str, position: int, end: int) -> int:
         starts = []
     window = max(0, position - _BREAK_REACH), min(len(text), position + _BREAK_REACH)
     for pattern in (_SENTENCE_END, _SPACE):
-        found = [match.end() for match in pattern.finditer(text, *window)]
-        reachable = [start for start in starts + found if start <= end]
+        ends = [match.end() for match in pattern.finditer(text, *window)]
+        reachable = [start for start in starts + ends if start <= end]
         if reachable:
             return min(reachable, key=lambda start: (abs(start - position), start))
     return position

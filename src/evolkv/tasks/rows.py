@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _NOT_ASKED = ("logprob", "rouge_l", "rouge_l_zh")
 
 Splitting = Literal["auto", "all"]
-"""How the rows of a file serve the splits: "auto" shares them out, "all" gives every row to every split."""
+"""The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""
 
 
 class Row(Protocol):
@@ -30,7 +30,7 @@ class Row(Protocol):
 
     @property
     def group(self) -> str:
-        """What must not be in two splits: the prompt, or the document that it is about."""
+        """The thing that must not be in two splits: the prompt, or the document that it is about."""
 
     @property
     def content(self) -> str:
@@ -101,7 +101,7 @@ def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any)
 
 
 def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
-    """The rows without those whose content came before; how many were dropped is logged."""
+    """Return the rows without those whose content came before; how many were dropped is logged."""
     kept: dict[str, AnyRow] = {}
     total = 0
     for row in rows:
@@ -131,7 +131,7 @@ def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, sou
 def draw(
     rows: Sequence[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
 ) -> list[AnyRow]:
-    """n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
+    """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     With "auto" a quarter of the groups serves train, a quarter validation and half report. Which ones depends on
     the rows alone, neither on their order nor on seed or n. With "all" validation draws in the reverse order.
@@ -160,12 +160,12 @@ def draw(
 
 
 def digest(text: str) -> str:
-    """A hash of a text, hexadecimal."""
+    """Return a hash of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words: "a text", "a list", …"""
+    """Return what a JSON value is, in words: "a text", "a list", …"""
     if value is None:
         return "null"
     names: dict[type, str] = {str: "a text", bool: "a truth value", list: "a list", dict: "an object"}
@@ -173,25 +173,25 @@ def kind_of(value: object) -> str:
 
 
 def get_text(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
-    """The text in a field; TaskError if it is missing or no text, or has only whitespace and may not (`blank`)."""
+    """Return the text in a field; TaskError if it is missing, no text, or only whitespace without `blank`."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a text")
     return check_text(fields[key], repr(key), where, blank)
 
 
 def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> tuple[str, ...]:
-    """The texts in a field, at least one; TaskError as for `get_text`."""
+    """Return the texts in a field, at least one; TaskError as for `get_text`."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a list of texts")
     values = fields[key]
     if not isinstance(values, list) or not values:
-        found = "empty" if values == [] else kind_of(values)
-        raise TaskError(f"{where}: {key!r} is {found}; expected a list of texts")
+        kind = "empty" if values == [] else kind_of(values)
+        raise TaskError(f"{where}: {key!r} is {kind}; expected a list of texts")
     return tuple(check_text(value, f"an entry of {key!r}", where, blank) for value in values)
 
 
 def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
-    """The whole number in a field, at least 1; TaskError if it is missing or anything else."""
+    """Return the whole number in a field, at least 1; TaskError if it is missing or anything else."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a whole number, at least 1")
     value = fields[key]
@@ -201,7 +201,7 @@ def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    """What a field calls the row, a text or a whole number; `default` if it is missing or null."""
+    """Return what a field calls the row, a text or a whole number; `default` if it is missing or null."""
     value = fields.get(key)
     if value is None:
         return default
@@ -213,7 +213,7 @@ def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> s
 
 
 def check_text(value: object, name: str, where: str, blank: bool) -> str:
-    """The value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
+    """Return the value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
 
     Raises:
         TaskError: it is not; `name` and `where` say what and where it is.

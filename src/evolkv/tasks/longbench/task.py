@@ -110,7 +110,7 @@ class LongBench(Task):
         return [self._example(row, tokenizer) for row in drawn]
 
     def files(self) -> list[str]:
-        """The subset's file, also where `path` is the folder that it is in."""
+        """Return the subset's file, also where `path` is the folder that it is in."""
         if self.path is not None and Path(self.path).expanduser().is_dir():
             return [str(Path(self.path) / f"{self.subset}.jsonl")]
         return super().files()
@@ -122,7 +122,7 @@ class LongBench(Task):
             pass
 
     def _rows(self) -> tuple[Iterator[_Row], str]:
-        """The rows, and where they are from."""
+        """Return the rows, and where they are from."""
         text, source = read_subset(self.subset, self.path)
         return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
 

@@ -64,7 +64,7 @@ def judged_part(prediction: str, stop: Sequence[str], first_line: bool) -> str:
 
 
 def get_metric(name: str) -> Metric:
-    """The text metric of that name.
+    """Return the text metric of that name.
 
     Raises:
         UsageError: an unknown name, or `logprob`, which judges probabilities and has no text to look at.

@@ -1,4 +1,4 @@
-"""Whether an answer occurs in the prediction."""
+"""Score a prediction that has to contain an answer."""
 
 from __future__ import annotations
 

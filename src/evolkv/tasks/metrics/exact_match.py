@@ -1,4 +1,4 @@
-"""Whether the prediction is an answer."""
+"""Score a prediction that has to be an answer."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Passage:
         return cls(pieces, [i for i, piece in enumerate(pieces, start=1) if _SENTENCE_END.search(piece)])
 
     def text(self, size: int, sentences: Sequence[str], depths: Sequence[int]) -> str:
-        """The first `size` pieces, with `sentences` put in at `depths`.
+        """Return the first `size` pieces, with `sentences` put in at `depths`.
 
         Args:
             size: number of pieces.
@@ -61,7 +61,7 @@ class Passage:
 
 
 def passages(path: str | None, needle: str, context: int, split: Split, seed: int) -> Callable[[int], Passage]:
-    """A function from the number of an example to its passage, of `context` words.
+    """Return a function from the number of an example to its passage, of `context` words.
 
     Args:
         path: a UTF-8 text file. The first quarter of its words serves train, the second validation, the second

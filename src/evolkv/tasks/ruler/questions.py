@@ -56,7 +56,7 @@ class Question:
 def question_puzzles(
     read: Callable[[str], Iterator[Question]], path: str, split: Split, n: int, splitting: Splitting, seed: int
 ) -> list[Puzzle]:
-    """n questions of a split in the seed's order; all of them, with a warning, if there are fewer.
+    """Return n questions of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     A puzzle's size is its number of documents: those that the question needs, then related ones, then others of
     the same split, in turn again where the split has no more.
@@ -73,7 +73,7 @@ def question_puzzles(
 
 
 def squad(path: str) -> Iterator[Question]:
-    """The answerable questions of a SQuAD file (`dev-v2.0.json`), an article being a group.
+    """Yield the answerable questions of a SQuAD file (`dev-v2.0.json`), an article being a group.
 
     Raises:
         TaskError: the file cannot be read, or is not in SQuAD's format.
@@ -99,7 +99,7 @@ def squad(path: str) -> Iterator[Question]:
 
 
 def hotpotqa(path: str) -> Iterator[Question]:
-    """The questions of a HotpotQA file (`hotpot_dev_distractor_v1.json`), each a group.
+    """Yield the questions of a HotpotQA file (`hotpot_dev_distractor_v1.json`), each a group.
 
     Raises:
         TaskError: the file cannot be read, or is not in HotpotQA's format.
@@ -132,12 +132,12 @@ def _puzzle(question: Question, documents: Sequence[str], name: str) -> Puzzle:
         # Drawn anew for every size, which is cheap; kept, it would be all documents for every question.
         rng = random.Random(name)
         first = [*question.needed, *rng.sample(question.related, len(question.related))]
-        known = set(first)
-        others = (document for document in _shuffled(documents, rng) if document not in known)
-        given = [*islice(first, size), *islice(others, max(0, size - len(first)))]
-        given += islice(cycle(list(given)), size - len(given))
-        random.Random(f"{name}/{size}").shuffle(given)
-        numbered = (DOCUMENT.format(number=i, document=document) for i, document in enumerate(given, start=1))
+        taken = set(first)
+        others = (document for document in _shuffled(documents, rng) if document not in taken)
+        chosen = [*islice(first, size), *islice(others, max(0, size - len(first)))]
+        chosen += islice(cycle(list(chosen)), size - len(chosen))
+        random.Random(f"{name}/{size}").shuffle(chosen)
+        numbered = (DOCUMENT.format(number=i, document=document) for i, document in enumerate(chosen, start=1))
         return TEMPLATE.format(context="\n\n".join(numbered), query=question.query)
 
     return Puzzle(text=text, prefix=PREFIX, answers=question.answers, least=len(question.needed))
