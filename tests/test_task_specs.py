@@ -171,6 +171,7 @@ def test_unknown_names_suggest_the_nearest(spec, message):
         ("jsonl:path=x,chat=maybe", "chat=maybe: expected true or false"),
         ("jsonl", "'jsonl' needs path"),
         ("niah:context", "'context' is not key=value"),
+        ("niah,context=600", "settings stand after a colon; write 'niah:context=600'"),
         ("niah:=5", "'=5' is not key=value"),
         ("niah:context=600,,needles=1", "'' is not key=value"),
         ("niah:context=600,context=700", "context is given twice"),

@@ -105,6 +105,8 @@ def format_spec(task: Task) -> str:
 
 def _task(spec: str) -> Task:
     name, texts = parse_spec(spec)
+    if "," in name:
+        raise TaskError(f"task {spec!r}: settings stand after a colon; write {spec.replace(',', ':', 1)!r}")
     task = TASKS[name]
     fields = {f.name: f for f in dataclasses.fields(task)}  # type: ignore[arg-type]
     hints = get_type_hints(task)
