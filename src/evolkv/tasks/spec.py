@@ -14,7 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from evolkv import specs
 from evolkv.errors import TaskError, UsageError
 from evolkv.registry import Registry, unknown_name
-from evolkv.specs import split_specs
 from evolkv.tasks.base import Task
 from evolkv.tasks.code import CodeCompletion
 from evolkv.tasks.gsm8k import Gsm8k
@@ -48,6 +47,8 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
         UsageError: unknown task or key; the message suggests the nearest one.
         TaskError: a malformed spec, a missing key, or a value of the wrong type or out of range.
     """
+    if isinstance(spec, Task):
+        return spec
     several: list[Task] = []
     for each in get_tasks(spec):
         # A mixture within another would share the examples out otherwise than its spec reads.
@@ -66,7 +67,7 @@ def get_tasks(spec: str | Task | Sequence[str | Task]) -> list[Task]:
         if isinstance(each, Task):
             tasks.append(each)
             continue
-        for text in split_specs(each, TASKS):
+        for text in specs.split_specs(each, TASKS):
             several = [_task(part) for part in text.split(_AND)]
             tasks.append(several[0] if len(several) == 1 else Mixture(tuple(several)))
     if not tasks:
