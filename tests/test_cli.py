@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("gsm8k:path=good.jsonl,shots_path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
         ("ruler:task=vt,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
         ("ruler:task=qa_2,path=bad.json", "bad.json [0]: field 'question' is missing"),
-        ("ruler:task=niah_single_2,haystack=missing.txt", "missing.txt does not exist"),
+        ("ruler:task=niah_single_2,essays=missing.txt", "missing.txt does not exist"),
         ("niah:haystack=missing.txt", "missing.txt does not exist"),
         ("code:path=missing", "missing does not exist"),
         ("code:path=", "the path of the folder is empty"),
@@ -541,6 +541,33 @@ def test_raw_leaves_the_chat_template_out(run):
     chat = json.loads(run("generate", MODEL, "--prompt", "Hello", "--json", "--max-new-tokens", 1)[1])
     raw = json.loads(run("generate", MODEL, "--prompt", "Hello", "--json", "--max-new-tokens", 1, "--raw")[1])
     assert raw["prompt_tokens"] == 1 < chat["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eval", "--task", "niah:context=9000", "--method", "full"), "more than the model's context of 8192"),
+        (("eval", "--task", TASK, "--method", "snapkv", "--budget", 8), "the budget is 8, but snapkv always keeps"),
+        (("eval", "--task", "niah:context=20", "--method", "full"), "context=20 is too small"),
+        (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
+        (("search", "--task", "jsonl:path=three.jsonl", "--budget", 48), "split 'train' is empty"),
+        (("search", "--task", "niah:haystack=short.txt", "--budget", 48), "give a longer text"),
+    ],
+)
+def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(
+    run, smollm2, tmp_path, monkeypatch, words, message
+):
+    (tmp_path / "three.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "a"}}\n' for i in range(3)))
+    (tmp_path / "short.txt").write_text("It rained. " * 50)
+
+    def load_model(name, check, **options):
+        check(smollm2[1], smollm2[0].config)
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(evolkv.models, "load_model", load_model)
+    code, out, err = run(words[0], MODEL, *words[1:])
+    assert (code, out) == (2, "")
+    assert message in one_line(err)
 
 
 def test_a_chat_template_that_raises_is_one_line_that_names_raw(run, small, monkeypatch):

@@ -242,6 +242,36 @@ def test_a_row_that_its_metric_cannot_score_is_named_by_line(write):
         JsonLines(path, split="all").examples("train", 2, None)
 
 
+@pytest.mark.parametrize(
+    ("row", "accepted"),
+    [
+        ({"answer": "seven", "metric": "count"}, False),
+        ({"answers": ["seven", "7"], "metric": "count"}, True),
+        ({"answer": "news", "metric": "classification", "all_classes": ["sport", "art"]}, False),
+        ({"answer": "art", "metric": "classification", "all_classes": ["sport", "art"]}, True),
+        ({"answer": "the", "metric": "qa_f1"}, False),
+        ({"answer": "many", "metric": "gsm8k"}, False),
+        ({"answer": "\nAnswer: 7", "metric": "contains", "stop": ["\n"]}, False),
+        ({"answer": "x = 1  # one", "metric": "code_sim"}, True),
+        ({"answer": "seven", "metric": "logprob"}, True),
+    ],
+)
+def test_a_row_whose_own_answer_cannot_score_is_refused_with_its_line(row, accepted, write):
+    task = JsonLines(str(write({"prompt": "a", "answer": "b"}, {"prompt": "c", **row})))
+    if accepted:
+        task.check_files()
+        return
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 2: the answer '.*' scores 0 under its own metric"):
+        task.check_files()
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d", "prompt": "e"}\n')
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 2: key 'prompt' is given twice; give it once"):
+        JsonLines(str(path)).check_files()
+
+
 def test_a_blank_id_is_refused(write):
     with pytest.raises(TaskError, match=r"rows\.jsonl line 1: 'id' is blank"):
         JsonLines(write({"id": " ", "prompt": "a", "answer": "b"}), split="all").examples("train", 1, None)

@@ -365,3 +365,10 @@ def test_settings_out_of_range_are_refused():
         LongBench("lcc", split="some")
     with pytest.raises(TaskError, match="template='chat' is unknown; expected one of auto, plain"):
         LongBench("lcc", template="chat")
+
+
+def test_published_rows_that_no_answer_can_score_on_stay_with_a_warning(write, tokenizer, caplog):
+    folder = write("lcc", *(row(n, answers=[f"x = {n}" if n else "x = 1  # one"]) for n in range(5)))
+    task = LongBench("lcc", folder, split="all")
+    assert len(task.examples("report", 5, tokenizer)) == 5
+    assert "no answer can score under code_sim in 1 of 5 rows (lcc-id0, …)" in caplog.text

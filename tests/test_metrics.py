@@ -82,3 +82,10 @@ def test_logprob_is_a_name_but_not_a_text_metric():
 def test_unknown_metric_suggests_the_nearest():
     with pytest.raises(UsageError, match=r"unknown metric 'log_prob'\. Did you mean 'logprob'"):
         get_metric("log_prob")
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "contains"])
+def test_letters_are_the_same_in_every_unicode_form(metric):
+    composed, decomposed = "CAF\u00c9", "cafe\u0301"
+    assert get_metric(metric)(composed, [decomposed]) == get_metric(metric)(decomposed, [composed]) == 1.0
+    assert get_metric(metric)("cafe", [composed]) == 0.0

@@ -444,3 +444,14 @@ def test_prose_is_varied_and_made_of_whole_sentences():
     assert len(set(drawn)) > 1950
     assert all(re.fullmatch(r"[A-Z][A-Za-z, -]+\.", sentence) for sentence in drawn)
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", sentence, re.IGNORECASE) for sentence in drawn)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_haystack_that_holds_a_needle_is_refused_with_the_line(language, tokenizer, tmp_path):
+    path = tmp_path / "haystack.txt"
+    needle = WORDINGS[language].needle.format(word="x", number=1234567)
+    path.write_text(f"The sea was calm. {'It rained. ' * 900}\n{needle}", encoding="utf-8")
+    task = NeedleInHaystack(context=300, haystack=str(path), language=language)
+    for use in (NeedleInHaystack.check_files, lambda task: task.examples("train", 1, tokenizer)):
+        with pytest.raises(TaskError, match=r"haystack\.txt line 2 has .*more than one answer"):
+            use(task)

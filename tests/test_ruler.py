@@ -400,14 +400,14 @@ def test_haystack_of_the_user_is_shared_out_and_goes_round_where_it_is_short(tok
     path.write_text("\n".join(f"Entry {i} was checked on page {i * 7 % 97} and signed." for i in range(200)))
     found = {}
     for split in SPLITS:
-        examples = ruler_essay(haystack=str(path)).examples(split, 20, tokenizer)
-        examples += ruler_essay(haystack=str(path), context=2000).examples(split, 3, tokenizer)
+        examples = ruler_essay(essays=str(path)).examples(split, 20, tokenizer)
+        examples += ruler_essay(essays=str(path), context=2000).examples(split, 3, tokenizer)
         found[split] = Counter(re.findall(r"Entry (\d+) was", " ".join(example.prompt for example in examples)))
         assert all(e.max_new_tokens + encode_prompt(tokenizer, e).shape[1] in range(695, 2001) for e in examples)
     assert len(found["report"]) > len(found["train"]) > 40
     assert not found["train"].keys() & found["validation"].keys()
     assert not (found["train"] | found["validation"]).keys() & found["report"].keys()
-    (longest,) = ruler_essay(haystack=str(path), context=2500).examples("train", 1, tokenizer)
+    (longest,) = ruler_essay(essays=str(path), context=2500).examples("train", 1, tokenizer)
     assert max(Counter(re.findall(r"Entry (\d+) was", longest.prompt)).values()) > 1
 
 
@@ -415,7 +415,7 @@ def test_haystack_of_the_user_is_shared_out_and_goes_round_where_it_is_short(tok
 def test_haystack_without_spaces_fills_the_context_too(text, tokenizer, tmp_path):
     path = tmp_path / "haystack.txt"
     path.write_text(text, encoding="utf-8")
-    for example in ruler_essay(haystack=str(path)).examples("train", 2, tokenizer):
+    for example in ruler_essay(essays=str(path)).examples("train", 2, tokenizer):
         assert 600 < length(tokenizer, example) <= 700
 
 
@@ -423,7 +423,26 @@ def test_empty_haystack_is_refused(tokenizer, tmp_path):
     path = tmp_path / "haystack.txt"
     path.write_text("Too short")
     with pytest.raises(TaskError, match=r"haystack\.txt has 2 word\(s\); give a longer text"):
-        ruler_essay(haystack=str(path)).examples("train", 1, tokenizer)
+        ruler_essay(essays=str(path)).examples("train", 1, tokenizer)
+
+
+def test_essays_that_hold_a_needle_are_refused_with_the_line(tokenizer, tmp_path):
+    path = tmp_path / "essays.txt"
+    path.write_text("A walk by the sea. " * 400 + "\nOne of the special magic numbers for calm-sea is: 1234567.\n")
+    for use in (lambda task: task.check_files(), lambda task: task.examples("train", 1, tokenizer)):
+        with pytest.raises(TaskError, match=r"essays\.txt line 2 has 'One of the special magic'.*take that"):
+            use(ruler_essay(essays=str(path)))
+
+
+def test_the_haystack_in_use_is_named(tmp_path):
+    path = tmp_path / "essays.txt"
+    path.write_text("A walk by the sea. " * 400)
+    assert ruler_essay().haystack_used() == "generated prose"
+    assert re.fullmatch(r"essays\.txt, sha256 [0-9a-f]{16}", ruler_essay(essays=str(path)).haystack_used())
+    assert Ruler("niah_single_1").haystack_used() is None
+    assert get_task(["niah", "ruler:niah_single_2", "ruler:vt"]).haystack_used() == (
+        "niah: generated prose; ruler: generated prose"
+    )
 
 
 def test_prepared_row_becomes_an_example(prepared, tokenizer):
@@ -538,8 +557,8 @@ def test_settings_come_from_a_spec_and_go_back(files):
         ("ruler:task=qa_1", r"task=qa_1 needs SQuAD's dev-v2\.0\.json; write ruler:task=qa_1,path=FILE"),
         ("ruler:task=qa_2", r"task=qa_2 needs HotpotQA's hotpot_dev_distractor_v1\.json"),
         ("ruler:task=vt,path=x.json", r"task=vt reads no file but one that RULER prepared, named \*\.jsonl"),
-        ("ruler:task=vt,haystack=x.txt", r"haystack=x\.txt is of no use to task=vt"),
-        ("ruler:task=niah_single_2,haystack=x.txt,path=y.jsonl", "haystack=x.txt is of no use"),
+        ("ruler:task=vt,essays=x.txt", r"essays=x\.txt is of no use to task=vt"),
+        ("ruler:task=niah_single_2,essays=x.txt,path=y.jsonl", "essays=x.txt is of no use"),
         ("ruler:task=vt,split=all", "split=all is about the rows of a file"),
         ("ruler:task=vt,path=x.jsonl,split=some", "expected one of auto, all"),
     ],

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.tasks import TASKS, Example, Mixture, encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks import TASKS, Example, Mixture, encode_prompt, fingerprint, format_spec, get_task, get_tasks
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.niah import NeedleInHaystack
 
@@ -68,6 +68,44 @@ def test_formatted_jsonl_spec_gives_the_task_back(path, metric, tokens, split, c
 def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haystack, passages, template):
     task = NeedleInHaystack(context, needles, depth, haystack, passages, template)
     assert get_task(format_spec(task)) == task
+
+
+@pytest.mark.parametrize(
+    ("short", "spec"),
+    [
+        ("ruler:niah_single_1", "ruler:task=niah_single_1"),
+        ("ruler: vt ,context=2048", "ruler:task=vt,context=2048"),
+        ("longbench:trec,path=data", "longbench:subset=trec,path=data"),
+        (r"jsonl:one\, two.jsonl,chat=true", r"jsonl:path=one\, two.jsonl,chat=true"),
+        ("gsm8k:test.jsonl", "gsm8k:path=test.jsonl"),
+        ("code:folder", "code:path=folder"),
+    ],
+)
+def test_the_key_of_the_main_setting_may_be_left_out(short, spec):
+    assert get_task(short) == get_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("niah,gsm8k", ["niah", "gsm8k"]),
+        ("niah:context=1600,needles=1", ["niah:context=1600,needles=1"]),
+        ("niah:context=1600,needles=1, gsm8k", ["niah:context=1600,needles=1", "gsm8k"]),
+        ("niah,jsonl:path=x,chat=true,niah:needles=2", ["niah", "jsonl:path=x,chat=true", "niah:needles=2"]),
+        ("ruler:vt,context=2048,longbench:trec", ["ruler:task=vt,context=2048", "longbench:subset=trec"]),
+        (r"jsonl:path=a\,niah,chat=true", [r"jsonl:path=a\,niah,chat=true"]),
+        ("jsonl:path=C:\\x\\\\,niah", ["jsonl:path=C:\\x\\", "niah"]),
+        ("niah && code,gsm8k", ["niah && code", "gsm8k"]),
+    ],
+)
+def test_commas_stand_between_tasks_as_well_as_between_settings(text, specs):
+    assert get_tasks(text) == get_tasks([text]) == [get_task(spec) for spec in specs]
+    assert get_task(text) == get_task(" && ".join(specs))
+
+
+def test_an_unknown_task_after_a_comma_is_named():
+    with pytest.raises(UsageError, match=r"unknown task 'gsm9k'\. Did you mean 'gsm8k'"):
+        get_task("niah,gsm9k")
 
 
 def test_none_is_what_is_listed_as_none():
@@ -133,6 +171,7 @@ def test_unknown_names_suggest_the_nearest(spec, message):
         ("jsonl:path=x,chat=maybe", "chat=maybe: expected true or false"),
         ("jsonl", "'jsonl' needs path"),
         ("niah:context", "'context' is not key=value"),
+        ("niah,context=600", "settings stand after a colon; write 'niah:context=600'"),
         ("niah:=5", "'=5' is not key=value"),
         ("niah:context=600,,needles=1", "'' is not key=value"),
         ("niah:context=600,context=700", "context is given twice"),

@@ -72,14 +72,21 @@ class Method:
         Raises:
             ProfileError: if there is none, or it is no profile.
             UsageError: if it was made for another budget.
+            BudgetError: a budget that the selector cannot serve.
         """
-        if self.profiles is None:
-            return self
-        path = self.profiles.replace("{}", str(budget))
-        profile = BudgetProfile.load(path)
-        if profile.budget != budget:
-            raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
-        return Method.of_profile(profile, self.name)
+        method = self
+        if self.profiles is not None:
+            path = self.profiles.replace("{}", str(budget))
+            profile = BudgetProfile.load(path)
+            if profile.budget != budget:
+                raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
+            method = Method.of_profile(profile, self.name)
+        if method.selector is not None and budget < method.selector.min_budget:
+            raise BudgetError(
+                f"the budget is {budget}, but {self.name} always keeps {method.selector.min_budget} tokens; "
+                f"use {method.selector.min_budget} or more"
+            )
+        return method
 
     def files(self, budgets: Sequence[int]) -> list[str]:
         """Return the paths of the profiles that the method reads at some budgets."""
@@ -148,11 +155,6 @@ class Method:
             budget = profile.budget if budget is None else budget
         if budget is None or selector is None:
             raise UsageError(f"method {self.name!r} needs a budget; add budget=128")
-        if budget < selector.min_budget:
-            raise BudgetError(
-                f"the budget is {budget}, but {self.name} always keeps {selector.min_budget} tokens; "
-                f"use {selector.min_budget} or more"
-            )
         if profile is not None and budget == profile.budget:
             return method, profile.budgets
         facts = model_facts(model)

@@ -31,40 +31,6 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
-def parse_named(text: str, kind: str, example: str) -> dict[str, Any]:
-    """A mapping with ``name`` and parameters, from ``name`` or ``name:parameter=value,parameter=value``.
-
-    Args:
-        text: what to read.
-        kind: what is named, for messages.
-        example: of such a text, for messages.
-
-    Raises:
-        UsageError: a part that is not parameter=value, or a parameter given twice.
-    """
-    name, _, rest = text.partition(":")
-    spec: dict[str, Any] = {"name": name.strip()}
-    for part in filter(str.strip, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not key:
-            raise UsageError(f"{kind} {text!r}: {part!r} is not parameter=value; write for example {example}")
-        if key in spec:
-            raise UsageError(f"{kind} {text!r}: {key} is given twice; give it once")
-        spec[key] = _value(value)
-    return spec
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
-
-
 def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return an object of a dataclass that has a name, and defaults for all of its fields.
 
@@ -75,8 +41,9 @@ def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         UsageError: an unknown parameter, or a value of another type.
     """
-    owner, defaults = getattr(cls, "name", cls.__name__), {each.name: each.default for each in fields(cast(Any, cls))}
-    arguments = {}
+    owner = getattr(cls, "name", cls.__name__)
+    defaults = {field.name: field.default for field in fields(cast(Any, cls))}
+    parameters = {}
     for key, value in values.items():
         if key not in defaults:
             raise unknown_name(f"parameter of {owner}", key, defaults)
@@ -84,8 +51,8 @@ def with_parameters(cls: type[T], values: Mapping[str, Any]) -> T:
         # bool is an int in Python, but `"window": true` in a file is a mistake.
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{owner}: {key} is {value!r}; expected {kind.__name__} like {defaults[key]!r}")
-        arguments[key] = kind(value)
-    return cls(**arguments)
+        parameters[key] = kind(value)
+    return cls(**parameters)
 
 
 class Registry(Mapping[str, T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,9 +95,10 @@ def evaluate(
     budgets = read_budgets(budget or [], "--budget")
     from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
     from evolkv.evaluation import evaluate as run_evaluation
-    from evolkv.tasks import get_task
+    from evolkv.tasks import get_tasks
+    from evolkv.tasks.check import check_examples
 
-    tasks, methods = [get_task(spec) for spec in task], [get_method(name) for name in method]
+    tasks, methods = get_tasks(task), [get_method(name) for name in method]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(files(json_out, kept, markdown), chain.from_iterable(read))
     check_request(methods, budgets, samples, metric)
@@ -105,7 +107,8 @@ def evaluate(
             each.at(number)
     for every in tasks:
         every.check_files()
-    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    check = partial(check_examples, tasks, ["report"], metric=metric, protocol=protocol, seed=seed)
+    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
     stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:
         try:

@@ -134,8 +134,8 @@ class ModelOptions:
         words = [word for name, value in options.items() if value is not None for word in (name, value)]
         return words + ["--trust-remote-code"] * self.trust_remote_code
 
-    def load(self, name: str) -> tuple[Any, Any]:
-        """Load the model and its tokenizer."""
+    def load(self, name: str, check: Callable[[Any, Any], None] | None = None) -> tuple[Any, Any]:
+        """Return the model and its tokenizer; `check` is as for `load_model`."""
         with console.busy(f"loading {name}"):
             console.quiet_libraries()
             from evolkv.models import load_model
@@ -146,4 +146,5 @@ class ModelOptions:
                 device=self.device,
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
+                check=check,
             )

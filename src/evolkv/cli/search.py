@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -236,6 +237,7 @@ def search(
     from evolkv.profile import BudgetProfile
     from evolkv.selectors import get_selector
     from evolkv.tasks import get_task
+    from evolkv.tasks.check import check_examples
     from evolkv.tasks.metrics import check_metric
 
     # What can be judged without the model is, before it is loaded.
@@ -250,7 +252,8 @@ def search(
         raise UsageError(f"--storage is {where}, which the result would overwrite; give the study a file of its own")
     chosen_task.check_files()
     begun = start if start in HEURISTICS else BudgetProfile.load(start)
-    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    check = partial(check_examples, [chosen_task], ["train", "validation"], metric=metric, protocol=protocol, seed=seed)
+    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
     settings: dict[str, Any] = {
         "task": chosen_task,
         # A bare name leaves its window to the smallest budget of a curve.

@@ -33,7 +33,7 @@ from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
-from evolkv.tasks import Example, Task, fingerprint, format_spec, get_task
+from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, under_protocol
 
@@ -113,20 +113,20 @@ def evaluate(
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
-        mean_budget, seed, protocol, dtype``, and where there is one ``prefill_chunk``, ``expanded_from`` (the budget
-        that a profile was found at) and ``bins`` (number and score of the examples in each bin of length). `score` and
-        `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples
-        (and heads).
+        mean_budget, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide in),
+        ``prefill_chunk``, ``expanded_from`` (the budget that a profile was found at) and ``bins`` (number and score of
+        the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the
+        cache held after prefill, averaged over examples (and heads).
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
         RunError: if the records cannot be written.
         EvaluationInterrupted: on KeyboardInterrupt; it is one itself, and has the rows of what was finished.
     """
-    tasks = [get_task(t) for t in ([task] if isinstance(task, (str, Task)) else task)]
+    tasks = get_tasks(task)
     chosen, at = get_methods(methods), read_budgets(budgets)
-    if not tasks or not chosen:
-        raise UsageError("nothing to evaluate: give at least one task and one method")
+    if not chosen:
+        raise UsageError("nothing to evaluate: give at least one method")
     check_request(chosen, at, samples, metric)
     rows = _rows(model, chosen, at)
     if prefill_chunk is not None:
@@ -134,6 +134,7 @@ def evaluate(
             # What cannot read prompts so is refused before any is read.
             row.new_cache(model, prefill_chunk)
     _warn_of_seen(tasks, rows)
+    haystacks = {format_spec(each): each.haystack_used() for each in tasks}
     drawn = {
         format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
     }
@@ -158,7 +159,12 @@ def evaluate(
         samples=samples,
         sample_ids=None if sample_ids is None else list(sample_ids),
         methods={row.label: row.describe() for row in rows},
-        tasks={each.task: TaskSettings(fingerprint=fingerprint(each.examples), examples=each.names) for each in asked},
+        tasks={
+            each.task: TaskSettings(
+                fingerprint=fingerprint(each.examples), examples=each.names, haystack=haystacks[each.task]
+            )
+            for each in asked
+        },
         versions=versions(),
     )
     total = sum(len(each.names) for each in asked)
@@ -219,6 +225,8 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,
             }
+            if settings.tasks[task].haystack is not None:
+                result["haystack"] = settings.tasks[task].haystack
             if settings.prefill_chunk is not None:
                 result["prefill_chunk"] = settings.prefill_chunk
             if method.expanded_from is not None:

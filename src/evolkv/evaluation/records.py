@@ -66,10 +66,11 @@ class MethodSettings(_Checked):
 
 
 class TaskSettings(_Checked):
-    """The examples of a task: their names in order, and a hash of all that is in them."""
+    """The examples of a task: their names in order, a hash of all that is in them, and what their needles hide in."""
 
     fingerprint: str
     examples: Annotated[list[Name], Field(min_length=1)]
+    haystack: str | None = None
 
 
 class Settings(_Checked):

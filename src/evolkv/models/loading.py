@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    check: Callable[[Any, Any], None] | None = None,
 ) -> tuple[Any, Any]:
     """Load a decoder-only language model and its tokenizer.
 
@@ -71,6 +72,8 @@ def load_model(
             else "cpu".
         attn_implementation: transformers' name of an attention implementation. Default: the model's own.
         trust_remote_code: run modelling code that comes with the weights. Default: never.
+        check: called with the tokenizer and the config before the weights, which take long, are read. What it raises
+            ends the loading.
 
     Returns:
         (model, tokenizer): the model in eval mode on `device`; the tokenizer has a padding token.
@@ -85,7 +88,7 @@ def load_model(
     with _quiet():
         source, label = _find(os.fspath(name))
         try:
-            model, tokenizer = _load(source, label, kind, place, attn_implementation, trust_remote_code)
+            model, tokenizer = _load(source, label, kind, place, attn_implementation, trust_remote_code, check)
             path = Path(name).expanduser()
             origin = str(path.resolve()) if os.fspath(name) not in ALIASES and path.exists() else os.fspath(name)
             setattr(model, _ORIGIN, Origin(origin, kind, attn_implementation, trust_remote_code))
@@ -107,12 +110,18 @@ def _load(
     device: torch.device,
     attention: str | None,
     trust_remote_code: bool,
+    check: Callable[[Any, Any], None] | None,
 ) -> tuple[Any, Any]:
     # Transformers' classes cost seconds to import, and a command that loads no model should not pay them.
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_architecture(config, label)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if check is not None:
+        check(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
@@ -127,9 +136,6 @@ def _load(
             f"{label!r} lacks {len(missing)} of the model's weights ({missing[0]}, …); "
             f"it is damaged or not a causal language model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = label

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evolkv.errors import UsageError
-from evolkv.registry import Registry, parse_named, with_parameters
+from evolkv.registry import Registry, with_parameters
 from evolkv.selectors.base import LayerContext, PromptAttention, Selector
 from evolkv.selectors.chunkkv import ChunkKV
 from evolkv.selectors.expected_attention import ExpectedAttention
@@ -19,6 +19,7 @@ from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
+from evolkv.specs import parse_named
 
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
@@ -58,7 +59,7 @@ def parse_selector(text: str) -> dict[str, Any]:
     Raises:
         UsageError: a part that is not parameter=value, or a parameter given twice.
     """
-    return parse_named(text, "selector", "snapkv:window=16")
+    return parse_named(text, "selector")
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from evolkv.tasks.base import SPLITS, Example, Split, Task, fingerprint
 from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.prompts import encode_prompt
-from evolkv.tasks.spec import TASKS, format_spec, get_task
+from evolkv.tasks.spec import TASKS, format_spec, get_task, get_tasks
 
 __all__ = [
     "SPLITS",
@@ -16,4 +16,5 @@ __all__ = [
     "fingerprint",
     "format_spec",
     "get_task",
+    "get_tasks",
 ]

@@ -1,4 +1,4 @@
-"""What a task is: a named source of examples, each a prompt with the answers that count as right."""
+"""The base class of tasks: a task is a named source of examples, each a prompt with the answers that count as right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evolkv.registry import unknown_name
 Split = Literal["train", "validation", "report"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 #: The settings of tasks that name a file.
-_PATHS = ("path", "shots_path", "haystack")
+_PATHS = ("path", "shots_path", "haystack", "essays")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     default_metric: ClassVar[str] = "contains"
+    #: The setting whose key may be left out of a spec, at its beginning: `ruler:vt` is `ruler:task=vt`.
+    main_setting: ClassVar[str | None] = None
 
     @abstractmethod
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
@@ -89,9 +91,13 @@ class Task(ABC):
         """
 
     def spec(self) -> dict[str, Any]:
-        """The task's name and settings as plain data, for provenance."""
+        """Return the task's name and settings as plain data, for provenance."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **settings}
+
+    def haystack_used(self) -> str | None:
+        """Return what the text around the needles is, for the record; None for a task that hides none in a text."""
+        return None
 
     def check_files(self) -> None:
         """Read the data that examples are drawn from, so that what is wrong with it is said before a model is loaded.
@@ -118,8 +124,14 @@ def check_request(split: str, n: int) -> None:
         raise UsageError(f"cannot draw {n!r} examples; ask for a whole number, at least 1")
 
 
+def check_choice(task: str, key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise TaskError unless the value of a task's setting is one of the choices."""
+    if value not in choices:
+        raise TaskError(f"{task}: {key}={value!r} is unknown; expected one of {', '.join(choices)}")
+
+
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
+    """Return a 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
     digest = hashlib.sha256()
     for example in examples:
         fields = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
@@ -129,7 +141,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file (a byte-order mark is dropped, `~` is the home folder).
+    """Return the text of a UTF-8 file (a byte-order mark is dropped, `~` is the home folder).
 
     Raises:
         TaskError: the file is missing, a folder, unreadable or not UTF-8.
@@ -150,7 +162,7 @@ def read_text(path: str) -> str:
 
 
 def decode_text(data: bytes, source: str) -> str:
-    """The text of UTF-8 bytes (a byte-order mark is dropped) that come from `source`.
+    """Return the text of UTF-8 bytes (a byte-order mark is dropped) that come from `source`.
 
     Raises:
         TaskError: the bytes are not UTF-8.
@@ -165,7 +177,7 @@ def decode_text(data: bytes, source: str) -> str:
 
 
 def partition(size: int) -> dict[str, slice]:
-    """Where each split lies in an ordered collection of `size` things: ¼ train, ¼ validation, ½ report."""
+    """Return where each split lies in an ordered collection of `size` things: ¼ train, ¼ validation, ½ report."""
     quarter, half = size // 4, size // 2
     bounds: Sequence[tuple[int, int]] = [(0, quarter), (quarter, half), (half, size)]
     return {split: slice(*bound) for split, bound in zip(SPLITS, bounds, strict=True)}

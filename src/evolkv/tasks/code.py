@@ -92,6 +92,7 @@ class CodeCompletion(Task):
 
     name: ClassVar[str] = "code"
     default_metric: ClassVar[str] = "code_sim"
+    main_setting: ClassVar[str] = "path"
 
     context: int = 1600
     path: str | None = None
@@ -128,7 +129,7 @@ class CodeCompletion(Task):
         return drawn
 
     def files(self) -> list[str]:
-        """The .py files of a folder that is the user's."""
+        """Return the .py files of a folder that is the user's."""
         return [] if self.path is None else [str(self._folder / name) for name in _python_files(self._folder)]
 
     def check_files(self) -> None:
@@ -142,11 +143,11 @@ class CodeCompletion(Task):
         return Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
 
     def _files(self, split: Split) -> list[str]:
-        """The files that serve a split, relative to the folder, with "/" between their parts."""
+        """Return the files that serve a split, relative to the folder, with "/" between their parts."""
         folder = self._folder
         if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
-            raise TaskError(f"code: folder {folder} {found}; give path= a folder of .py files")
+            problem = "is a file" if folder.exists() else "does not exist"
+            raise TaskError(f"code: folder {folder} {problem}; give path= a folder of .py files")
         names = sorted(_python_files(folder), key=digest)
         own = names[partition(len(names))[split]]
         if not own:
@@ -168,7 +169,7 @@ class _Line:
     seen: Sequence[tuple[int, int]]
 
     def reaches_back(self, start: int) -> bool:
-        """Whether a name of the line occurs after line `start`, but not in the lines just before."""
+        """Return whether a name of the line occurs after line `start`, but not in the lines just before."""
         recent = self.index - min(RECENT, (self.index - start) // 2)
         return any(start <= named and occurs < recent for named, occurs in self.seen)
 
@@ -185,7 +186,7 @@ class _Source:
         return self.text[self.starts[start] : self.starts[end]]
 
     def before(self, end: int, characters: float) -> int:
-        """The first line from which to line `end` there are at most that many characters."""
+        """Return the first line from which to line `end` there are at most that many characters."""
         return bisect_left(self.starts, self.starts[end] - characters)
 
 
@@ -207,7 +208,7 @@ class _Prompts:
         return self.context - len(encode_text(self.tokenizer, PROMPT.format(code=code)))
 
     def start(self, source: _Source, end: int, guess: int) -> int | None:
-        """The line from which code must be shown up to line `end` to fill the prompt; None if no line will do."""
+        """Return the line from which code up to line `end` fills the prompt; None if no line will do."""
         low, high, probe = -1, end, guess
         # Invariant: from `low` (or before the file) there is too much, from `high` too little.
         while high - low > 1:
@@ -237,7 +238,7 @@ def _python_files(folder: Path) -> Iterator[str]:
 
 
 def _in_turn(streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
-    """One example of each stream, then the next of each, until all are exhausted."""
+    """Yield one example of each stream, then the next of each, until all are exhausted."""
     while streams:
         going = []
         for stream in streams:
@@ -249,7 +250,7 @@ def _in_turn(streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
 
 
 def _lines(folder: Path, name: str, prompts: _Prompts, seed: str) -> Iterator[Example]:
-    """The examples of a file in the seed's order; none if the file cannot be read or is too short."""
+    """Yield the examples of a file in the seed's order; none if the file cannot be read or is too short."""
     text = _read(folder / name)
     # The beginning tells how many characters make a token.
     head = text[: 4 * prompts.context]
@@ -281,7 +282,7 @@ def _lines(folder: Path, name: str, prompts: _Prompts, seed: str) -> Iterator[Ex
 
 
 def _read(path: Path) -> str:
-    """The text of a Python file in its own encoding; empty if it has none to read."""
+    """Return the text of a Python file in its own encoding; empty if it has none to read."""
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return ""
@@ -292,7 +293,7 @@ def _read(path: Path) -> str:
 
 
 def _candidates(text: str, lines: Sequence[str]) -> list[_Line]:
-    """The lines that may be asked for, in their order; none if the text is not Python."""
+    """Return the lines that may be asked for, in their order; none if the text is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

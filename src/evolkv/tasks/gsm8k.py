@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Example, Split, Task, check_request, partition, read_text
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
-from evolkv.tasks.prompts import question_at, user_message
-from evolkv.tasks.rows import Splitting, check_splitting, digest, distinct, draw, get_name, get_text, parse_rows
+from evolkv.tasks.prompts import question_at, user_message, uses_chat
+from evolkv.tasks.rows import Splitting, digest, distinct, draw, get_name, get_text, of_split, parse_rows
 
 Mode = Literal["flexible", "strict"]
 Template = Literal["auto", "chat", "plain"]
 
 STOP = ("Question:", "</s>", "<|im_end|>")
-"""Where the harness ends a generation."""
+"""Texts at which the harness ends a generation."""
 
 _REPOSITORY, _TEST_FILE = "openai/gsm8k", "main/test-00000-of-00001.parquet"
 _INSTEAD = "give path= a file of questions and answers, such as test.jsonl of github.com/openai/grade-school-math"
@@ -64,6 +64,7 @@ class Gsm8k(Task):
 
     name: ClassVar[str] = "gsm8k"
     default_metric: ClassVar[str] = "gsm8k"
+    main_setting: ClassVar[str] = "path"
 
     path: str | None = None
     shots: int = 5
@@ -78,11 +79,8 @@ class Gsm8k(Task):
             raise TaskError(f"gsm8k: shots={self.shots} is out of range; expected 0 or more")
         if self.max_new_tokens < 1:
             raise TaskError(f"gsm8k: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
-        for key, choices in (("mode", get_args(Mode)), ("template", get_args(Template))):
-            value = getattr(self, key)
-            if value not in choices:
-                raise TaskError(f"gsm8k: {key}={value!r} is unknown; expected one of {', '.join(choices)}")
-        check_splitting(self.split, self.name)
+        for key, choices in (("mode", Mode), ("template", Template), ("split", Splitting)):
+            check_choice(self.name, key, getattr(self, key), get_args(choices))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n problems of the split in the seed's order; all of them, with a warning, if there are fewer.
@@ -93,7 +91,7 @@ class Gsm8k(Task):
                 template.
         """
         check_request(split, n)
-        template = tokenizer if self._uses_chat(tokenizer) else None
+        template = tokenizer if uses_chat(tokenizer, self.template, self.name) else None
         path = self._file()
         problems = _read(path)
         shots = self._shots(problems, path)
@@ -117,12 +115,6 @@ class Gsm8k(Task):
     def _file(self) -> str:
         return hub_file(_REPOSITORY, _TEST_FILE, self.name, _INSTEAD) if self.path is None else self.path
 
-    def _uses_chat(self, tokenizer: Any) -> bool:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if self.template == "chat" and not has_template:
-            raise TaskError("gsm8k: template=chat, but this tokenizer has no chat template; use template=plain")
-        return has_template and self.template != "plain"
-
     def _shots(self, problems: Sequence[_Problem], path: str) -> Sequence[_Problem]:
         if self.shots_path is None:
             pool, source = self._share(problems, "train"), f"{path} (what of it serves train)"
@@ -136,12 +128,9 @@ class Gsm8k(Task):
         return pool[: self.shots]
 
     def _share(self, problems: Sequence[_Problem], split: Split) -> list[_Problem]:
-        """The problems that serve a split, in an order that depends on them alone."""
-        order = sorted({problem.question for problem in problems}, key=digest)
-        share = partition(len(order))[split] if self.split == "auto" else slice(None)
-        place = {question: index for index, question in enumerate(order[share])}
-        own = (problem for problem in problems if problem.question in place)
-        return sorted(own, key=lambda problem: (place[problem.question], problem.content))
+        """Return the problems that serve a split, in an order that depends on them alone."""
+        own = of_split(problems, split, self.split)
+        return sorted(own, key=lambda problem: (digest(problem.question), problem.content))
 
     def _example(self, problem: _Problem, shots: str, template: Any) -> Example:
         text = shots + _question(problem)

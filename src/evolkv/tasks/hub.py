@@ -12,7 +12,7 @@ _TIMEOUT_SECONDS = 10
 
 
 def hub_file(repository: str, file: str, task: str, instead: str) -> str:
-    """The path of a data set's file in the Hub's cache, fetched if it is not there.
+    """Return the path of a data set's file in the Hub's cache, fetched if it is not there.
 
     Args:
         repository: the data set, as ``owner/name``.

@@ -35,12 +35,17 @@ class Mixture(Task):
                 raise TaskError(f"task {task.name} is given twice with the same settings; give each once")
 
     def check_files(self) -> None:
-        """Those of all tasks."""
+        """Check the files of all tasks."""
         for task in self.tasks:
             task.check_files()
 
+    def haystack_used(self) -> str | None:
+        """Return those of all tasks that have one."""
+        used = {f"{task.name}: {text}": None for task in self.tasks if (text := task.haystack_used())}
+        return "; ".join(used) or None
+
     def files(self) -> list[str]:
-        """Those of all tasks."""
+        """Return those of all tasks."""
         return [path for task in self.tasks for path in task.files()]
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
@@ -56,11 +61,11 @@ class Mixture(Task):
                 "or more"
             )
         share, more = divmod(n, len(self.tasks))
-        found: list[Example] = []
+        examples: list[Example] = []
         for index, task in enumerate(self.tasks):
-            found += task.examples(split, share + (index < more), tokenizer, seed)
-        return found
+            examples += task.examples(split, share + (index < more), tokenizer, seed)
+        return examples
 
     def spec(self) -> dict[str, Any]:
-        """The tasks' own specs under ``tasks``."""
+        """Return the tasks' own specs under ``tasks``."""
         return {"name": self.name, "tasks": [task.spec() for task in self.tasks]}

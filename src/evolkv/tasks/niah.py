@@ -14,8 +14,9 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition, read_text
-from evolkv.tasks.prompts import encode_text, question_at, user_message
+from evolkv.tasks.base import SPLITS, Example, Split, Task, check_choice, check_request, partition
+from evolkv.tasks.haystacks import describe_haystack, read_haystack
+from evolkv.tasks.prompts import encode_text, question_at, user_message, uses_chat
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
 
@@ -37,7 +38,7 @@ _BREAK_REACH = 400
 
 @dataclass(frozen=True)
 class NeedleInHaystack(Task):
-    """Find a 7-digit number hidden in a long text.
+    """Find a 7-digit number hidden in a long text: generated prose, or a file of your own (haystack).
 
     Examples share passages: those of one passage have the same text up to their first needle and come
     deepest needle first, so an engine can reuse the common prefix of neighbouring prompts. An example
@@ -52,8 +53,9 @@ class NeedleInHaystack(Task):
         depth: where the asked needle is, from 0 (start of the text) to 1 (end). Default None: 16
             consecutive examples are spaced evenly over [0, 1]. Other needles are anywhere. Each
             needle stands at the sentence boundary nearest to its depth.
-        haystack: path of a UTF-8 text file. Default None: generated prose. The first quarter of a file serves
-            train, the second validation, the second half report.
+        haystack: path of a UTF-8 text file, such as the essays of the needle-in-a-haystack test (its folder
+            `PaulGrahamEssays`, joined). Default None: generated prose. The first quarter of a file serves train, the
+            second validation, the second half report.
         passages: how many different stretches of text a split draws on. Default None: one per 16 examples.
         template: "chat" puts the prompt in the tokenizer's chat template, "plain" does not, "auto" (default)
             does where the tokenizer has one.
@@ -85,8 +87,7 @@ class NeedleInHaystack(Task):
             raise TaskError(f"niah: depth={self.depth} is out of range; expected 0 (start) to 1 (end)")
         if self.passages is not None and self.passages < 1:
             raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
-        if self.template not in get_args(Template):
-            raise TaskError(f"niah: template={self.template!r} is unknown; expected {', '.join(get_args(Template))}")
+        check_choice(self.name, "template", self.template, get_args(Template))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, grouped by passage and within a passage by descending depth.
@@ -96,7 +97,7 @@ class NeedleInHaystack(Task):
                 or is too short; template="chat" and the tokenizer has no chat template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context, self.language)
+        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
         sample = prompts.largest_needles(self.needles)
         self._check_room(prompts, sample)
         plans = [self._plan(split, index, seed) for index in range(n)]
@@ -111,12 +112,6 @@ class NeedleInHaystack(Task):
             for plan in group:
                 examples.append(self._example(plan, split, seed, prompts, text, end))
         return examples
-
-    def _uses_chat(self, tokenizer: Any) -> bool:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if self.template == "chat" and not has_template:
-            raise TaskError("niah: template=chat, but this tokenizer has no chat template; use template=plain")
-        return has_template and self.template != "plain"
 
     def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
         positions = [0] * len(sample)
@@ -157,14 +152,18 @@ class NeedleInHaystack(Task):
     def check_files(self) -> None:
         """Read the haystack, where it is a file."""
         if self.haystack is not None:
-            read_text(self.haystack)
+            read_haystack(self.haystack, WORDINGS[self.language].needle)
+
+    def haystack_used(self) -> str:
+        """Return "generated prose", or name and hash of the file."""
+        return describe_haystack(self.haystack)
 
     def _passages(self, split: Split, count: int, tokenizer: Any, seed: int) -> Callable[[int], str]:
         """Passage index → text, long enough for a prompt of `context` tokens."""
         if self.haystack is None:
             # No tokenizer packs more than 10 characters of such prose into a token, on average.
             return lambda passage: prose(f"{seed}/{split}/{passage}", 10 * self.context, self.language)
-        text = read_text(self.haystack).replace("\r\n", "\n")
+        text = read_haystack(self.haystack, WORDINGS[self.language].needle).replace("\r\n", "\n")
         share = partition(len(text))[split]
         start, stop = (_nearest_break(text, edge, len(text)) for edge in (share.start, share.stop))
         region = text[start:stop]
@@ -255,7 +254,7 @@ class _Prompts:
         return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions, word)))
 
     def largest_needles(self, count: int) -> list[tuple[str, int]]:
-        """The `count` needles that take the most tokens."""
+        """Return the `count` needles that take the most tokens."""
         space = gap(self.language)
         sizes = {word: len(encode_text(self.tokenizer, f"{space}{word}")) for word in self.wording.words}
         words = sorted(sizes, key=lambda word: (-sizes[word], word))
@@ -269,7 +268,7 @@ class _Prompts:
         word: str,
         guess: int | None = None,
     ) -> int:
-        """How much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
+        """Return how much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
 
         The cut is at the end of a word unless a single word is longer than the slack.
         """
@@ -302,7 +301,7 @@ class _Prompts:
 
 
 def _word_end(text: str, low: int, high: int) -> int:
-    """The last end of a word in (low, high], or high where there is none."""
+    """Return the last end of a word in (low, high], or high where there is none."""
     if high == len(text) or text[high].isspace():
         return high
     for position in range(high - 1, max(low, high - _BREAK_REACH), -1):
@@ -312,7 +311,7 @@ def _word_end(text: str, low: int, high: int) -> int:
 
 
 def _nearest_break(text: str, position: int, end: int) -> int:
-    """The start of the sentence nearest to `position`, at most `end`.
+    """Return the start of the sentence nearest to `position`, at most `end`.
 
     Where no sentence starts within `_BREAK_REACH` characters (a list, a table) the start of a word will do,
     and where there is none, `position` itself.
@@ -323,8 +322,8 @@ def _nearest_break(text: str, position: int, end: int) -> int:
         starts = []
     window = max(0, position - _BREAK_REACH), min(len(text), position + _BREAK_REACH)
     for pattern in (_SENTENCE_END, _SPACE):
-        found = [match.end() for match in pattern.finditer(text, *window)]
-        reachable = [start for start in starts + found if start <= end]
+        ends = [match.end() for match in pattern.finditer(text, *window)]
+        reachable = [start for start in starts + ends if start <= end]
         if reachable:
             return min(reachable, key=lambda start: (abs(start - position), start))
     return position

@@ -1,4 +1,4 @@
-"""Whether the question is known when a prompt is compressed."""
+"""The two protocols: the question is known when a prompt is compressed, or comes later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ is compressed before any question is seen, then the question is read, as kvpress
 
 
 def under_protocol(protocol: str, examples: Iterable[Example]) -> list[Example]:
-    """Examples as a protocol asks them; those of ``aware`` come back as they are.
+    """Return examples as a protocol asks them; ``aware`` leaves them as they are.
 
     Under ``agnostic`` the prompt ends where the question begins, and the rest, what a chat template puts behind the
     question included, is read later.

@@ -10,16 +10,19 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
-from evolkv.errors import TaskError
+from evolkv.errors import TaskError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.tasks.base import Split, partition
+from evolkv.tasks.metrics import get_metric
 
 logger = logging.getLogger(__name__)
 
+_NOT_ASKED = ("logprob", "rouge_l", "rouge_l_zh")
+
 Splitting = Literal["auto", "all"]
-"""How the rows of a file serve the splits: "auto" shares them out, "all" gives every row to every split."""
+"""The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""
 
 
 class Row(Protocol):
@@ -27,7 +30,7 @@ class Row(Protocol):
 
     @property
     def group(self) -> str:
-        """What must not be in two splits: the prompt, or the document that it is about."""
+        """The thing that must not be in two splits: the prompt, or the document that it is about."""
 
     @property
     def content(self) -> str:
@@ -35,12 +38,6 @@ class Row(Protocol):
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-def check_splitting(splitting: str, task: str) -> None:
-    """Raise TaskError unless `splitting` is one of `Splitting`."""
-    if splitting not in get_args(Splitting):
-        raise TaskError(f"{task}: split={splitting!r} is unknown; expected one of {', '.join(get_args(Splitting))}")
 
 
 def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,7 +58,9 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         empty = False
         where = f"{source} line {number}"
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_unique)
+        except _RepeatedKeyError as error:
+            raise TaskError(f"{where}: key {error} is given twice; give it once") from None
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
         if not isinstance(fields, dict):
@@ -71,8 +70,38 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TaskError(f"{source} has no rows; expected one JSON object on each line")
 
 
+class _RepeatedKeyError(ValueError):
+    """An object has the key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise _RepeatedKeyError(repr(key))
+        fields[key] = value
+    return fields
+
+
+def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any) -> bool:
+    """Return whether any of a row's own answers scores above 0 under its metric.
+
+    Summaries are taken to: ROUGE needs minutes for a file of them.
+
+    Raises:
+        TaskError: the metric needs what `extra` lacks, or an answer that reads otherwise.
+    """
+    if metric in _NOT_ASKED:
+        return True
+    judge = get_metric(metric)
+    try:
+        return any(judge(answer, answers, **extra) > 0 for answer in answers)
+    except UsageError as error:
+        raise TaskError(f"{where}: {error}") from None
+
+
 def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
-    """The rows without those whose content came before; how many were dropped is logged."""
+    """Return the rows without those whose content came before; how many were dropped is logged."""
     kept: dict[str, AnyRow] = {}
     total = 0
     for row in rows:
@@ -83,10 +112,26 @@ def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
     return list(kept.values())
 
 
+def of_split(rows: Sequence[AnyRow], split: Split, splitting: Splitting) -> list[AnyRow]:
+    """Return the rows that serve a split, in their order; see `draw` for which."""
+    groups = sorted({row.group for row in rows}, key=digest)
+    own = set(groups[partition(len(groups))[split]] if splitting == "auto" else groups)
+    return [row for row in rows if row.group in own]
+
+
+def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, source: str, groups: str) -> None:
+    """Raise TaskError if no rows of all are a split's own; `source` and `groups` are as for `draw`."""
+    if not own:
+        raise TaskError(
+            f"{source}: split {split!r} is empty: the file has {len({row.group for row in rows})} different {groups}; "
+            "give at least 4, or use split=all"
+        )
+
+
 def draw(
     rows: Sequence[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
 ) -> list[AnyRow]:
-    """n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
+    """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     With "auto" a quarter of the groups serves train, a quarter validation and half report. Which ones depends on
     the rows alone, neither on their order nor on seed or n. With "all" validation draws in the reverse order.
@@ -103,15 +148,8 @@ def draw(
     Raises:
         TaskError: the split has no rows.
     """
-    order = sorted({row.group for row in rows}, key=digest)
-    share = partition(len(order))[split] if splitting == "auto" else slice(None)
-    chosen = set(order[share])
-    drawn = sorted((row for row in rows if row.group in chosen), key=lambda row: row.content)
-    if not drawn:
-        raise TaskError(
-            f"{source}: split {split!r} is empty: the file has {len(order)} different {groups}; "
-            "give at least 4, or use split=all"
-        )
+    drawn = sorted(of_split(rows, split, splitting), key=lambda row: row.content)
+    check_split(drawn, rows, split, source, groups)
     random.Random(seed).shuffle(drawn)
     if splitting == "all" and split == "validation":
         # From the other end, so that a search trains and chooses on different rows as long as there are enough.
@@ -122,12 +160,12 @@ def draw(
 
 
 def digest(text: str) -> str:
-    """A hash of a text, hexadecimal."""
+    """Return a hash of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words: "a text", "a list", …"""
+    """Return what a JSON value is, in words: "a text", "a list", …"""
     if value is None:
         return "null"
     names: dict[type, str] = {str: "a text", bool: "a truth value", list: "a list", dict: "an object"}
@@ -135,25 +173,25 @@ def kind_of(value: object) -> str:
 
 
 def get_text(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
-    """The text in a field; TaskError if it is missing or no text, or has only whitespace and may not (`blank`)."""
+    """Return the text in a field; TaskError if it is missing, no text, or only whitespace without `blank`."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a text")
     return check_text(fields[key], repr(key), where, blank)
 
 
 def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> tuple[str, ...]:
-    """The texts in a field, at least one; TaskError as for `get_text`."""
+    """Return the texts in a field, at least one; TaskError as for `get_text`."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a list of texts")
     values = fields[key]
     if not isinstance(values, list) or not values:
-        found = "empty" if values == [] else kind_of(values)
-        raise TaskError(f"{where}: {key!r} is {found}; expected a list of texts")
+        kind = "empty" if values == [] else kind_of(values)
+        raise TaskError(f"{where}: {key!r} is {kind}; expected a list of texts")
     return tuple(check_text(value, f"an entry of {key!r}", where, blank) for value in values)
 
 
 def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
-    """The whole number in a field, at least 1; TaskError if it is missing or anything else."""
+    """Return the whole number in a field, at least 1; TaskError if it is missing or anything else."""
     if key not in fields:
         raise TaskError(f"{where}: field {key!r} is missing; expected a whole number, at least 1")
     value = fields[key]
@@ -163,7 +201,7 @@ def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    """What a field calls the row, a text or a whole number; `default` if it is missing or null."""
+    """Return what a field calls the row, a text or a whole number; `default` if it is missing or null."""
     value = fields.get(key)
     if value is None:
         return default
@@ -175,7 +213,7 @@ def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> s
 
 
 def check_text(value: object, name: str, where: str, blank: bool) -> str:
-    """The value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
+    """Return the value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
 
     Raises:
         TaskError: it is not; `name` and `where` say what and where it is.

@@ -1,20 +1,18 @@
-r"""Task specs: `name` or `name:key=value,key=value`, as on the command line; several with ` && ` between them.
+"""Tasks from specs: `name` or `name:key=value,key=value` as on the command line, several with commas or ` && ` between.
 
-A value may contain anything but ` && `. A comma in it is written `\,`. Backslashes are literal (Windows paths need no
-care) except in a run directly before a comma: there each pair stands for one backslash and an odd one out
-escapes the comma. `none` stands for no value where a setting may have none; a file of that name is `./none`.
+`none` stands for no value where a setting may have none; a file of that name is `./none`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from evolkv.errors import TaskError
+from evolkv import specs
+from evolkv.errors import TaskError, UsageError
 from evolkv.registry import Registry, unknown_name
 from evolkv.tasks.base import Task
 from evolkv.tasks.code import CodeCompletion
@@ -33,18 +31,17 @@ TASKS: Registry[type[Task]] = Registry(
 )
 
 _AND = " && "
-_COMMA = re.compile(r"(\\*),")
 #: No setting is larger: a larger number is a mistake.
 _MOST = 2**31
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
-    """The task that a spec describes; a task is returned as it is.
+    """Return the task that a spec describes; a task is returned as it is.
 
     Args:
-        spec: `name` or `name:key=value,key=value`, e.g. `niah:context=1600,needles=1`. Several, as a list or with
-            ` && ` between them, are a `Mixture`.
+        spec: `name` or `name:key=value,key=value`, e.g. `niah:context=1600,needles=1`. The key of a task's main setting
+            may be left out: `ruler:vt`. Several specs (a list, or with commas or ` && ` between) are a `Mixture`.
 
     Raises:
         UsageError: unknown task or key; the message suggests the nearest one.
@@ -52,17 +49,65 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
     """
     if isinstance(spec, Task):
         return spec
-    several: list[str | Task] = []
-    for each in [spec] if isinstance(spec, str) else spec:
+    several: list[Task] = []
+    for each in get_tasks(spec):
         # A mixture within another would share the examples out otherwise than its spec reads.
-        several += each.split(_AND) if isinstance(each, str) else each.tasks if isinstance(each, Mixture) else [each]
-    if len(several) > 1:
-        return Mixture(tuple(get_task(each) for each in several))
-    if not several:
+        several += each.tasks if isinstance(each, Mixture) else [each]
+    return several[0] if len(several) == 1 else Mixture(tuple(several))
+
+
+def get_tasks(spec: str | Task | Sequence[str | Task]) -> list[Task]:
+    """Return the tasks that one or more specs describe, each on its own; those with ` && ` between are one `Mixture`.
+
+    Raises:
+        UsageError, TaskError: as for `get_task`; also if there is none.
+    """
+    tasks: list[Task] = []
+    for each in [spec] if isinstance(spec, (str, Task)) else spec:
+        if isinstance(each, Task):
+            tasks.append(each)
+            continue
+        for text in specs.split_specs(each, TASKS):
+            several = [_task(part) for part in text.split(_AND)]
+            tasks.append(several[0] if len(several) == 1 else Mixture(tuple(several)))
+    if not tasks:
         raise TaskError("no task is given; expected a spec such as 'niah:context=1600'")
-    if isinstance(several[0], Task):
-        return several[0]
-    name, texts = parse_spec(several[0])
+    return tasks
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Return the task's name and its values as texts.
+
+    Raises:
+        TaskError: a part that is not key=value, or a key given twice.
+    """
+    name = spec.partition(":")[0].strip()
+    main = TASKS[name].main_setting if name in TASKS else None
+    try:
+        return specs.parse_spec(spec, "task", {name: main} if main else None)
+    except UsageError as error:
+        raise TaskError(str(error)) from None
+
+
+def format_spec(task: Task) -> str:
+    """Return the spec that `get_task` turns back into `task`; settings at their defaults are left out."""
+    if isinstance(task, Mixture):
+        return _AND.join(format_spec(each) for each in task.tasks)
+    settings = {f.name: (getattr(task, f.name), f.default) for f in dataclasses.fields(task)}  # type: ignore[arg-type]
+    return specs.format_spec(
+        task.name,
+        {
+            key: str(value).lower() if isinstance(value, bool) else str(value)
+            for key, (value, default) in settings.items()
+            if value != default
+        },
+    )
+
+
+def _task(spec: str) -> Task:
+    name, texts = parse_spec(spec)
+    if "," in name:
+        raise TaskError(f"task {spec!r}: settings stand after a colon; write {spec.replace(',', ':', 1)!r}")
     task = TASKS[name]
     fields = {f.name: f for f in dataclasses.fields(task)}  # type: ignore[arg-type]
     hints = get_type_hints(task)
@@ -75,54 +120,6 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
         if field.default is dataclasses.MISSING and key not in values:
             raise TaskError(f"task {name!r} needs {key}; write {name}:{key}=VALUE")
     return task(**values)
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """Split a spec into the task's name and its values as text.
-
-    Raises:
-        TaskError: a part that is not key=value, or a key given twice.
-    """
-    name, _, rest = spec.partition(":")
-    values: dict[str, str] = {}
-    for part in _split_commas(rest) if rest.strip() else []:
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise TaskError(rf"task spec {spec!r}: {part!r} is not key=value; write a comma in a value as '\,'")
-        if key in values:
-            raise TaskError(f"task spec {spec!r}: {key} is given twice; give it once")
-        values[key] = value
-    return name.strip(), values
-
-
-def format_spec(task: Task) -> str:
-    """The spec that `get_task` turns back into `task`; settings at their defaults are left out."""
-    if isinstance(task, Mixture):
-        return _AND.join(format_spec(each) for each in task.tasks)
-    parts = []
-    for field in dataclasses.fields(task):  # type: ignore[arg-type]
-        value = getattr(task, field.name)
-        if value != field.default:
-            parts.append(f"{field.name}={str(value).lower() if isinstance(value, bool) else value}")
-    escaped = [_COMMA.sub(r"\1\1\\,", part) for part in parts]
-    # A run of backslashes that ends a value stands before the comma that separates it from the next.
-    escaped[:-1] = [re.sub(r"(\\+)\Z", r"\1\1", part) for part in escaped[:-1]]
-    return ":".join([task.name, ",".join(escaped)]) if escaped else task.name
-
-
-def _split_commas(text: str) -> list[str]:
-    parts, part, end = [], "", 0
-    for match in _COMMA.finditer(text):
-        backslashes = len(match[1])
-        part += text[end : match.start()] + "\\" * (backslashes // 2)
-        if backslashes % 2:
-            part += ","
-        else:
-            parts.append(part)
-            part = ""
-        end = match.end()
-    return [*parts, part + text[end:]]
 
 
 def _convert(text: str, annotation: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the needle task says in each language: its needles, its question and the words its numbers belong to."""
+"""The words of the needle task in each language: its needles, its question and the words its numbers belong to."""
 
 from __future__ import annotations
 

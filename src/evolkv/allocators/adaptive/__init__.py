@@ -16,7 +16,8 @@ from evolkv.allocators.adaptive.base import (
 )
 from evolkv.allocators.adaptive.cake import CAKE
 from evolkv.allocators.adaptive.dynamickv import DynamicKV
-from evolkv.registry import Registry, parse_named, with_parameters
+from evolkv.registry import Registry, with_parameters
+from evolkv.specs import parse_named
 
 ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
     "adaptive allocator",
@@ -32,7 +33,7 @@ def get_adaptive(text: str) -> AdaptiveAllocator:
     Raises:
         UsageError: for an unknown name or parameter, or a value that is out of range.
     """
-    spec = parse_named(text, "allocator", "cake:window=8")
+    spec = parse_named(text, "allocator")
     return with_parameters(ADAPTIVE[spec.pop("name")], spec)
 
 

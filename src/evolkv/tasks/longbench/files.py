@@ -1,4 +1,4 @@
-"""Where LongBench's files are: a folder, a file, the published archive, or the Hugging Face Hub."""
+"""Find and read LongBench's files: in a folder, a file, the published archive, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_NAMES = 8
 
 
 def read_subset(name: str, path: str | None) -> tuple[str, str]:
-    """The text of a subset's file, and where it is from, for messages.
+    """Return the text of a subset's file, and where it is from, for messages.
 
     Args:
         name: the subset; its file is `NAME.jsonl`.
@@ -45,8 +45,8 @@ def _read_from_folder(folder: Path, name: str) -> tuple[str, str]:
     if not file.exists():
         names = sorted(other.name for other in folder.glob("*.jsonl"))
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        found = ", ".join(names[:_MOST_NAMES]) + more or "no .jsonl files"
-        raise TaskError(f"folder {folder} has no {file.name}; it has {found}; give the folder of LongBench's files")
+        listing = ", ".join(names[:_MOST_NAMES]) + more or "no .jsonl files"
+        raise TaskError(f"folder {folder} has no {file.name}; it has {listing}; give the folder of LongBench's files")
     return read_text(str(file)), str(file)
 
 
@@ -54,14 +54,14 @@ def _read_member(archive: str, name: str) -> tuple[str, str]:
     wanted = f"{name}.jsonl"
     try:
         with zipfile.ZipFile(Path(archive).expanduser()) as members:
-            found = next((path for path in members.namelist() if PurePosixPath(path).name == wanted), None)
-            if found is None:
+            member = next((path for path in members.namelist() if PurePosixPath(path).name == wanted), None)
+            if member is None:
                 raise TaskError(f"{archive} has no {wanted}; give LongBench's {ARCHIVE} or a folder with {wanted}")
-            data = members.read(found)
+            data = members.read(member)
     except FileNotFoundError:
         raise TaskError(f"file {archive} does not exist; check the path") from None
     # What a damaged archive raises depends on where the damage is.
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise TaskError(f"{archive} cannot be read as an archive: {error}; fetch it again") from None
-    source = f"{archive}:{found}"
+    source = f"{archive}:{member}"
     return decode_text(data, source), source

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
-from evolkv.tasks.prompts import cut_middle, question_at, user_message
+from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
     Splitting,
-    check_splitting,
+    answers_score,
     digest,
     distinct,
     draw,
@@ -26,6 +27,8 @@ from evolkv.tasks.rows import (
     get_texts,
     parse_rows,
 )
+
+logger = logging.getLogger(__name__)
 
 Template = Literal["auto", "plain"]
 
@@ -65,6 +68,7 @@ class LongBench(Task):
     """
 
     name: ClassVar[str] = "longbench"
+    main_setting: ClassVar[str] = "subset"
 
     subset: str
     path: str | None = None
@@ -77,11 +81,8 @@ class LongBench(Task):
             raise unknown_name("longbench subset", self.subset, NAMES)
         if self.context < 2:
             raise TaskError(f"longbench: context={self.context} is out of range; expected at least 2 tokens")
-        check_splitting(self.split, self.name)
-        if self.template not in get_args(Template):
-            raise TaskError(
-                f"longbench: template={self.template!r} is unknown; expected one of {', '.join(get_args(Template))}"
-            )
+        check_choice(self.name, "split", self.split, get_args(Splitting))
+        check_choice(self.name, "template", self.template, get_args(Template))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n rows of the split; all of them, with a warning, if there are fewer. Rows of a document are neighbours.
@@ -105,10 +106,11 @@ class LongBench(Task):
         for row in drawn:
             place.setdefault(row.context, len(place))
         drawn.sort(key=lambda row: place[row.context])
+        self._warn_of_unanswerable(drawn, source)
         return [self._example(row, tokenizer) for row in drawn]
 
     def files(self) -> list[str]:
-        """The subset's file, also where `path` is the folder that it is in."""
+        """Return the subset's file, also where `path` is the folder that it is in."""
         if self.path is not None and Path(self.path).expanduser().is_dir():
             return [str(Path(self.path) / f"{self.subset}.jsonl")]
         return super().files()
@@ -120,9 +122,26 @@ class LongBench(Task):
             pass
 
     def _rows(self) -> tuple[Iterator[_Row], str]:
-        """The rows, and where they are from."""
+        """Return the rows, and where they are from."""
         text, source = read_subset(self.subset, self.path)
         return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
+
+    def _warn_of_unanswerable(self, rows: Sequence[_Row], source: str) -> None:
+        # Not refused: published scores count such rows too. `code_sim`, for one, passes over lines with "#".
+        at_zero = [
+            row.id
+            for row in rows
+            if not answers_score(self._work.metric, row.answers, f"{source} {row.id}", all_classes=row.all_classes)
+        ]
+        if at_zero:
+            logger.warning(
+                "%s: no answer can score under %s in %d of %d rows (%s, …); they count, as in published scores",
+                source,
+                self._work.metric,
+                len(at_zero),
+                len(rows),
+                at_zero[0],
+            )
 
     @property
     def _work(self) -> Subset:
@@ -150,7 +169,7 @@ class LongBench(Task):
     def _example(self, row: _Row, tokenizer: Any) -> Example:
         work = self._work
         prompt = cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
-        if work.chat and self.template == "auto" and getattr(tokenizer, "chat_template", None):
+        if work.chat and uses_chat(tokenizer, self.template, self.name):
             prompt = user_message(tokenizer, prompt)
         extra: dict[str, Any] = {"length": row.length}
         if self.subset in EXTENDED:

@@ -18,7 +18,7 @@ from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
 from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
 from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
-__all__ = ["METRICS", "Metric", "check_metric", "get_metric"]
+__all__ = ["METRICS", "Metric", "check_metric", "get_metric", "judged_part"]
 
 
 class Metric(Protocol):
@@ -56,8 +56,15 @@ def check_metric(name: object) -> None:
         raise unknown_name("metric", name, [*METRICS, "logprob"])
 
 
+def judged_part(prediction: str, stop: Sequence[str], first_line: bool) -> str:
+    """Return the part of a prediction that a text metric judges; see `Example.stop` and `Example.first_line`."""
+    for text in stop:
+        prediction = prediction.partition(text)[0]
+    return prediction.lstrip("\n").partition("\n")[0] if first_line else prediction
+
+
 def get_metric(name: str) -> Metric:
-    """The text metric of that name.
+    """Return the text metric of that name.
 
     Raises:
         UsageError: an unknown name, or `logprob`, which judges probabilities and has no text to look at.

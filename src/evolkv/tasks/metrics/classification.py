@@ -1,4 +1,4 @@
-"""Whether the prediction names the right class, and no other."""
+"""Score a prediction that has to name the right class, and no other."""
 
 from __future__ import annotations
 

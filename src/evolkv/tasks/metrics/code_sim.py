@@ -1,4 +1,4 @@
-"""How similar a completed line of code is to a reference."""
+"""Score a completed line of code by its similarity to a reference."""
 
 from __future__ import annotations
 

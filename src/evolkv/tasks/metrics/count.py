@@ -1,4 +1,4 @@
-"""How many of the numbers in the prediction are the right one."""
+"""Score a prediction by the share of its numbers that are the right one."""
 
 from __future__ import annotations
 

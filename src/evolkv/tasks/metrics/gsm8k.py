@@ -1,4 +1,4 @@
-"""Whether the number that a worked solution arrives at is the right one."""
+"""Score a worked solution by the number that it arrives at."""
 
 from __future__ import annotations
 

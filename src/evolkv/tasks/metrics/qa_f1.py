@@ -1,4 +1,4 @@
-"""How many words a short answer shares with a reference: the F1 of LongBench's question answering subsets."""
+"""Score a short answer by the words that it shares with a reference: LongBench's F1."""
 
 from __future__ import annotations
 

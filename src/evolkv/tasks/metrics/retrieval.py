@@ -1,4 +1,4 @@
-"""Whether the prediction names the right paragraph."""
+"""Score a prediction that has to name the right paragraph."""
 
 from __future__ import annotations
 

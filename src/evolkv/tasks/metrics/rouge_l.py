@@ -1,4 +1,4 @@
-"""How long the sequences of words are that a summary shares with a reference: ROUGE-L."""
+"""Score a summary by the longest sequence of words that it shares with a reference: ROUGE-L."""
 
 from __future__ import annotations
 

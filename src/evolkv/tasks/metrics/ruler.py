@@ -1,4 +1,4 @@
-"""Which of the answers occur in the prediction: the two metrics of RULER."""
+"""Score a prediction by which of the answers occur in the prediction: the two metrics of RULER."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def ruler_all(prediction: str, references: Sequence[str], **extra: object) -> fl
 
     Source: `string_match_all` of RULER (arXiv 2404.06654), for one prediction and not in percent.
     """
-    found = _found(prediction, references)
-    return sum(found) / len(found) if found else 0.0
+    hits = _hits(prediction, references)
+    return sum(hits) / len(hits) if hits else 0.0
 
 
 def ruler_part(prediction: str, references: Sequence[str], **extra: object) -> float:
@@ -21,9 +21,9 @@ def ruler_part(prediction: str, references: Sequence[str], **extra: object) -> f
 
     Source: `string_match_part` of RULER (arXiv 2404.06654), for one prediction and not in percent.
     """
-    return float(any(_found(prediction, references)))
+    return float(any(_hits(prediction, references)))
 
 
-def _found(prediction: str, references: Sequence[str]) -> list[bool]:
+def _hits(prediction: str, references: Sequence[str]) -> list[bool]:
     text = prediction.lower()
     return [reference.lower() in text for reference in references]

@@ -26,7 +26,7 @@ SENTENCES: Registry[Callable[[random.Random], str]] = Registry(
 
 
 def sentences(seed: int | str, language: str = "en") -> Iterator[str]:
-    """An endless stream of sentences, each with its full stop; the same for the same seed.
+    """Yield an endless stream of sentences, each with its full stop; the same for the same seed.
 
     Raises:
         UsageError: no such language.
@@ -37,7 +37,7 @@ def sentences(seed: int | str, language: str = "en") -> Iterator[str]:
 
 
 def prose(seed: int | str, characters: int, language: str = "en") -> str:
-    """Sentences of `sentences(seed, language)`, joined, until there are at least `characters` characters.
+    """Return the sentences of `sentences(seed, language)`, joined, until there are at least `characters` characters.
 
     Raises:
         UsageError: no such language.
@@ -53,5 +53,5 @@ def prose(seed: int | str, characters: int, language: str = "en") -> str:
 
 
 def gap(language: str) -> str:
-    """What stands between two sentences of a language: a space, in Chinese nothing."""
+    """Return what stands between two sentences of a language: a space, in Chinese nothing."""
     return "" if language == "zh" else " "

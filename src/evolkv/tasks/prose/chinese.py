@@ -109,7 +109,7 @@ PERSON_CLOSERS, WEATHER = CLOSERS + phrases(_PERSON_CLOSERS), phrases(_WEATHER)
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence, drawn with `rng`."""
+    """Return one sentence, drawn with `rng`."""
     kind = rng.random()
     if kind < 0.08:
         text, closers = rng.choice(WEATHER).format(_place(rng)), CLOSERS

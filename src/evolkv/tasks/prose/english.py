@@ -92,7 +92,7 @@ WEATHER, DRIFTED = phrases(_WEATHER), phrases(_DRIFTED)
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence, drawn with `rng`."""
+    """Return one sentence, drawn with `rng`."""
     text = _clause(rng)
     shape = rng.random()
     if shape < 0.35:

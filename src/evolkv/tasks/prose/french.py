@@ -131,13 +131,13 @@ class Adjective:
 
 
 def _adjectives(block: str, before: str) -> tuple[Adjective, ...]:
-    found = []
+    adjectives = []
     for source, place in ((block, False), (before, True)):
         for entry in phrases(source):
             masculine, *others = entry.split("/")
             feminine = others[0] if others else masculine
-            found.append(Adjective(masculine, feminine, others[1] if len(others) > 1 else masculine, place))
-    return tuple(found)
+            adjectives.append(Adjective(masculine, feminine, others[1] if len(others) > 1 else masculine, place))
+    return tuple(adjectives)
 
 
 _INDEFINITE, _DEFINITE = {"un": "m", "une": "f"}, {"le": "m", "la": "f"}
@@ -155,7 +155,7 @@ _ASPIRATED = ("halle", "hamac", "hangar", "hache")
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence, drawn with `rng`."""
+    """Return one sentence, drawn with `rng`."""
     kind = rng.random()
     if kind < 0.08:
         agent, closers = rng.choice(WEATHER), CLOSERS

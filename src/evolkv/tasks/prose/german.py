@@ -150,7 +150,7 @@ _CONTRACTIBLE = re.compile(rf"\b({'|'.join(_CONTRACTED)})\b")
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence, drawn with `rng`."""
+    """Return one sentence, drawn with `rng`."""
     kind = rng.random()
     if kind < 0.08:
         subject, manners, closers = rng.choice(WEATHER), WEATHER_MANNERS, CLOSERS
@@ -188,7 +188,7 @@ def _subject(rng: random.Random, person: Noun) -> str:
 
 
 def _filled(rng: random.Random, pattern: str, article: Article, noun: Noun, qualities: Sequence[str]) -> str:
-    """A pattern's words, its noun phrase put in; * stays, but before what is new to the reader."""
+    """Return a pattern's words, its noun phrase put in; * stays, but before what is new to the reader."""
     case: Case = "AKK" if "AKK" in pattern else "DAT"
     if article == "ein":
         pattern = pattern.replace(f"{case} *", f"* {case}")
@@ -206,7 +206,7 @@ def _noun(rng: random.Random, article: Article, noun: Noun, qualities: Sequence[
 
 
 def _ending(article: Article, gender: str, case: Case) -> str:
-    """An adjective's ending after `article`: the weak one, or the strong one where the article shows no gender."""
+    """Return an adjective's ending after `article`: weak, or strong where the article shows no gender."""
     if case == "DAT" or (case == "AKK" and gender == "m"):
         return "en"
     if article == "der" or gender == "f":

@@ -116,14 +116,14 @@ class Adjective:
 
 
 def _adjectives(block: str, before: str) -> tuple[Adjective, ...]:
-    found = []
+    adjectives = []
     for source, place in ((block, False), (before, True)):
         for entry in phrases(source):
             masculine, _, feminine = entry.partition("/")
             if not feminine:
                 feminine = f"{masculine[:-1]}a" if masculine.endswith("o") else masculine
-            found.append(Adjective(masculine, feminine, place))
-    return tuple(found)
+            adjectives.append(Adjective(masculine, feminine, place))
+    return tuple(adjectives)
 
 
 _INDEFINITE, _DEFINITE = {"un": "m", "una": "f"}, {"el": "m", "la": "f"}
@@ -140,7 +140,7 @@ _FEMININE = {"el": "la", "un": "una", "nuestro": "nuestra"}
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence, drawn with `rng`."""
+    """Return one sentence, drawn with `rng`."""
     kind = rng.random()
     if kind < 0.08:
         subject, closers = _noun(rng, "el", rng.choice(WEATHER), ()), CLOSERS

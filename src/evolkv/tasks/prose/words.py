@@ -15,12 +15,12 @@ class Noun:
 
 
 def phrases(block: str) -> tuple[str, ...]:
-    """The phrases of a block of text, which `|` and line ends separate."""
+    """Return the phrases of a block of text, which `|` and line ends separate."""
     return tuple(phrase.strip() for line in block.strip().splitlines() for phrase in line.split("|"))
 
 
 def nouns(block: str, genders: Mapping[str, str]) -> tuple[Noun, ...]:
-    """The nouns of a block whose phrases begin with an article; `genders` says what gender an article shows."""
+    """Return the nouns of a block whose phrases begin with an article; `genders` says what gender an article shows."""
     parts = (phrase.partition(" ") for phrase in phrases(block))
     return tuple(Noun(text, genders[article]) for article, _, text in parts)
 

@@ -11,7 +11,8 @@ from functools import lru_cache
 from itertools import cycle, islice
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Split, partition, read_text
+from evolkv.tasks.base import Split, partition
+from evolkv.tasks.haystacks import read_haystack
 from evolkv.tasks.prose import prose
 
 EXAMPLES_PER_PASSAGE = 16
@@ -39,7 +40,7 @@ class Passage:
         return cls(pieces, [i for i, piece in enumerate(pieces, start=1) if _SENTENCE_END.search(piece)])
 
     def text(self, size: int, sentences: Sequence[str], depths: Sequence[int]) -> str:
-        """The first `size` pieces, with `sentences` put in at `depths`.
+        """Return the first `size` pieces, with `sentences` put in at `depths`.
 
         Args:
             size: number of pieces.
@@ -59,13 +60,14 @@ class Passage:
         return " ".join(filter(None, parts))
 
 
-def passages(path: str | None, context: int, split: Split, seed: int) -> Callable[[int], Passage]:
-    """A function from the number of an example to its passage, of `context` words.
+def passages(path: str | None, needle: str, context: int, split: Split, seed: int) -> Callable[[int], Passage]:
+    """Return a function from the number of an example to its passage, of `context` words.
 
     Args:
         path: a UTF-8 text file. The first quarter of its words serves train, the second validation, the second
             half report. A passage starts at any sentence of that part, and goes round it where it is too short.
             None: generated prose.
+        needle: the sentence that the task hides; the file may not have it.
         context: length of a prompt in tokens.
         split: which passages.
         seed: chooses the passages within the split.
@@ -73,7 +75,7 @@ def passages(path: str | None, context: int, split: Split, seed: int) -> Callabl
     Raises:
         TaskError: the file cannot be read, or has fewer than four words.
     """
-    share = None if path is None else _share(path, split)
+    share = None if path is None else _share(path, needle, split)
 
     @lru_cache(maxsize=1)
     def passage(number: int) -> Passage:
@@ -89,11 +91,11 @@ def passages(path: str | None, context: int, split: Split, seed: int) -> Callabl
     return lambda index: passage(index // EXAMPLES_PER_PASSAGE)
 
 
-def _share(path: str, split: Split) -> list[str]:
-    pieces = _pieces(read_text(path))
+def _share(path: str, needle: str, split: Split) -> list[str]:
+    pieces = _pieces(read_haystack(path, needle))
     share = pieces[partition(len(pieces))[split]]
     if not share:
-        raise TaskError(f"ruler: haystack {path} has {len(pieces)} word(s); give a longer text")
+        raise TaskError(f"ruler: essays {path} has {len(pieces)} word(s); give a longer text")
     return share
 
 

@@ -31,7 +31,7 @@ SINGULAR_PREFIX = " The special magic {kind} for {query} mentioned in the provid
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
-"""Where needles stand in an essay, in percent of its sentences."""
+"""The places of needles in an essay, in percent of its sentences."""
 
 # The answer prefix begins an English sentence, so values are listed as the question lists keys.
 FAMILY = Family(
@@ -78,7 +78,7 @@ TASKS = {
 def needle_puzzles(
     needles: Needles, split: Split, seed: int, passage: Callable[[int], Passage] | None = None
 ) -> Iterator[Puzzle]:
-    """An endless stream of puzzles, in which no key and no value is asked for twice.
+    """Yield puzzles without end, in which no key and no value is asked for twice.
 
     A puzzle's size is its number of words (essay), lines (noise) or other needles.
 

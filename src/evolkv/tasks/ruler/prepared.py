@@ -33,7 +33,7 @@ class PreparedRow:
 
 
 def prepared_rows(path: str, opening: str, split: Split, n: int, splitting: Splitting, seed: int) -> list[PreparedRow]:
-    """n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
+    """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     Args:
         path: the file.
@@ -52,7 +52,7 @@ def prepared_rows(path: str, opening: str, split: Split, n: int, splitting: Spli
 
 
 def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
-    """All rows of the file; arguments and errors as for `prepared_rows`."""
+    """Yield all rows of the file; arguments and errors as for `prepared_rows`."""
     for number, fields in parse_rows(read_text(path), path):
         where = f"{path} line {number}"
         text = get_text(fields, "input", where)

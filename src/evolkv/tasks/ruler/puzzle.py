@@ -1,4 +1,4 @@
-"""What every family of RULER's tasks is made of: puzzles that grow, and values that no two of them share."""
+"""The parts of every family of RULER's tasks: puzzles that grow, and values that no two of them share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @dataclass(frozen=True)
 class Family:
-    """What the tasks made by one generator have in common.
+    """The common settings of the tasks that one generator makes.
 
     Args:
         max_new_tokens: RULER's `tokens_to_generate`.
@@ -57,12 +57,12 @@ def listed(items: Sequence[str]) -> str:
 
 
 def belongs(value: str, split: Split) -> bool:
-    """Whether a value serves the split: each serves exactly one, a third of them each."""
+    """Return whether a value serves the split: each serves exactly one, a third of them each."""
     return crc32(value.encode()) % len(SPLITS) == SPLITS.index(split)
 
 
 def fresh(make: Callable[[], str], split: Split, taken: set[str]) -> str:
-    """The first value of `make` that belongs to the split and is not taken; from then on it is."""
+    """Return the first value of `make` that belongs to the split and is not taken; from then on it is."""
     while True:
         value = make()
         if belongs(value, split) and value not in taken:
@@ -71,7 +71,7 @@ def fresh(make: Callable[[], str], split: Split, taken: set[str]) -> str:
 
 
 def lazily(make: Callable[[], T]) -> Callable[[int], list[T]]:
-    """A function from n to the first n values of `make`, which is called once for each."""
+    """Return a function from n to the first n values of `make`, which is called once for each."""
     made: list[T] = []
 
     def first(count: int) -> list[T]:
@@ -82,7 +82,7 @@ def lazily(make: Callable[[], T]) -> Callable[[int], list[T]]:
 
 
 def largest(room: Callable[[int], int], least: int, spare: int, guess: int | None, limit: int) -> int:
-    """The largest size that fits.
+    """Return the largest size that fits.
 
     Sizes are tried where a straight line says that room runs out, so a few do when steps take about equal room.
 
@@ -98,11 +98,11 @@ def largest(room: Callable[[int], int], least: int, spare: int, guess: int | Non
     probe = guess if guess is not None else least + 1 + spare // 64
     while high - low > 1:
         probe = min(max(probe, low + 1), high - 1)
-        found = room(probe)
-        if found >= 0:
-            low, left = probe, found
+        spare_here = room(probe)
+        if spare_here >= 0:
+            low, left = probe, spare_here
         else:
-            high, lack = probe, found
+            high, lack = probe, spare_here
         # Between the two where both are known, else onwards at the rate so far.
         used, steps = (spare - left, low - least) if lack is None else (left - lack, high - low)
         probe = low + (left * steps // used if used > 0 else (high - low) // 2)

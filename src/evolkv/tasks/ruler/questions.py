@@ -10,8 +10,8 @@ from itertools import cycle, islice
 from typing import Any
 
 from evolkv.errors import TaskError
-from evolkv.tasks.base import Split, partition, read_text
-from evolkv.tasks.rows import Splitting, check_text, digest, distinct, draw, get_text, kind_of
+from evolkv.tasks.base import Split, read_text
+from evolkv.tasks.rows import Splitting, check_split, check_text, digest, distinct, draw, get_text, kind_of, of_split
 from evolkv.tasks.ruler.puzzle import Family, Puzzle
 
 TEMPLATE = (
@@ -56,7 +56,7 @@ class Question:
 def question_puzzles(
     read: Callable[[str], Iterator[Question]], path: str, split: Split, n: int, splitting: Splitting, seed: int
 ) -> list[Puzzle]:
-    """n questions of a split in the seed's order; all of them, with a warning, if there are fewer.
+    """Return n questions of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     A puzzle's size is its number of documents: those that the question needs, then related ones, then others of
     the same split, in turn again where the split has no more.
@@ -64,22 +64,16 @@ def question_puzzles(
     Raises:
         TaskError: the file cannot be read or is malformed, or the split has no questions.
     """
-    questions = distinct(read(path), path)
-    groups = sorted({question.group for question in questions}, key=digest)
-    chosen = set(groups[partition(len(groups))[split]] if splitting == "auto" else groups)
-    questions = [question for question in questions if question.group in chosen]
-    if not questions:
-        raise TaskError(
-            f"{path}: split {split!r} is empty: the file has {len(groups)} article(s) or question(s) to share out; "
-            "give at least 4, or use split=all"
-        )
+    every = distinct(read(path), path)
+    questions = of_split(every, split, splitting)
+    check_split(questions, every, split, path, "articles or questions")
     documents = sorted({document for question in questions for document in question.needed + question.related})
     drawn = draw(questions, split, n, splitting="all", seed=f"ruler-qa/{seed}", source=path, groups="questions")
     return [_puzzle(question, documents, f"ruler-qa/{seed}/{question.content}") for question in drawn]
 
 
 def squad(path: str) -> Iterator[Question]:
-    """The answerable questions of a SQuAD file (`dev-v2.0.json`), an article being a group.
+    """Yield the answerable questions of a SQuAD file (`dev-v2.0.json`), an article being a group.
 
     Raises:
         TaskError: the file cannot be read, or is not in SQuAD's format.
@@ -105,7 +99,7 @@ def squad(path: str) -> Iterator[Question]:
 
 
 def hotpotqa(path: str) -> Iterator[Question]:
-    """The questions of a HotpotQA file (`hotpot_dev_distractor_v1.json`), each a group.
+    """Yield the questions of a HotpotQA file (`hotpot_dev_distractor_v1.json`), each a group.
 
     Raises:
         TaskError: the file cannot be read, or is not in HotpotQA's format.
@@ -138,12 +132,12 @@ def _puzzle(question: Question, documents: Sequence[str], name: str) -> Puzzle:
         # Drawn anew for every size, which is cheap; kept, it would be all documents for every question.
         rng = random.Random(name)
         first = [*question.needed, *rng.sample(question.related, len(question.related))]
-        known = set(first)
-        others = (document for document in _shuffled(documents, rng) if document not in known)
-        given = [*islice(first, size), *islice(others, max(0, size - len(first)))]
-        given += islice(cycle(list(given)), size - len(given))
-        random.Random(f"{name}/{size}").shuffle(given)
-        numbered = (DOCUMENT.format(number=i, document=document) for i, document in enumerate(given, start=1))
+        taken = set(first)
+        others = (document for document in _shuffled(documents, rng) if document not in taken)
+        chosen = [*islice(first, size), *islice(others, max(0, size - len(first)))]
+        chosen += islice(cycle(list(chosen)), size - len(chosen))
+        random.Random(f"{name}/{size}").shuffle(chosen)
+        numbered = (DOCUMENT.format(number=i, document=document) for i, document in enumerate(chosen, start=1))
         return TEMPLATE.format(context="\n\n".join(numbered), query=question.query)
 
     return Puzzle(text=text, prefix=PREFIX, answers=question.answers, least=len(question.needed))

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
-from evolkv.tasks.base import Example, Split, Task, check_request, read_text
-from evolkv.tasks.prompts import encode_text, user_message
-from evolkv.tasks.rows import Splitting, check_splitting
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
+from evolkv.tasks.haystacks import describe_haystack, read_haystack
+from evolkv.tasks.prompts import encode_text, user_message, uses_chat
+from evolkv.tasks.rows import Splitting
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
 from evolkv.tasks.ruler.prepared import prepared_rows, read_prepared
@@ -35,7 +36,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Ruler(Task):
-    """RULER's synthetic long-context tasks, generated at any length.
+    """RULER's synthetic long-context tasks at any length; essays are generated prose, or a file of your own (essays).
 
     C.-P. Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?" (arXiv
     2404.06654), with the templates, parameters, answer lengths and metrics of its code. An answer prefix follows
@@ -50,10 +51,12 @@ class Ruler(Task):
     An example depends on (seed, split, its index) and the settings alone, not on how many are asked for; only its
     place in the list does: examples are in the order of their prompts' text, so that neighbours share the most.
 
-    Differences from RULER's code: haystacks are filled up to the last unit, while RULER finds one size for all
-    examples of a file; the demonstration of `vt` is shorter than 500 tokens where `context` is under 2,000;
-    `qa_*` fill up with documents of the same split alone, and `qa_2` leaves out documents that the question does not
-    need where `context` cannot hold all ten.
+    Differences from RULER's code: the five tasks with an essay (niah_single_2, niah_single_3, niah_multikey_1,
+    niah_multivalue, niah_multiquery) hide needles in generated prose, where RULER has Paul Graham's essays, so compare
+    their scores with published ones only under `essays`, with that text; haystacks are filled up to the last unit,
+    while RULER finds one size for all examples of a file; the demonstration of `vt` is shorter than 500 tokens where
+    `context` is under 2,000; `qa_*` fill up with documents of the same split alone, and `qa_2` leaves out documents
+    that the question does not need where `context` cannot hold all ten.
 
     Args:
         task: niah_single_1 to niah_single_3, niah_multikey_1 to niah_multikey_3, niah_multivalue, niah_multiquery,
@@ -62,8 +65,9 @@ class Ruler(Task):
             generated (RULER's `max_seq_length`). Default 4096.
         path: for qa_1 SQuAD's `dev-v2.0.json`, for qa_2 HotpotQA's `hotpot_dev_distractor_v1.json`. For any task a
             file ending in .jsonl that RULER's scripts prepared, whose rows are used as they are. Default None.
-        haystack: a UTF-8 text file instead of the generated prose, for the five tasks with an essay. The first
-            quarter serves train, the second validation, the second half report. Default None.
+        essays: a UTF-8 text file for the five tasks with an essay, such as the essays of the needle-in-a-haystack test
+            (its folder `PaulGrahamEssays`, joined). The first quarter serves train, the second validation, the second
+            half report, and a text that is too short goes round. Default None: generated prose.
         chat: whether to put the question in the model's chat template. Default None: where the tokenizer has one.
             Say false for prepared rows that are in a chat template already.
         split: "auto" (default) shares the questions or rows of `path` out to the splits; "all" uses every one for any
@@ -76,11 +80,12 @@ class Ruler(Task):
 
     name: ClassVar[str] = "ruler"
     default_metric: ClassVar[str] = "ruler_all"
+    main_setting: ClassVar[str] = "task"
 
     task: str
     context: int = 4096
     path: str | None = None
-    haystack: str | None = None
+    essays: str | None = None
     chat: bool | None = None
     split: Splitting = "auto"
 
@@ -98,9 +103,9 @@ class Ruler(Task):
                 f"ruler: task={self.task} reads no file but one that RULER prepared, named *.jsonl, not {self.path}; "
                 "leave path out"
             )
-        if self.haystack is not None and (self._is_prepared or not self._has_essay):
-            raise TaskError(f"ruler: haystack={self.haystack} is of no use to task={self.task} here; leave it out")
-        check_splitting(self.split, self.name)
+        if self.essays is not None and (self._is_prepared or not self._has_essay):
+            raise TaskError(f"ruler: essays={self.essays} is of no use to task={self.task} here; leave it out")
+        check_choice(self.name, "split", self.split, get_args(Splitting))
         if self.path is None and self.split != "auto":
             raise TaskError(f"ruler: split={self.split} is about the rows of a file; give path=FILE or leave split out")
 
@@ -113,7 +118,11 @@ class Ruler(Task):
                 template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self._uses_chat(tokenizer), self.context - FAMILIES[self.task].max_new_tokens)
+        prompts = _Prompts(
+            tokenizer,
+            uses_chat(tokenizer, self.chat, self.name),
+            self.context - FAMILIES[self.task].max_new_tokens,
+        )
         if self._is_prepared:
             examples = self._prepared(split, n, prompts, seed)
         else:
@@ -122,12 +131,16 @@ class Ruler(Task):
         return sorted(examples, key=lambda example: example.prompt)
 
     def check_files(self) -> None:
-        """Read the rows, questions or haystack, where they are a file's."""
+        """Read the rows, questions or essays, where they are a file's."""
         if self.path is not None:
             read = partial(read_prepared, opening=self._opening) if self._is_prepared else QUESTIONS[self.task][1]
             deque(read(self.path), maxlen=0)
-        if self.haystack is not None:
-            read_text(self.haystack)
+        if self.essays is not None:
+            read_haystack(self.essays, needles.NEEDLE)
+
+    def haystack_used(self) -> str | None:
+        """Return "generated prose", or name and hash of the essays; None where there is no essay."""
+        return describe_haystack(self.essays) if self._has_essay and not self._is_prepared else None
 
     @property
     def _is_prepared(self) -> bool:
@@ -141,12 +154,6 @@ class Ruler(Task):
     @property
     def _has_essay(self) -> bool:
         return self.task in needles.TASKS and needles.TASKS[self.task].haystack == "essay"
-
-    def _uses_chat(self, tokenizer: Any) -> bool:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if self.chat and not has_template:
-            raise TaskError("ruler: chat=true, but this tokenizer has no chat template; use chat=false")
-        return has_template if self.chat is None else self.chat
 
     def _prepared(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
         assert self.path is not None
@@ -195,7 +202,7 @@ class Ruler(Task):
         if self.task in QUESTIONS:
             assert self.path is not None
             return questions.question_puzzles(QUESTIONS[self.task][1], self.path, split, n, self.split, seed)
-        passage = passages(self.haystack, self.context, split, seed) if self._has_essay else None
+        passage = passages(self.essays, needles.NEEDLE, self.context, split, seed) if self._has_essay else None
         return needles.needle_puzzles(needles.TASKS[self.task], split, seed, passage)
 
     def _example(self, identifier: str, prompt: str, answers: tuple[str, ...], room: int) -> Example:

@@ -33,7 +33,7 @@ FAMILY = Family(
 
 
 def chain_puzzles(split: Split, seed: int, context: int, tokens: Callable[[str], int]) -> Iterator[Puzzle]:
-    """An endless stream of puzzles, in which no variable is asked for twice.
+    """Yield puzzles without end, in which no variable is asked for twice.
 
     Each has one chain of 4 hops, after a solved puzzle of the same make with shorter names. Size: lines of noise.
 

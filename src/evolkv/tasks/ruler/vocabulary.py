@@ -7,12 +7,12 @@ from functools import cache
 
 
 def adjective_noun(rng: random.Random) -> str:
-    """A pair such as `rusty-lantern`; there are six million."""
+    """Return a pair such as `rusty-lantern`; there are six million."""
     return f"{rng.choice(_listed('adjective'))}-{rng.choice(_listed('noun'))}"
 
 
 def words() -> tuple[str, ...]:
-    """Every noun, adjective and verb once, sorted: about 8,000."""
+    """Return every noun, adjective and verb once, sorted: about 8,000."""
     return _listed("noun", "adjective", "verb")
 
 

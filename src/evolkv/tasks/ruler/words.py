@@ -55,7 +55,7 @@ CODED = Family(
 
 
 def common_word_puzzles(split: Split, seed: int, context: int) -> Iterator[Puzzle]:
-    """An endless stream of puzzles: the ten words that occur most often in a numbered list, after a solved one.
+    """Yield puzzles without end: the ten words that occur most often in a numbered list, after a solved one.
 
     A third of all words, about 2,700, is asked for in each split. No word is asked for again before all have been.
     Size: uncommon words.
@@ -109,7 +109,7 @@ def _endless(some: list[str], rng: random.Random) -> Callable[[int], list[str]]:
 
 
 def coded_word_puzzles(split: Split, seed: int, context: int) -> Iterator[Puzzle]:
-    """An endless stream of puzzles: the three commonest of made-up words whose counts follow a zeta distribution.
+    """Yield puzzles without end: the three commonest of made-up words whose counts follow a zeta distribution.
 
     The commonest of all is dots, to be ignored. No word is asked for twice. Size: words drawn from the
     distribution, a little more than are in the text, since counts are rounded down.

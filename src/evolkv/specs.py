@@ -1,0 +1,108 @@
+r"""Specs as people write them: `name` or `name:key=value,key=value`, for tasks, selectors and allocators alike.
+
+A comma in a value is written `\,`. Backslashes are literal (Windows paths need no care) except in a run directly before
+a comma: there each pair stands for one backslash, and an odd one out escapes the comma.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping
+from typing import Any
+
+from evolkv.errors import UsageError
+
+_COMMA = re.compile(r"(\\*),")
+_HEAD = re.compile(r"\s*([^:,=\s]+)\s*(?:[:,]|&&|\Z)")
+
+
+def parse_spec(text: str, kind: str, positional: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
+    """Return the name in a spec, and its values as texts.
+
+    Args:
+        text: the spec.
+        kind: what it describes ("task", "selector", …), for messages.
+        positional: for some names, the key of a first value that is written without one (`ruler:vt`).
+
+    Raises:
+        UsageError: a part that is not key=value, or a key given twice.
+    """
+    name, _, rest = text.partition(":")
+    name = name.strip()
+    values: dict[str, str] = {}
+    for index, part in enumerate(_split(rest) if rest.strip() else []):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not index and not equals and positional and name in positional:
+            key, equals, value = positional[name], "=", part.strip()
+        if not equals or not key:
+            raise UsageError(
+                rf"{kind} {text!r}: {part!r} is not key=value; write {kind}s as name:key=value,key=value, and a comma "
+                r"in a value as '\,'"
+            )
+        if key in values:
+            raise UsageError(f"{kind} {text!r}: {key} is given twice; give it once")
+        values[key] = value
+    return name, values
+
+
+def parse_named(text: str, kind: str) -> dict[str, Any]:
+    """Return a mapping with the `name` in a spec and its values, as truth values and numbers where they read as such.
+
+    Raises:
+        UsageError: as for `parse_spec`.
+    """
+    name, values = parse_spec(text, kind)
+    if "name" in values:
+        raise UsageError(f"{kind} {text!r}: name is given twice; give it once")
+    return {"name": name, **{key: _value(value.strip()) for key, value in values.items()}}
+
+
+def format_spec(name: str, values: Mapping[str, str]) -> str:
+    """Return the spec from which `parse_spec` reads the name and the values."""
+    parts = [_COMMA.sub(r"\1\1\\,", f"{key}={value}") for key, value in values.items()]
+    # A run of backslashes that ends a value stands before the comma that separates it from the next.
+    parts[:-1] = [re.sub(r"(\\+)\Z", r"\1\1", part) for part in parts[:-1]]
+    return f"{name}:{','.join(parts)}" if parts else name
+
+
+def split_specs(text: str, names: Container[str]) -> list[str]:
+    """Return the specs in a text that has commas between specs as well as within them.
+
+    After a comma a new spec begins where a name stands alone or before a colon: one of `names`, or any name if the
+    spec before has no colon.
+    """
+    specs, begin = [], 0
+    for comma in _COMMA.finditer(text):
+        head = _HEAD.match(text, comma.end())
+        before = text[begin : comma.start()]
+        if len(comma[1]) % 2 or head is None or not (head[1] in names or ":" not in before):
+            continue
+        specs.append(before + comma[1][: len(comma[1]) // 2])
+        begin = comma.end()
+    return [spec.strip(" ") for spec in (*specs, text[begin:])]
+
+
+def _split(text: str) -> list[str]:
+    parts, part, end = [], "", 0
+    for comma in _COMMA.finditer(text):
+        backslashes = len(comma[1])
+        part += text[end : comma.start()] + "\\" * (backslashes // 2)
+        if backslashes % 2:
+            part += ","
+        else:
+            parts.append(part)
+            part = ""
+        end = comma.end()
+    return [*parts, part + text[end:]]
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text

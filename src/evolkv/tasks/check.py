@@ -1,0 +1,68 @@
+"""Check that a model can be asked a task's examples, before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from evolkv.errors import EvolKVError, RunError, UsageError
+from evolkv.tasks.base import Example, Split, Task
+from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.mixture import Mixture
+from evolkv.tasks.prompts import encode_text
+from evolkv.tasks.protocol import under_protocol
+
+
+def check_examples(
+    tasks: Sequence[Task],
+    splits: Sequence[Split],
+    tokenizer: Any,
+    config: Any,
+    *,
+    metric: str | None,
+    protocol: str,
+    seed: int,
+) -> None:
+    """Draw an example of each task for each split, and check that the model can be asked it.
+
+    Args:
+        tasks: the tasks.
+        splits: those that examples will be drawn for.
+        tokenizer: the model's.
+        config: the model's.
+        metric: judges all examples; None for each example's own.
+        protocol: how examples are asked.
+        seed: of the examples.
+
+    Raises:
+        UsageError: a split is empty, a prompt and its answer exceed the model's context, or the metric cannot judge an
+            example.
+        RunError: a task's own code fails.
+    """
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+    for task in tasks:
+        for split in splits:
+            for example in under_protocol(protocol, _first(task, split, tokenizer, seed)):
+                answer = 1
+                if (metric or example.metric) != "logprob":
+                    answer = example.max_new_tokens
+                    try:
+                        get_metric(metric or example.metric)("", example.references, **example.extra)
+                    except UsageError as error:
+                        raise UsageError(f"example {example.id}: {error}") from None
+                tokens = len(encode_text(tokenizer, example.prompt + example.later))
+                if tokens + answer > context:
+                    raise UsageError(
+                        f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more "
+                        f"than the model's context of {context}; use a shorter context or a model with a longer one"
+                    )
+
+
+def _first(task: Task, split: Split, tokenizer: Any, seed: int) -> list[Example]:
+    """Return an example, of a mixture one of each task."""
+    try:
+        return task.examples(split, len(task.tasks) if isinstance(task, Mixture) else 1, tokenizer, seed)
+    except EvolKVError:
+        raise
+    except Exception as error:  # a task may be another package's
+        raise RunError(f"task {task.name!r} cannot draw its examples: {type(error).__name__}: {error}") from error
