@@ -80,7 +80,7 @@ def split_specs(text: str, names: Container[str]) -> list[str]:
             continue
         specs.append(before + comma[1][: len(comma[1]) // 2])
         begin = comma.end()
-    return [spec.strip(" ") for spec in (*specs, text[begin:])]
+    return [spec.lstrip(" ") for spec in (*specs, text[begin:])]
 
 
 def _split(text: str) -> list[str]:
