@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from evolkv.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -202,29 +200,3 @@ class Results(_Record):
 def mean_of(budgets: Sequence[Sequence[int]]) -> float:
     """Mean entries per KV head of an allocation."""
     return sum(map(sum, budgets)) / (len(budgets) * len(budgets[0]))
-
-
-def checked(kind: type[Any], where: object, data: Any) -> Any:
-    """Data as a record of a kind.
-
-    Raises:
-        UsageError: it is not one; says `where` it comes from and which part of it is wrong.
-    """
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {_first_error(error)}") from None
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    if first["input"] == []:
-        return f"{place} is empty"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if isinstance(first["input"], (dict, list)) and first["type"] == "value_error":
-        return f"{place} should have {message}"
-    shown = repr(first["input"])
-    return f"{place} is {shown if len(shown) <= 60 else shown[:57] + '…'}, expected {message}"

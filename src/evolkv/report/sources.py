@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
-from evolkv.report.schemas import Curve, Profile, Results, Row, Search, checked
+from evolkv.report.schemas import Curve, Profile, Results, Row, Search
 from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
+from evolkv.schemas import checked
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records

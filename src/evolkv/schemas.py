@@ -1,0 +1,72 @@
+"""Data from files that anyone may have written: what is wrong with it, and how two sets of settings differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from evolkv.errors import UsageError
+
+
+def checked(kind: type[Any], where: object, data: Any) -> Any:
+    """Return data as a pydantic model of a kind.
+
+    Raises:
+        UsageError: it is not one; says `where` it comes from and which part of it is wrong.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {first_error(error)}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """Return the first thing that pydantic found wrong, as part of a line: where, what is there, what should be."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["input"] == []:
+        return f"{place} is empty"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if isinstance(first["input"], (dict, list)) and first["type"] == "value_error":
+        return f"{place} should have {message}"
+    return f"{place} is {_short(repr(first['input']), 60)}, expected {message}".lstrip()
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], recorded: str, whole: Collection[str] = ()
+) -> list[str]:
+    """Return what differs between recorded settings and present ones: ``"seed: the study has 0, now 1"``.
+
+    Args:
+        before: the recorded settings; a mapping in them is compared key by key.
+        now: the present settings.
+        recorded: says where the recorded ones are, such as "the study has".
+        whole: names of mappings whose values are compared as a whole: one that is missing is one difference.
+    """
+    old, new = dict(_flat(before, whole)), dict(_flat(now, whole))
+    return [
+        f"{key}: {recorded} {_value(old, key)}, now {_value(new, key)}"
+        for key in {**old, **new}
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def _flat(settings: Mapping[str, Any], whole: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value and prefix.rstrip(".") not in whole:
+            yield from _flat(value, whole, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    return _short(json.dumps(settings[key], ensure_ascii=False), 80) if key in settings else "nothing"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "…"
