@@ -243,6 +243,8 @@ class SeveralBudgets(SearchConfig):
         super().__post_init__()
         if self.first not in ("smallest", "largest"):
             raise unknown_name("order", self.first, ("smallest", "largest"))
+        # What can be read only once is read here.
+        object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
         if len(self.targets) < 2:
             raise UsageError(f"a curve needs at least two budgets, got {self.targets}; use evolkv.search for one")
 
