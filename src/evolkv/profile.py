@@ -20,6 +20,7 @@ from evolkv.budgets import MAX_BUDGET, BudgetSpec, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.models import ModelInfo, describe_model, is_quantized, sliding_windows
 from evolkv.numbers import is_whole
+from evolkv.schemas import first_error
 from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.whole_files import write_with
 
@@ -305,7 +306,7 @@ class BudgetProfile:
         try:
             parsed = _File.model_validate(data)
         except ValidationError as error:
-            raise ProfileError(_first_error(error)) from None
+            raise ProfileError(first_error(error)) from None
         return cls(
             model=parsed.model.model_dump(exclude_unset=True),
             budget=parsed.budget,
@@ -479,19 +480,6 @@ def _check_format(data: Any) -> None:
             raise ProfileError(f"the format is {found!r}, this version reads {FORMAT!r}; upgrade evolkv to read it")
         raise ProfileError(f"not a profile: the format is {found[:80]!r}, expected {FORMAT!r}")
     raise ProfileError(f'not a profile: expected a JSON object with "format": "{FORMAT}"')
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = ""
-    for step in first["loc"]:
-        place += f"[{step}]" if isinstance(step, int) else f".{step}" if place else str(step)
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
-    message = first["msg"].removeprefix("Input should be ")
-    return f"{place} is {shown}, expected {message}"
 
 
 def _read_json(path: Path) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from transformers import PreTrainedModel
 
@@ -19,7 +19,7 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import Selector, SelectorSpec, get_selector
+from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import Task
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, PROTOCOLS
@@ -158,7 +158,7 @@ class SearchConfig:
     @property
     def selectors(self) -> dict[str, SelectorSpec]:
         """The selectors by their specs, each once."""
-        several = [self.selector] if isinstance(self.selector, (str, Mapping, Selector)) else self.selector
+        several = self.selector if isinstance(self.selector, (list, tuple)) else [cast(SelectorSpec, self.selector)]
         return {get_selector(each).spec: each for each in several}
 
     def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
