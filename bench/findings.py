@@ -30,8 +30,8 @@ import numpy as np
 from evolkv.errors import UsageError
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
-from evolkv.evolution.plan import HEURISTICS
-from evolkv.evolution.settings import StrategySettings
+from evolkv.evolution.config import Granularity
+from evolkv.evolution.space import HEURISTICS
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
@@ -57,8 +57,8 @@ class Findings:
             held_out=arguments.held_out,
             seed=seed,
         )
-        self.plan = self.trial.plan("layer")
-        self.finest = "head" if self.info.num_kv_heads > 1 else "layer"
+        self.space = self.trial.space("layer")
+        self.finest: Granularity = "head" if self.info.num_kv_heads > 1 else "layer"
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
@@ -71,19 +71,19 @@ class Findings:
                 self._search(name, "evolkv", arguments.budget, "layer", group_size=size)
         for granularity in dict.fromkeys(("layer", self.finest)):
             self._search(f"joint, {granularity}s", "joint", arguments.budget, granularity)
-        for name, budgets in self.plan.heuristics(arguments.budget).items():
+        for name, budgets in self.space.heuristics(arguments.budget).items():
             self._add(name, arguments.budget, budgets)
         lowest = None
         for budget in arguments.budgets:
             found = self._search("direct", "joint", budget, self.finest)
-            self._add("uniform", budget, self.plan.heuristics(budget)["uniform"])
+            self._add("uniform", budget, self.space.heuristics(budget)["uniform"])
             if lowest is None:
                 lowest = found
             else:
-                expanded = self.trial.plan(self.finest).completed(lowest, budget)
+                expanded = self.trial.space(self.finest).completed(lowest, budget)
                 self._add(f"expanded from {arguments.budgets[0]}", budget, expanded)
-        full = np.full((layers, self.info.num_kv_heads), self.plan.ceiling)
-        self._add("full cache", self.plan.ceiling, full)
+        full = np.full((layers, self.info.num_kv_heads), self.space.ceiling)
+        self._add("full cache", self.space.ceiling, full)
         scores = self.trial.held_out.score(np.stack([row["budgets"] for row in self.rows]))
         for row, values in zip(self.rows, scores, strict=True):
             row["score"], row["scores"] = float(values.mean()), [round(float(value), 5) for value in values]
@@ -91,13 +91,14 @@ class Findings:
         self.trial.close()
         return {"seed": self.seed, "rows": self.rows}
 
-    def _search(self, name: str, strategy: str, budget: int, granularity: str, **more: Any) -> np.ndarray:
+    def _search(self, name: str, strategy: str, budget: int, granularity: Granularity, **more: Any) -> np.ndarray:
         examples = 2 if strategy == "joint" else self.arguments.train
-        settings = StrategySettings(strategy, seed=self.seed, max_evals=self.arguments.evaluations // examples, **more)
+        most = self.arguments.evaluations // examples
+        config = replace(self.trial.config, strategy=strategy, granularity=granularity, max_evals=most, **more)
         started = time.perf_counter()
-        evolution = self.trial.evolve(settings, budget, granularity=granularity)
-        spent = sum(score is not None for entry in evolution.history for score in entry.scores or [])
-        budgets = outcome(self.trial.plan(granularity), evolution, budget)
+        evolved = self.trial.evolve(config, budget)
+        spent = sum(score is not None for entry in evolved.history for score in entry.scores or [])
+        budgets = outcome(self.trial.space(granularity), evolved, budget)
         self._add(name, budget, budgets, example_evaluations=spent, seconds=round(time.perf_counter() - started, 1))
         return budgets
 

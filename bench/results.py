@@ -27,6 +27,7 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
+from evolkv.evolution.config import Granularity
 from evolkv.models import describe_model
 from evolkv.selectors import parse_selector
 from evolkv.tasks import get_task
@@ -122,7 +123,7 @@ class Runner:
     def __init__(self, model: Any, tokenizer: Any, seed: int, arguments: SimpleNamespace):
         self.model, self.tokenizer, self.seed, self.arguments = model, tokenizer, seed, arguments
         self.budgets: list[int] = sorted(arguments.budgets)
-        self.granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
+        self.granularity: Granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
 
     def run(self, name: str, table: Table) -> list[dict[str, Any]]:
         """Return what docs/results.md needs of a table, for each protocol and metric."""

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,6 @@ from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
 from evolkv.evolution.evolve import Rotation, evolve
-from evolkv.evolution.settings import StrategySettings
 from evolkv.evolution.study import Study
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
@@ -161,21 +161,24 @@ def cost(
         trial = Trial(
             model, tokenizer, task=f"niah:context={context}", train=train, held_out=val, seed=seed, split="validation"
         )
-        plan = trial.plan(granularity)
+        config = replace(trial.config, granularity=granularity)
+        space = trial.space(granularity)
 
-        def reach(variant: str, budget: int, start: Any = None, trial: Any = trial, plan: Any = plan) -> Any:
+        def reach(
+            variant: str, budget: int, start: Any = None, trial: Any = trial, space: Any = space, config: Any = config
+        ) -> Any:
             size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
-            rotation = Rotation(train, train if variant == "all" else size, trial.seed)
+            rotation = Rotation(train, train if variant == "all" else size, config.seed)
             begun = "pyramid" if variant == "pyramid" else start
             step = 0.6 if variant == "small-step" else 1.0
-            strategy = StrategySettings("joint", seed=trial.seed).strategy(plan, budget, begun, step=step)
+            strategy = trial.strategy(config, budget, begun, step)
             counting = Counting(trial.train)
             reached: dict[str, Any] = {}
             highest = 0.0
 
             def watch(progress: SearchProgress) -> None:
                 nonlocal highest
-                candidates = [np.array(progress.budgets), plan.matrix(strategy.mean)]
+                candidates = [np.array(progress.budgets), space.matrix(strategy.mean)]
                 score = float(trial.held_out.score(np.stack(candidates)).mean(axis=1).max())
                 highest = max(highest, score)
                 for threshold in thresholds:
@@ -185,10 +188,18 @@ def cost(
                     raise Reached
 
             with contextlib.suppress(Reached):
-                evolve(plan, budget, strategy, 10**9, rotation, lambda: counting, watch)
+                evolve(
+                    strategy,
+                    budget,
+                    10**9,
+                    config=replace(config, on_progress=watch),
+                    space=space,
+                    rotation=rotation,
+                    scorer=lambda: counting,
+                )
             spent = {"evaluations": counting.evaluations, "seconds": counting.seconds}
-            facts = {"variant": variant, "seed": trial.seed, "reached": reached, "highest": highest, "spent": spent}
-            return facts, plan.matrix(strategy.mean)
+            facts = {"variant": variant, "seed": config.seed, "reached": reached, "highest": highest, "spent": spent}
+            return facts, space.matrix(strategy.mean)
 
         neighbour = None
         for variant in variants:

@@ -312,7 +312,7 @@ def test_demo_writes_profile_search_and_picture(demo):
     assert profile.mean_budget == 64
     found = json.loads((demo / "search.json").read_text())
     assert found["format"] == "evolkv.search/1"
-    assert found["evaluations"] == len(found["history"]) >= 28
+    assert found["evaluations"] == len(found["history"]) == 34
     assert (demo / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 

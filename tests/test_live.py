@@ -20,7 +20,7 @@ from evolkv.cli.budgets_map import budgets_map
 from evolkv.cli.console import Progress
 from evolkv.cli.glyphs import glyphs_for
 from evolkv.cli.live import View
-from evolkv.cli.search import show_search
+from evolkv.cli.search_command import show_search
 from evolkv.cli.standing import Standing, speed
 from evolkv.cli.watching import progress_picture
 from evolkv.evolution import SearchProgress

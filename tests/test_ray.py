@@ -63,6 +63,27 @@ def test_a_killed_worker_changes_nothing(smollm2, local, without_ray):
 
 
 @pytest.mark.model
+def test_a_terminated_search_on_workers_keeps_its_best(smollm2, tmp_path):
+    words = "search smollm2-135m --task niah:context=120 --budget 40 --train 2 --val 2 --max-evals 100000 --backend ray"
+    search = subprocess.Popen(
+        [sys.executable, "-m", "evolkv.cli", *words.split(), "--workers", "1"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in search.stderr:
+            if line.startswith("search "):
+                break
+        search.terminate()
+        _, err = search.communicate(timeout=120)
+    finally:
+        search.kill()
+    assert search.returncode == 143, err
+    assert evolkv.BudgetProfile.load(tmp_path / "profile.json").search["interrupted"] is True
+
+
+@pytest.mark.model
 def test_a_cluster_started_by_hand_with_a_second_node_serves(smollm2, local, tmp_path):
     """The head has one core and so has the other node, so that each gets a worker."""
     programs = Path(sys.executable).parent

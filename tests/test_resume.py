@@ -15,7 +15,7 @@ import pytest
 import evolkv
 from evolkv.errors import StudyError
 from evolkv.evolution import SearchProgress, search_curve
-from evolkv.evolution.study import Study, read_study
+from evolkv.evolution.study import Study, read_studies
 from tiny import KV_HEADS, LAYERS
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
@@ -55,7 +55,7 @@ def attempt(context, storage, out, seconds=None):
 def test_twenty_kills_change_neither_history_nor_profile(smollm2, tmp_path):
     # Children start from a server that has the libraries imported but has not computed anything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.evolution.session"])
+    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "optuna", "evolkv.evolution.run"])
     undisturbed = tmp_path / "undisturbed.json"
     # The first child also waits for the server.
     assert not attempt(context, tmp_path / "first.db", tmp_path / "first.json")
@@ -87,7 +87,7 @@ def killed_often(context, folder, core, whole):
 def _recorded(storage):
     """What a study holds after a kill; before its settings were written there is none, and nothing to lose."""
     try:
-        return read_study(str(storage), "killed").stages.get("budget 40", [])
+        return read_studies(str(storage), "killed")[0].stages.get("budget 40", [])
     except StudyError:
         return []
 
@@ -101,7 +101,7 @@ def finished(small, tmp_path_factory):
 
 def test_a_study_holds_every_candidate(finished):
     storage, _, result = finished
-    recorded = [entry for generation in read_study(storage).stages["budget 40"] for entry in generation]
+    recorded = [entry for generation in read_studies(storage)[0].stages["budget 40"] for entry in generation]
     assert len(recorded) == 12
     for entry, row in zip(recorded, result.history, strict=True):
         assert (entry.budgets, entry.fitness, entry.score, entry.scores) == (
@@ -125,9 +125,9 @@ def test_a_finished_search_is_not_searched_again(small, finished):
 
 def test_a_finished_search_goes_on_with_more_candidates(small, finished):
     storage, settings, result = finished
-    assert read_study(storage).facts["max_evals"] == 12
+    assert read_studies(storage)[0].facts["max_evals"] == 12
     more = evolkv.search(*small, storage=storage, **{**settings, "max_evals": 20})
-    assert read_study(storage).facts["max_evals"] == 20
+    assert read_studies(storage)[0].facts["max_evals"] == 20
     assert more.evaluations == 20
     assert more.history[:12] == result.history
 
@@ -161,7 +161,7 @@ def test_a_study_in_use_is_refused(small, finished):
     storage, settings, _ = finished
     context = multiprocessing.get_context("spawn")
     holding, release = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(storage, read_study(storage).settings, holding, release))
+    process = context.Process(target=_hold, args=(storage, read_studies(storage)[0].settings, holding, release))
     process.start()
     try:
         assert holding.wait(60)
@@ -193,7 +193,7 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(small, tmp_path):
     assert sum(result.seconds for result in curve.results) < curve.seconds
     again = search_curve(*small, **settings)
     assert again.points == curve.points
-    stages = read_study(settings["storage"]).stages
+    stages = read_studies(settings["storage"])[0].stages
     for result in again.results:
         # What was recorded took the time that it took.
         recorded = sum(entry.seconds for part in stages[f"budget {result.profile.budget}"] for entry in part)

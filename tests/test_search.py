@@ -13,7 +13,7 @@ from evolkv.errors import BudgetError, StudyError, UsageError
 from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evolution import SearchProgress, search_curve
-from evolkv.evolution.study import read_study
+from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector, parse_selector
 from evolkv.tasks import get_task
@@ -206,7 +206,7 @@ def test_interruption_after_validation_keeps_the_choice(small, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evolkv.evolution.session.kept_positions", stop)
+    monkeypatch.setattr("evolkv.evolution.run.kept_positions", stop)
     found = evolkv.search(*small, **{**SETTINGS, "max_evals": 14})
     assert found.interrupted
     assert found.kept is None
@@ -259,7 +259,7 @@ def test_unusable_settings_are_refused_in_one_line_and_block_no_study(small, tmp
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     # A study without a generation takes other settings.
-    assert not storage.exists() or not read_study(storage).stages
+    assert not storage.exists() or not read_studies(storage)[0].stages
 
 
 @pytest.mark.parametrize(("most", "expected"), [(GENERATION + 1, GENERATION), (2 * GENERATION, 2 * GENERATION), (3, 3)])

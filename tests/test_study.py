@@ -21,17 +21,29 @@ import pytest
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
+from evolkv.claims import ClaimedError
 from evolkv.cli import main
 from evolkv.errors import RunError, StudyError
+from evolkv.evolution.lease import LEASE, Lease
+from evolkv.evolution.location import locate
 from evolkv.evolution.result import Evaluation
-from evolkv.evolution.storage import LEASE, Lease, _AppendLock, close_storage, locate, open_storage
-from evolkv.evolution.study import Study, read_studies, read_study, storage_url
+from evolkv.evolution.storage import _AppendLock, close_storage, open_storage
+from evolkv.evolution.study import Study, read_studies
 
 SETTINGS = {"model": {"fingerprint": "abc"}, "task": "niah:context=1600", "budget": 128, "sigma": 0.1 + 0.2, "seed": 0}
 SETTINGS |= {"floor": 33, "ceiling": 1600}
 STAGE = "budget 128"
 #: Children share the modules that are loaded here; none of them computes anything.
 PROCESSES = multiprocessing.get_context("fork")
+
+
+def read_study(path, name=None):
+    (found,) = read_studies(path, name)
+    return found
+
+
+def storage_url(path):
+    return locate(path).url
 
 
 @pytest.fixture(scope="session")
@@ -343,31 +355,31 @@ def test_studies_begun_at_once_in_one_new_file_all_begin(new_path, start):
 
 @pytest.fixture
 def shared(tmp_path, tables):
-    """A database and a study in it, as on a server: (storage, study id, location, name)."""
+    """A database and a study in it, as on a server: (storage, study id, location)."""
     path = tmp_path / "study.db"
     shutil.copy(tables, path)
     record(path, 1)
     storage = open_storage(locate(path), create=True)
-    yield storage, storage.get_study_id_from_name("search"), locate(path), "search"
+    yield storage, storage.get_study_id_from_name("search"), locate(path)
     close_storage(storage)
 
 
 def take(location, study_id, held):
-    Lease(open_storage(location, create=True), study_id, location, "search", settle=0)
+    Lease(open_storage(location, create=True), study_id, settle=0)
     held.set()
     time.sleep(600)
 
 
 def test_a_lease_is_refused_while_another_process_holds_it_and_free_once_that_is_killed(shared, start):
-    storage, study_id, location, _ = shared
+    storage, study_id, location = shared
     held = PROCESSES.Event()
     holder = start(take, location, study_id, held)
     assert held.wait(30)
-    with pytest.raises(StudyError, match=f"in use by process {holder.pid} "):
-        Lease(*shared, settle=0)
+    with pytest.raises(ClaimedError, match=f"process {holder.pid} "):
+        Lease(*shared[:2], settle=0)
     holder.kill()
     holder.join()
-    Lease(*shared, settle=0).release()
+    Lease(*shared[:2], settle=0).release()
     assert storage.get_study_user_attrs(study_id)[LEASE] is None
 
 
@@ -375,35 +387,35 @@ def test_a_lease_of_another_machine_lasts_until_it_is_no_longer_renewed(shared):
     storage, study_id, *_ = shared
     theirs = {"id": "0", "host": "elsewhere", "pid": 1, "since": "today", "started": 0.0}
     storage.set_study_user_attr(study_id, LEASE, {**theirs, "seen": time.time() - 50})
-    with pytest.raises(StudyError, match="process 1 on elsewhere since today"):
-        Lease(*shared, settle=0)
+    with pytest.raises(ClaimedError, match="process 1 on elsewhere since today"):
+        Lease(*shared[:2], settle=0)
     storage.set_study_user_attr(study_id, LEASE, {**theirs, "seen": time.time() - 70})
-    Lease(*shared, settle=0).release()
+    Lease(*shared[:2], settle=0).release()
 
 
 def test_a_lease_is_renewed(shared):
     storage, study_id, *_ = shared
     seen = lambda: storage.get_study_user_attrs(study_id)[LEASE]["seen"]  # noqa: E731
-    lease = Lease(*shared, seconds=0.4, settle=0)
+    lease = Lease(*shared[:2], seconds=0.4, settle=0)
     taken, patience = seen(), time.monotonic() + 60
     # A renewal comes each quarter of the time: after more than all of it the lease is there by its renewals alone.
     while seen() < taken + 0.4:
         assert time.monotonic() < patience
         time.sleep(0.01)
-    with pytest.raises(StudyError, match="in use"):
-        Lease(*shared, settle=0)
+    with pytest.raises(ClaimedError, match="in use"):
+        Lease(*shared[:2], settle=0)
     lease.check()
     lease.release()
 
 
 def test_who_lost_its_lease_is_told(shared, monkeypatch):
     storage, study_id, *_ = shared
-    lease = Lease(*shared, settle=0)
+    lease = Lease(*shared[:2], settle=0)
     theirs = {"id": "0", "host": "elsewhere", "pid": 1, "since": "today", "started": 0.0, "seen": time.time() + 60}
     storage.set_study_user_attr(study_id, LEASE, theirs)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 40)
-    with pytest.raises(StudyError, match="process 1 on elsewhere"):
+    with pytest.raises(ClaimedError, match="process 1 on elsewhere"):
         lease.check()
     lease.release()
     assert storage.get_study_user_attrs(study_id)[LEASE] == theirs
@@ -559,7 +571,7 @@ def test_a_database_that_another_program_holds_is_reported(tmp_path, tables, mon
     path = tmp_path / "study.db"
     shutil.copy(tables, path)
     record(path, 1)
-    monkeypatch.setattr("evolkv.evolution.storage._PATIENCE", 0.01)
+    monkeypatch.setattr("evolkv.evolution.storage.SQLITE_PATIENCE", 0.01)
     with Study.open(path, "search", SETTINGS) as study:
         other = sqlite3.connect(path)
         other.execute("BEGIN EXCLUSIVE")
@@ -657,7 +669,7 @@ def test_a_candidate_that_was_tampered_with_is_named(tmp_path, key, value):
     trial.user_attrs["generation"] = 2
     storage.create_new_trial(study_id, trial)
     close_storage(storage)
-    with pytest.raises(StudyError, match=rf"damaged: trial 2, candidate 3.{key}"):
+    with pytest.raises(StudyError, match=rf"damaged: trial 2, candidates\[3\]\.{key}"):
         read_study(path)
 
 

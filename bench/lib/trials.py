@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+from dataclasses import replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
-from evolkv.evolution.evolve import Evolution, Rotation, evolve
-from evolkv.evolution.plan import Plan
-from evolkv.evolution.progress import OnProgress
-from evolkv.evolution.settings import Start, StrategySettings
-from evolkv.selectors import get_selector
+from evolkv.evolution import STRATEGIES, SearchConfig
+from evolkv.evolution.config import Granularity
+from evolkv.evolution.evolve import Evolved, Rotation, evolve
+from evolkv.evolution.run import Run
+from evolkv.evolution.space import SearchSpace, Start
+from evolkv.evolution.strategies import Strategy
 from evolkv.tasks import get_task
 from evolkv.tasks.base import Split
 
@@ -46,34 +47,20 @@ class Trial:
         selector: Any = "snapkv",
         split: Split = "report",
     ):
-        self.seed = seed
+        self.config = SearchConfig(task=task, selector=selector, train=train, val=1, seed=seed)
         self._backend = LocalBackend(model, tokenizer)
-        self._given = {"model": model, "tokenizer": tokenizer, "task": get_task(task), "train": train, "seed": seed}
-        self._given["selector"] = get_selector(selector)
-        self._plans: dict[str, Plan] = {}
+        self._run = Run(model, tokenizer, self.config)
         self._held_out = get_task(task).examples(split, held_out, tokenizer, seed)
+        self.space = cache(self._space)
 
-    def plan(self, granularity: str) -> Plan:
-        """The settings of a search over layers or heads."""
-        if granularity not in self._plans:
-            self._plans[granularity] = Plan(
-                **self._given,
-                granularity=granularity,
-                metric="logprob",
-                engine="replay",
-                val=1,
-                floor=None,
-                ceiling=None,
-                lam=0.3,
-                gamma=0.2,
-                backend=lambda: self._backend,
-            )
-        return self._plans[granularity]
+    def _space(self, granularity: Granularity) -> SearchSpace:
+        config = replace(self.config, granularity=granularity)
+        return SearchSpace(self._run.model, self._run.selector, config, self._run.space.longest)
 
     @cached_property
     def train(self) -> Engine:
         """Scores on the training examples."""
-        return self._engine(self.plan("layer").train)
+        return self._engine(self._run.train)
 
     @cached_property
     def held_out(self) -> Engine:
@@ -81,33 +68,25 @@ class Trial:
         return self._engine(self._held_out)
 
     def _engine(self, examples: Any) -> Engine:
-        plan = self.plan("layer")
-        return ShardedEngine(self._backend, examples, plan.selector, plan.metric, plan.ceiling)
+        return ShardedEngine(self._backend, examples, self._run.selector, self.config.metric, self._run.space.ceiling)
 
-    def evolve(
-        self,
-        strategy: StrategySettings,
-        budget: int,
-        *,
-        granularity: str = "layer",
-        start: Start = None,
-        step: float = 1.0,
-        scorer: Callable[[], Engine] | None = None,
-        report: OnProgress | None = None,
-    ) -> Evolution:
-        """One search; `scorer` and `report` take the place of scoring on `train`, and of silence."""
-        plan = self.plan(granularity)
-        plan.check(budget)
-        examples = len(plan.train)
-        size = strategy.examples_per_generation(plan.metric, examples)
+    def strategy(self, config: SearchConfig, budget: int, start: Start = None, step: float = 1.0) -> Strategy:
+        """The strategy of a search at a budget."""
+        space = self.space(config.granularity)
+        total = config.evaluations(space.shape)
+        return STRATEGIES[config.strategy].from_config(config, space, budget, start, total, step)
+
+    def evolve(self, config: SearchConfig, budget: int) -> Evolved:
+        """One search, scored on `train`."""
+        space = self.space(config.granularity)
         return evolve(
-            plan,
+            self.strategy(config, space.check(budget)),
             budget,
-            strategy.strategy(plan, budget, start, step=step),
-            strategy.evaluations(plan.shape),
-            Rotation(examples, size, self.seed),
-            scorer or (lambda: self.train),
-            report or (lambda progress: None),
+            config.evaluations(space.shape),
+            config=config,
+            space=space,
+            rotation=Rotation(config.train, config.examples_per_generation, config.seed),
+            scorer=lambda: self.train,
         )
 
     def close(self) -> None:
@@ -118,7 +97,7 @@ class Trial:
         self._backend.close()
 
 
-def outcome(plan: Plan, evolution: Evolution, budget: int) -> np.ndarray:
+def outcome(space: SearchSpace, evolved: Evolved, budget: int) -> np.ndarray:
     """What a search came to at exactly the target total, ``[layers, kv_heads]``: the mean if there is one."""
-    found = evolution.mean if evolution.mean is not None else np.array(evolution.best.budgets)
-    return plan.completed(found, budget)
+    budgets = evolved.mean if evolved.mean is not None else np.array(evolved.best.budgets)
+    return space.completed(budgets, budget)

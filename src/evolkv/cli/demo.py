@@ -12,7 +12,6 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust, to_write
-from evolkv.cli.search import show_search
 from evolkv.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ def demo(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile on an embedded model, compare it on held-out examples, and write it all down."""
+    from evolkv.cli.search_command import show_search
     from evolkv.demo import check_demo, run_demo
     from evolkv.report.tables import results_table
     from evolkv.tasks import get_task

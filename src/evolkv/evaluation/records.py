@@ -12,16 +12,17 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from evolkv.claims import ClaimedError, FileClaim
 from evolkv.errors import RunError, UsageError
+from evolkv.schemas import checked, differences
 from evolkv.version import __version__
 
 FORMAT = "evolkv.records/1"
@@ -74,7 +75,7 @@ class TaskSettings(_Checked):
 
 
 class Settings(_Checked):
-    """What identifies an evaluation. Methods go by `label`, tasks by their spec.
+    """The settings that identify an evaluation. Methods go by `label`, tasks by their spec.
 
     `prefill_chunk` is the number of tokens in which prompts were read, None for all at once.
     """
@@ -150,12 +151,12 @@ class Records:
     @cached_property
     def named(self) -> dict[str, set[str]]:
         """Names of the examples that the settings speak of, by task."""
-        return {task: set(known.examples) for task, known in self.settings.tasks.items()}
+        return {task: set(each.examples) for task, each in self.settings.tasks.items()}
 
     def complete(self, task: str) -> list[ByMethod]:
         """The examples of a task that all methods are done with, in the order of the settings."""
-        known = [self.examples.get((task, name), {}) for name in self.settings.tasks[task].examples]
-        return [found for found in known if len(found) == len(self.settings.methods)]
+        rows = [self.examples.get((task, name), {}) for name in self.settings.tasks[task].examples]
+        return [by_method for by_method in rows if len(by_method) == len(self.settings.methods)]
 
     def put(self, record: Record) -> None:
         """Add a record, or let the one that is there stand."""
@@ -189,7 +190,13 @@ class RecordLog:
         with contextlib.ExitStack() as undo, _reporting(path, opening=True):
             target = Path(os.path.realpath(path))
             target.parent.mkdir(parents=True, exist_ok=True)
-            undo.enter_context(_claim(path, target))
+            try:
+                claim = FileClaim(target.with_name(f"{target.name}.lock"))
+            except ClaimedError as owner:
+                raise UsageError(
+                    f"{path} is in use by another evaluation, {owner}; wait for it, or give another --records"
+                ) from None
+            undo.callback(claim.release)
             whole, records = _recorded(path, target)
             if records is not None:
                 _check_settings(path, records.settings, settings)
@@ -203,7 +210,7 @@ class RecordLog:
             return log
 
     def has(self, task: str, example: str) -> bool:
-        """Whether all methods are done with an example."""
+        """True if all methods are done with an example."""
         return len(self.records.examples.get((task, example), {})) == len(self.records.settings.methods)
 
     def add(self, records: Sequence[Record]) -> None:
@@ -215,8 +222,8 @@ class RecordLog:
         with self._lock:
             if self._closed:
                 return
-            known = self.records.examples
-            fresh = [each for each in records if each.label not in known.get((each.task, each.example), {})]
+            recorded = self.records.examples
+            fresh = [each for each in records if each.label not in recorded.get((each.task, each.example), {})]
             if self._path is not None and fresh:
                 with _reporting(self._path):
                     self._append(record.model_dump() for record in fresh)
@@ -249,12 +256,12 @@ def metrics_of(records: Iterable[Record]) -> str:
 
 
 def sha256(text: str) -> str:
-    """Of a text in UTF-8, hexadecimal."""
+    """Return the SHA-256 of a text in UTF-8, hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the scores."""
+    """Return the versions of what computes the scores."""
     import torch
     import transformers
 
@@ -302,15 +309,15 @@ def _recorded(path: str | os.PathLike[str], target: Path) -> tuple[int, Records 
 
 def _header(path: str | os.PathLike[str], line: bytes) -> Settings:
     try:
-        found = json.loads(line)
+        header = json.loads(line)
     except (ValueError, RecursionError):
         raise _not_records(path) from None
-    form = found.get("format") if isinstance(found, dict) else None
+    form = header.get("format") if isinstance(header, dict) else None
     if isinstance(form, str) and form.startswith("evolkv.records/") and form != FORMAT:
         raise UsageError(f"{path}: has the format {form[:80]!r}, this EvolKV reads {FORMAT!r}; update EvolKV")
     if form != FORMAT:
         raise _not_records(path)
-    settings: Settings = _checked(Settings, f"{path} line 1: settings", found.get("settings"))
+    settings: Settings = checked(Settings, f"{path} line 1: settings", header.get("settings"))
     return settings
 
 
@@ -319,25 +326,16 @@ def _take(where: str, line: bytes, records: Records) -> None:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error}); delete the line, and its example is evaluated again") from None
-    record: Record = _checked(Record, where, data)
+    record: Record = checked(Record, where, data)
     settings = records.settings
     if record.example not in records.named.get(record.task, ()):
         raise UsageError(f"{where}: example {record.example!r} of {record.task!r} is not among those of the header")
     if record.label not in settings.methods:
         raise UsageError(f"{where}: method {record.label!r} is not among those of the header")
-    known = records.examples.get((record.task, record.example), {}).get(record.label)
-    if known is not None and known != record:
+    before = records.examples.get((record.task, record.example), {}).get(record.label)
+    if before is not None and before != record:
         raise UsageError(f"{where}: {record.label} on {record.example} was on record before, and not the same")
     records.put(record)
-
-
-def _checked(kind: type[Any], where: str, data: Any) -> Any:
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{where}{place and f': {place}'}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 
 def _not_records(path: str | os.PathLike[str]) -> UsageError:
@@ -345,57 +343,13 @@ def _not_records(path: str | os.PathLike[str]) -> UsageError:
 
 
 def _check_settings(path: str | os.PathLike[str], before: Settings, now: Settings) -> None:
-    different = differences(before, now)
+    different = differences(before.model_dump(), now.model_dump(), "the records have", whole=("methods", "tasks"))
     if different:
-        shown = [f"{key}: the records have {old}, now {new}" for key, old, new in different[:_MOST_DIFFERENCES]]
-        more = f"; and {len(different) - len(shown)} more" if len(different) > len(shown) else ""
+        more = f"; and {len(different) - _MOST_DIFFERENCES} more" if len(different) > _MOST_DIFFERENCES else ""
         raise UsageError(
-            f"{path} was begun with other settings ({'; '.join(shown)}{more}); use the same settings to continue it, "
-            "or give another --records, or delete it to begin anew"
+            f"{path} was begun with other settings ({'; '.join(different[:_MOST_DIFFERENCES])}{more}); use the same "
+            "settings to continue it, or give another --records, or delete it to begin anew"
         )
-
-
-def differences(before: Settings, now: Settings) -> list[tuple[str, str, str]]:
-    """Settings that differ: their name, and what they are in each, "nothing" where they are missing."""
-    old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
-    keys = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
-    return [(key, _shown(old, key), _shown(new, key)) for key in keys]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        # A method or task that is missing altogether is one difference.
-        if isinstance(value, dict) and value and prefix not in ("methods.", "tasks."):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    if key not in settings:
-        return "nothing"
-    text = json.dumps(settings[key], ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-@contextlib.contextmanager
-def _claim(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
-    """The right to write to a file of records. The operating system ends it with the process."""
-    file = target.with_name(f"{target.name}.lock")
-    lock = FileLock(file, thread_local=False)
-    try:
-        lock.acquire(timeout=0.3)
-    except Timeout:
-        if not file.exists():
-            raise UsageError(f"records {path} cannot be written: no lock beside it can be; give another path") from None
-        raise UsageError(f"{path} is in use by another evaluation; wait for it, or give another --records") from None
-    try:
-        yield
-    finally:
-        # While the lock is held: one who opened the file before finds that it is gone, and begins anew.
-        with contextlib.suppress(OSError):
-            file.unlink()
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -1,51 +1,33 @@
-"""Where replay runs, by name; and one backend for several searches in turn."""
+"""The backend of a search, by name; and one backend for several searches in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.errors import UsageError
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import Backend, Request, Sharing
-from evolkv.numbers import is_whole
-from evolkv.registry import unknown_name
+from evolkv.evolution.config import SearchConfig
 from evolkv.selectors import Selector
 
-BackendName = Literal["local", "ray"]
 
-
-def backend_maker(
-    model: PreTrainedModel, tokenizer: Any, name: BackendName | Callable[[], Backend], workers: int | None, engine: str
-) -> Callable[[], Backend]:
-    """What makes the backend of a search when it is first needed; arguments as for `evolkv.search`.
-
-    Raises:
-        UsageError: for an unknown name, or settings that do not go together.
-    """
-    if workers is not None and (not is_whole(workers) or workers < 1):
-        raise UsageError(f"--workers is {workers!r}; use a whole number, at least one")
-    if name == "local":
-        return lambda: LocalBackend(model, tokenizer, workers)
-    if name != "ray" and not callable(name):
-        raise unknown_name("backend", name, ("local", "ray"))
-    if engine == "naive":
-        raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
-    if callable(name):
-        return name
+def make_backend(model: PreTrainedModel, tokenizer: Any, config: SearchConfig) -> Backend:
+    """Return the backend that a search asks for."""
+    if callable(config.backend):
+        return config.backend()
+    if config.backend == "local":
+        return LocalBackend(model, tokenizer, config.workers)
     from evolkv.evaluation.on_ray import RayBackend
 
-    return lambda: RayBackend(model, tokenizer, workers)
+    return RayBackend(model, tokenizer, config.workers)
 
 
 class SharedBackend:
     """A backend that several searches on the same examples use in turn: each prompt is prefilled once for all.
-
-    A search closes what it was lent; `close` ends the backend itself.
 
     Args:
         make: makes the backend when it is first needed.
@@ -54,33 +36,31 @@ class SharedBackend:
 
     def __init__(self, make: Callable[[], Backend], selectors: Sequence[Selector]):
         self._make, self._selectors = make, tuple(selectors)
-        self._backend: Backend | None = None
+        self._made: Backend | None = None
 
-    def lend(self) -> Backend:
-        """The backend, for one of the searches."""
-        if self._backend is None:
-            self._backend = self._make()
-        return _Lent(self._backend, self._selectors)
-
-    def close(self) -> None:
-        """Ends the workers."""
-        if self._backend is not None:
-            self._backend.close()
-
-
-class _Lent:
-    def __init__(self, backend: Backend, selectors: tuple[Selector, ...]):
-        self._backend, self._selectors = backend, selectors
+    @property
+    def _backend(self) -> Backend:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     def sharing(self, shards: int) -> Sharing:
+        """Say who shares the memory of a machine or device, of so many shards in all."""
         return self._backend.sharing(shards)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
+        """Answer requests, and have their prompts ranked by all selectors at once."""
         shared = [replace(each, shard=replace(each.shard, rankings=self._selectors)) for each in requests]
         return self._backend.run(shared, on_step)
 
     def forget(self, keys: Sequence[str]) -> None:
+        """Free the prefill of shards."""
         self._backend.forget(keys)
 
     def close(self) -> None:
-        """Nothing: the next search goes on with it."""
+        """Do nothing: the next search goes on with it."""
+
+    def end(self) -> None:
+        """End the workers."""
+        if self._made is not None:
+            self._made.close()

@@ -1,4 +1,4 @@
-"""The choice: of what was evolved and what needs no search, on examples that the search never saw."""
+"""The choice among evolved allocations and those that need no search, on examples that the search never saw."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ import numpy as np
 
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.intervals import ci95
-from evolkv.evolution.plan import NOT_EVOLVED
 from evolkv.evolution.result import Validated, as_lists
+from evolkv.evolution.space import NOT_EVOLVED
 
 # Two allocations whose scores differ by no more than rounding are equal.
 _DIGITS = 4
 
 
 def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
-    """Scores the allocations of several choices at once, and puts the one to choose first; see `ranked`.
+    """Score the allocations of several choices at once, and put the one to choose first; see `ranked`.
 
     Args:
         engine: over the validation examples.
         choices: by name of the choice, allocations ``[layers, kv_heads]`` by name.
     """
     scores = engine.score(np.stack([budgets for part in choices.values() for budgets in part.values()]))
-    found, start = {}, 0
+    validated, start = {}, 0
     for name, part in choices.items():
-        found[name] = ranked(part, scores[start : start + len(part)])
+        validated[name] = ranked(part, scores[start : start + len(part)])
         start += len(part)
-    return found
+    return validated
 
 
 def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated]:
-    """Allocations with their scores ``[choices, examples]``, best first; of equals what did not have to be evolved."""
+    """Return allocations with their scores, best first; on a tie the one that needed no search comes first.
+
+    Args:
+        choices: allocations by name.
+        scores: theirs, ``[choices, examples]``.
+    """
     rows = [
         Validated(
             name,
@@ -48,5 +53,5 @@ def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated
 
 
 def rows_from(data: list[dict[str, Any]]) -> list[Validated]:
-    """What `as_rows` made of them, back again."""
+    """Return allocations from the rows that `as_rows` made of them."""
     return [Validated(**{**row, "ci95": tuple(row["ci95"])}) for row in data]

@@ -12,10 +12,11 @@ import numpy as np
 from evolkv.errors import StudyError
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.shards import SHARD_SIZE
+from evolkv.evolution.config import SearchConfig
 from evolkv.evolution.objective import cache_score, fitness
-from evolkv.evolution.plan import Plan
-from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, as_lists
+from evolkv.evolution.space import SearchSpace
 from evolkv.evolution.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """What one search came to.
+class Evolved:
+    """The outcome of one search, before the choice on unseen examples.
 
     Args:
         history: every candidate, in order of evaluation.
@@ -42,7 +43,7 @@ class Evolution:
 
 
 class Rotation:
-    """Which training examples each generation is scored on: a few at a time, all of them in turn.
+    """The training examples that each generation is scored on: a few at a time, all of them in turn.
 
     A generation's candidates are compared on the same examples, so what is noise between examples is not noise
     between them. The order is drawn anew for every round, and neighbours in it come from different shards, so that
@@ -60,11 +61,11 @@ class Rotation:
 
     @property
     def everything(self) -> bool:
-        """Whether each generation is scored on all examples."""
+        """True if each generation is scored on all examples."""
         return self.size == self.examples
 
     def __call__(self, generation: int) -> list[int]:
-        """The numbers of a generation's examples, ascending."""
+        """Return the numbers of a generation's examples, ascending."""
         turn, place = divmod(generation, self.examples // self.size)
         order = np.random.default_rng([self.seed, turn]).permutation(self.examples).tolist()
         met: dict[int, int] = {}
@@ -77,30 +78,30 @@ class Rotation:
 
 
 def evolve(
-    plan: Plan,
-    budget: int,
     strategy: Strategy,
+    budget: int,
     total: int,
+    *,
+    config: SearchConfig,
+    space: SearchSpace,
     rotation: Rotation,
     scorer: Callable[[], Engine],
-    report: OnProgress,
     study: Study | None = None,
-) -> Evolution:
-    """Runs a strategy until it is done, or its next generation would be more than `total` candidates.
+) -> Evolved:
+    """Run a strategy until it is done, or its next generation would be more than `total` candidates.
 
     A generation that is cut short teaches a strategy nothing, so only the first one can be: where `total` is less.
-
     Generations that the study holds are told to the strategy again instead of being scored, which brings it to where
     it was. KeyboardInterrupt ends the search early.
 
     Args:
-        plan: the search's settings.
-        budget: the target, in cache entries per KV head.
         strategy: proposes candidates.
+        budget: the target, in cache entries per KV head.
         total: candidates to evaluate at most.
+        config: the settings of the search.
+        space: the budgets to choose from.
         rotation: which examples each generation is scored on.
         scorer: the engine over the training examples; asked for only if something has to be scored.
-        report: called after each generation.
         study: where generations are recorded.
 
     Raises:
@@ -119,7 +120,7 @@ def evolve(
             if done + len(proposed) > total and done:
                 break
             # Of a search shorter than one generation that is all there is.
-            population = [plan.matrix(candidate) for candidate in proposed[:total]]
+            population = [space.matrix(candidate) for candidate in proposed[:total]]
             if generation < len(recorded):
                 evaluations = recorded[generation]
                 if [entry.budgets for entry in evaluations] != [as_lists(candidate) for candidate in population]:
@@ -143,9 +144,9 @@ def evolve(
                     evaluations.append(
                         Evaluation(
                             as_lists(candidate),
-                            float(fitness(score, spent, budget, lam=plan.lam, gamma=plan.gamma)),
+                            float(fitness(score, spent, budget, lam=config.lam, gamma=config.gamma)),
                             score,
-                            float(cache_score(spent, budget, gamma=plan.gamma)),
+                            float(cache_score(spent, budget, gamma=config.gamma)),
                             generation,
                             by_example,
                             took,
@@ -158,7 +159,7 @@ def evolve(
             leader.add(evaluations)
             done += len(evaluations)
             best, score = leader.standing()
-            report(
+            config.report(
                 SearchProgress(
                     "search",
                     done,
@@ -175,27 +176,30 @@ def evolve(
         interrupted = True
     if not leader.history:
         raise KeyboardInterrupt
-    mean = None if strategy.mean is None else plan.matrix(strategy.mean)
-    return Evolution(leader.history, leader.finalist(), mean, interrupted, recorded_seconds)
+    mean = None if strategy.mean is None else space.matrix(strategy.mean)
+    return Evolved(leader.history, leader.finalist(), mean, interrupted, recorded_seconds)
 
 
 def stage_name(budget: int) -> str:
-    """What a study calls the search at a budget."""
+    """Return a study's name for the search at a budget."""
     return f"budget {budget}"
 
 
 class _Leader:
-    """The best so far. Fitness on different examples cannot be compared: there, the distribution's mean leads."""
+    """The best so far.
+
+    Fitness on different examples cannot be compared. There the distribution's mean leads, the first candidate of each
+    generation of a strategy with `mean_first`.
+    """
 
     def __init__(self, rotation: Rotation):
         self.rotation = rotation
         self.history: list[Evaluation] = []
         self.entry: Evaluation
         self._latest: dict[int, float] = {}
-        self._cache_score = 1.0
 
     def add(self, evaluations: list[Evaluation]) -> None:
-        """Takes in a generation, the mean of whose distribution stands first."""
+        """Take in a generation."""
         if self.rotation.everything:
             fittest = max(evaluations, key=lambda entry: entry.fitness)
             if not self.history or fittest.fitness > self.entry.fitness:
@@ -206,14 +210,14 @@ class _Leader:
         self.history += evaluations
 
     def standing(self) -> tuple[float, float]:
-        """Fitness and score of the leader, each example counted as last seen."""
+        """Return fitness and score of the leader, each example counted as last seen."""
         if self.rotation.everything:
             return self.entry.fitness, self.entry.score
         score = float(np.mean(list(self._latest.values())))
         return score * self.entry.fitness / self.entry.score if self.entry.score else score, score
 
     def finalist(self) -> Evaluation:
-        """The candidate to put forward: of the last quarter, the one furthest ahead of the mean beside it."""
+        """Return the candidate to put forward: of the last quarter, the one furthest ahead of the mean beside it."""
         if self.rotation.everything:
             return self.entry
         means: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Which parts of a prompt a profile keeps, for one example, in a form that can be drawn."""
+"""The parts of a prompt that a profile keeps, for one example, in a form that can be drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kept_positions(
     profile: BudgetProfile,
     prefill_chunk: int | None = None,
 ) -> dict[str, Any]:
-    """The share of each stretch of a prompt that each layer keeps; `prefill_chunk` as for `CompressedCache`.
+    """Return the share of each stretch of a prompt that each layer keeps; `prefill_chunk` as for `CompressedCache`.
 
     Returns:
         ``example`` (its id), ``tokens`` (the prompt's length), ``bin`` (tokens per stretch) and ``share``: for each

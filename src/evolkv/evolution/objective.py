@@ -1,4 +1,4 @@
-"""What evolution maximises (arXiv 2509.08315, Eq. 1–2)."""
+"""The fitness that evolution maximises (arXiv 2509.08315, Eq. 1–2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search says about where it stands."""
+"""The progress of a search, as it reports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Stage = Literal["prefill", "search", "validation"]
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """Where a search stands.
+    """The progress of a search.
 
     Args:
         stage: what it is doing.
@@ -24,7 +24,7 @@ class SearchProgress:
         fitness: highest fitness in the latest generation, or None.
         generation: the latest generation, or None.
         budget: the target, where several are searched.
-        selector: the ranking under which is searched, where there are several.
+        selector: the one that the search runs under, where there are several.
     """
 
     stage: Stage

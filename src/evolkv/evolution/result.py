@@ -1,4 +1,4 @@
-"""What a search returns."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Validated:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Args:
         profile: the allocation chosen on the validation examples (after an interruption: what evolution had come to).
@@ -95,7 +95,7 @@ class SearchResult:
     rivals: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a ``--json`` file."""
+        """Return the content of a ``--json`` file."""
         return {
             "format": FORMAT,
             "evaluations": self.evaluations,
@@ -114,15 +114,15 @@ class SearchResult:
 
 
 def as_rows(entries: list[Any]) -> list[dict[str, Any]]:
-    """Dataclasses as plain dictionaries that JSON can hold."""
-    return [{**asdict(entry)} for entry in entries]
+    """Return dataclasses as plain dictionaries that JSON can hold."""
+    return [asdict(entry) for entry in entries]
 
 
 def as_lists(budgets: np.ndarray) -> list[list[int]]:
-    """A budgets matrix as lists of ints."""
+    """Return a budgets matrix as lists of ints."""
     return [[int(value) for value in row] for row in budgets]
 
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    """A history entry without what no two runs have in common."""
+    """Return a history entry without its time, which no two runs have in common."""
     return {key: value for key, value in row.items() if key != "seconds"}

@@ -30,7 +30,7 @@ def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, li
         UsageError: it cannot be read, or is empty.
     """
     # Takes seconds to import, and no other input needs it.
-    from evolkv.evolution.storage import locate
+    from evolkv.evolution.location import locate
     from evolkv.evolution.study import read_studies
 
     records = read_studies(storage, name)

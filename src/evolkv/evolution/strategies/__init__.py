@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from evolkv.evolution.strategies.base import Strategy
 from evolkv.evolution.strategies.grouped import GroupedCMA
 from evolkv.evolution.strategies.joint import JointCMA
 from evolkv.evolution.strategies.random_search import RandomSearch
 from evolkv.registry import Registry
 
-STRATEGIES: Registry[Callable[..., Strategy]] = Registry(
+STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy", {"joint": JointCMA, "evolkv": GroupedCMA, "random": RandomSearch}
 )
 

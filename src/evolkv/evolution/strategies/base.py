@@ -1,4 +1,4 @@
-"""What a strategy is: `ask` for candidates, `tell` their fitness."""
+"""The contract of a strategy: `ask` for candidates, `tell` their fitness."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,34 +14,108 @@ from numpy.typing import ArrayLike, NDArray
 from evolkv.allocators.complete import broadcast_bounds
 from evolkv.errors import BudgetError, UsageError
 
+if TYPE_CHECKING:
+    from evolkv.evolution.config import SearchConfig
+    from evolkv.evolution.space import SearchSpace, Start
+
 Budgets = NDArray[np.int64]
 
 #: Standard deviation, in cache entries, below which a distribution has converged: samples round to its mean.
 CONVERGED = 0.5
+#: Candidates of a search whose length is not said.
+PER_VARIABLE, MOST_EVALUATIONS = 16, 1200
 
 
-class Strategy(Protocol):
-    """Proposes candidates and learns from their fitness.
+class Strategy(ABC):
+    """Proposes candidates and learns from their fitness, a generation at a time.
 
-    Same arguments and same fitness values give the same candidates, whatever else draws random numbers in the
-    process. So a search can be resumed by telling a fresh strategy the recorded fitness again.
+    A search calls `ask`, scores the candidates, calls `tell`, and so on until `done`. Same arguments and same fitness
+    give the same candidates, whatever else draws random numbers in the process. So a search is resumed by telling a
+    fresh strategy the recorded fitness again.
+
+    A subclass proposes a population in `_propose` and learns from it in `_learn`. Its constructor takes the shape of
+    the budgets and the budget, and by name sigma, population, floor, ceiling, seed and its `own_arguments`.
+
+    Attributes:
+        mean_first: whether the first candidate of each generation is the mean of the distribution, `mean`. Only such
+            a strategy can have each generation scored on other examples: the search then goes by the mean.
+        layers_only: whether it cannot search budgets per head.
+        starts_anywhere: whether it can start from other budgets than uniform ones.
+        default_sigma: initial step in the strategy's own units, for budgets per layer and per head.
+        generation: number of generations told, which is also that of the generation `ask` returns, from 0.
+        group: the layers whose mean is k̄ in `cache_score`, for the candidates that `ask` returns.
+        done: whether nothing is left to search.
     """
 
-    @property
-    def generation(self) -> int:
-        """Generations told so far, which is also the number of the generation `ask` returns, from 0."""
+    mean_first: ClassVar[bool] = False
+    layers_only: ClassVar[bool] = False
+    starts_anywhere: ClassVar[bool] = False
+    default_sigma: ClassVar[tuple[float, float]]
+    group: slice = slice(None)
 
-    @property
-    def group(self) -> slice:
-        """The layers whose mean is k̄ in `cache_score`, for the candidates that `ask` returns."""
+    def __init__(self) -> None:
+        self.generation = 0
+        self.done = False
+        self._population: list[Budgets] | None = None
+        self._best: tuple[Budgets, float] | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: SearchConfig, space: SearchSpace, budget: int, start: Start, evaluations: int, step: float
+    ) -> Strategy:
+        """Return the strategy for a search at one budget.
+
+        Args:
+            config: the settings of the search.
+            space: the budgets to choose from.
+            budget: the target.
+            start: where to start from, if it `starts_anywhere`.
+            evaluations: candidates that the search will evaluate at most.
+            step: factor on `default_sigma`.
+
+        Raises:
+            UsageError: a setting is out of its range.
+        """
+        floor, ceiling = (each[:, None] if space.by_head else each for each in (space.floors, space.ceilings))
+        sigma = step * cls.default_sigma[space.by_head] if config.sigma is None else config.sigma
+        common = {"sigma": sigma, "population": config.population, "floor": floor, "ceiling": ceiling}
+        own = cls.own_arguments(config, space.shape, evaluations)
+        if cls.starts_anywhere:
+            own["x0"] = space.start(start, budget)
+        shape = space.layers if cls.layers_only else space.shape
+        return cls(shape, budget, seed=config.seed, **common, **own)  # type: ignore[call-arg]
+
+    @classmethod
+    def own_arguments(cls, config: SearchConfig, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
+        """Return the arguments that only this strategy has; see `from_config`."""
+        return {}
+
+    @classmethod
+    def smallest(cls, config: SearchConfig, shape: tuple[int, ...]) -> int:
+        """Return the fewest candidates from which a search over budgets of a shape learns: one generation."""
+        return config.population or default_population(math.prod(shape))
+
+    @classmethod
+    def default_evaluations(cls, config: SearchConfig, shape: tuple[int, ...], share: int) -> int:
+        """Return how many candidates a search evaluates by default, in whole generations.
+
+        Args:
+            config: the settings of the search.
+            shape: of the budgets.
+            share: searches that divide the candidates, of which this is one.
+        """
+        whole = cls.smallest(config, shape)
+        return math.ceil(min(MOST_EVALUATIONS, PER_VARIABLE * math.prod(shape)) / share / whole) * whole
+
+    @classmethod
+    def identity(cls, config: SearchConfig) -> dict[str, Any]:
+        """Return what a continued search must share, as plain JSON values."""
+        return {"strategy": config.strategy, "population": config.population, "sigma": config.sigma}
 
     @property
     def mean(self) -> Budgets | None:
         """The mean of the search distribution as budgets, or None where that is not a candidate."""
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to search."""
+        return None
 
     @property
     def best(self) -> tuple[Budgets, float]:
@@ -50,6 +124,10 @@ class Strategy(Protocol):
         Raises:
             UsageError: nothing has been told yet.
         """
+        if self._best is None:
+            raise UsageError("there is no best candidate yet: ask() for candidates and tell() their fitness first")
+        budgets, fitness = self._best
+        return budgets.copy(), fitness
 
     def ask(self) -> list[Budgets]:
         """Return the candidates of the current generation, int64 of shape (L,) or (L, H).
@@ -59,39 +137,6 @@ class Strategy(Protocol):
         Raises:
             UsageError: the search is done.
         """
-
-    def tell(self, fitness: Sequence[float]) -> None:
-        """Learn the fitness, higher is better, of the candidates last asked for, in their order.
-
-        Raises:
-            UsageError: nothing was asked for, the wrong number of values, or a value that is not finite.
-        """
-
-
-class Generations(ABC):
-    """The bookkeeping that every strategy shares: one population at a time, and the best of all.
-
-    A subclass proposes a population in `_propose` and learns from it in `_learn`.
-    """
-
-    group: slice = slice(None)
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self.done = False
-        self._population: list[Budgets] | None = None
-        self._best: tuple[Budgets, float] | None = None
-
-    @property
-    def best(self) -> tuple[Budgets, float]:
-        """The fittest candidate told so far and its fitness. Of equals the first."""
-        if self._best is None:
-            raise UsageError("there is no best candidate yet: ask() for candidates and tell() their fitness first")
-        budgets, fitness = self._best
-        return budgets.copy(), fitness
-
-    def ask(self) -> list[Budgets]:
-        """Return the candidates of the current generation; the same ones until they are told."""
         if self._population is None:
             if self.done:
                 raise UsageError("the search is done: read .best, or start a new strategy with another seed")
@@ -99,7 +144,11 @@ class Generations(ABC):
         return [candidate.copy() for candidate in self._population]
 
     def tell(self, fitness: Sequence[float]) -> None:
-        """Learn the fitness, higher is better, of the candidates last asked for, in their order."""
+        """Learn the fitness, higher is better, of the candidates last asked for, in their order.
+
+        Raises:
+            UsageError: nothing was asked for, the wrong number of values, or a value that is not finite.
+        """
         population = self._population
         if population is None:
             raise UsageError("tell() without candidates: ask() for them first")
@@ -130,7 +179,7 @@ def default_population(variables: int) -> int:
 
 
 def single_allocation(floor: Budgets, ceiling: Budgets, total: int) -> bool:
-    """Whether floor, ceiling and total leave just one allocation, so that there is nothing to search."""
+    """Return whether floor, ceiling and total leave just one allocation, so that there is nothing to search."""
     return total in (floor.sum(), ceiling.sum()) or int((floor < ceiling).sum()) <= 1
 
 

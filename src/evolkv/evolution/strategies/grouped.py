@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
-    Generations,
+    Strategy,
     bounds,
     default_population,
     positive_number,
@@ -18,8 +18,14 @@ from evolkv.evolution.strategies.base import (
 )
 from evolkv.evolution.strategies.cma_es import cma_es
 
+if TYPE_CHECKING:
+    from evolkv.evolution.config import SearchConfig
 
-class GroupedCMA(Generations):
+#: Of each group, where a search's length is not said.
+GENERATIONS = 10
+
+
+class GroupedCMA(Strategy):
     """A fresh CMA-ES for each group of neighbouring layers, bottom to top; the others stay as they are best.
 
     The variables are the layer budgets of the group in units of c, started at 1. The best scheme G* and its
@@ -44,7 +50,8 @@ class GroupedCMA(Generations):
         UsageError: an argument out of its range (`BudgetError` for budget, floor and ceiling).
     """
 
-    mean = None
+    layers_only = True
+    default_sigma = (0.3, 0.3)
 
     def __init__(
         self,
@@ -69,6 +76,29 @@ class GroupedCMA(Generations):
         self._floor, self._ceiling = bounds((self.num_layers,), self.budget, floor, ceiling)
         self._scheme: Budgets = np.clip(np.full(self.num_layers, self.budget), self._floor, self._ceiling)
         self._start_group(0)
+
+    @classmethod
+    def own_arguments(cls, config: SearchConfig, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
+        """Return the size of the groups, and the generations that each gets."""
+        generations = max(1, evaluations // cls.smallest(config, shape))
+        return {"group_size": config.group_size, "generations": generations}
+
+    @classmethod
+    def smallest(cls, config: SearchConfig, shape: tuple[int, ...]) -> int:
+        """Return the candidates of one generation of every group."""
+        starts = range(0, shape[0], config.group_size)
+        sizes = [min(config.group_size, shape[0] - start) for start in starts]
+        return sum(config.population or default_population(size) for size in sizes)
+
+    @classmethod
+    def default_evaluations(cls, config: SearchConfig, shape: tuple[int, ...], share: int) -> int:
+        """Return the candidates of ten generations of every group, or of a share of them."""
+        return max(1, GENERATIONS // share) * cls.smallest(config, shape)
+
+    @classmethod
+    def identity(cls, config: SearchConfig) -> dict[str, Any]:
+        """Return what a continued search must share; here `max_evals` decides how many generations a group gets."""
+        return {**super().identity(config), "group_size": config.group_size, "max_evals": config.max_evals}
 
     def _start_group(self, start: int) -> None:
         self.group = slice(start, min(start + self.group_size, self.num_layers))

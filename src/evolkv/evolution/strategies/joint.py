@@ -13,7 +13,7 @@ from evolkv.errors import BudgetError
 from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
-    Generations,
+    Strategy,
     bounds,
     default_population,
     layers_or_heads,
@@ -27,7 +27,7 @@ from evolkv.evolution.strategies.cma_es import cma_es
 WIDENING = math.exp(0.2)
 
 
-class JointCMA(Generations):
+class JointCMA(Strategy):
     """One CMA-ES over the logarithms of all entries; every candidate is projected onto the exact total.
 
     A sample x gives weights exp(x), which `evolkv.allocators.complete` turns into budgets. So every candidate
@@ -49,12 +49,14 @@ class JointCMA(Generations):
         ceiling: the most an entry may get, likewise.
         seed: seed of the random numbers, not negative.
         x0: budgets to start from, of shape `shape`; default: uniform. They are brought to the total first.
-        diagonal: learn a variance per entry but no covariances: n numbers from few evaluations instead of
-            n (n + 1) / 2. What all entries depend on, their shared total, is left to the projection.
 
     Raises:
         UsageError: an argument out of its range (`BudgetError` for budget, floor, ceiling and x0).
     """
+
+    mean_first = True
+    starts_anywhere = True
+    default_sigma = (0.5, 0.7)
 
     def __init__(
         self,
@@ -66,7 +68,6 @@ class JointCMA(Generations):
         ceiling: ArrayLike = 1600,
         seed: int = 0,
         x0: ArrayLike | None = None,
-        diagonal: bool = True,
     ):
         super().__init__()
         self.shape = layers_or_heads(shape)
@@ -90,7 +91,9 @@ class JointCMA(Generations):
             self.sigma,
             self.population - 1,
             self.seed,
-            CMA_diagonal=diagonal,
+            # A variance per entry but no covariances: n numbers from few evaluations instead of n (n + 1) / 2. What
+            # all entries depend on, their shared total, is left to the projection.
+            CMA_diagonal=True,
             maxstd=self._widest,
         )
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from evolkv.allocators import complete
 from evolkv.evolution.strategies.base import (
     Budgets,
-    Generations,
+    Strategy,
     bounds,
     default_population,
     layers_or_heads,
@@ -20,7 +20,7 @@ from evolkv.evolution.strategies.base import (
 )
 
 
-class RandomSearch(Generations):
+class RandomSearch(Strategy):
     """Independent log-normal weights around uniform, each projected onto the exact total.
 
     The very first candidate is the uniform allocation itself. The search learns nothing from fitness, and is
@@ -39,7 +39,7 @@ class RandomSearch(Generations):
         UsageError: an argument out of its range (`BudgetError` for budget, floor and ceiling).
     """
 
-    mean = None
+    default_sigma = (1.0, 1.0)
 
     def __init__(
         self,

@@ -1,0 +1,215 @@
+"""The work of `evolkv search`: check, load the model, search, write, print."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from evolkv.budgets import read_budgets
+from evolkv.cli import console
+from evolkv.cli.arguments import sibling
+from evolkv.cli.options import ModelOptions, files
+from evolkv.cli.tables import curve_table, print_whole, validation_table
+from evolkv.errors import UsageError
+from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
+from evolkv.evolution.curve import run_curve
+from evolkv.evolution.location import locate
+from evolkv.evolution.run import run_search
+from evolkv.evolution.space import HEURISTICS
+from evolkv.profile import BudgetProfile
+from evolkv.report.units import duration
+from evolkv.report.words import candidates
+from evolkv.selectors import get_selector
+from evolkv.tasks import get_task
+from evolkv.tasks.check import check_examples
+from evolkv.whole_files import check_outputs
+
+if TYPE_CHECKING:
+    from evolkv.evaluation.shards import Backend
+
+
+def run(options: Mapping[str, Any]) -> int:
+    """Search as the options of the command ask.
+
+    Args:
+        options: by the names of the command's parameters; most are those of the fields of `SearchConfig`.
+
+    Returns:
+        The exit code.
+    """
+    budgets = read_budgets(options["budget"], "--budget")
+    console.keep_stdout_for_json(options["json_out"])
+    outs = _outs(options["out"], budgets)
+    _check_together(options, budgets)
+    config = _config(options, budgets, outs)
+    names = ("dtype", "device", "attn_implementation", "trust_remote_code")
+    judged = {name: options[name] for name in ("metric", "protocol", "seed")}
+    check = partial(check_examples, [get_task(config.task)], ["train", "validation"], **judged)
+    model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check)
+    if config.backend == "ray":
+        config = replace(config, backend=_ray(model, tokenizer, options))
+    with console.Progress() as progress:
+        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        if isinstance(config, OneBudget):
+            result: SearchResult | CurveResult = run_search(model, tokenizer, config)
+        else:
+            result = run_curve(model, tokenizer, config)
+    write = _write_search if isinstance(result, SearchResult) else _write_curve
+    return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+
+
+def _outs(out: str, budgets: list[int]) -> dict[int, str]:
+    """Return the path of the profile for each budget."""
+    ending = ".json" if out.endswith(".json") else ""
+    return {budget: out if len(budgets) == 1 else sibling(out, f"-{budget}{ending}") for budget in budgets}
+
+
+def _check_together(options: Mapping[str, Any], budgets: list[int]) -> None:
+    """Refuse options that do not go together, where the configuration cannot know that they were given."""
+    of_ray = options["ray_address"] is not None or options["worker_gpus"] is not None or options["worker_cpus"] != 1
+    if options["backend"] == "local" and of_ray:
+        raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
+    if options["first"] != "smallest" and len(budgets) == 1:
+        raise UsageError(
+            f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}"
+        )
+    if options["group_size"] is not None and options["strategy"] != "evolkv":
+        raise UsageError("--group-size is for --strategy evolkv")
+    if options["storage"] == "none" and options["study"] is not None:
+        raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
+
+
+def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, str]) -> OneBudget | SeveralBudgets:
+    """Return the settings, checked as far as they can be without the model."""
+    out, json_out, start = options["out"], options["json_out"], options["start"]
+    storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
+    task = get_task(options["task"])
+    targets = [*outs.values(), *files(json_out)]
+    check_outputs(targets, [*task.files(), *([] if start in HEURISTICS else [start])])
+    for spec in options["selector"]:
+        get_selector(spec)
+    file = None if storage == "none" else locate(storage).path
+    if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
+        raise UsageError(f"--storage is {storage}, which the result would overwrite; give the study a file of its own")
+    task.check_files()
+    settings: dict[str, Any] = {
+        **{field.name: options[field.name] for field in fields(SearchConfig) if options.get(field.name) is not None},
+        "task": task,
+        "start": start if start in HEURISTICS else BudgetProfile.load(start),
+        "storage": None if storage == "none" else storage,
+        "study": options["study"] or os.path.basename(sibling(out, "")),
+    }
+    if len(budgets) == 1:
+        return OneBudget(budget=budgets[0], **settings)
+    return SeveralBudgets(budgets=budgets, first=options["first"], **settings)
+
+
+def _ray(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Callable[[], Backend]:
+    def start() -> Backend:
+        from evolkv.evaluation.on_ray import RayBackend
+
+        names = ("workers", "ray_address", "worker_cpus", "worker_gpus")
+        ours = signal.getsignal(signal.SIGTERM)
+        with console.busy("starting Ray workers"):
+            backend = RayBackend(model, tokenizer, *(options[name] for name in names))
+        # Ray's own would end the program before it has written its result.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+        return backend
+
+    return start
+
+
+def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str | None, storage: str | None) -> int:
+    (out,) = outs.values()
+    try:
+        result.profile.save(out)
+        console.write_json(json_out, result.to_dict())
+    finally:
+        # A file that cannot be written must not take the numbers with it.
+        if not result.interrupted:
+            print_whole(validation_table(result.validation, result.chosen))
+            console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
+    if result.interrupted:
+        again = "; the same command goes on from there" if storage else ""
+        console.say(f"evolkv: interrupted after {result.evaluations} candidates; the best so far is in {out}{again}")
+        return 130
+    kept = f", every generation to {storage}" if storage else ""
+    console.OUT.print(
+        f"{_candidates(result)} candidates in {duration(result.seconds)}; profile written to {out}{kept}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _write_curve(curve: CurveResult, outs: Mapping[int, str], json_out: str | None, storage: str | None) -> int:
+    written = [outs[each.profile.budget] for each in curve.results]
+    try:
+        for each, path in zip(curve.results, written, strict=True):
+            each.profile.save(path)
+        console.write_json(json_out, curve.to_dict(written))
+    finally:
+        if not curve.interrupted:
+            print_whole(curve_table(curve.points))
+    names = ", ".join(written)
+    if curve.interrupted:
+        again = "; the same command goes on from there" if storage else ""
+        console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
+        return 130
+    kept = f", every generation to {storage}" if storage else ""
+    console.OUT.print(
+        f"\n{sum(map(_candidates, curve.results))} candidates in {duration(curve.seconds)}; "
+        f"profiles written to {names}{kept}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def show_search(progress: console.Progress, step: SearchProgress) -> None:
+    """Show where a search stands."""
+    progress(
+        step.stage,
+        step.done,
+        step.total,
+        best_fitness=step.best,
+        best_score=step.score,
+        budgets=step.budgets,
+        fitness=step.fitness,
+        generation=step.generation,
+        budget=step.budget,
+        selector=step.selector,
+    )
+
+
+def _candidates(result: SearchResult) -> int:
+    """Return how many were evaluated, under all selectors."""
+    return candidates(result.evaluations, result.settings)
+
+
+def _among_rivals(result: SearchResult) -> str:
+    """Say how the other selectors did, where there were several."""
+    if not result.rivals:
+        return ""
+    scores = sorted(((row["score"] or 0.0, get_selector(row["selector"]).spec) for row in result.rivals), reverse=True)
+    listed = ", ".join(f"{name} {score:.3f}" for score, name in scores)
+    return f" By selector: {listed}; the profile is under {get_selector(result.profile.selector).spec}."
+
+
+def _verdict(result: SearchResult) -> str:
+    """Say whether evolution paid, in one line."""
+    evolved = next((row for row in result.validation if row["evolved"]), None)
+    heuristics = [row for row in result.validation if not row["evolved"]]
+    *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
+    others = f"{', '.join(first)} and {last}" if first else last
+    if result.improved and evolved is not None:
+        return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} unseen examples."
+    score = f" ({evolved['score']:.3f})" if evolved is not None else ""
+    return (
+        f"No evolved budgets{score} beat {others} on {heuristics[0]['n']} unseen examples: the profile holds "
+        f"{result.chosen!r}. More --max-evals, --train or another --budget may help."
+    )

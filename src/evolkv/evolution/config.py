@@ -1,0 +1,301 @@
+"""The settings of a search, typed once and checked once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+
+from transformers import PreTrainedModel
+
+from evolkv.budgets import BudgetSpec, read_budget, read_budgets
+from evolkv.errors import UsageError
+from evolkv.evaluation.shards import Backend
+from evolkv.evolution.objective import fitness
+from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.strategies import STRATEGIES
+from evolkv.numbers import is_whole
+from evolkv.profile import BudgetProfile
+from evolkv.registry import unknown_name
+from evolkv.selectors import SelectorSpec, get_selector
+from evolkv.tasks import Task
+from evolkv.tasks.metrics import check_metric
+from evolkv.tasks.protocol import AWARE, PROTOCOLS
+
+BackendName = Literal["local", "ray"]
+EngineName = Literal["replay", "naive"]
+Granularity = Literal["layer", "head"]
+Order = Literal["smallest", "largest"]
+#: Of one generation, where a search's length is not said.
+MOST_POPULATION = 10_000
+#: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
+#: with about a quarter of the example evaluations that twelve need (docs/performance.md). Text metrics are coarse:
+#: a few examples would leave most candidates equal.
+MINIBATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The settings of a search at any number of budgets; `OneBudget` and `SeveralBudgets` say which.
+
+    Args:
+        task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
+        selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
+            a search of its own, and what does best on the validation examples is returned, with `rivals`.
+        strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
+        granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
+        metric: what to maximise: "logprob" (smooth; the default) or a text metric.
+        protocol: "aware" (the question is in the prompt that is compressed; the default) or "agnostic" (the context is
+            compressed before the question is seen); see `evolkv.tasks.protocol`.
+        train: examples that candidates are scored on.
+        val: examples, none of them seen in training, that the result is chosen on.
+        max_evals: candidates to evaluate at most. A search ends with its last whole generation; if it may not evaluate
+            a whole one, it evaluates part of the first. Default: the generations that 16 candidates per variable take,
+            or 1,200 candidates if that is less; for "evolkv" 10 generations per group.
+        minibatch: training examples that each generation of "joint" is scored on, all of them in turn. Default: 2 with
+            the metric "logprob", else all.
+        population: candidates per generation. Default: 4 + ⌊3 ln n⌋ for n variables.
+        sigma: initial step. Default 0.3 (in units of the budget) for "evolkv", 0.5 (in log budgets) for "joint",
+            0.7 with head granularity.
+        group_size: layers per group of "evolkv".
+        lam: weight λ of the cache score in the fitness.
+        gamma: discount γ for budgets below the target.
+        floor: the least a head may get. Default: one more than the tokens the selector always keeps.
+        ceiling: the most a head may get. Default: the longest training prompt.
+        start: allocation that "joint" starts from: "uniform" (the default), "pyramid", or a profile, which is brought
+            to the budget.
+        seed: of the examples and the strategy. The same seed on the same machine gives the same history.
+        engine: "replay" (prefill once per example) or "naive" (once per candidate and example).
+        prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does:
+            for a model that will be run so. Needs engine "naive", and so as many prefills as there are candidates and
+            examples: start from a profile that was found without. Default: all at once.
+        backend: where replay runs: "local" (threads of this process), "ray" (see
+            `evolkv.evaluation.on_ray.RayBackend`), or a function that makes a backend.
+        workers: threads, or Ray workers. Default: one per core, or one per GPU.
+        storage: an Optuna storage URL, or the path of a file, in which every generation is recorded. A search whose
+            study is there already goes on where it was left, and comes to the same result. Default: none.
+        study: name of the study in the storage.
+        on_progress: called as the search goes on.
+
+    Raises:
+        UsageError: a setting that no search can use, or two that do not go together.
+    """
+
+    task: str | Task | Sequence[str | Task]
+    selector: SelectorSpec | Sequence[SelectorSpec] = "snapkv"
+    strategy: str = "joint"
+    granularity: Granularity = "layer"
+    metric: str = "logprob"
+    protocol: str = AWARE
+    train: int = 12
+    val: int = 24
+    max_evals: int | None = None
+    minibatch: int | None = None
+    population: int | None = None
+    sigma: float | None = None
+    group_size: int = 8
+    lam: float = 0.3
+    gamma: float = 0.2
+    floor: int | None = None
+    ceiling: int | None = None
+    start: str | BudgetProfile | None = None
+    seed: int = 0
+    engine: EngineName = "replay"
+    prefill_chunk: int | None = None
+    backend: BackendName | Callable[[], Backend] = "local"
+    workers: int | None = None
+    storage: str | None = None
+    study: str = "search"
+    on_progress: OnProgress | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        strategy = STRATEGIES[self.strategy]
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known and not (name == "backend" and callable(value)):
+                raise unknown_name(name, value, known)
+        for name, noun in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None and (not is_whole(value) or value < 1):
+                least = f", at least one{noun and f' {noun}'}"
+                raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
+        if self.population is not None and not is_whole(self.population):
+            raise UsageError(f"--population is {self.population!r}; use a whole number of candidates")
+        if self.population is not None and self.population > (self.max_evals or MOST_POPULATION):
+            raise UsageError(
+                f"--population is {self.population}, more than all candidates of the search ("
+                f"{f'--max-evals {self.max_evals}' if self.max_evals else f'at most {MOST_POPULATION:,}'}); "
+                "a search wants many generations: leave --population out, or raise --max-evals"
+            )
+        if self.minibatch is not None and not strategy.mean_first:
+            raise UsageError(
+                f"strategy {self.strategy!r} compares candidates of different generations, which needs them all scored "
+                "on the same examples; leave --minibatch out, or use --strategy joint"
+            )
+        if self.granularity == "head" and strategy.layers_only:
+            raise UsageError(
+                f"strategy {self.strategy!r} searches layers only; use --strategy joint for granularity 'head'"
+            )
+        if self.start not in (None, "uniform") and not strategy.starts_anywhere:
+            raise UsageError(
+                f"strategy {self.strategy!r} starts from uniform budgets; leave --start out, or use 'joint'"
+            )
+        if self.engine == "naive" and self.backend != "local":
+            raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
+        if self.engine == "replay" and self.prefill_chunk is not None:
+            raise UsageError(
+                "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
+                "add --engine naive, which reads each prompt for each candidate"
+            )
+        if not self.selectors:
+            raise UsageError("no selector is given; give at least one, such as snapkv")
+        check_metric(self.metric)
+        # Checks its arguments, long before the first candidate would.
+        fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
+
+    @property
+    def selectors(self) -> dict[str, SelectorSpec]:
+        """The selectors by their specs, each once."""
+        several = self.selector if isinstance(self.selector, (list, tuple)) else [cast(SelectorSpec, self.selector)]
+        return {get_selector(each).spec: each for each in several}
+
+    def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
+        """Return how many candidates a search evaluates: whole generations, or part of one.
+
+        Args:
+            shape: of the budgets.
+            share: searches that `max_evals` is for, of which this is one.
+        """
+        strategy = STRATEGIES[self.strategy]
+        if self.max_evals is None:
+            return strategy.default_evaluations(self, shape, share)
+        asked, whole = self.max_evals // share, strategy.smallest(self, shape)
+        return asked // whole * whole or max(1, asked)
+
+    @property
+    def examples_per_generation(self) -> int:
+        """The number of training examples that each generation is scored on."""
+        by_mean = STRATEGIES[self.strategy].mean_first and self.metric == "logprob"
+        return min(self.minibatch or (MINIBATCH if by_mean else self.train), self.train)
+
+    def report(self, progress: SearchProgress) -> None:
+        """Say how the search goes on, if anyone listens."""
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+
+#: Settings that are one of a few words, and settings that count something.
+_CHOICES = {
+    "granularity": ("layer", "head"),
+    "engine": ("replay", "naive"),
+    "backend": ("local", "ray"),
+    "protocol": PROTOCOLS,
+}
+_COUNTS = {
+    "minibatch": "example",
+    "max_evals": "candidate",
+    "group_size": "layer",
+    "workers": "",
+    "train": "example",
+    "val": "example",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBudget(SearchConfig):
+    """A search at one budget.
+
+    Args:
+        budget: target, in cache entries per KV head, averaged over layers and heads.
+    """
+
+    budget: BudgetSpec
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.target
+
+    @property
+    def target(self) -> int:
+        """The budget as a number."""
+        return read_budget(self.budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralBudgets(SearchConfig):
+    """Searches at several budgets, as one.
+
+    `max_evals` is for the first budget; all others together get as many again. `start` is what the first one starts
+    from. The window of a selector that is given by name alone is halved until it leaves the smallest budget something
+    to choose.
+
+    Args:
+        budgets: the targets, at least two.
+        first: whether to begin with the "smallest" or the "largest" budget.
+    """
+
+    budgets: BudgetSpec | Iterable[BudgetSpec]
+    first: Order = "smallest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first not in ("smallest", "largest"):
+            raise unknown_name("order", self.first, ("smallest", "largest"))
+        # What can be read only once is read here.
+        object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
+        if len(self.targets) < 2:
+            raise UsageError(f"a curve needs at least two budgets, got {self.targets}; use evolkv.search for one")
+
+    @property
+    def targets(self) -> list[int]:
+        """The budgets as numbers, smallest first."""
+        return sorted(read_budgets(self.budgets))
+
+
+P = ParamSpec("P")
+Config = TypeVar("Config", bound=SearchConfig)
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class SearchFunction(Protocol[P, Result_co]):
+    """A function that takes a model, its tokenizer, and settings by keyword."""
+
+    def __call__(self, model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result_co: ...
+
+
+def by_keyword(
+    name: str, config: Callable[P, Config], run: Callable[[PreTrainedModel, Any, Config], Result]
+) -> SearchFunction[P, Result]:
+    """Return a function that takes the fields of a configuration as keyword arguments.
+
+    Type checkers, editors and ``help`` see these arguments with their types and defaults, which so are written once.
+
+    Args:
+        name: of the function.
+        config: the class of the configuration.
+        run: called with the model, its tokenizer and the configuration.
+    """
+
+    @functools.wraps(run)
+    def search(model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result:
+        try:
+            checked = config(*args, **settings)
+        except TypeError as error:
+            raise TypeError(str(error).replace(f"{config.__name__}.__init__()", f"{name}()")) from None
+        return run(model, tokenizer, checked)
+
+    of_run = inspect.signature(run)
+    settings = sorted(
+        inspect.signature(config).parameters.values(), key=lambda setting: setting.default is not setting.empty
+    )
+    parameters = [*of_run.parameters.values()][:2] + settings
+    search.__signature__ = of_run.replace(parameters=parameters)  # type: ignore[attr-defined]
+    search.__name__ = search.__qualname__ = name
+    # The package has it under this name, where pickle looks.
+    search.__module__ = __package__
+    parts = [run.__doc__, *(each.__doc__ for each in inspect.getmro(config)[:-1])]  # type: ignore[arg-type]
+    search.__doc__ = "\n\n".join(inspect.cleandoc(part or "") for part in parts)
+    return search

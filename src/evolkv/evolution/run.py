@@ -1,0 +1,344 @@
+"""A search, from settings to profile: evolve, then choose on examples that the search never saw."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from evolkv.cache.compressed import CompressedCache
+from evolkv.errors import UsageError
+from evolkv.evaluation import records
+from evolkv.evaluation.engine import Engine
+from evolkv.evaluation.naive import NaiveEngine
+from evolkv.evaluation.shards import Backend, ShardedEngine
+from evolkv.evolution.backends import make_backend
+from evolkv.evolution.choose import choose, rows_from
+from evolkv.evolution.config import OneBudget, SearchConfig
+from evolkv.evolution.evolve import Evolved, Rotation, evolve
+from evolkv.evolution.kept import kept_positions
+from evolkv.evolution.progress import SearchProgress
+from evolkv.evolution.result import SearchResult, Validated, as_lists, as_rows, without_seconds
+from evolkv.evolution.rivals import best_of, under_each_selector
+from evolkv.evolution.space import START, SearchSpace, Start
+from evolkv.evolution.strategies import STRATEGIES
+from evolkv.models import describe_model
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import get_selector
+from evolkv.tasks import Example, encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks.protocol import under_protocol
+
+if TYPE_CHECKING:
+    from evolkv.evolution.study import Study
+
+log = logging.getLogger(__name__)
+
+
+def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> SearchResult:
+    """Evolve a profile: how many cache entries each layer (or KV head) needs for a task.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        config: the settings, checked; `evolkv.search` takes them by keyword.
+
+    Returns:
+        The profile, every evaluation and the validation scores. KeyboardInterrupt during the search ends it early: the
+        result then holds the fittest candidate so far (where generations are scored on different examples, the mean of
+        the distribution), and says that it was interrupted.
+
+    Raises:
+        UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
+            study was made with other settings, or another process is at it.
+        RunError: if memory does not suffice, or what was found cannot be recorded.
+        KeyboardInterrupt: if interrupted before the first generation was scored.
+    """
+    if len(config.selectors) > 1:
+        search = partial(run_search, model, tokenizer)
+        return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search))
+    started = time.perf_counter()
+    with Run(model, tokenizer, config) as run:
+        budget = run.space.check(config.target)
+        run.open_study([budget])
+        evolved = run.evolve(budget, config.start)
+        choices = run.choices(budget, evolved)
+        validation: list[Validated] = []
+        if not evolved.interrupted:
+            validation = run.choose({str(budget): choices}).get(str(budget), [])
+        took = time.perf_counter() - started + evolved.recorded_seconds
+        return run.result(budget, evolved, choices, validation, took)
+
+
+class Run:
+    """A search under way, under one selector: its examples, its space, its engines and its study.
+
+    Leaving its ``with`` block ends the workers and lets go of the study.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        config: the settings.
+
+    Raises:
+        UsageError: for settings that cannot be used with this model, or a task that lacks examples.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: SearchConfig):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.task = get_task(config.task)
+        (self.selector,) = map(get_selector, config.selectors.values())
+        if config.prefill_chunk is not None:
+            # Refused now, if the selector or the model cannot be read so.
+            some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
+            CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
+        draw, seed = self.task.examples, config.seed
+        self.train = under_protocol(config.protocol, draw("train", config.train, tokenizer, seed))
+        self.held_out = under_protocol(config.protocol, draw("validation", config.val, tokenizer, seed))
+        _check_unseen(self.train, self.held_out)
+        longest = max(encode_prompt(tokenizer, example).shape[1] for example in self.train)
+        self.space = SearchSpace(model, self.selector, config, longest)
+        self.rotation = Rotation(len(self.train), config.examples_per_generation, config.seed)
+        self.study: Study | None = None
+        self._backend: Backend | None = None
+        self._scorer: Engine | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._backend is not None:
+            self._backend.close()
+        if self.study is not None:
+            self.study.close()
+
+    def open_study(self, budgets: Sequence[int]) -> None:
+        """Create a study, or continue one with the same settings; without a storage nothing is recorded."""
+        config, shape = self.config, self.space.shape
+        strategy = STRATEGIES[config.strategy]
+        evaluations, whole = config.evaluations(shape), strategy.smallest(config, shape)
+        # Settings that no strategy can use are not put on record.
+        strategy.from_config(config, self.space, budgets[0], config.start, evaluations, 1.0)
+        if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
+            log.warning(
+                "--max-evals %d is less than one generation of %d candidates for each search: nothing can be learned "
+                "from them",
+                config.max_evals,
+                whole,
+            )
+        if config.storage is None:
+            return
+        from evolkv.evolution.study import Study
+
+        identity = {
+            **self.describe(),
+            "minibatch": self.rotation.size,
+            "budgets": list(budgets),
+            "start": self._start_name,
+        }
+        # Where it decides what the generations are.
+        if len(budgets) > 1 or evaluations < whole:
+            identity["max_evals"] = config.max_evals
+        self.study = Study.open(config.storage, config.study, identity)
+        if not self.study.begun:
+            self.study.put("versions", versions())
+        # Not part of what identifies a search: one that goes on may have more of them.
+        if self.study.get("max_evals") != evaluations:
+            self.study.put("max_evals", evaluations)
+
+    def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
+        """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
+        config, space = self.config, self.space
+        total = config.evaluations(space.shape, share)
+        strategy = STRATEGIES[config.strategy].from_config(config, space, budget, start, total, step)
+        return evolve(
+            strategy,
+            budget,
+            total,
+            config=config,
+            space=space,
+            rotation=self.rotation,
+            scorer=self._train_engine,
+            study=self.study,
+        )
+
+    def choices(self, budget: int, evolved: Evolved) -> dict[str, np.ndarray]:
+        """Return the allocations to choose from, each at exactly the target total."""
+        allocations = {"best": np.array(evolved.best.budgets)}
+        if evolved.mean is not None:
+            allocations["mean"] = evolved.mean
+        if isinstance(self.config.start, BudgetProfile):
+            allocations[START] = self.config.start.budgets
+        completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
+        return {**self.space.heuristics(budget), **completed}
+
+    def choose(self, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
+        """Score allocations on the validation examples, best first; what the study holds is not scored again.
+
+        Returns nothing if interrupted.
+        """
+        asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
+        if self.study is not None and (recorded := self.study.get("validation")) is not None:
+            validated = {name: rows_from(rows) for name, rows in recorded.items()}
+            if asked == {name: {row.name: row.budgets for row in rows} for name, rows in validated.items()}:
+                return validated
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
+        try:
+            validated = choose(self._engine("validation"), choices)
+        except KeyboardInterrupt:
+            return {}
+        if self.study is not None:
+            self.study.put("validation", {name: as_rows(rows) for name, rows in validated.items()})
+        return validated
+
+    def result(
+        self,
+        budget: int,
+        evolved: Evolved,
+        choices: dict[str, np.ndarray],
+        validation: list[Validated],
+        seconds: float,
+    ) -> SearchResult:
+        """Return the profile, and where it comes from. Without validation the evolved budgets are taken as they are."""
+        history, metric = evolved.history, self.config.metric
+        fallback = "best" if self.rotation.everything or evolved.mean is None else "mean"
+        chosen = validation[0].name if validation else fallback
+        budgets = np.array(validation[0].budgets) if validation else choices[fallback]
+        interrupted = evolved.interrupted or not validation
+        settings = {
+            **self.describe(),
+            "minibatch": self.rotation.size,
+            "start": self._start_name,
+            "max_evals": self.config.evaluations(self.space.shape),
+            "evaluations": len(history),
+            "example_evaluations": sum(len(entry.scores or []) - (entry.scores or []).count(None) for entry in history),
+            "chosen": chosen,
+            "interrupted": interrupted,
+            "versions": versions(),
+        }
+        # The profile says these itself.
+        for name in ("model", "granularity", "selector"):
+            settings.pop(name)
+        train = {}
+        if np.array_equal(budgets, evolved.best.budgets):
+            train["train"] = {"score": evolved.best.score, "n": self.rotation.size, "metric": metric}
+        profile = BudgetProfile.from_budgets(
+            self.model,
+            budgets,
+            selector=self.selector.to_dict(),
+            budget=budget,
+            granularity=self.config.granularity,
+            search=settings,
+            scores={**train, "validation": {entry.name: entry.score for entry in validation}},
+        )
+        kept = None
+        if not interrupted:
+            try:
+                kept = self._kept(profile)
+            except KeyboardInterrupt:
+                interrupted = True
+        return SearchResult(
+            profile=profile,
+            history=[without_seconds(row) for row in as_rows(history)],
+            validation=as_rows(validation),
+            best=without_seconds(as_rows([evolved.best])[0]),
+            chosen=chosen,
+            improved=bool(validation) and validation[0].evolved,
+            evaluations=len(history),
+            seconds=seconds,
+            interrupted=interrupted,
+            settings=settings,
+            kept=kept,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the search, as plain JSON values."""
+        config, info = self.config, describe_model(self.model)
+        return {
+            "model": {"name": info.name, "fingerprint": info.fingerprint},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "task": format_spec(self.task),
+            "metric": config.metric,
+            "protocol": config.protocol,
+            "selector": self.selector.to_dict(),
+            "granularity": config.granularity,
+            "seed": config.seed,
+            "lam": config.lam,
+            "gamma": config.gamma,
+            "floor": self.space.floor,
+            "ceiling": self.space.ceiling,
+            "engine": config.engine,
+            # Left out where they say nothing: studies from before they existed go on.
+            **({"least": int(self.space.floors.min())} if self.space.floors.min() < self.space.floor else {}),
+            **({} if config.prefill_chunk is None else {"prefill_chunk": config.prefill_chunk}),
+            "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
+            "validation": {"n": len(self.held_out), "fingerprint": fingerprint(self.held_out)},
+            **STRATEGIES[config.strategy].identity(config),
+        }
+
+    @property
+    def _start_name(self) -> str:
+        start = self.config.start
+        if isinstance(start, BudgetProfile):
+            return f"profile {hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]}"
+        return start or "uniform"
+
+    def _kept(self, profile: BudgetProfile) -> dict[str, Any]:
+        kept = kept_positions(self.model, self.tokenizer, self.held_out[0], profile, self.config.prefill_chunk)
+        if self.study is not None:
+            self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): kept})
+        return kept
+
+    def _train_engine(self) -> Engine:
+        if self._scorer is None:
+            self._scorer = self._engine("train")
+        return self._scorer
+
+    def _engine(self, split: Literal["train", "validation"]) -> Engine:
+        """Return an engine over the examples of a split; those of training are held for many calls."""
+        config, train = self.config, split == "train"
+        examples, stage = (self.train, "prefill") if train else (self.held_out, "validation")
+
+        def on_progress(done: int, total: int) -> None:
+            config.report(SearchProgress(stage, done, total))  # type: ignore[arg-type]
+
+        if config.engine == "naive":
+            return NaiveEngine(
+                self.model,
+                self.tokenizer,
+                examples,
+                self.selector,
+                config.metric,
+                on_progress,
+                config.prefill_chunk,
+            )
+        if self._backend is None:
+            self._backend = make_backend(self.model, self.tokenizer, config)
+        return ShardedEngine(
+            self._backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
+        )
+
+
+def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    trained = {(example.prompt, example.later) for example in train}
+    twice = [example.id for example in held_out if (example.prompt, example.later) in trained]
+    if twice:
+        raise UsageError(
+            f"{len(twice)} of {len(held_out)} validation examples are training examples too, such as {twice[0]}, so "
+            "that nothing would be chosen on unseen ones; give the task more rows, or use a smaller --train or --val"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a search's result depends on."""
+    import cma
+
+    return {**records.versions(), "cma": cma.__version__, "python": platform.python_version()}
