@@ -402,7 +402,7 @@ def test_a_lease_is_renewed(shared):
     while seen() < taken + 0.4:
         assert time.monotonic() < patience
         time.sleep(0.01)
-    with pytest.raises(ClaimedError, match="in use"):
+    with pytest.raises(ClaimedError):
         Lease(*shared[:2], settle=0)
     lease.check()
     lease.release()
