@@ -28,7 +28,7 @@ from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
 from evolkv.models import describe_model
-from evolkv.selectors import parse_selector
+from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from lib.command import Bench, run
 
@@ -212,7 +212,7 @@ class Runner:
             self.tokenizer,
             task=get_task(tasks),
             budgets=self.budgets,
-            selector=[parse_selector(each) for each in self._selectors(protocol)],
+            selector=[get_selector(each) for each in self._selectors(protocol)],
             granularity=self.granularity,
             protocol=protocol,
             train=table.train * len(tasks),
