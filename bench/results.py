@@ -29,7 +29,7 @@ from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
 from evolkv.evolution.config import Granularity
 from evolkv.models import describe_model
-from evolkv.selectors import parse_selector
+from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from lib.command import Bench, run
 
@@ -213,7 +213,7 @@ class Runner:
             self.tokenizer,
             task=get_task(tasks),
             budgets=self.budgets,
-            selector=[parse_selector(each) for each in self._selectors(protocol)],
+            selector=[get_selector(each) for each in self._selectors(protocol)],
             granularity=self.granularity,
             protocol=protocol,
             train=table.train * len(tasks),

@@ -15,7 +15,7 @@ from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
-from evolkv.selectors import get_selector, parse_selector
+from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from tiny import KV_HEADS, LAYERS, tiny_model
 
@@ -337,10 +337,10 @@ def test_several_selectors_share_one_prefill_of_each_prompt(small, monkeypatch):
 
     monkeypatch.setattr(Prefiller, "__call__", counted)
     selectors = ["knorm", "keydiff", "snapkv:window=8"]
-    found = evolkv.search(*small, **SETTINGS, selector=[parse_selector(each) for each in selectors])
+    found = evolkv.search(*small, **SETTINGS, selector=selectors)
     assert len(computed) == SETTINGS["train"] + SETTINGS["val"]
     for row, selector in zip(found.rivals, selectors, strict=True):
-        alone = evolkv.search(*small, **SETTINGS, selector=parse_selector(selector))
+        alone = evolkv.search(*small, **SETTINGS, selector=selector)
         assert alone.validation[0]["score"] == row["score"]
 
 

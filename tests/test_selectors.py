@@ -15,7 +15,7 @@ from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
-from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector, parse_selector
+from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
 from tiny import HEAD_DIM, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
@@ -379,7 +379,6 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
 
 
 def test_truth_values_are_parameters_like_others():
-    spec = parse_selector("expected_attention:covariance=False,value_norm=true")
-    selector = get_selector(spec)
+    selector = get_selector("expected_attention:covariance=False,value_norm=true")
     assert (selector.covariance, selector.value_norm) == (False, True)
-    assert get_selector(parse_selector(selector.spec)) == selector
+    assert get_selector(selector.spec) == selector

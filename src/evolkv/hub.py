@@ -45,11 +45,11 @@ class HubAddress:
         Raises:
             ProfileError: for a text that is no address.
         """
-        found = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
-        if found is None:
+        parts = re.fullmatch(rf"hf://?([^/@]+/[^/@]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.+))?", text)
+        if parts is None:
             raise ProfileError(f"{text!r} is no address; expected hf://org/name or hf://org/name@revision/{FILE_NAME}")
-        revision = None if found[2] is None else re.sub("%2F", "/", found[2], flags=re.IGNORECASE)
-        return cls(found[1], found[3] or FILE_NAME, revision)
+        revision = None if parts[2] is None else re.sub("%2F", "/", parts[2], flags=re.IGNORECASE)
+        return cls(parts[1], parts[3] or FILE_NAME, revision)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -59,23 +59,16 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 
 def download(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> Path:
-    """Download a file of the Hub, or find it in the Hub's own cache, and return its local path.
+    """Return the local path of a file of the Hub, downloaded or from the Hub's own cache, of at most so many bytes.
 
-    Args:
-        address: which file.
-        max_bytes: a larger file is refused before any of it is read.
-        token: what `huggingface_hub` takes; None for that of the login.
-
-    Raises:
-        ProfileError: if there is no such repository, revision or file, or it is too large.
-        RunError: if the Hub cannot be reached.
+    The other arguments and the errors are those of `BudgetProfile.from_hub`.
     """
     from huggingface_hub import hf_hub_download
 
     at, name = address.revision, address.filename
     with _clear_errors(str(address)):
-        found = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
-        if (found.file_size or 0) > max_bytes:
+        facts = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
+        if (facts.file_size or 0) > max_bytes:
             raise ProfileError(f"not a profile: larger than {max_bytes >> 20} MiB")
         return Path(hf_hub_download(address.repo_id, name, revision=at, token=token))
 
@@ -88,23 +81,7 @@ def upload(
     private: bool | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Put a file on the Hub; a repository that is missing is made.
-
-    Args:
-        address: where to.
-        content: the file.
-        message: of the commit.
-        token: as for `download`; it must allow writing.
-        private: whether a repository that is made is private; None for the owner's default.
-        create_pr: propose the file in a pull request rather than commit it.
-
-    Returns:
-        The commit's address on the web, or that of the pull request.
-
-    Raises:
-        ProfileError: if the repository's name is not valid, or its revision does not exist.
-        RunError: if the Hub cannot be reached, or refuses.
-    """
+    """Put a file on the Hub; a repository that is missing is made. See `BudgetProfile.push_to_hub`."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

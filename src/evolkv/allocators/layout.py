@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from evolkv.allocators.complete import complete
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
-from evolkv.errors import BudgetError, UsageError
+from evolkv.budgets import read_budget
+from evolkv.errors import UsageError
 from evolkv.registry import Registry
 from evolkv.selectors.base import Selector
 
@@ -81,12 +81,10 @@ def expand(budgets: ArrayLike, budget: int, floor: ArrayLike, ceiling: ArrayLike
     Raises:
         BudgetError: as for `complete`.
     """
-    try:
-        mean = operator.index(budget)
-    except TypeError:
-        raise BudgetError(f"the budget must be a whole number of cache entries, got {budget!r}") from None
     most = _by_entry(ceiling, np.ndim(budgets))
-    return complete(budgets, mean * np.size(budgets), np.minimum(_by_entry(floor, np.ndim(budgets)), most), most)
+    return complete(
+        budgets, read_budget(budget) * np.size(budgets), np.minimum(_by_entry(floor, np.ndim(budgets)), most), most
+    )
 
 
 def _by_entry(bound: ArrayLike, dimensions: int) -> NDArray[Any]:

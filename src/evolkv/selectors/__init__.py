@@ -47,19 +47,10 @@ def get_selector(spec: SelectorSpec) -> Selector:
     if isinstance(spec, Selector):
         return spec
     if isinstance(spec, str):
-        spec = parse_selector(spec)
+        spec = parse_named(spec, "selector")
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
     return with_parameters(SELECTORS[spec["name"]], {key: value for key, value in spec.items() if key != "name"})
-
-
-def parse_selector(text: str) -> dict[str, Any]:
-    """Return a selector as a mapping, from ``name`` or ``name:parameter=value,parameter=value``.
-
-    Raises:
-        UsageError: a part that is not parameter=value, or a parameter given twice.
-    """
-    return parse_named(text, "selector")
 
 
 __all__ = [
@@ -77,5 +68,4 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "get_selector",
-    "parse_selector",
 ]

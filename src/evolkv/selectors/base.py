@@ -173,11 +173,11 @@ class Selector(ABC):
     """Decides which tokens each KV head keeps, as one ranking that serves every budget.
 
     A subclass is a frozen dataclass whose fields are the method's hyper-parameters and which implements
-    `score`. Override `protected` where some tokens are always kept.
+    `score`. One that always keeps other tokens than a `window` of the last ones overrides `min_budget`.
     """
 
     name: ClassVar[str]
-    #: Last tokens of the prompt that are kept apart from the ranked ones, in the sense of SnapKV; 0 for none.
+    #: Number of last prompt tokens that are always kept; they count in the budget.
     window = 0
     #: Whether the score is a sum over queries. Where a cache is cut again and again, it then goes on from the sum so
     #: far: such a selector implements `accumulated` and `protect`, of which `score` is made.
@@ -193,7 +193,7 @@ class Selector(ABC):
     @property
     def min_budget(self) -> int:
         """Return the smallest budget this selector can serve: the number of tokens it always keeps, at least 1."""
-        return 1
+        return max(1, self.window)
 
     @property
     def observed_queries(self) -> int | None:

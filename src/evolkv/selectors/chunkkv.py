@@ -54,11 +54,6 @@ class ChunkKV(Selector):
         return SnapKV(self.window, self.kernel, "mean")
 
     @property
-    def min_budget(self) -> int:
-        """The window."""
-        return self.window
-
-    @property
     def observed_queries(self) -> int:
         """The window."""
         return self.window

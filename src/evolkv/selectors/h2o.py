@@ -39,11 +39,6 @@ class H2O(Selector):
         if self.window < 1:
             raise UsageError(f"h2o: window is {self.window}; it must be at least 1 token")
 
-    @property
-    def min_budget(self) -> int:
-        """The window."""
-        return self.window
-
     def score(self, prompt: PromptAttention) -> Tensor:
         """Attention received, summed over queries and averaged over the group of query heads."""
         return self.protect(self.accumulated(prompt))

@@ -52,11 +52,6 @@ class SnapKV(Selector):
             raise UsageError(f"snapkv: gqa is {self.gqa!r}; it must be 'mean' or 'max'")
 
     @property
-    def min_budget(self) -> int:
-        """The window."""
-        return self.window
-
-    @property
     def observed_queries(self) -> int:
         """The window."""
         return self.window

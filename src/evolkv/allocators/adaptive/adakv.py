@@ -8,12 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from evolkv.allocators.adaptive.base import HeadAllocator
 from evolkv.allocators.complete import complete
 from evolkv.errors import UsageError
-from evolkv.selectors import PromptAttention
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,6 @@ class AdaKV(HeadAllocator):
     def __post_init__(self) -> None:
         if not 0 <= self.safeguard <= 1:
             raise UsageError(f"adakv: safeguard is {self.safeguard}; expected a share between 0 and 1")
-
-    def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """Return the scores."""
-        return scores.double().cpu().numpy()
 
     def heads(
         self,

@@ -29,15 +29,15 @@ class AdaptiveAllocator(ABC):
         """Number of the prompt's last queries that `observe` looks at."""
         return 0
 
-    @abstractmethod
     def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """Return what the allocator needs to know of a layer.
+        """Return what the allocator needs to know of a layer. Default: the scores.
 
         Args:
             prompt: the layer's attention inputs, of a single prompt.
             scores: the selector's scores of what the layer may keep, highest first, ``[kv_heads, entries]``; protected
                 tokens score ``+inf``.
         """
+        return scores.double().cpu().numpy()
 
 
 class LayerAllocator(AdaptiveAllocator):

@@ -8,12 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from evolkv.allocators.adaptive.base import LayerAllocator
 from evolkv.allocators.layout import expand
 from evolkv.errors import UsageError
-from evolkv.selectors import PromptAttention
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,6 @@ class DynamicKV(LayerAllocator):
     def __post_init__(self) -> None:
         if self.most < 1:
             raise UsageError(f"dynamickv: most is {self.most}; expected at least 1")
-
-    def observe(self, prompt: PromptAttention, scores: Tensor) -> NDArray[np.float64]:
-        """Return the scores."""
-        return scores.double().cpu().numpy()
 
     def layers(
         self, observed: Sequence[NDArray[np.float64]], budget: int, floor: int, ceilings: NDArray[np.int64]
