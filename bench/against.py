@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def main(
         only: compare results, seconds, or both.
         models: what results are compared on: tiny, smollm2 or both (the default).
     """
+    # So that the temporary worktree goes when the program is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result: dict[str, Any] = {"before": before, "n": pairs}
     with worktree(before) as old:
         trees = {"before": old, "after": ROOT}
