@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evolkv.errors import RunError, UsageError
 from evolkv.models import model_facts
-from evolkv.models.forward import input_device
+from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks import Example
 from evolkv.tasks.metrics import get_metric
 from evolkv.tasks.prompts import encode_text
@@ -118,6 +118,8 @@ def encode_examples(
         encoded = encode_example(tokenizer, example, metric)
         if encoded.prompt.shape[1] == 0:
             raise UsageError(f"example {example.id}: the prompt has no tokens; give it a text")
+        for ids in (encoded.prompt, encoded.later, *([] if encoded.target is None else [encoded.target])):
+            check_token_ids(model, ids)
         if encoded.target is not None:
             answer = len(encoded.target)
         else:
@@ -175,14 +177,3 @@ def not_a_number() -> RunError:
         "what the model computes is not a number: its number format is too narrow, or its weights are damaged; "
         "try --dtype float32 or --dtype bfloat16"
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + reserved)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

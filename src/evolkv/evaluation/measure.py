@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluation.engine import Encoded, free_memory, mean_probability, text_score
+from evolkv.evaluation.engine import Encoded, mean_probability, text_score
+from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordedPrompt
 from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
 from evolkv.evaluation.workers import Workers, check_wanted
@@ -131,7 +132,7 @@ def measure(
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
     step = max(1, min(_SHARD_SIZE, -(-size // threads)))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
-    workers = Workers(model.device, min(len(shards), free_memory(model.device) // (8 * prompt_bytes)))
+    workers = Workers(model.device, min(len(shards), free_memory(model) // (8 * prompt_bytes)))
     shard = _Shard(model, tokenizer, questions, rows, settings, log, workers.count)
     try:
         # Those on record, too: the number of jobs decides how many cores each of them gets.
@@ -273,7 +274,7 @@ class _Shard:
         if len(waiting) * len(self.rows) >= _MAX_ROWS or self.questions.examples[waiting[-1].column].later:
             return True
         held = sum(item.cache.kv_bytes for item in waiting)
-        return held > free_memory(self.model.device) // (4 * self.side_by_side)
+        return held > free_memory(self.model) // (4 * self.side_by_side)
 
     def _generate(self, waiting: list[_Prefilled], missing: set[int], step: Callable[[], None]) -> None:
         """Greedy texts and their scores, unless all that waits is on record."""

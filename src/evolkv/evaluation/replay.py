@@ -17,10 +17,10 @@ from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, targ
 from evolkv.evaluation.engine import (
     Progress,
     encode_examples,
-    free_memory,
     mean_probability,
     text_score,
 )
+from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -85,7 +85,7 @@ class ReplayEngine:
         self.targets, self.later = [each.target for each in encoded], [each.later for each in encoded]
         self.end = end_tokens(model, tokenizer)
         #: Bytes that one batch of candidates may take.
-        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
+        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model))
         #: Bytes of the snapshots.
         self.held_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(self.lengths)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluation.engine import Progress, free_memory
+from evolkv.evaluation.engine import Progress
+from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import RecordingStore
 from evolkv.evaluation.replay import ReplayEngine
 from evolkv.selectors import Selector
@@ -89,7 +90,7 @@ class ShardServer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
-        self._memory = int(0.9 * free_memory(model.device))
+        self._memory = int(0.9 * free_memory(model))
         self._held: dict[str, ReplayEngine] = {}
         self._store: RecordingStore | None = None
         self._lock = threading.Lock()

@@ -29,6 +29,8 @@ DTYPES = {
 }
 _HUB_TIMEOUT_SECONDS = 10.0
 _ORIGIN = "_evolkv_origin"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+_POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, its files are damaged, it is not a decoder-only language model, or
             `dtype`, `device` or `attn_implementation` cannot be had here.
-        RunError: memory or disk space ran out.
+        RunError: memory or disk space ran out, or the Hugging Face Hub cannot be reached.
     """
     place = _device(device)
     kind = _dtype(dtype, place)
@@ -113,13 +115,12 @@ def _load(
     check: Callable[[Any, Any], None] | None,
 ) -> tuple[Any, Any]:
     # Transformers' classes cost seconds to import, and a command that loads no model should not pay them.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_architecture(config, label)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    # Before the weights, which take long.
+    tokenizer = _load_tokenizer(source, label, trust_remote_code)
     if check is not None:
         check(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -144,13 +145,33 @@ def _load(
     return model.to(device).eval(), tokenizer
 
 
+def _load_tokenizer(source: str, label: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob(pattern) for pattern in _TOKENIZER_FILES):
+            names = ", ".join(sorted(each.name for each in folder.iterdir()))
+            raise ModelError(
+                f"no tokenizer in folder {folder}, which has {names}; "
+                "copy the tokenizer's files there, such as tokenizer.json and tokenizer_config.json"
+            ) from error
+        raise ModelError(f"cannot load the tokenizer of {label!r}: {_one_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _find(name: str) -> tuple[str, str]:
-    """What transformers should load for `name`, and what to call it."""
+    """Return what transformers should load for a name, and what to call it."""
     path = Path(name).expanduser()
     if name in ALIASES:
         entry = ALIASES[name]
         return str(gguf.converted(entry.paths(name), name, entry.sha256)), name
     if name and path.is_file():
+        _refuse_pointers([path])
         return str(gguf.converted([path], path.name.removesuffix(".gguf"))), path.name.removesuffix(".gguf")
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -159,6 +180,7 @@ def _find(name: str) -> tuple[str, str]:
                 f"pass the file itself: {found[0]}" if found else "expected a folder with config.json and safetensors"
             )
             raise ModelError(f"no config.json in folder {path}; {hint}")
+        _refuse_pointers(sorted(path.iterdir()))
         return str(path), str(path.resolve())
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".gguf"):
         raise ModelError(f"no such model file or folder: {name!r}; {_choices()}")
@@ -167,6 +189,16 @@ def _find(name: str) -> tuple[str, str]:
         raise ModelError(f"unknown model {name!r}. Did you mean {near[0]!r}? {_choices()}")
     _check_hub(name)
     return name, name
+
+
+def _refuse_pointers(files: list[Path]) -> None:
+    """Raise `ModelError` for files of which a clone without Git LFS has only the address."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            raise ModelError(
+                f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {file.parent}, or download "
+                "the model again"
+            )
 
 
 def _check_hub(name: str) -> None:
@@ -179,12 +211,13 @@ def _check_hub(name: str) -> None:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = (
-            "the Hugging Face Hub has no such model, or not for you"
-            if status in (401, 403, 404)
-            else f"the Hugging Face Hub cannot be reached ({type(error).__name__})"
-        )
-        raise ModelError(f"unknown model {name!r}: not a local path, and {reason}; {_choices()}") from error
+        if status in (401, 403, 404):
+            reason = "not a local path, and the Hugging Face Hub has no such model, or not for you"
+            raise ModelError(f"unknown model {name!r}: {reason}; {_choices()}") from error
+        raise RunError(
+            f"model {name!r} is no local path, and the Hugging Face Hub cannot be reached to look for it "
+            f"({type(error).__name__}); try again, or {_choices()}"
+        ) from error
 
 
 def _choices() -> str:
@@ -240,9 +273,13 @@ def _computes_bfloat16_fast(device: torch.device) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """The first sentence-like line of an exception that may fill a screen."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    """Return the first lines of an exception that may fill a screen, up to one that does not announce the next."""
+    words = ""
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        words = f"{words} {line}".strip()
+        if not words.endswith(":"):
+            break
+    return words[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
