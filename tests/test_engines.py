@@ -22,10 +22,10 @@ from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, memory
 from evolkv.evaluation.decode import RepetitionPenalty, greedy, target_log_probs
-from evolkv.evaluation.engine import encode_example, encode_examples
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.prefill import Prefiller
-from evolkv.evaluation.replay import _candidate_bytes, lowest_changed
+from evolkv.evaluation.replay_engine import _candidate_bytes, lowest_changed
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
 from evolkv.evaluation.workers import Workers
 from evolkv.models import describe_model
@@ -43,7 +43,7 @@ def candidates(count, longest, least=4, seed=0):
 
 def rank(model, prompt, ceiling=1000):
     recorded = Prefiller(model, [SNAPKV])(prompt)
-    return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling)
+    return RankedPrompt.from_recorded(recorded, SNAPKV, ceiling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +122,7 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
     reused = shared.tokens_seen - shared.tokens_computed
     assert reused == (0 if selector == "h2o" else 60)
     torch.testing.assert_close(after.next_logits, alone.next_logits, atol=1e-5, rtol=0)
-    for got, expected in zip(after.cache.layers, alone.cache.layers, strict=True):
+    for got, expected in zip(after.kv_layers, alone.kv_layers, strict=True):
         torch.testing.assert_close(got.held()[0], expected.held()[0], atol=1e-5, rtol=0)
         assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
 
@@ -345,11 +345,11 @@ def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkey
     model, tokenizer, examples = needles
     long = replace(examples[0], target="word " * 600)
     engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
-    (prompt,), new = engine._held, len(engine.targets[0])
+    (prompt,), new = engine._held, engine.questions[0].answer_tokens
     assert new > 600
     # On so long an answer a second row would cost more than another batch.
     assert engine._rows_at_once(0, prompt) == 1
-    monkeypatch.setattr("evolkv.evaluation.replay._MAX_TOKENS", 100 * new)
+    monkeypatch.setattr("evolkv.evaluation.replay_engine._MAX_TOKENS", 100 * new)
     each, pair = _candidate_bytes(model, prompt, new, new)
     shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
     for rows in (1, 2, 7):
@@ -445,14 +445,16 @@ def metaspace():
 
 def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(metaspace):
     example = Example(id="x", prompt="a b", later="c d", references=("e",), target=" e f")
-    encoded = encode_example(metaspace, example, "logprob")
-    pieces = [metaspace.convert_ids_to_tokens(ids) for ids in (encoded.later, encoded.target)]
+    (question,) = encode_examples(metaspace, tiny_model(), [example], "logprob")
+    pieces = [metaspace.convert_ids_to_tokens(ids) for ids in (question.later, question.target)]
     assert pieces == [["c", "▁", "d"], ["▁", "e", "▁", "f"]]
 
 
-def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(tokenizer):
+def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(small):
+    model, tokenizer = small
     example = Example(id="x", prompt="The answ", references=("er",), target="er is here")
-    assert encode_example(tokenizer, example, "logprob").target.tolist() == tokenizer("er is here")["input_ids"]
+    (question,) = encode_examples(tokenizer, model, [example], "logprob")
+    assert question.target.tolist() == tokenizer("er is here")["input_ids"]
     assert tokenizer("The answer is here")["input_ids"][:2] != tokenizer("The answ")["input_ids"][:2]
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
-from evolkv.evaluation.engine import not_a_number
+from evolkv.errors import RunError
 from evolkv.evaluation.workers import check_wanted
 
-# What the logits of one forward pass may take, and what each does: in the model's number format, in float32, and again.
+# Memory limit for the logits of one pass, and bytes per logit: in the model's dtype, in float32, and as log-softmax.
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12
 
 
@@ -175,6 +175,14 @@ def greedy(
             output = model(newest[:, None], **cache.as_argument, position_ids=position[:, None], use_cache=True)
         newest = _most_probable(output.logits[:, -1], penalty)
         position = position + 1
+
+
+def not_a_number() -> RunError:
+    """Return the error for a model that overflows."""
+    return RunError(
+        "what the model computes is not a number: its number format is too narrow, or its weights are damaged; "
+        "try --dtype float32 or --dtype bfloat16"
+    )
 
 
 def _most_probable(logits: Tensor, penalty: RepetitionPenalty | None) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluation.engine import Progress
+from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import RecordingStore
-from evolkv.evaluation.replay import ReplayEngine
+from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.selectors import Selector
 from evolkv.tasks import Example, fingerprint
 
@@ -156,7 +156,7 @@ class Backend(Protocol):
         ...
 
 
-class ShardedEngine:
+class ShardedEngine(Engine):
     """Scores candidates by replay, shard by shard, on a backend.
 
     Args:
@@ -204,7 +204,7 @@ class ShardedEngine:
             backend.run([Request(shard, self._sharing) for shard in self._shards], self._counted())
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
-        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
+        """See `Engine.score`."""
         wanted = list(range(self._size) if columns is None else columns)
         requests, places = [], []
         for start, shard in zip(range(0, self._size, SHARD_SIZE), self._shards, strict=True):
@@ -219,7 +219,7 @@ class ShardedEngine:
         return scores
 
     def close(self) -> None:
-        """Frees the prefill."""
+        """Free the prefill."""
         self.backend.forget([shard.key for shard in self._shards])
 
     def _counted(self) -> Callable[[], None] | None:

@@ -13,7 +13,7 @@ from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.naive import NaiveEngine
+from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.shards import Backend, ShardedEngine
 from evolkv.evolution.objective import fitness
 from evolkv.models import describe_model, sliding_windows
