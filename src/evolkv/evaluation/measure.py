@@ -54,7 +54,7 @@ class Row:
         return label(self.method.name, self.budget)
 
     def new_cache(self, model: PreTrainedModel, prefill_chunk: int) -> CompressedCache:
-        """An empty cache that reads a prompt in chunks.
+        """Return an empty cache that reads a prompt in chunks.
 
         Raises:
             UsageError: for a method that cannot evict before it has seen the whole prompt.
@@ -66,7 +66,7 @@ class Row:
         return CompressedCache(model, method, self.budget, prefill_chunk=prefill_chunk)
 
     def describe(self) -> MethodSettings:
-        """What identifies it."""
+        """Return what identifies it."""
         if self.budget is None:
             return MethodSettings(
                 method=self.method.name, budget=None, budgets_sha256=None, selector=None, expanded_from=None
@@ -109,7 +109,7 @@ def measure(
     log: RecordLog,
     on_step: Callable[[], None],
 ) -> None:
-    """Puts all rows on all examples on record.
+    """Put all rows on all examples on record.
 
     Args:
         model: a transformers decoder-only model.
@@ -167,7 +167,7 @@ class _Shard:
         self.heads = facts.num_layers * facts.num_kv_heads
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
-        """Puts the examples `columns` on record, calling `step` after each that was not yet."""
+        """Put the examples `columns` on record, calling `step` after each that was not yet."""
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
@@ -203,7 +203,7 @@ class _Shard:
         return Prefiller(self.model, [row.selector for row in self.rows], observers)
 
     def _read(self, column: int, new: int) -> _Prefilled:
-        """A compressed cache with one sequence per row, each of which has read the prompt in chunks."""
+        """Return a compressed cache with one sequence per row, each of which has read the prompt in chunks."""
         chunk = self.settings.prefill_chunk
         assert chunk is not None
         ids = self.asked.questions[column].prompt
@@ -221,7 +221,7 @@ class _Shard:
         return _Prefilled(column, merged, _entry_bytes(group.keys, group.values), torch.cat(logits), new)
 
     def _cut(self, column: int, recorded: RecordedPrompt, new: int) -> _Prefilled:
-        """A compressed cache with one sequence per row, cut from one recorded prompt."""
+        """Return a compressed cache with one sequence per row, cut from one recorded prompt."""
         layers = recorded.kv_layers
         keys_values = [layer.held() for layer in layers]
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
@@ -242,7 +242,7 @@ class _Shard:
         return row.method.budgets_for([layer.observations for layer in layers], row.budgets, ceilings)
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
-        """Whether what waits should be decoded now.
+        """Return whether what waits should be decoded now.
 
         That is with enough rows for one batch, a quarter of the memory in use, or a question to be read first, which
         only rows of one example do together.

@@ -1,4 +1,4 @@
-"""The naive engine: prefill again for every candidate. The reference that replay is held against."""
+"""The naive engine prefills again for every candidate. It is the reference that replay is tested against."""
 
 from __future__ import annotations
 

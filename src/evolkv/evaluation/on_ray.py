@@ -134,11 +134,11 @@ class RayBackend:
         self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
 
     def sharing(self, shards: int) -> Sharing:
-        """The shards of a worker, times the workers that share its memory."""
+        """Return the shards of a worker, times the workers that share its memory."""
         return Sharing(math.ceil(shards / len(self.actors)) * self._crowd, replicas=self._crowd)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
-        """Answers requests; see `Backend.run`. Progress comes by whole shards."""
+        """Answer requests; see `Backend.run`. Progress comes by whole shards."""
         pending = {self._actor(request.shard.key).serve.remote(request): i for i, request in enumerate(requests)}
         answers: list[np.ndarray | None] = [None] * len(requests)
         while pending:
@@ -151,11 +151,11 @@ class RayBackend:
         return [answer for answer in answers if answer is not None]
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Frees the prefill of shards."""
+        """Free the prefill of shards."""
         self._get([self._actor(key).forget.remote(key) for key in keys])
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it was started here."""
+        """End the workers, and the cluster if it was started here."""
         self._end_workers()
         if self._started:
             self._ray.shutdown()
@@ -167,7 +167,7 @@ class RayBackend:
         self.actors = []
 
     def _actor(self, key: str) -> Any:
-        """The worker of a shard: neighbours go to different ones."""
+        """Return the worker of a shard: neighbours go to different ones."""
         number = int(key.rpartition("/")[2])
         return self.actors[number % len(self.actors)]
 

@@ -1,4 +1,4 @@
-"""Prefill, once per example; what consecutive prompts share is computed once for all of them."""
+"""Prefill, once per example: a prefix that consecutive prompts share is computed once for all of them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class RecordingStore:
         self._lock = threading.Lock()
 
     def get(self, key: str, selector: Selector) -> RecordedPrompt | None:
-        """The prompt put there under a key, if it is there with a selector's ranking."""
+        """Return the prompt put there under a key, if it has a selector's ranking; else None."""
         prompt = self._held.get(key)
         ranked = prompt is not None and all(selector in layer.rankings for layer in prompt.kv_layers)
         return prompt if ranked else None
 
     def put(self, key: str, recorded: RecordedPrompt) -> None:
-        """Holds a prompt, if there is room for it."""
+        """Hold a prompt, if there is room for it."""
         with self._lock:
             if key not in self._held and recorded.nbytes <= self._room:
                 self._room -= recorded.nbytes
@@ -70,7 +70,7 @@ class Prefiller:
         self.tokens_seen = self.tokens_computed = 0
 
     def __call__(self, input_ids: Tensor) -> RecordedPrompt:
-        """Prefills one prompt.
+        """Prefill one prompt.
 
         Args:
             input_ids: ``[1, tokens]``, at least one token and no more than the model's context.

@@ -1,4 +1,4 @@
-"""The replay engine: every prompt is prefilled once, and continued under each candidate."""
+"""The replay engine prefills every prompt once, and continues it under each candidate."""
 
 from __future__ import annotations
 
@@ -191,13 +191,13 @@ class ReplayEngine(Engine):
 
 
 def lowest_changed(budgets: np.ndarray) -> int:
-    """The lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if there is one or none."""
+    """Return the lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if none do."""
     differs = (budgets != budgets[:1]).any(axis=(0, 2))
     return int(differs.argmax())
 
 
 def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> tuple[int, int]:
-    """Bytes at the peak of a forward pass, from above: for each row, and for each pair of rows.
+    """Return bytes at the peak of a forward pass, from above: for each row, and for each pair of rows.
 
     Rows are attended to in one call, in which the mask has a place for each query and each other row's new tokens.
     """

@@ -1,4 +1,4 @@
-"""How the continuation of a prompt becomes a score, for every engine.
+"""Scores of continued prompts, computed in one place for every engine.
 
 A scorer knows one metric. It encodes an example, and scores rows of a cache that hold what is kept of its prompt. The
 metrics of `evolkv.tasks.metrics` compare the text that a row generates; others look at what the model computes, and

@@ -96,7 +96,7 @@ class ShardServer:
         self._lock = threading.Lock()
 
     def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
-        """Scores ``[candidates, columns]`` (no candidates if none were sent); calls `step` after each prefill."""
+        """Return scores ``[candidates, columns]`` (no candidates if none were sent); call `step` after each prefill."""
         shard = request.shard
         engine = self._held.get(shard.key)
         with self._lock:
@@ -127,7 +127,7 @@ class ShardServer:
         return engine.score(request.budgets, request.columns)
 
     def _left(self, sharing: Sharing) -> int:
-        """Bytes for the candidates of one shard: snapshots stay, but only what is computed just now takes more."""
+        """Return the bytes for the candidates of one shard: all snapshots stay, and each thread computes one shard."""
         held = sum(engine.held_bytes for engine in list(self._held.values()))
         return (self._memory // sharing.replicas - held) // sharing.threads
 
@@ -140,19 +140,19 @@ class Backend(Protocol):
     """Where shards are computed."""
 
     def sharing(self, shards: int) -> Sharing:
-        """Who shares the memory of a machine or device, of so many shards in all."""
+        """Return who shares the memory of a machine or device, of so many shards in all."""
         ...
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
-        """Answers requests, side by side where possible; calls `on_step` once per example that was prefilled."""
+        """Answer requests, side by side where possible; call `on_step` once per example that was prefilled."""
         ...
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Frees the prefill of shards."""
+        """Free the prefill of shards."""
         ...
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         ...
 
 

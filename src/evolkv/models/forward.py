@@ -1,4 +1,4 @@
-"""What a forward call names its cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+"""Forward calls: devices, ids, and the name of the cache (``past_key_values`` before transformers 5.24)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _keyword(forward: Callable[..., Any]) -> str | None:
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """The name and the cache that a forward call brings; the name is None if it has neither."""
+    """Return the name and the cache that a forward call brings; the name is None if it has neither."""
     name = next((name for name in _NAMES if kwargs.get(name) is not None), None)
     if name is None:
         name = next((name for name in _NAMES if name in kwargs), None)
@@ -39,7 +39,7 @@ def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward call, those given by position too, under the names that the module has for them."""
+    """Return the arguments of a forward call, those given by position too, under the module's names for them."""
     if not args:
         return dict(kwargs)
     # The wrapper of a compiled model passes everything on.
@@ -74,5 +74,5 @@ def check_token_ids(model: Any, ids: torch.Tensor) -> None:
 
 
 def cache_in(output: Any) -> Any:
-    """The cache that a model's output holds."""
+    """Return the cache that a model's output holds."""
     return getattr(output, _NAMES[0] if hasattr(output, _NAMES[0]) else _NAMES[1])

@@ -140,11 +140,11 @@ def weights_checksum(model: nn.Module, attention: str) -> str | None:
                     description.append([attribute, json.dumps(value, sort_keys=True)])
     distinct: dict[int, tuple[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = _offloaded(model, name) if tensor.is_meta else tensor.data
-        if type(found) is not Tensor:
+        weight = _offloaded(model, name) if tensor.is_meta else tensor.data
+        if type(weight) is not Tensor:
             return None
-        number, _ = distinct.setdefault(id(tensor), (len(distinct), found))
-        description.append([name, str(found.dtype), list(found.shape), number])
+        number, _ = distinct.setdefault(id(tensor), (len(distinct), weight))
+        description.append([name, str(weight.dtype), list(weight.shape), number])
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for sha256 in threads.map(_sha256, (tensor for _, tensor in distinct.values())):
@@ -163,7 +163,7 @@ def _qualified_name(value: Any) -> str:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether some weights are held in another form than as floating-point numbers."""
+    """Return whether some weights are held in another form than as floating-point numbers."""
     return any(_is_quantized(parameter.data) for parameter in model.parameters())
 
 
@@ -173,7 +173,7 @@ def _is_quantized(weight: Tensor) -> bool:
 
 
 def _shape(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
-    """The shape of a weight, however it is packed: bitsandbytes packs some anew at the first forward call."""
+    """Return the shape of a weight, however it is packed: bitsandbytes packs some anew at the first forward call."""
     if _is_quantized(weight):
         module, own = _owner(model, name)
         if own == "weight" and isinstance(module, nn.Linear):
@@ -182,18 +182,18 @@ def _shape(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that a parameter belongs to, and the parameter's name there."""
+    """Return the module that a parameter belongs to, and the parameter's name there."""
     module, _, own = name.rpartition(".")
     return model.get_submodule(module), own
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor | None:
-    """A weight that accelerate keeps on disk or in main memory until it is needed; None if there is no such."""
+    """Return a weight that accelerate keeps on disk or in main memory until it is needed; None if there is no such."""
     module, own = _owner(model, name)
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         weights = getattr(each, "weights_map", None)
         if weights is not None:
-            found: Tensor = weights[own]
-            return found
+            weight: Tensor = weights[own]
+            return weight
     return None

@@ -35,7 +35,7 @@ _POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, so that other processes can load it for themselves; see `load_model`."""
+    """The source of a model, so that other processes can load it for themselves; see `load_model`."""
 
     name: str
     dtype: torch.dtype
@@ -43,12 +43,12 @@ class Origin:
     trust_remote_code: bool
 
     def load(self, device: str) -> tuple[Any, Any]:
-        """The same model and tokenizer, on a device of this process."""
+        """Load the same model and tokenizer on a device of this process."""
         return load_model(self.name, self.dtype, device, self.attn_implementation, self.trust_remote_code)
 
 
 def loaded_from(model: Any) -> Origin | None:
-    """Where a model came from, or None if `load_model` did not make it."""
+    """Return the source of a model, or None if `load_model` did not make it."""
     origin = getattr(model, _ORIGIN, None)
     return origin if isinstance(origin, Origin) else None
 
@@ -175,9 +175,9 @@ def _find(name: str) -> tuple[str, str]:
         return str(gguf.converted([path], path.name.removesuffix(".gguf"))), path.name.removesuffix(".gguf")
     if name and path.is_dir():
         if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
+            files = sorted(path.glob("*.gguf"))
             hint = (
-                f"pass the file itself: {found[0]}" if found else "expected a folder with config.json and safetensors"
+                f"pass the file itself: {files[0]}" if files else "expected a folder with config.json and safetensors"
             )
             raise ModelError(f"no config.json in folder {path}; {hint}")
         _refuse_pointers(sorted(path.iterdir()))
@@ -230,8 +230,8 @@ def _check_architecture(config: Any, label: str) -> None:
     names = getattr(config, "architectures", None) or []
     causal = any(re.search(r"CausalLM|LMHead|ConditionalGeneration|Model$", name) for name in names) or not names
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = remote or type(config) in AutoModelForCausalLM._model_mapping
-    if getattr(config, "is_encoder_decoder", False) or not causal or not known:
+    supported = remote or type(config) in AutoModelForCausalLM._model_mapping
+    if getattr(config, "is_encoder_decoder", False) or not causal or not supported:
         raise ModelError(
             f"{label!r} is a {', '.join(names) or config.model_type}; EvolKV needs a decoder-only causal language model"
         )
