@@ -27,7 +27,7 @@ import evolkv
 from evolkv.cache.math import attention
 from evolkv.errors import UsageError
 from evolkv.evaluation.decode import end_tokens, greedy
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.models import describe_model
 from evolkv.models.forward import cache_keyword, given_cache
 from evolkv.selectors import get_selector

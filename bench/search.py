@@ -99,7 +99,7 @@ class Reached(Exception):  # noqa: N818
     """The last threshold has been reached, or the evaluations are spent."""
 
 
-class Counting:
+class Counting(Engine):
     """An engine that counts what it scores."""
 
     def __init__(self, engine: Engine):
@@ -317,7 +317,7 @@ def tokens_at_once(
     return {
         "n": pairs,
         "task": task,
-        "answer_tokens": [0 if target is None else len(target) for target in ours.targets],
+        "answer_tokens": [question.answer_tokens for question in ours.questions],
         "candidates": POPULATION,
         "seconds": {str(limit): spread(taken) for limit, taken in times.items()},
         "largest_difference": max(float(np.abs(each - scores[0]).max()) for each in scores),

@@ -130,7 +130,7 @@ def test_allocators_and_selectors_go_together(family, name):
     budget, length = 12, 40
     start = method.resolve(model, budget)[1]
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
-    layers = recorded.cache.kv_layers
+    layers = recorded.kv_layers
     seen, ceilings = [layer.observations for layer in layers], np.array([layer.most_held(length) for layer in layers])
     budgets = method.budgets_for(seen, start, ceilings)
     assert budgets.shape == (LAYERS, KV_HEADS)

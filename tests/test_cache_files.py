@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import evolkv
 from evolkv import BudgetProfile, CompressedCache
-from evolkv.errors import CacheFileError, EvolKVError, UsageError
-from tiny import LAYERS, padded, tiny_model, tokens
+from evolkv.errors import CacheFileError, EvolKVError, ProfileError, UsageError
+from tiny import LAYERS, add_adapters, padded, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
 RAGGED = [[7, 12], [9, 9], [5, 30], [16, 4]]
@@ -420,3 +420,29 @@ def test_a_document_is_read_once_and_asked_later(smollm2, tmp_path):
     model(ids, **whole.as_argument)
     expected = model.generate(torch.cat([ids, question], 1), **whole.as_argument, **settings)
     assert torch.equal(told, expected)
+
+
+def test_a_cache_read_with_one_adapter_is_not_gone_on_with_another(tmp_path):
+    model = tiny_model()
+    switch = add_adapters(model, "a", "b")
+    cache = CompressedCache.prefill(model, "knorm", tokens(1, 40), budget=9)
+    copied = cache.copy()
+    cache.save(tmp_path / "a.cache")
+    profile = BudgetProfile.uniform(model, 9, selector="knorm")
+    for name in ("b", None):
+        switch(name)
+        for use in (lambda: cache.followed_by(QUESTION), lambda: copied.save(tmp_path / "b.cache")):
+            with pytest.raises(UsageError, match="with other adapters than are active now"):
+                use()
+        with pytest.raises(UsageError, match="with other adapters than are active now"):
+            model.generate(torch.cat([tokens(1, 40), QUESTION], dim=1), **cache.as_argument, **GREEDY)
+        with pytest.raises(CacheFileError, match="made with"):
+            CompressedCache.load(tmp_path / "a.cache", model)
+        with pytest.raises(ProfileError, match="made for"):
+            CompressedCache(model, profile)
+    switch("a")
+    loaded = CompressedCache.load(tmp_path / "a.cache", model)
+    assert same(answer(model, copied), answer(model, loaded))
+    switch("b")
+    with pytest.raises(UsageError, match="with other adapters than are active now"):
+        loaded.followed_by(QUESTION)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evolkv.errors import TaskError
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.tasks import SPLITS, encode_prompt, format_spec, get_task
 from evolkv.tasks.code import LENGTHS, RECENT, SLACK, CodeCompletion
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,20 +19,20 @@ from transformers import PreTrainedTokenizerFast
 from evolkv.cache import CompressedCache
 from evolkv.cache.recording import RecordingCache
 from evolkv.cache.replay import RankedPrompt, ReplayCache
-from evolkv.errors import RunError, UsageError
-from evolkv.evaluation import NaiveEngine, ReplayEngine
+from evolkv.errors import ModelError, RunError, UsageError
+from evolkv.evaluation import NaiveEngine, ReplayEngine, memory
 from evolkv.evaluation.decode import RepetitionPenalty, greedy, target_log_probs
-from evolkv.evaluation.engine import encode_example
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.prefill import Prefiller
-from evolkv.evaluation.replay import _candidate_bytes, lowest_changed
+from evolkv.evaluation.replay_engine import _candidate_bytes, lowest_changed
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.shards import Request, Shard, ShardedEngine, ShardServer, Sharing
 from evolkv.evaluation.workers import Workers
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Example, get_task
-from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, failing, stretching_model, tiny_model, tokens
+from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, VOCABULARY, failing, stretching_model, tiny_model, tokens
 
 SNAPKV = get_selector({"name": "snapkv", "window": 4})
 
@@ -42,7 +43,7 @@ def candidates(count, longest, least=4, seed=0):
 
 def rank(model, prompt, ceiling=1000):
     recorded = Prefiller(model, [SNAPKV])(prompt)
-    return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, SNAPKV, ceiling)
+    return RankedPrompt.from_recorded(recorded, SNAPKV, ceiling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +122,7 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
     reused = shared.tokens_seen - shared.tokens_computed
     assert reused == (0 if selector == "h2o" else 60)
     torch.testing.assert_close(after.next_logits, alone.next_logits, atol=1e-5, rtol=0)
-    for got, expected in zip(after.cache.layers, alone.cache.layers, strict=True):
+    for got, expected in zip(after.kv_layers, alone.kv_layers, strict=True):
         torch.testing.assert_close(got.held()[0], expected.held()[0], atol=1e-5, rtol=0)
         assert torch.equal(got.rankings[chosen], expected.rankings[chosen])
 
@@ -327,9 +328,9 @@ def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, mon
     examples, budgets = examples * 4, smollm2_candidates(300)[:1]
     alone = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=2**30)
     # Enough for the snapshots and for one candidate; a third of it, the share of a shard, is not enough for both.
-    memory = len(examples) * alone.held_bytes + 20 * 2**20
-    monkeypatch.setattr("evolkv.evaluation.shards.free_memory", lambda device: memory / 0.9)
-    alone.room = memory // 3 - 3 * alone.held_bytes
+    room = len(examples) * alone.held_bytes + 20 * 2**20
+    monkeypatch.setattr("evolkv.evaluation.shards.free_memory", lambda model: room / 0.9)
+    alone.room = room // 3 - 3 * alone.held_bytes
     with pytest.raises(RunError, match="one candidate on example"):
         alone.score(budgets)
     backend = LocalBackend(model, tokenizer, workers=1)
@@ -344,11 +345,11 @@ def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkey
     model, tokenizer, examples = needles
     long = replace(examples[0], target="word " * 600)
     engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
-    (prompt,), new = engine._held, len(engine.targets[0])
+    (prompt,), new = engine._held, engine.questions[0].answer_tokens
     assert new > 600
     # On so long an answer a second row would cost more than another batch.
     assert engine._rows_at_once(0, prompt) == 1
-    monkeypatch.setattr("evolkv.evaluation.replay._MAX_TOKENS", 100 * new)
+    monkeypatch.setattr("evolkv.evaluation.replay_engine._MAX_TOKENS", 100 * new)
     each, pair = _candidate_bytes(model, prompt, new, new)
     shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
     for rows in (1, 2, 7):
@@ -444,15 +445,73 @@ def metaspace():
 
 def test_answers_and_late_questions_are_encoded_as_they_continue_the_prompt(metaspace):
     example = Example(id="x", prompt="a b", later="c d", references=("e",), target=" e f")
-    encoded = encode_example(metaspace, example, "logprob")
-    pieces = [metaspace.convert_ids_to_tokens(ids) for ids in (encoded.later, encoded.target)]
+    (question,) = encode_examples(metaspace, tiny_model(), [example], "logprob")
+    pieces = [metaspace.convert_ids_to_tokens(ids) for ids in (question.later, question.target)]
     assert pieces == [["c", "▁", "d"], ["▁", "e", "▁", "f"]]
 
 
-def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(tokenizer):
+def test_an_answer_that_would_share_a_token_with_the_prompt_is_encoded_on_its_own(small):
+    model, tokenizer = small
     example = Example(id="x", prompt="The answ", references=("er",), target="er is here")
-    assert encode_example(tokenizer, example, "logprob").target.tolist() == tokenizer("er is here")["input_ids"]
+    (question,) = encode_examples(tokenizer, model, [example], "logprob")
+    assert question.target.tolist() == tokenizer("er is here")["input_ids"]
     assert tokenizer("The answer is here")["input_ids"][:2] != tokenizer("The answ")["input_ids"][:2]
+
+
+def test_token_ids_without_embeddings_are_refused_with_both_numbers(metaspace):
+    metaspace.add_tokens(["extra"] + [f"more{i}" for i in range(VOCABULARY)])
+    model = tiny_model()
+    plain, beyond = (Example(id=text, prompt="a b", references=(text,)) for text in ("c", f"more{VOCABULARY - 1}"))
+    assert encode_examples(metaspace, model, [plain], "logprob")
+    with pytest.raises(ModelError, match=rf"gives token {VOCABULARY + 11}, but .* embeddings for {VOCABULARY} tokens"):
+        encode_examples(metaspace, model, [beyond], "logprob")
+
+
+@pytest.fixture
+def control_group(tmp_path, monkeypatch):
+    """Writes the files of a control group, by name, and makes it this process's."""
+
+    def make(line, **files):
+        (tmp_path / "cgroup").write_text(line)
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/").replace("_dot_", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(memory, "_PROCESS", tmp_path / "cgroup")
+        monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+
+    return make
+
+
+def test_free_memory_is_what_the_control_group_leaves(control_group):
+    model = tiny_model()
+    stat = {"job__memory_dot_stat": "anon 5\ninactive_file 100\n"}
+    control_group("0::/job/step", job__memory_dot_max="1000", job__memory_dot_current="400", **stat)
+    assert memory.free_memory(model) == 700
+    control_group("0::/job/step", job__memory_dot_max="max")
+    assert memory.free_memory(model) > 10**6
+
+
+def test_free_memory_is_what_a_control_group_of_the_first_version_leaves(control_group):
+    files = {
+        "memory__memory_dot_limit_in_bytes": "1000",
+        "memory__memory_dot_usage_in_bytes": "990",
+        "memory__memory_dot_stat": "total_inactive_file 0\n",
+    }
+    # The path is the host's, which a container does not see.
+    control_group("3:cpu,cpuacct:/x\n5:memory:/docker/0123", **files)
+    assert memory.free_memory(tiny_model()) == 10
+
+
+def test_free_memory_of_a_model_on_several_devices_is_that_of_the_fullest(monkeypatch):
+    model = tiny_model()
+    for number, layer in enumerate(model.model.layers):
+        layer._hf_hook = SimpleNamespace(execution_device="cuda:1" if number == 0 else "cuda:0")
+    free = {torch.device("cuda:0"): 900, torch.device("cuda:1"): 200}
+    monkeypatch.setattr(memory, "_free", free.__getitem__)
+    assert memory.free_memory(model) == 800
+    free[torch.device("cuda:0")] = 300
+    assert memory.free_memory(model) == 400
 
 
 def test_an_answer_beyond_the_context_is_refused(small):

@@ -15,7 +15,7 @@ import torch
 import evolkv
 from evolkv.allocators import ALLOCATORS
 from evolkv.errors import UsageError
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
 from evolkv.registry import Registry
 from evolkv.selectors import SELECTORS, KNorm, PromptAttention, Selector, get_selector

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from evolkv.errors import TaskError
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.tasks import SPLITS, Example, fingerprint, format_spec, get_task
 from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.prompts import user_message

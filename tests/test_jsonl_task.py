@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.tasks import SPLITS, get_task
 from evolkv.tasks.jsonl import JsonLines
 

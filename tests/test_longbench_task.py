@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.evaluation.engine import text_score
+from evolkv.evaluation.scoring import text_score
 from evolkv.tasks import SPLITS, encode_prompt, format_spec, get_task
 from evolkv.tasks.longbench import LongBench
 from evolkv.tasks.longbench.subsets import EXTENDED, SUBSETS

@@ -8,18 +8,29 @@ import subprocess
 import sys
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GemmaTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
+from evolkv import CompressedCache
+from evolkv.cache.hook import own_attention
 from evolkv.errors import ModelError, RunError
-from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts
+from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts, weights_checksum
 from evolkv.models.aliases import PackagedModel
-from evolkv.models.loading import _dtype
-from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny_model
+from evolkv.models.loading import _dtype, _one_line
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, add_adapters, tiny_model, tokens
 
 PROSE = "The  old captain kept 12,345 maps—\n\n    and a “compass”\tof brass."
 
@@ -76,6 +87,15 @@ def tiny_gguf(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EVOLKV_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
+
+
+def saved(folder, tokenizer=True):
+    tiny_model().save_pretrained(folder)
+    if tokenizer:
+        vocabulary = {"<pad>": 0, "<end>": 1, **{letter: 2 + i for i, letter in enumerate("abcdefgh")}}
+        own = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<pad>"))
+        PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    return folder
 
 
 def only_folder(cache):
@@ -229,8 +249,30 @@ def test_misspelt_alias_is_answered_with_the_nearest():
     assert "Did you mean 'smollm2-135m'?" in message("smolm2-135m")
 
 
-def test_unknown_hub_name_is_refused_in_one_line():
-    assert "no-such-owner/no-such-model" in message("no-such-owner/no-such-model")
+def http_error(status):
+    error = OSError(f"{status}")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "words"),
+    [
+        (ConnectionError("no route"), RunError, "cannot be reached to look for it (ConnectionError); try again"),
+        (http_error(503), RunError, "cannot be reached"),
+        (http_error(404), ModelError, "has no such model, or not for you"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_know_is_bad_input_and_a_hub_that_is_away_is_not(
+    monkeypatch, failure, error, words
+):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    said = message("no-such-owner/no-such-model", error)
+    assert "no-such-owner/no-such-model" in said
+    assert words in said
 
 
 @pytest.mark.parametrize("name", ["", "./nowhere", "/no/such/folder", "nothing.gguf", "what is this?"])
@@ -251,6 +293,32 @@ def test_folder_without_config_is_refused_and_a_gguf_file_in_it_pointed_out(tmp_
 def test_model_that_is_no_causal_lm_is_refused(tmp_path, kind, architecture):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [architecture]}))
     assert "decoder-only" in message(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_git_lfs_pointers_are_told_from_damaged_files(tmp_path, file):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (saved(tmp_path) / file).write_text(pointer)
+    assert f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`" in message(tmp_path)
+    (tmp_path / "model.gguf").write_text(pointer)
+    assert "model.gguf is a Git LFS pointer" in message(tmp_path / "model.gguf")
+
+
+def test_folder_without_a_tokenizer_is_refused_with_what_is_there(tmp_path):
+    said = message(saved(tmp_path, tokenizer=False))
+    assert f"no tokenizer in folder {tmp_path}, which has config.json" in said
+    assert "model.safetensors; copy the tokenizer's files there" in said
+
+
+def test_damaged_tokenizer_is_named(tmp_path):
+    (saved(tmp_path) / "tokenizer.json").write_text("{")
+    assert "cannot load the tokenizer of" in message(tmp_path)
+
+
+def test_a_message_that_ends_in_a_colon_goes_on():
+    assert _one_line(ValueError("Cannot convert:\n\n  - no vocab.json\n  - no merges.txt")) == (
+        "Cannot convert: - no vocab.json"
+    )
 
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path):
@@ -308,6 +376,84 @@ def test_fingerprint_depends_on_weights_and_not_on_dtype_or_folder(tmp_path):
         copy = LlamaForCausalLM.from_pretrained(tmp_path / "moved", dtype=dtype, attn_implementation="eager")
         assert describe_model(copy).fingerprint == expected
         assert describe_model(copy).name == "moved"
+
+
+def test_fingerprint_is_that_of_the_adapters_in_use():
+    model = tiny_model()
+    plain = describe_model(model).fingerprint
+    switch = add_adapters(model, "a", "b")
+    in_use = {"a": describe_model(model).fingerprint}
+    switch("b")
+    in_use["b"] = describe_model(model).fingerprint
+    switch(None)
+    assert describe_model(model).fingerprint == plain
+    assert len({plain, *in_use.values()}) == 3
+    switch("a")
+    assert describe_model(model).fingerprint == in_use["a"]
+    model.model.layers[0].self_attn.v_proj.scaling["b"] = 2.0
+    assert describe_model(model).fingerprint == in_use["a"]
+    model.model.layers[0].self_attn.v_proj.scaling["a"] = 2.0
+    assert describe_model(model).fingerprint not in in_use.values()
+
+
+def halve_a_norm(model):
+    model.model.norm.weight.data *= 0.5
+
+
+def flip_a_bit(model):
+    model.model.layers[3].mlp.up_proj.weight.data.view(torch.int32)[5, 7] ^= 1
+
+
+def turn_faster(model):
+    model.model.rotary_emb.inv_freq *= 2
+
+
+def steer(model):
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output)
+
+
+def replace_a_method(model):
+    model.model.layers[1].mlp.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        halve_a_norm,
+        flip_a_bit,
+        turn_faster,
+        steer,
+        replace_a_method,
+        lambda model: model.half(),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.5),
+        lambda model: setattr(model.generation_config, "repetition_penalty", 1.2),
+        lambda model: add_adapters(model, "a"),
+    ],
+)
+def test_checksum_tells_a_model_from_one_that_was_changed(change):
+    expected = weights_checksum(tiny_model(), "sdpa")
+    model = tiny_model()
+    assert weights_checksum(model, own_attention(model)) == expected
+    change(model)
+    assert weights_checksum(model, own_attention(model)) != expected
+
+
+def test_checksum_is_the_same_while_a_compressed_cache_is_in_use():
+    model = tiny_model()
+    expected = weights_checksum(model, own_attention(model))
+    cache = CompressedCache(model, "knorm", 8)
+    model(tokens(1, 20), **cache.as_argument)
+    assert weights_checksum(model, own_attention(model)) == expected
+
+
+def test_checksum_tells_which_adapter_is_active():
+    model = tiny_model()
+    switch, sums = add_adapters(model, "a", "b"), set()
+    for name in ("a", "b", None):
+        switch(name)
+        sums.add(weights_checksum(model, "sdpa"))
+    assert len(sums) == 3
 
 
 def test_description_has_the_sizes_of_the_config():

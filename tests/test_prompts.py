@@ -10,9 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from evolkv.errors import TaskError
-from evolkv.evaluation.engine import encode_example
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.tasks import Example, encode_prompt, get_task
 from evolkv.tasks.prompts import encode_text, user_message
+from tiny import tiny_model
 
 VOCABULARY = ["<pad>", "<end>", "<start>", "\n", *"abcdefgh"]
 BOS, EOS = VOCABULARY.index("<start>"), VOCABULARY.index("<end>")
@@ -54,9 +55,9 @@ def test_a_prompt_begins_with_one_bos_if_the_tokenizer_adds_it_and_nothing_is_ad
 @pytest.mark.parametrize("single", ["<start> $A", "<start> $A <end>"])
 def test_late_questions_and_answers_have_no_special_tokens_but_their_own(single):
     example = Example(id="x", prompt="abc", later="de", references=("f",), target="fg")
-    encoded = encode_example(adding(single), example, "logprob")
-    assert words(encoded.prompt[0].tolist()) == "<start> a b c"
-    assert [words(encoded.later.tolist()), words(encoded.target.tolist())] == ["d e", "f g"]
+    (question,) = encode_examples(adding(single), tiny_model(), [example], "logprob")
+    assert words(question.prompt[0].tolist()) == "<start> a b c"
+    assert [words(question.later.tolist()), words(question.target.tolist())] == ["d e", "f g"]
 
 
 @pytest.mark.model

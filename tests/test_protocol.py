@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import evolkv
 from evolkv.errors import TaskError, UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, decode
 from evolkv.evaluation.decode import greedy, target_log_probs
-from evolkv.evaluation.engine import encode_example, encode_examples
 from evolkv.evaluation.prefill import Prefiller
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol
@@ -134,10 +135,10 @@ def test_reading_a_question_first_is_part_of_the_continuation(family, piece, mon
     context, questions, targets = tokens(1, 30), [tokens(5, seed=3), tokens(8, seed=4)], [tokens(4), tokens(6, seed=1)]
     recorded = Prefiller(model, [get_selector("knorm")])(context)
     everything = np.full((2, 4, 2), 30)
-    rankings = [layer.rankings[get_selector("knorm")].expand(2, -1, -1) for layer in recorded.cache.layers]
+    rankings = [layer.rankings[get_selector("knorm")].expand(2, -1, -1) for layer in recorded.kv_layers]
 
     def cache():
-        held = [layer.held() for layer in recorded.cache.layers]
+        held = [layer.held() for layer in recorded.kv_layers]
         return evolkv.CompressedCache.from_rankings(model, held, rankings, everything, get_selector("knorm"))
 
     logits = recorded.next_logits.expand(2, -1)
@@ -179,7 +180,7 @@ def test_what_is_kept_does_not_depend_on_the_question(smollm2):
     kept = []
     for ids in prompts:
         recorded = prefill(ids)
-        kept.append([layer.rankings[get_selector("snapkv")][..., :64].sort().values for layer in recorded.cache.layers])
+        kept.append([layer.rankings[get_selector("snapkv")][..., :64].sort().values for layer in recorded.kv_layers])
     for other in kept[1:]:
         assert all(torch.equal(a, b) for a, b in zip(kept[0], other, strict=True))
     # One context is read once: of every further question's prompt only the window's queries are computed again.
@@ -227,6 +228,6 @@ def test_question_and_prompt_together_must_fit_the_model(smollm2):
     example = Example("long", "a " * 8000, ("b",), later=" b" * 300)
     with pytest.raises(UsageError, match="more than the model's context"):
         encode_examples(tokenizer, model, [example])
-    encoded = encode_example(tokenizer, example, "logprob")
-    assert len(encoded.later) == 300
-    assert len(encoded.target) >= 1
+    (question,) = encode_examples(tokenizer, model, [replace(example, prompt="a")], "logprob")
+    assert len(question.later) == 300
+    assert len(question.target) >= 1

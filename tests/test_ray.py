@@ -84,6 +84,17 @@ def test_a_terminated_search_on_workers_keeps_its_best(smollm2, tmp_path):
 
 
 @pytest.mark.model
+def test_a_model_that_was_changed_after_loading_is_the_one_that_is_searched(local, without_ray):
+    model, tokenizer = evolkv.load_model("smollm2-135m", dtype="float32", device="cpu")
+    model.model.norm.weight.data *= 0.5
+    settings = {**SETTINGS, "max_evals": 4}
+    here = evolkv.search(model, tokenizer, **settings)
+    there = evolkv.search(model, tokenizer, backend=lambda: RayBackend(model, tokenizer, workers=2), **settings)
+    assert there.history == here.history
+    assert here.history[0] != local.history[0]
+
+
+@pytest.mark.model
 def test_a_cluster_started_by_hand_with_a_second_node_serves(smollm2, local, tmp_path):
     """The head has one core and so has the other node, so that each gets a worker."""
     programs = Path(sys.executable).parent

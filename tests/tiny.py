@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import transformers
+from torch import nn
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM, WINDOW = 128, 4, 2, 16, 24
 
@@ -177,3 +178,37 @@ def padded(lengths, side):
         where = slice(max(lengths) - len(row), None) if side == "left" else slice(0, len(row))
         batch[i, where], mask[i, where] = row, 1
     return rows, batch, mask
+
+
+class Adapted(nn.Module):
+    """A linear layer with low-rank adapters, named and switched as in PEFT."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer, names, rank=2):
+        super().__init__()
+        self.base_layer, self.active_adapters, self.disabled, self.merged_adapters = base_layer, [names[0]], False, []
+        self.scaling = dict.fromkeys(names, 1.0)
+        self.lora_A = nn.ModuleDict({name: nn.Linear(base_layer.in_features, rank, bias=False) for name in names})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(rank, base_layer.out_features, bias=False) for name in names})
+
+    @property
+    def disable_adapters(self):
+        return self.disabled
+
+    def forward(self, x):
+        added = [] if self.disabled else self.active_adapters
+        return self.base_layer(x) + sum(self.lora_B[n](self.lora_A[n](x)) * self.scaling[n] for n in added)
+
+
+def add_adapters(model, *names):
+    """Gives the value projections of a Llama adapters, of which the first is active, and returns a switch for all."""
+    adapted = [Adapted(layer.self_attn.v_proj, names) for layer in model.model.layers]
+    for layer, part in zip(model.model.layers, adapted, strict=True):
+        layer.self_attn.v_proj = part.requires_grad_(False)
+
+    def switch(name):
+        for part in adapted:
+            part.disabled, part.active_adapters = name is None, [name] if name else part.active_adapters
+
+    return switch

@@ -18,7 +18,7 @@ from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
-from evolkv.models.forward import cache_keyword, given_cache, input_device
+from evolkv.models.forward import cache_keyword, check_token_ids, given_cache, input_device
 from evolkv.tasks.prompts import encode_text, user_message
 
 logger = logging.getLogger(__name__)
@@ -233,6 +233,7 @@ def _prompt_inputs(
 ) -> dict[str, Any]:
     text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
     ids = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
+    check_token_ids(model, ids)
     cache: DynamicCache | CompressedCache
     if method is not None:
         cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
@@ -260,8 +261,9 @@ def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, r
         )
     # In a message the question stands apart from the document; without a template it is for the user to say how.
     text = question if raw else f"\n\n{question}{after}"
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return document.followed_by(torch.tensor([ids]))
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
+    check_token_ids(document.model(), ids)
+    return document.followed_by(ids)
 
 
 def _chats(tokenizer: Any, raw: bool) -> bool:

@@ -21,6 +21,7 @@ from evolkv.cache.resolve import LayerMaker, make_layers
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
+from evolkv.models import adapters_in_use
 from evolkv.models.forward import cache_keyword, input_device
 from evolkv.numbers import is_whole
 from evolkv.selectors import Selector
@@ -143,8 +144,8 @@ class CompressedCache(HookedCache):
                 the model's pad token (that of its `generation_config`).
 
         Raises:
-            UsageError: if the text so far is not known, or not all of it; for another number of sequences; or after
-                beam search.
+            UsageError: if the text so far is not known, or not all of it; for another number of sequences; after beam
+                search; or if other adapters are active now than when the text was read.
         """
         check_ids(input_ids)
         seen, known = self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1]
@@ -192,10 +193,20 @@ class CompressedCache(HookedCache):
                 "compressed; leave it out, or give the cache or compress() prefill_chunk=N to evict after each chunk"
             )
         if seen:
+            self._check_adapters()
             check_text(self.input_ids, seen, ids, mask, new)
 
+    def _check_adapters(self) -> None:
+        """Raise `UsageError` if the model computes with other adapters than when it read the text."""
+        if self.adapters is not None and self.adapters != adapters_in_use(self.model()):
+            raise UsageError(
+                "the cache holds what the model computed with other adapters than are active now; activate those it "
+                "was read with, or read the text again"
+            )
+
     def _check_text(self) -> None:
-        """Raises `UsageError` if `input_ids` cannot be what the rows hold."""
+        """Raise `UsageError` if `input_ids` cannot be what the rows hold, or other adapters are active now."""
+        self._check_adapters()
         if self._searched:
             raise UsageError(
                 "beam search has been through the cache: its rows are the last beams, not what generate() returned; go "
@@ -222,7 +233,7 @@ class CompressedCache(HookedCache):
         for layer, context in zip(self.kv_layers, layer_contexts(model), strict=True):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
-        twin.input_ids, twin._searched = self.input_ids, self._searched
+        twin.input_ids, twin._searched, twin.adapters = self.input_ids, self._searched, self.adapters
         return twin
 
     def __copy__(self) -> CompressedCache:
@@ -239,7 +250,8 @@ class CompressedCache(HookedCache):
 
         Raises:
             UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`; if
-                `input_ids` has another number of rows than there are sequences; or after beam search.
+                `input_ids` has another number of rows than there are sequences; after beam search; or if other adapters
+                are active now than when the text was read.
             RunError: if the file cannot be written.
         """
         self.check_finished()
@@ -263,7 +275,7 @@ class CompressedCache(HookedCache):
 
         layers, states, input_ids = read_cache(path, model)
         cache = cls.with_layers(model, layers, states)
-        cache.input_ids = input_ids
+        cache.input_ids, cache.adapters = input_ids, adapters_in_use(model)
         return cache
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -14,8 +14,9 @@ from transformers import Cache, PreTrainedModel
 from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
-from evolkv.models import cached_layers
+from evolkv.models import adapters_in_use, cached_layers
 from evolkv.models.forward import cache_keyword
+from evolkv.models.identity import AdaptersInUse
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of, stretching
 from evolkv.selectors import LayerContext
@@ -62,11 +63,13 @@ class HookedCache(Cache):
         state_layers: the layers with a recurrent state.
         block: the `compress` block that made the cache; None where it was made explicitly.
         unfinished: whether some layers have read tokens of a forward call that has not ended.
+        adapters: those that the model computed with when it began to read; None if it has not.
     """
 
     states_of_chunks: list[Tensor] | None = None
     block: Block | None = None
     unfinished: bool = False
+    adapters: AdaptersInUse | None = None
     #: The layer whose keys and values were the last to be sent to attention.
     _sent: Any = None
     #: Tokens seen when `generate` was given the cache; None if it never was.
@@ -137,6 +140,8 @@ class HookedCache(Cache):
         self.check_finished()
         if decoder is not self._decoder():
             raise UsageError("this cache was made for another model; make one for the model that is called")
+        if self.get_seq_length() == 0:
+            self.adapters = adapters_in_use(self.model())
         # Of a call that failed there may be some left.
         self.states_of_chunks = None
         wrap_again(decoder)

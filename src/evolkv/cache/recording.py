@@ -1,4 +1,4 @@
-"""A cache that keeps a whole prompt and every selector's opinion of it."""
+"""A cache that keeps a whole prompt and each selector's ranking of it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RecordingLayer(DynamicLayer):
         self.observations: Observations = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends, and marks the keys for `attend`."""
+        """Append keys and values, and mark the keys for `attend`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return tag(keys, values, self)
 
@@ -66,7 +66,7 @@ class RecordingLayer(DynamicLayer):
         mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention; the rankings are made on the side."""
+        """Compute the model's own attention, and record the rankings."""
         prompt = PromptAttention(
             query,
             key,
@@ -91,24 +91,24 @@ class RecordingLayer(DynamicLayer):
         self.context.leave()
 
     def most_held(self, tokens: int) -> int:
-        """The most entries that a head may keep of a prompt."""
+        """Return the most entries that a head may keep of a prompt."""
         return min(tokens, self.sliding_window or tokens)
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
+        """Return keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
         keys, values = self.keys, self.values
         assert isinstance(keys, Tensor)
         assert isinstance(values, Tensor)
         return keys, values
 
     def cut(self, tokens: int) -> None:
-        """Forgets everything from position `tokens` on."""
+        """Forget everything from position `tokens` on."""
         if self.is_initialized:
             self.keys, self.values = (held[:, :, :tokens] for held in self.held())
 
 
 def _continue(prompt: PromptAttention) -> Tensor:
-    """Attention of the end of a single prompt to all of it, ``[1, queries, heads, dim]``, in blocks of queries.
+    """Return the attention of the end of a prompt to all of it, ``[1, queries, heads, dim]``, in blocks of queries.
 
     A mask over the whole prompt would have every query look at every later token only to drop it; a block looks no
     further than its own end. And the query heads of a KV head are folded, so that keys are not repeated for them.
@@ -134,22 +134,20 @@ def _continue(prompt: PromptAttention) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Recording:
-    """One recorded prompt on its own, which later prompts of its cache do not change.
+class RecordedPrompt:
+    """A prompt that has been prefilled, whole, with rankings. The prompts that its cache reads later do not change it.
 
     Args:
         kv_layers: keys, values and rankings, by layer.
         state_layers: what the other layers of a hybrid model keep.
         tokens: length of the prompt.
+        next_logits: logits of the first new token, ``[vocabulary]`` float32.
     """
 
     kv_layers: list[RecordingLayer]
     state_layers: list[StateLayer]
     tokens: int
-
-    def get_seq_length(self) -> int:
-        """Length of the prompt."""
-        return self.tokens
+    next_logits: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -175,14 +173,15 @@ class RecordingCache(HookedCache):
             model, [RecordingLayer(selectors, list(observers), window, context) for window, context in places]
         )
 
-    def recording(self) -> Recording:
-        """The prompt as it is now."""
+    def recorded(self, next_logits: Tensor) -> RecordedPrompt:
+        """Return the prompt as it is now, with the logits ``[vocabulary]`` that it ended in."""
         # What a layer holds is replaced by the next prompt, never written to.
         layers = [copy.copy(layer) for layer in self.kv_layers]
-        return Recording(layers, [StateLayer.merge([state]) for state in self.state_layers], self.get_seq_length())
+        states = [StateLayer.merge([state]) for state in self.state_layers]
+        return RecordedPrompt(layers, states, self.get_seq_length(), next_logits)
 
     def cut(self, tokens: int) -> None:
-        """Forgets everything from position `tokens` on, in every layer; a recurrent state cannot be taken back."""
+        """Forget everything from position `tokens` on, in every layer; a recurrent state cannot be taken back."""
         assert not self.state_layers or tokens in (0, self.get_seq_length())
         for layer in self.kv_layers:
             layer.cut(tokens)

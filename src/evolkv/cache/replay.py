@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache
 from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
-from evolkv.cache.recording import Recording, RecordingCache
+from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.state import StateLayer
 from evolkv.models import cached_layers, sliding_windows
 from evolkv.models.forward import given_cache
@@ -50,12 +50,10 @@ class RankedPrompt:
     states: list[StateLayer] = field(default_factory=list)
 
     @classmethod
-    def from_recording(
-        cls, cache: RecordingCache | Recording, next_logits: Tensor, selector: Selector, ceiling: int
-    ) -> RankedPrompt:
+    def from_recorded(cls, recorded: RecordedPrompt, selector: Selector, ceiling: int) -> RankedPrompt:
         """Copies the first `ceiling` ranked entries of each head out of a recorded prompt."""
         keys, values, positions = [], [], []
-        for layer in cache.kv_layers:
+        for layer in recorded.kv_layers:
             ranking = layer.rankings[selector][0]
             limit = ceiling if layer.sliding_window is None else min(ceiling, layer.sliding_window)
             ranking = ranking[:, :limit]
@@ -64,8 +62,8 @@ class RankedPrompt:
             keys.append(held_keys[0][heads, ranking])
             values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
-        states = [StateLayer.merge([state]) for state in cache.state_layers]
-        return cls(cache.get_seq_length(), next_logits, keys, values, positions, states)
+        states = [StateLayer.merge([state]) for state in recorded.state_layers]
+        return cls(recorded.tokens, recorded.next_logits, keys, values, positions, states)
 
     @property
     def nbytes(self) -> int:

@@ -43,10 +43,10 @@ def tasks(as_json: AsJson = False) -> None:
 @app.command(cls=Command)
 def metrics(as_json: AsJson = False) -> None:
     """Metrics."""
-    from evolkv.evaluation.engine import mean_probability
+    from evolkv.evaluation.scoring import SCORERS
     from evolkv.tasks.metrics import METRICS
 
-    described: dict[str, Any] = {**METRICS, "logprob": mean_probability}
+    described: dict[str, Any] = {**METRICS, **SCORERS}
     _print([_row(name, described[name]) for name in sorted(described)], as_json)
 
 

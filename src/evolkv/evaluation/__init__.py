@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, check_request, evaluate
-from evolkv.evaluation.naive import NaiveEngine
-from evolkv.evaluation.replay import ReplayEngine
+from evolkv.evaluation.naive_engine import NaiveEngine
+from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.evaluation.significance import PairedComparison, paired_comparison
 from evolkv.methods import Method, get_method
 

@@ -42,14 +42,13 @@ class MethodComparison:
     left_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         rows = [
             {"task": each.task, "metric": each.metric, **each.result.to_dict(), "unpaired": each.unpaired}
             for each in self.tasks
         ]
         names = {"model": self.model, "a": self.a, "b": self.b}
-        found = {"rows": rows, "all": self.overall.to_dict(), "left_out": self.left_out}
-        return {"format": FORMAT, **names, **found}
+        return {"format": FORMAT, **names, "rows": rows, "all": self.overall.to_dict(), "left_out": self.left_out}
 
 
 def compare_records(
@@ -59,7 +58,7 @@ def compare_records(
     budget: int | None = None,
     seed: int = 0,
 ) -> MethodComparison:
-    """Compares two methods on the same examples.
+    """Compare two methods on the same examples.
 
     Args:
         paths: files of records, of one model and protocol.
@@ -76,9 +75,9 @@ def compare_records(
     methods, examples, model = _merged(paths)
     first, second = _pair(methods, a, b, budget)
     by_task: dict[str, list[tuple[Record | None, Record | None]]] = {}
-    for (task, _), found in examples.items():
-        if first in found or second in found:
-            by_task.setdefault(task, []).append((found.get(first), found.get(second)))
+    for (task, _), by_method in examples.items():
+        if first in by_method or second in by_method:
+            by_task.setdefault(task, []).append((by_method.get(first), by_method.get(second)))
     tasks: list[TaskComparison] = []
     scores: list[tuple[float, float]] = []
     for task, pairs in by_task.items():
@@ -128,9 +127,9 @@ def _merged(
                     "give files that share it"
                 )
         for label, method in settings.methods.items():
-            known = methods.setdefault(label, method)
-            other = known.budgets_sha256 != method.budgets_sha256
-            if other or known.selector != method.selector:
+            first = methods.setdefault(label, method)
+            other = first.budgets_sha256 != method.budgets_sha256
+            if other or first.selector != method.selector:
                 what = "other budgets" if other else "another selector"
                 raise UsageError(f"{path}: {label} has {what} than in the files before; give files that agree")
         _merge(path, records, examples)
@@ -138,10 +137,10 @@ def _merged(
 
 
 def _merge(path: str | os.PathLike[str], records: Records, examples: dict[tuple[str, str], ByMethod]) -> None:
-    for key, found in records.examples.items():
-        known = examples.setdefault(key, {})
-        for label, record in found.items():
-            before = known.setdefault(label, record)
+    for key, by_method in records.examples.items():
+        merged = examples.setdefault(key, {})
+        for label, record in by_method.items():
+            before = merged.setdefault(label, record)
             if before.prompt_sha256 != record.prompt_sha256 or abs(before.score - record.score) > _ROUNDING:
                 raise UsageError(
                     f"{path}: {label} on {record.example} of {record.task} is not as in the files before; "
@@ -173,12 +172,12 @@ def _label(methods: dict[str, MethodSettings], at: dict[str, MethodSettings], wo
         if word not in at:
             raise UsageError(f"{word} is not at the budget of --budget; leave that out, or the budget of {word}")
         return word
-    found = [label for label, each in at.items() if each.method == word]
-    if not found:
+    labels = [label for label, each in at.items() if each.method == word]
+    if not labels:
         others = [label for label, each in methods.items() if each.method == word]
         if others:
             raise UsageError(f"{word} is on record as {', '.join(others)}, not at this budget; give another --budget")
         raise unknown_name("method", word, at)
-    if len(found) > 1:
-        raise UsageError(f"{word} is on record as {', '.join(found)}; give one of these, or --budget")
-    return found[0]
+    if len(labels) > 1:
+        raise UsageError(f"{word} is on record as {', '.join(labels)}; give one of these, or --budget")
+    return labels[0]

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
-from evolkv.evaluation.engine import not_a_number
+from evolkv.errors import RunError
 from evolkv.evaluation.workers import check_wanted
 
-# What the logits of one forward pass may take, and what each does: in the model's number format, in float32, and again.
+# Memory limit for the logits of one pass, and bytes per logit: in the model's dtype, in float32, and as log-softmax.
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a text: the generation config's and the tokenizer's."""
+    """Return the token ids that end a text: the generation config's and the tokenizer's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     ids.add(tokenizer.eos_token_id)
@@ -28,7 +28,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 class RepetitionPenalty:
-    """What `generate()` makes of ``repetition_penalty``: tokens that a row has seen become less probable.
+    """Makes tokens that a row has seen less probable, as `generate()` does under ``repetition_penalty``.
 
     Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1, over prompt and answer as in transformers.
 
@@ -48,19 +48,19 @@ class RepetitionPenalty:
     def of(
         cls, model: PreTrainedModel, prompts: Sequence[Tensor], later: Tensor, logits: Tensor
     ) -> RepetitionPenalty | None:
-        """That of the model's generation config, over each row's prompt and what all read later; None for none."""
+        """Return the one of the model's generation config, over each row's prompt and what all read later, or None."""
         factor = getattr(model.generation_config, "repetition_penalty", None)
         if factor is None or factor == 1:
             return None
         return cls(factor, [torch.cat([ids, later.to(ids.device)]) for ids in prompts], logits)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The logits after the penalty."""
+        """Return the logits after the penalty."""
         penalised = torch.where(logits < 0, logits * self.factor, logits / self.factor)
         return torch.where(self.seen, penalised, logits)
 
     def add(self, newest: Tensor) -> None:
-        """Counts a new token of each row, ``[rows]``, as seen."""
+        """Count a new token of each row, ``[rows]``, as seen."""
         self.seen.scatter_(1, newest[:, None], True)
 
 
@@ -72,7 +72,9 @@ def target_log_probs(
     targets: Sequence[Tensor],
     later: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Log-probability of each token of given continuations, teacher-forced: in one forward pass where logits are small.
+    """Return the log-probability of each token of given continuations, teacher-forced.
+
+    That takes one forward pass where logits are small.
 
     Args:
         model: the model.
@@ -101,7 +103,7 @@ def target_log_probs(
     piece = total
     if isinstance(cache, CompressedCache):
         piece = max(1, _LOGITS_BYTES // (_BYTES_PER_LOGIT * next_logits.shape[-1] * len(targets)))
-    found: list[Tensor] = []
+    pieces: list[Tensor] = []
     start, end = 0, min(total, total - kept + piece)
     with torch.inference_mode():
         while start < total:
@@ -116,9 +118,9 @@ def target_log_probs(
             )
             expected = padded[:, end + 1 - wanted : end + 1]
             loss = F.cross_entropy(output.logits.float().flatten(0, 1), expected.flatten(), reduction="none")
-            found.append(-loss.view(len(targets), -1))
+            pieces.append(-loss.view(len(targets), -1))
             start, end = end, min(total, end + piece)
-    rest = torch.cat(found, dim=1)
+    rest = torch.cat(pieces, dim=1)
     scored = torch.cat([first, rest], dim=1) if least == 0 else rest
     return [row[skip - least :][: len(target)] for row, skip, target in zip(scored, skipped, targets, strict=True)]
 
@@ -133,7 +135,7 @@ def greedy(
     later: Tensor | None = None,
     penalty: RepetitionPenalty | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of every row, stopping as soon as all rows have ended.
+    """Return greedy continuations of all rows, stopping as soon as all rows have ended.
 
     Args:
         model: the model.
@@ -177,8 +179,16 @@ def greedy(
         position = position + 1
 
 
+def not_a_number() -> RunError:
+    """Return the error for a model that overflows."""
+    return RunError(
+        "what the model computes is not a number: its number format is too narrow, or its weights are damaged; "
+        "try --dtype float32 or --dtype bfloat16"
+    )
+
+
 def _most_probable(logits: Tensor, penalty: RepetitionPenalty | None) -> Tensor:
-    """The most probable token of each row, ``[rows]``."""
+    """Return the most probable token of each row, ``[rows]``."""
     # The largest of values of which one is not a number is not a number either.
     largest, newest = (logits if penalty is None else penalty(logits)).max(-1)
     if bool(largest.isnan().any()):

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from evolkv.budgets import BudgetSpec, read_budgets
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluation.engine import encode_examples
 from evolkv.evaluation.intervals import ci95
-from evolkv.evaluation.measure import Questions, Row, measure
+from evolkv.evaluation.measure import Row, TaskQuestions, measure
 from evolkv.evaluation.records import (
     ModelSettings,
     Record,
@@ -29,6 +28,7 @@ from evolkv.evaluation.records import (
     metrics_of,
     versions,
 )
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole
@@ -147,8 +147,8 @@ def evaluate(
         named = {spec: part for spec, part in named.items() if part}
     asked = []
     for spec, part in named.items():
-        examples = list(part.values())
-        asked.append(Questions(spec, list(part), examples, encode_examples(tokenizer, model, examples, metric)))
+        questions = encode_examples(tokenizer, model, list(part.values()), metric)
+        asked.append(TaskQuestions(spec, list(part), questions))
         _check_budgets(asked[-1], rows)
     settings = Settings(
         model=_describe(model),
@@ -161,7 +161,9 @@ def evaluate(
         methods={row.label: row.describe() for row in rows},
         tasks={
             each.task: TaskSettings(
-                fingerprint=fingerprint(each.examples), examples=each.names, haystack=haystacks[each.task]
+                fingerprint=fingerprint(question.example for question in each.questions),
+                examples=each.names,
+                haystack=haystacks[each.task],
             )
             for each in asked
         },
@@ -182,7 +184,7 @@ def evaluate(
         if recorded and on_progress is not None:
             on_progress(EvaluationProgress(recorded, total, recorded))
         for each in asked:
-            measure(model, tokenizer, each, rows, settings, log, advance)
+            measure(model, each, rows, settings, log, advance)
     except KeyboardInterrupt:
         raise EvaluationInterrupted(summarise(log.records), total) from None
     finally:
@@ -314,7 +316,7 @@ def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[
     return list(dict.fromkeys(ids))
 
 
-def _check_budgets(questions: Questions, rows: Sequence[Row]) -> None:
+def _check_budgets(questions: TaskQuestions, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.budget is not None and row.budget >= questions.longest:
             raise BudgetError(

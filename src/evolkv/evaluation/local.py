@@ -27,18 +27,18 @@ class LocalBackend:
         self._workers = Workers(model.device, workers)
 
     def sharing(self, shards: int) -> Sharing:
-        """All shards share the memory; each thread computes one."""
+        """Return that all shards share the memory, and each thread computes one."""
         return Sharing(shards, threads=self._workers.count)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
-        """Answers requests; see `Backend.run`."""
+        """Answer requests; see `Backend.run`."""
         return self._workers.run([partial(self._server.serve, request) for request in requests], on_step)
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Frees the prefill of shards."""
+        """Free the prefill of shards."""
         for key in keys:
             self._server.forget(key)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._workers.close()

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluation.engine import Encoded, free_memory, mean_probability, text_score
-from evolkv.evaluation.prefill import Prefiller, RecordedPrompt
+from evolkv.cache.recording import RecordedPrompt
+from evolkv.evaluation.memory import free_memory
+from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
+from evolkv.evaluation.scoring import Answer, Question
 from evolkv.evaluation.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
-from evolkv.tasks import Example
 
 # Rows decoded at once; more gains little, since the weights are then read for enough rows.
 _MAX_ROWS = 64
@@ -55,7 +54,7 @@ class Row:
         return label(self.method.name, self.budget)
 
     def new_cache(self, model: PreTrainedModel, prefill_chunk: int) -> CompressedCache:
-        """An empty cache that reads a prompt in chunks.
+        """Return an empty cache that reads a prompt in chunks.
 
         Raises:
             UsageError: for a method that cannot evict before it has seen the whole prompt.
@@ -67,7 +66,7 @@ class Row:
         return CompressedCache(model, method, self.budget, prefill_chunk=prefill_chunk)
 
     def describe(self) -> MethodSettings:
-        """What identifies it."""
+        """Return what identifies it."""
         if self.budget is None:
             return MethodSettings(
                 method=self.method.name, budget=None, budgets_sha256=None, selector=None, expanded_from=None
@@ -83,56 +82,52 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskQuestions:
     """A task's examples, ready to be asked.
 
     Args:
         task: its spec.
         names: of the examples, each once.
-        examples: in order.
-        encoded: the token ids of each.
+        questions: the examples, in the same order.
     """
 
     task: str
     names: list[str]
-    examples: list[Example]
-    encoded: list[Encoded]
+    questions: list[Question]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(each.prompt.shape[1] for each in self.encoded)
+        return max(each.tokens for each in self.questions)
 
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: Any,
-    questions: Questions,
+    asked: TaskQuestions,
     rows: list[Row],
     settings: Settings,
     log: RecordLog,
     on_step: Callable[[], None],
 ) -> None:
-    """Puts all rows on all examples on record.
+    """Put all rows on all examples on record.
 
     Args:
         model: a transformers decoder-only model.
-        tokenizer: its tokenizer.
-        questions: the examples.
+        asked: the examples.
         rows: the methods.
         settings: of the evaluation.
         log: where the records go; examples that it has are left out.
         on_step: called after each example that goes on record.
     """
     facts = model_facts(model)
-    size = len(questions.examples)
-    prompt_bytes = questions.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
+    size = len(asked.questions)
+    prompt_bytes = asked.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
     # Not by the memory that is free, which is not the same in a run that continues another.
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
     step = max(1, min(_SHARD_SIZE, -(-size // threads)))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
-    workers = Workers(model.device, min(len(shards), free_memory(model.device) // (8 * prompt_bytes)))
-    shard = _Shard(model, tokenizer, questions, rows, settings, log, workers.count)
+    workers = Workers(model.device, min(len(shards), free_memory(model) // (8 * prompt_bytes)))
+    shard = _Shard(model, asked, rows, settings, log, workers.count)
     try:
         # Those on record, too: the number of jobs decides how many cores each of them gets.
         workers.run([partial(shard, columns) for columns in shards], on_step)
@@ -144,15 +139,14 @@ def measure(
 class _Prefilled:
     """An example that has been prefilled; its rows wait to be decoded with others.
 
-    `next_logits` are ``[rows, vocabulary]``.
+    `next_logits` are ``[rows, vocabulary]``; `new` is the room that the cache has for tokens.
     """
 
     column: int
     cache: CompressedCache
     entry_bytes: int
     next_logits: Tensor
-    tokens: int
-    max_new_tokens: int
+    new: int
 
 
 class _Shard:
@@ -161,66 +155,58 @@ class _Shard:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
-        questions: Questions,
+        asked: TaskQuestions,
         rows: list[Row],
         settings: Settings,
         log: RecordLog,
         side_by_side: int,
     ):
-        self.model, self.tokenizer, self.questions, self.rows = model, tokenizer, questions, rows
+        self.model, self.asked, self.rows = model, asked, rows
         self.settings, self.log, self.side_by_side = settings, log, side_by_side
-        self.end = end_tokens(model, tokenizer)
         facts = model_facts(model)
         self.heads = facts.num_layers * facts.num_kv_heads
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
-        """Puts the examples `columns` on record, calling `step` after each that was not yet."""
+        """Put the examples `columns` on record, calling `step` after each that was not yet."""
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
         prefill = None if self.settings.prefill_chunk is not None else self._prefiller()
         waiting: list[_Prefilled] = []
         for column in columns:
-            example = self.questions.examples[column]
-            forced = self._metric_of(example) == "logprob"
+            question = self.asked.questions[column]
+            forced = question.scorer.teacher_forced
             # Also of what is on record: the next prompt starts where it differs from this one.
-            recorded = None if prefill is None else prefill(self.questions.encoded[column].prompt)
+            recorded = None if prefill is None else prefill(question.prompt)
             if forced and column not in missing:
                 check_wanted()
                 continue
-            room = 0 if forced else example.max_new_tokens
-            item = self._read(column, room) if recorded is None else self._cut(column, recorded, room)
+            new = 0 if forced else question.answer_tokens
+            item = self._read(column, new) if recorded is None else self._cut(column, recorded, new)
             if forced:
-                self._force(item)
-                step()
+                self._score([item], item.cache, missing, step)
             else:
-                if example.later and waiting:
-                    self._generate(waiting, missing, step)
-                    waiting.clear()
+                if len(question.later) and waiting:
+                    self._score_together(waiting, missing, step)
                 waiting.append(item)
                 if self._enough(waiting):
-                    self._generate(waiting, missing, step)
-                    waiting.clear()
+                    self._score_together(waiting, missing, step)
             check_wanted()
         if waiting:
-            self._generate(waiting, missing, step)
+            self._score_together(waiting, missing, step)
 
     def _has(self, column: int) -> bool:
-        return self.log.has(self.questions.task, self.questions.names[column])
-
-    def _metric_of(self, example: Example) -> str:
-        return self.settings.metric or example.metric
+        return self.log.has(self.asked.task, self.asked.names[column])
 
     def _prefiller(self) -> Prefiller:
         observers = [observer for row in self.rows for observer in row.method.observers]
         return Prefiller(self.model, [row.selector for row in self.rows], observers)
 
-    def _read(self, column: int, room: int) -> _Prefilled:
-        """A compressed cache with one sequence per row, each of which has read the prompt in chunks."""
+    def _read(self, column: int, new: int) -> _Prefilled:
+        """Return a compressed cache with one sequence per row, each of which has read the prompt in chunks."""
         chunk = self.settings.prefill_chunk
         assert chunk is not None
-        ids = self.questions.encoded[column].prompt
+        ids = self.asked.questions[column].prompt
         caches, logits = [], []
         for row in self.rows:
             cache = row.new_cache(self.model, chunk)
@@ -231,84 +217,74 @@ class _Shard:
             logits.append(output.logits[:, -1].float())
             check_wanted()
         group = caches[0].kv_layers[0].groups[0]
-        merged = CompressedCache.merge(self.model, caches, room)
-        return _Prefilled(column, merged, _entry_bytes(group.keys, group.values), torch.cat(logits), ids.shape[1], room)
+        merged = CompressedCache.merge(self.model, caches, new)
+        return _Prefilled(column, merged, _entry_bytes(group.keys, group.values), torch.cat(logits), new)
 
-    def _cut(self, column: int, recorded: RecordedPrompt, room: int) -> _Prefilled:
-        """A compressed cache with one sequence per row, cut from one recorded prompt."""
-        layers = recorded.cache.kv_layers
+    def _cut(self, column: int, recorded: RecordedPrompt, new: int) -> _Prefilled:
+        """Return a compressed cache with one sequence per row, cut from one recorded prompt."""
+        layers = recorded.kv_layers
         keys_values = [layer.held() for layer in layers]
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
         budgets = np.stack([self._budgets(row, recorded) for row in self.rows])
         selector = self.rows[0].selector
-        states = recorded.cache.state_layers
-        cache = CompressedCache.from_rankings(self.model, keys_values, rankings, budgets, selector, room, states)
+        cache = CompressedCache.from_rankings(
+            self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers
+        )
         logits = recorded.next_logits.expand(len(self.rows), -1)
-        return _Prefilled(column, cache, _entry_bytes(*keys_values[0]), logits, recorded.tokens, room)
+        return _Prefilled(column, cache, _entry_bytes(*keys_values[0]), logits, new)
 
     @staticmethod
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None:
             return row.budgets
-        layers = recorded.cache.kv_layers
+        layers = recorded.kv_layers
         ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
         return row.method.budgets_for([layer.observations for layer in layers], row.budgets, ceilings)
 
-    def _force(self, item: _Prefilled) -> None:
-        """The metric logprob."""
-        rows = len(self.rows)
-        this = self.questions.encoded[item.column]
-        assert this.target is not None
-        held = item.cache.kv_bytes_by_sequence
-        tokens, targets, later = [item.tokens] * rows, [this.target] * rows, [this.later] * rows
-        log_probs = target_log_probs(self.model, item.cache, item.next_logits, tokens, targets, later)
-        self._record(item, held, [(None, mean_probability(row)) for row in log_probs])
-
     def _enough(self, waiting: list[_Prefilled]) -> bool:
-        """Whether what waits should be decoded now.
+        """Return whether what waits should be decoded now.
 
         That is with enough rows for one batch, a quarter of the memory in use, or a question to be read first, which
         only rows of one example do together.
         """
-        if len(waiting) * len(self.rows) >= _MAX_ROWS or self.questions.examples[waiting[-1].column].later:
+        if len(waiting) * len(self.rows) >= _MAX_ROWS or len(self.asked.questions[waiting[-1].column].later):
             return True
         held = sum(item.cache.kv_bytes for item in waiting)
-        return held > free_memory(self.model.device) // (4 * self.side_by_side)
+        return held > free_memory(self.model) // (4 * self.side_by_side)
 
-    def _generate(self, waiting: list[_Prefilled], missing: set[int], step: Callable[[], None]) -> None:
-        """Greedy texts and their scores, unless all that waits is on record."""
-        if not any(item.column in missing for item in waiting):
-            return
+    def _score_together(self, waiting: list[_Prefilled], missing: set[int], step: Callable[[], None]) -> None:
+        """Score what waits in one batch, unless all of it is on record."""
+        if any(item.column in missing for item in waiting):
+            new = max(item.new for item in waiting)
+            merged = CompressedCache.merge(self.model, [item.cache for item in waiting], new)
+            self._score(waiting, merged, missing, step)
+        waiting.clear()
+
+    def _score(
+        self, items: list[_Prefilled], cache: CompressedCache, missing: set[int], step: Callable[[], None]
+    ) -> None:
+        """Score the rows of some examples, which are those of a cache, and put them on record."""
         rows = len(self.rows)
-        held = [item.cache.kv_bytes_by_sequence for item in waiting]
-        room = max(item.max_new_tokens for item in waiting)
-        cache = CompressedCache.merge(self.model, [item.cache for item in waiting], room)
-        logits = torch.cat([item.next_logits for item in waiting])
-        tokens = [item.tokens for item in waiting for _ in range(rows)]
-        limits = [item.max_new_tokens for item in waiting for _ in range(rows)]
-        later = self.questions.encoded[waiting[0].column].later
-        prompts = [self.questions.encoded[item.column].prompt[0] for item in waiting for _ in range(rows)]
-        penalty = RepetitionPenalty.of(self.model, prompts, later, logits)
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        for i, item in enumerate(waiting):
-            example = self.questions.examples[item.column]
-            answers = texts[i * rows : (i + 1) * rows]
-            scored = [(text, text_score(self._metric_of(example), text, example)) for text in answers]
-            self._record(item, held[i], scored)
+        held = cache.kv_bytes_by_sequence
+        questions = [self.asked.questions[item.column] for item in items for _ in range(rows)]
+        logits = torch.cat([item.next_logits for item in items])
+        answers = questions[0].scorer.score(cache, logits, questions)
+        for i, item in enumerate(items):
+            own = slice(i * rows, (i + 1) * rows)
+            self._record(item, held[own], answers[own])
             if item.column in missing:
                 step()
 
-    def _record(self, item: _Prefilled, held: list[int], answers: Sequence[tuple[str | None, float]]) -> None:
-        """Puts one example on record; `answers` are (prediction, score) of each row."""
-        questions, column = self.questions, item.column
-        example = questions.examples[column]
+    def _record(self, item: _Prefilled, held: list[int], answers: list[Answer]) -> None:
+        """Put one example on record, with the bytes that the cache of each row held and its answer."""
+        question = self.asked.questions[item.column]
+        example = question.example
         common = {
-            "task": questions.task,
-            "example": questions.names[column],
+            "task": self.asked.task,
+            "example": self.asked.names[item.column],
             "prompt_sha256": sha256(example.prompt + example.later),
-            "prompt_tokens": item.tokens,
-            "metric": self._metric_of(example),
+            "prompt_tokens": question.tokens,
+            "metric": question.scorer.metric,
             "protocol": self.settings.protocol,
             "first_line": example.first_line,
             "stop": list(example.stop),
@@ -322,12 +298,12 @@ class _Shard:
                     **common,
                     method=row.method.name,
                     budget=row.budget,
-                    prediction=prediction,
-                    score=score,
+                    prediction=answer.text,
+                    score=answer.score,
                     kv_bytes=size,
                     mean_budget=size / item.entry_bytes / self.heads,
                 )
-                for row, size, (prediction, score) in zip(self.rows, held, answers, strict=True)
+                for row, size, answer in zip(self.rows, held, answers, strict=True)
             ]
         )
 

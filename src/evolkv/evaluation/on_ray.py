@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from evolkv.cache.hook import own_attention
 from evolkv.errors import EvolKVError, RunError, UsageError
 from evolkv.evaluation.shards import Request, Sharing
-from evolkv.models import loaded_from
+from evolkv.models import Origin, loaded_from, weights_checksum
 from evolkv.numbers import is_whole
 
 # How often a worker that has died is started again before the search gives up.
@@ -33,8 +34,9 @@ class RayBackend:
     ``pip install evolkv[ray]``.
 
     Args:
-        model: the model. Workers load it by the name or path that `load_model` was given, in the same dtype; a model
-            that did not come from `load_model` is sent to them.
+        model: the model. If it came from `load_model`, each worker loads it by the same name or path, in the same
+            dtype, and compares every weight by a checksum. The model is sent to the workers if it did not, or if what a
+            worker loads is not the same (it was trained on, say, or an adapter merged).
         tokenizer: its tokenizer.
         workers: number of workers; default: one per GPU of the cluster, or one per core if it has none.
         address: of a running cluster, such as "auto" or "10.0.0.1:6379"; default: start one on this machine.
@@ -105,11 +107,6 @@ class RayBackend:
                 f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; "
                 f"use --workers {fitting}, or smaller ones"
             )
-        origin = loaded_from(model)
-        if origin is None and model.device.type != "cpu":
-            model = copy.deepcopy(model).to("cpu")
-        # Held for as long as the workers: one that is started again needs it again.
-        self._source = source = self._ray.put((model, tokenizer) if origin is None else origin)
         options = {
             "num_cpus": cpus,
             "num_gpus": gpus,
@@ -117,19 +114,31 @@ class RayBackend:
             "max_task_retries": _RESTARTS,
         }
         worker = self._ray.remote(_Worker).options(**options)
-        device, threads = ("cuda" if gpus else "cpu"), max(1, math.floor(cpus))
-        self.actors = [worker.remote(source, device, threads) for _ in range(count)]
+        place = ("cuda" if gpus else "cpu"), max(1, math.floor(cpus))
+        # Held for as long as the workers: one that is started again needs them again.
+        self._sent = [self._ray.put(tokenizer)]
+        origin = loaded_from(model)
+        checksum = None if origin is None else weights_checksum(model, own_attention(model))
+        if checksum is not None:
+            self.actors = [worker.remote(origin, checksum, self._sent, *place) for _ in range(count)]
+            if not all(self._get([actor.is_same.remote() for actor in self.actors])):
+                self._end_workers()
+        if not self.actors:
+            if model.device.type != "cpu":
+                model = copy.deepcopy(model).to("cpu")
+            self._sent = [*self._sent, self._ray.put(model)]
+            self.actors = [worker.remote(None, None, self._sent, *place) for _ in range(count)]
         #: The node of each worker.
         self.nodes = self._get([actor.node.remote() for actor in self.actors])
         per_node = Counter(self.nodes)
         self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
 
     def sharing(self, shards: int) -> Sharing:
-        """The shards of a worker, times the workers that share its memory."""
+        """Return the shards of a worker, times the workers that share its memory."""
         return Sharing(math.ceil(shards / len(self.actors)) * self._crowd, replicas=self._crowd)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
-        """Answers requests; see `Backend.run`. Progress comes by whole shards."""
+        """Answer requests; see `Backend.run`. Progress comes by whole shards."""
         pending = {self._actor(request.shard.key).serve.remote(request): i for i, request in enumerate(requests)}
         answers: list[np.ndarray | None] = [None] * len(requests)
         while pending:
@@ -142,20 +151,23 @@ class RayBackend:
         return [answer for answer in answers if answer is not None]
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Frees the prefill of shards."""
+        """Free the prefill of shards."""
         self._get([self._actor(key).forget.remote(key) for key in keys])
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it was started here."""
+        """End the workers, and the cluster if it was started here."""
+        self._end_workers()
+        if self._started:
+            self._ray.shutdown()
+
+    def _end_workers(self) -> None:
         for actor in self.actors:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
         self.actors = []
-        if self._started:
-            self._ray.shutdown()
 
     def _actor(self, key: str) -> Any:
-        """The worker of a shard: neighbours go to different ones."""
+        """Return the worker of a shard: neighbours go to different ones."""
         number = int(key.rpartition("/")[2])
         return self.actors[number % len(self.actors)]
 
@@ -178,17 +190,37 @@ class RayBackend:
 
 
 class _Worker:
-    """What runs on a worker: a replica of the model that serves shards."""
+    """A replica of the model on a worker, which serves shards.
 
-    def __init__(self, source: Any, device: str, threads: int):
+    Args:
+        origin: what to load; None if the model was sent.
+        checksum: of the weights that loading must give, as of `weights_checksum`.
+        sent: references to the tokenizer and, if it was sent, the model.
+        device: where to compute.
+        threads: how many cores to use.
+    """
+
+    def __init__(self, origin: Origin | None, checksum: str | None, sent: list[Any], device: str, threads: int):
+        import ray
         import torch
 
         from evolkv.evaluation.shards import ShardServer
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        model, tokenizer = source if isinstance(source, tuple) else source.load(device)
+        self._origin, self._same = origin, True
+        if origin is None:
+            tokenizer, model = ray.get(sent)
+        else:
+            # The tokenizer may need code that comes with the model.
+            model, _ = origin.load(device)
+            (tokenizer,) = ray.get(sent)
+            self._same = weights_checksum(model, own_attention(model)) == checksum
         self._server = ShardServer(model.to(device), tokenizer)
+
+    def is_same(self) -> bool:
+        """Return whether the model is the one that is searched for."""
+        return self._same
 
     def node(self) -> str:
         import ray
@@ -199,6 +231,12 @@ class _Worker:
         return os.getpid()
 
     def serve(self, request: Request) -> np.ndarray:
+        if not self._same:
+            assert self._origin is not None
+            raise RunError(
+                f"a worker that was started again loads other weights as {self._origin.name!r} than before; put the "
+                "files back, or start the search again"
+            )
         return self._server.serve(request, lambda: None)
 
     def forget(self, key: str) -> None:

@@ -1,41 +1,21 @@
-"""Prefill, once per example; what consecutive prompts share is computed once for all of them."""
+"""Prefill, once per example: a prefix that consecutive prompts share is computed once for all of them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.recording import Observer, Recording, RecordingCache
+from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache
 from evolkv.models.forward import input_device
 from evolkv.models.rotary import stretching
 from evolkv.selectors import Selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
 _MIN_SHARED = 32
-
-
-@dataclass(frozen=True)
-class RecordedPrompt:
-    """A prompt that has been prefilled, whole, with rankings. Valid until the next prefill, unless it is `kept`.
-
-    Args:
-        cache: keys, values and rankings.
-        tokens: length of the prompt.
-        next_logits: logits of the first new token, ``[vocabulary]`` float32.
-    """
-
-    cache: RecordingCache | Recording
-    tokens: int
-    next_logits: Tensor
-
-    def kept(self) -> RecordedPrompt:
-        """The same, for as long as it is wanted."""
-        return self if isinstance(self.cache, Recording) else replace(self, cache=self.cache.recording())
 
 
 class RecordingStore:
@@ -51,19 +31,17 @@ class RecordingStore:
         self._lock = threading.Lock()
 
     def get(self, key: str, selector: Selector) -> RecordedPrompt | None:
-        """The prompt put there under a key, if it is there with a selector's ranking."""
-        found = self._held.get(key)
-        known = found is not None and all(selector in layer.rankings for layer in found.cache.kv_layers)
-        return found if known else None
+        """Return the prompt put there under a key, if it has a selector's ranking; else None."""
+        prompt = self._held.get(key)
+        ranked = prompt is not None and all(selector in layer.rankings for layer in prompt.kv_layers)
+        return prompt if ranked else None
 
     def put(self, key: str, recorded: RecordedPrompt) -> None:
-        """Holds a prompt, if there is room for it."""
-        kept = recorded.kept()
-        assert isinstance(kept.cache, Recording)
+        """Hold a prompt, if there is room for it."""
         with self._lock:
-            if key not in self._held and kept.cache.nbytes <= self._room:
-                self._room -= kept.cache.nbytes
-                self._held[key] = kept
+            if key not in self._held and recorded.nbytes <= self._room:
+                self._room -= recorded.nbytes
+                self._held[key] = recorded
 
 
 class Prefiller:
@@ -92,7 +70,7 @@ class Prefiller:
         self.tokens_seen = self.tokens_computed = 0
 
     def __call__(self, input_ids: Tensor) -> RecordedPrompt:
-        """Prefills one prompt.
+        """Prefill one prompt.
 
         Args:
             input_ids: ``[1, tokens]``, at least one token and no more than the model's context.
@@ -115,7 +93,7 @@ class Prefiller:
         self._last = ids
         self.tokens_seen += len(ids)
         self.tokens_computed += len(ids) - shared
-        return RecordedPrompt(self._cache, len(ids), output.logits[0, -1].float())
+        return self._cache.recorded(output.logits[0, -1].float())
 
     def _shared_with_last(self, ids: list[int]) -> int:
         if self._observed is None or (self._cache is not None and self._cache.state_layers):

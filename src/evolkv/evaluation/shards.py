@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evaluation.engine import Progress, free_memory
+from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import RecordingStore
-from evolkv.evaluation.replay import ReplayEngine
+from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.selectors import Selector
 from evolkv.tasks import Example, fingerprint
 
@@ -89,13 +90,13 @@ class ShardServer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
-        self._memory = int(0.9 * free_memory(model.device))
+        self._memory = int(0.9 * free_memory(model))
         self._held: dict[str, ReplayEngine] = {}
         self._store: RecordingStore | None = None
         self._lock = threading.Lock()
 
     def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
-        """Scores ``[candidates, columns]`` (no candidates if none were sent); calls `step` after each prefill."""
+        """Return scores ``[candidates, columns]`` (no candidates if none were sent); call `step` after each prefill."""
         shard = request.shard
         engine = self._held.get(shard.key)
         with self._lock:
@@ -126,7 +127,7 @@ class ShardServer:
         return engine.score(request.budgets, request.columns)
 
     def _left(self, sharing: Sharing) -> int:
-        """Bytes for the candidates of one shard: snapshots stay, but only what is computed just now takes more."""
+        """Return the bytes for the candidates of one shard: all snapshots stay, and each thread computes one shard."""
         held = sum(engine.held_bytes for engine in list(self._held.values()))
         return (self._memory // sharing.replicas - held) // sharing.threads
 
@@ -139,23 +140,23 @@ class Backend(Protocol):
     """Where shards are computed."""
 
     def sharing(self, shards: int) -> Sharing:
-        """Who shares the memory of a machine or device, of so many shards in all."""
+        """Return who shares the memory of a machine or device, of so many shards in all."""
         ...
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
-        """Answers requests, side by side where possible; calls `on_step` once per example that was prefilled."""
+        """Answer requests, side by side where possible; call `on_step` once per example that was prefilled."""
         ...
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Frees the prefill of shards."""
+        """Free the prefill of shards."""
         ...
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         ...
 
 
-class ShardedEngine:
+class ShardedEngine(Engine):
     """Scores candidates by replay, shard by shard, on a backend.
 
     Args:
@@ -203,7 +204,7 @@ class ShardedEngine:
             backend.run([Request(shard, self._sharing) for shard in self._shards], self._counted())
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
-        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
+        """See `Engine.score`."""
         wanted = list(range(self._size) if columns is None else columns)
         requests, places = [], []
         for start, shard in zip(range(0, self._size, SHARD_SIZE), self._shards, strict=True):
@@ -218,7 +219,7 @@ class ShardedEngine:
         return scores
 
     def close(self) -> None:
-        """Frees the prefill."""
+        """Free the prefill."""
         self.backend.forget([shard.key for shard in self._shards])
 
     def _counted(self) -> Callable[[], None] | None:

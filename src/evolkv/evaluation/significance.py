@@ -1,4 +1,4 @@
-"""Two methods on the same examples: how far apart they are, and whether chance alone could have done it."""
+"""Paired comparison of two methods on the same examples: difference, interval and p-value."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class PairedComparison:
     losses: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
 def paired_comparison(
     a_scores: Sequence[float] | np.ndarray, b_scores: Sequence[float] | np.ndarray, seed: int = 0
 ) -> PairedComparison:
-    """Compares two methods by their scores on the same examples.
+    """Compare two methods by their scores on the same examples.
 
     The interval is the BCa bootstrap of the mean difference (10,000 resamples of examples). `p` is the two-sided
     sign-flip permutation test (Fisher 1935, "The Design of Experiments", section 21): exact for 16 examples or fewer,
@@ -92,7 +92,7 @@ def paired_comparison(
 
 
 def _sign_flip(differences: np.ndarray, random: np.random.Generator) -> tuple[float, bool]:
-    """p of the sign-flip test, and whether it is exact. Differences of 0 have no sign and are left out."""
+    """Return p of the sign-flip test, and whether it is exact. Differences of 0 have no sign and are left out."""
     n = len(differences)
     observed = abs(differences.sum()) - _ROUNDING * np.abs(differences).sum()
     if n <= _MOST_EXACT:

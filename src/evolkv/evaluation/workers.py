@@ -20,12 +20,12 @@ class _StoppedError(Exception):
     """Another job has failed, so this one's result is not wanted any more."""
 
 
-#: Of the thread that runs a job: `stopped`, set when its result is not wanted any more.
+#: Thread-local stop flag of the running job: `stopped` is set when nobody waits for its result any more.
 _job = threading.local()
 
 
 def check_wanted() -> None:
-    """Ends the job that calls this, if it is one whose result nobody waits for. For long work between two steps."""
+    """End the job that calls this if nobody waits for its result. For long work between two steps."""
     stopped: threading.Event | None = getattr(_job, "stopped", None)
     if stopped is not None and stopped.is_set():
         raise _StoppedError
@@ -49,7 +49,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="evolkv") if self.count > 1 else None
 
     def run(self, jobs: Sequence[Job[T]], on_step: Callable[[], None] | None = None) -> list[T]:
-        """Runs jobs to their end.
+        """Run jobs to their end.
 
         Args:
             jobs: what to do.
@@ -99,6 +99,6 @@ class Workers:
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends the threads; a job that was interrupted ends at its next step or `check_wanted`."""
+        """End the threads; a job that was interrupted ends at its next step or `check_wanted`."""
         if self._pool is not None:
             self._pool.shutdown(wait=False)

@@ -17,7 +17,7 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import UsageError
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.naive import NaiveEngine
+from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.shards import Backend, ShardedEngine
 from evolkv.evolution.backends import make_backend
 from evolkv.evolution.choose import choose, rows_from

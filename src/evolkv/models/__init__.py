@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
 from evolkv.models.facts import ModelFacts, ModelInfo, cached_layers, describe_model, model_facts, sliding_windows
-from evolkv.models.identity import is_quantized
+from evolkv.models.identity import adapters_in_use, is_quantized, weights_checksum
 from evolkv.models.loading import Origin, load_model, loaded_from
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ModelRow",
     "Origin",
     "PackagedModel",
+    "adapters_in_use",
     "cached_layers",
     "describe_model",
     "is_quantized",
@@ -22,4 +23,5 @@ __all__ = [
     "loaded_from",
     "model_facts",
     "sliding_windows",
+    "weights_checksum",
 ]

@@ -28,11 +28,11 @@ class PackagedModel:
 
     @property
     def installed(self) -> bool:
-        """Whether every piece can be found; their contents are not looked at."""
+        """True if every piece can be found; their contents are not read."""
         return all(path is not None and path.is_file() for path in map(_locate, self.pieces))
 
     def paths(self, alias: str) -> list[Path]:
-        """The pieces' paths, in order.
+        """Return the pieces' paths, in order.
 
         Raises:
             ModelError: a piece is missing; the message has the command that installs it.
@@ -88,7 +88,7 @@ ALIASES: Registry[PackagedModel] = Registry(
 
 
 def list_models() -> list[ModelRow]:
-    """The aliases in alphabetical order, each with what it is and whether its weights are installed."""
+    """Return the aliases in alphabetical order, each with what it is and whether its weights are installed."""
     return [
         ModelRow(alias, model.description, " ".join(model.packages), model.installed)
         for alias, model in sorted(ALIASES.items())

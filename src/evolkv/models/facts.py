@@ -1,4 +1,4 @@
-"""What budgets and profiles need to know about a model, read once for each model."""
+"""The facts about a model that budgets and profiles depend on, read once for each model."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _name(config: Any) -> str:
 
 
 def _field(text: Any, field: str) -> Any:
-    """A field of a config; a list by layer if it differs from layer to layer."""
+    """Return a field of a config; a list by layer if it differs from layer to layer."""
     try:
         return getattr(text, field, None)
     except RuntimeError:  # what transformers raises for a field that has no one value

@@ -41,12 +41,12 @@ _LONG_ARRAY = 1000
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$EVOLKV_CACHE`, else the user's cache folder for EvolKV."""
+    """Return the folder of converted models: `$EVOLKV_CACHE`, else the user's cache folder for EvolKV."""
     return Path(os.environ.get("EVOLKV_CACHE") or platformdirs.user_cache_dir("evolkv")) / "models"
 
 
 def converted(pieces: Sequence[Path], label: str, sha256: str | None = None) -> Path:
-    """The folder that holds a GGUF file's weights, config and tokenizer, made if there is none.
+    """Return the folder that holds a GGUF file's weights, config and tokenizer, made if there is none.
 
     Args:
         pieces: the files which, end to end, are the GGUF file. Most often just one.
@@ -90,7 +90,7 @@ def _folder_of(label: str, digest: str) -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a converted folder is complete and its files are those that were written."""
+    """Return whether a converted folder is complete and its files are those that were written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         return manifest["format"] == FORMAT and all(
@@ -111,7 +111,7 @@ def _sha256(*paths: Path) -> str:
 
 
 def _checksum(path: Path) -> str:
-    """The sha256 of the sha256 sums of a file's stretches, which all cores compute side by side."""
+    """Return the sha256 of the sha256 sums of a file's stretches, which all cores compute side by side."""
 
     def stretch(start: int) -> bytes:
         digest = hashlib.sha256()
@@ -151,7 +151,7 @@ def _write_manifest(folder: Path, source_sha256: str) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder beside the target, so that the last step is a rename within one file system."""
+    """Make a folder beside the target, so that the last step is a rename within one file system."""
     work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
     try:
         yield work

@@ -101,7 +101,7 @@ def read_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLayer]
 
 
 def continues_by_token(model: PreTrainedModel) -> bool:
-    """Whether a model can go on from its recurrent states by a single token only.
+    """Return whether a model can go on from its recurrent states by a single token only.
 
     In a call of several tokens transformers' state-space mixers (Mamba) start from an empty state, whatever the cache
     holds.
@@ -149,6 +149,6 @@ def refuse(model: PreTrainedModel) -> None:
 
 @lru_cache(maxsize=256)
 def _own_caches(file: str) -> list[str]:
-    """The cache classes that a modelling file defines."""
+    """Return the cache classes that a modelling file defines."""
     classes = [each for each in vars(sys.modules[file]).values() if isinstance(each, type)]
     return [each.__name__ for each in classes if issubclass(each, Cache) and each.__module__ == file]

@@ -29,11 +29,13 @@ DTYPES = {
 }
 _HUB_TIMEOUT_SECONDS = 10.0
 _ORIGIN = "_evolkv_origin"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+_POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, so that other processes can load it for themselves; see `load_model`."""
+    """The source of a model, so that other processes can load it for themselves; see `load_model`."""
 
     name: str
     dtype: torch.dtype
@@ -41,12 +43,12 @@ class Origin:
     trust_remote_code: bool
 
     def load(self, device: str) -> tuple[Any, Any]:
-        """The same model and tokenizer, on a device of this process."""
+        """Load the same model and tokenizer on a device of this process."""
         return load_model(self.name, self.dtype, device, self.attn_implementation, self.trust_remote_code)
 
 
 def loaded_from(model: Any) -> Origin | None:
-    """Where a model came from, or None if `load_model` did not make it."""
+    """Return the source of a model, or None if `load_model` did not make it."""
     origin = getattr(model, _ORIGIN, None)
     return origin if isinstance(origin, Origin) else None
 
@@ -81,7 +83,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, its files are damaged, it is not a decoder-only language model, or
             `dtype`, `device` or `attn_implementation` cannot be had here.
-        RunError: memory or disk space ran out.
+        RunError: memory or disk space ran out, or the Hugging Face Hub cannot be reached.
     """
     place = _device(device)
     kind = _dtype(dtype, place)
@@ -113,13 +115,12 @@ def _load(
     check: Callable[[Any, Any], None] | None,
 ) -> tuple[Any, Any]:
     # Transformers' classes cost seconds to import, and a command that loads no model should not pay them.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_architecture(config, label)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    # Before the weights, which take long.
+    tokenizer = _load_tokenizer(source, label, trust_remote_code)
     if check is not None:
         check(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -144,21 +145,42 @@ def _load(
     return model.to(device).eval(), tokenizer
 
 
+def _load_tokenizer(source: str, label: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob(pattern) for pattern in _TOKENIZER_FILES):
+            names = ", ".join(sorted(each.name for each in folder.iterdir()))
+            raise ModelError(
+                f"no tokenizer in folder {folder}, which has {names}; "
+                "copy the tokenizer's files there, such as tokenizer.json and tokenizer_config.json"
+            ) from error
+        raise ModelError(f"cannot load the tokenizer of {label!r}: {_one_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _find(name: str) -> tuple[str, str]:
-    """What transformers should load for `name`, and what to call it."""
+    """Return what transformers should load for a name, and what to call it."""
     path = Path(name).expanduser()
     if name in ALIASES:
         entry = ALIASES[name]
         return str(gguf.converted(entry.paths(name), name, entry.sha256)), name
     if name and path.is_file():
+        _refuse_pointers([path])
         return str(gguf.converted([path], path.name.removesuffix(".gguf"))), path.name.removesuffix(".gguf")
     if name and path.is_dir():
         if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
+            files = sorted(path.glob("*.gguf"))
             hint = (
-                f"pass the file itself: {found[0]}" if found else "expected a folder with config.json and safetensors"
+                f"pass the file itself: {files[0]}" if files else "expected a folder with config.json and safetensors"
             )
             raise ModelError(f"no config.json in folder {path}; {hint}")
+        _refuse_pointers(sorted(path.iterdir()))
         return str(path), str(path.resolve())
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".gguf"):
         raise ModelError(f"no such model file or folder: {name!r}; {_choices()}")
@@ -167,6 +189,16 @@ def _find(name: str) -> tuple[str, str]:
         raise ModelError(f"unknown model {name!r}. Did you mean {near[0]!r}? {_choices()}")
     _check_hub(name)
     return name, name
+
+
+def _refuse_pointers(files: list[Path]) -> None:
+    """Raise `ModelError` for files of which a clone without Git LFS has only the address."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            raise ModelError(
+                f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {file.parent}, or download "
+                "the model again"
+            )
 
 
 def _check_hub(name: str) -> None:
@@ -179,12 +211,13 @@ def _check_hub(name: str) -> None:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = (
-            "the Hugging Face Hub has no such model, or not for you"
-            if status in (401, 403, 404)
-            else f"the Hugging Face Hub cannot be reached ({type(error).__name__})"
-        )
-        raise ModelError(f"unknown model {name!r}: not a local path, and {reason}; {_choices()}") from error
+        if status in (401, 403, 404):
+            reason = "not a local path, and the Hugging Face Hub has no such model, or not for you"
+            raise ModelError(f"unknown model {name!r}: {reason}; {_choices()}") from error
+        raise RunError(
+            f"model {name!r} is no local path, and the Hugging Face Hub cannot be reached to look for it "
+            f"({type(error).__name__}); try again, or {_choices()}"
+        ) from error
 
 
 def _choices() -> str:
@@ -197,8 +230,8 @@ def _check_architecture(config: Any, label: str) -> None:
     names = getattr(config, "architectures", None) or []
     causal = any(re.search(r"CausalLM|LMHead|ConditionalGeneration|Model$", name) for name in names) or not names
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = remote or type(config) in AutoModelForCausalLM._model_mapping
-    if getattr(config, "is_encoder_decoder", False) or not causal or not known:
+    supported = remote or type(config) in AutoModelForCausalLM._model_mapping
+    if getattr(config, "is_encoder_decoder", False) or not causal or not supported:
         raise ModelError(
             f"{label!r} is a {', '.join(names) or config.model_type}; EvolKV needs a decoder-only causal language model"
         )
@@ -240,9 +273,13 @@ def _computes_bfloat16_fast(device: torch.device) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """The first sentence-like line of an exception that may fill a screen."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    """Return the first lines of an exception that may fill a screen, up to one that does not announce the next."""
+    words = ""
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        words = f"{words} {line}".strip()
+        if not words.endswith(":"):
+            break
+    return words[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

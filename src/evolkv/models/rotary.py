@@ -1,4 +1,4 @@
-"""A model's rotary position embedding (RoPE), for those who need to know what a query was before it, or will be."""
+"""A model's rotary position embedding (RoPE), and queries and keys before it and after it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rotary:
         return cos[0].float(), sin[0].float()
 
     def undo(self, states: Tensor, positions: Tensor) -> Tensor:
-        """What queries or keys were before the embedding, in float32.
+        """Return queries or keys as they were before the embedding, in float32.
 
         Args:
             states: ``[..., tokens, head_dim]``.
@@ -63,7 +63,7 @@ class Rotary:
         return torch.cat([back, rest], dim=-1)
 
     def mean_turn(self, positions: Tensor, head_dim: int) -> Tensor:
-        """The matrix M that embeds a row vector x as ``x @ M``, averaged over positions, ``[head_dim, head_dim]``."""
+        """Return the matrix M that embeds a row vector x as ``x @ M``, averaged over positions."""
         cos, sin = self.cos_sin(positions)
         size = cos.shape[-1]
         matrix = torch.eye(head_dim, device=cos.device)
@@ -73,7 +73,7 @@ class Rotary:
 
 
 def rotary_of(model: PreTrainedModel, layer: int) -> Rotary:
-    """The rotary embedding of a decoder layer.
+    """Return the rotary embedding of a decoder layer.
 
     Raises:
         ModelError: the model has none, or not one that Transformers' models have in common.
@@ -93,17 +93,17 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary:
 
 
 def stretching(config: Any) -> list[tuple[str, int]]:
-    """The kinds of a model's rotary embedding that turn all tokens otherwise in texts of more than so many tokens.
+    """Return the kinds of rotary embedding that use other angles beyond a length, each with that length in tokens.
 
     ``longrope`` has a second set of angles for longer texts, ``dynamic`` one for each length.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    found = []
+    kinds = []
     # One kind for all layers, or one for each type of layer.
     for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
         kind = str(each.get("rope_type"))
         if kind == "longrope":
-            found.append((kind, int(each["original_max_position_embeddings"])))
+            kinds.append((kind, int(each["original_max_position_embeddings"])))
         elif "dynamic" in kind:
-            found.append((kind, int(config.max_position_embeddings)))
-    return found
+            kinds.append((kind, int(config.max_position_embeddings)))
+    return kinds

@@ -1,4 +1,4 @@
-"""The replay engine: every prompt is prefilled once, and continued under each candidate."""
+"""The replay engine prefills every prompt once, and continues it under each candidate."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.errors import RunError
-from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, target_log_probs
-from evolkv.evaluation.engine import (
-    Progress,
-    encode_examples,
-    free_memory,
-    mean_probability,
-    text_score,
-)
+from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
+from evolkv.evaluation.scoring import encode_examples, generate
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -37,7 +31,7 @@ _LEAST_SHARED = 2
 _Ranked = tuple[int, RankedPrompt]
 
 
-class ReplayEngine:
+class ReplayEngine(Engine):
     """Scores candidates by replay: eviction happens after prefill, so the prefill serves every candidate.
 
     Each example's ranked entries are kept (at most `ceiling` per KV head), and a whole population is decoded as one
@@ -78,28 +72,24 @@ class ReplayEngine:
         rankings: Sequence[Selector] = (),
         store: tuple[RecordingStore, str] | None = None,
     ):
-        self.model, self.tokenizer, self.examples = model, tokenizer, list(examples)
-        self.metrics = [metric or example.metric for example in self.examples]
-        encoded = encode_examples(tokenizer, model, self.examples, metric)
-        self.lengths = [each.prompt.shape[1] for each in encoded]
-        self.targets, self.later = [each.target for each in encoded], [each.later for each in encoded]
-        self.end = end_tokens(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.questions = encode_examples(tokenizer, model, examples, metric)
         #: Bytes that one batch of candidates may take.
-        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model.device))
+        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model))
         #: Bytes of the snapshots.
         self.held_bytes = 0
-        self._selector, self._ceiling = selector, ceiling or max(self.lengths)
+        self._selector, self._ceiling = selector, ceiling or max(question.tokens for question in self.questions)
         self._rankings, self._store = [selector, *rankings], store
-        self._inputs, self._on_progress = [each.prompt for each in encoded], on_progress
+        self._on_progress = on_progress
         self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
-        """Scores every candidate on every example, or on those of `columns`; see `Engine.score`."""
+        """See `Engine.score`."""
         budgets = np.asarray(budgets, dtype=np.int64)
-        wanted = list(range(len(self.examples)) if columns is None else columns)
+        wanted = list(range(len(self.questions)) if columns is None else columns)
         if not len(budgets):
             return np.empty((0, len(wanted)))
-        scores = np.empty((len(budgets), len(self.examples)))
+        scores = np.empty((len(budgets), len(self.questions)))
         for batch in self._batches(len(budgets), wanted):
             rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))
             places = np.array([column for column, _ in batch])
@@ -108,24 +98,28 @@ class ReplayEngine:
         return scores[:, wanted]
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
-        """The greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
+        """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
         prompt = self._held[column] if self._held is not None else self._rank(self._prefiller(), column)
-        return self._generate([(column, prompt)], np.asarray(budgets, dtype=np.int64))[0]
+        cache = ReplayCache(self.model, [prompt], np.asarray(budgets, dtype=np.int64))
+        logits = prompt.next_logits.expand(len(budgets), -1)
+        return generate(self.model, self.tokenizer, cache, logits, [self.questions[column]] * len(budgets))
+
+    def close(self) -> None:
+        """Free the prefill; scoring would begin with another."""
+        self.room += self.held_bytes
+        self._held, self.held_bytes = None, 0
 
     def _batches(self, candidates: int, columns: Sequence[int]) -> Iterator[list[_Ranked]]:
-        """Examples to be decoded together, in order: as many as `candidates` on each make a full batch."""
+        """Yield examples to be scored together, in order: as many as `candidates` on each make a full batch."""
         prefill = self._prefiller()
         batch: list[_Ranked] = []
         for done, column in enumerate(columns, 1):
             prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
             if self._held is None and self._on_progress is not None:
                 self._on_progress(done, len(columns))
-            forced = self.targets[column] is not None
             limit = self._rows_at_once(column, prompt)
-            alike = not batch or forced == (self.targets[batch[0][0]] is not None)
-            # Rows that generate read their question together, so it must be one.
-            alike = alike and (forced or not batch or len(self.later[column]) == len(self.later[batch[0][0]]) == 0)
-            if batch and ((len(batch) + 1) * candidates > limit or not alike):
+            joins = not batch or self.questions[column].joins(self.questions[batch[0][0]])
+            if batch and ((len(batch) + 1) * candidates > limit or not joins):
                 yield batch
                 batch = []
             batch.append((column, prompt))
@@ -138,7 +132,7 @@ class ReplayEngine:
     def _prefill_all(self) -> list[RankedPrompt]:
         prefill = self._prefiller()
         ranked: list[RankedPrompt] = []
-        total = len(self._inputs)
+        total = len(self.questions)
         for column in range(total):
             ranked.append(self._rank(prefill, column))
             self.held_bytes += ranked[-1].nbytes
@@ -155,61 +149,33 @@ class ReplayEngine:
 
     def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
         if self._store is None:
-            recorded = prefill(self._inputs[column])
+            recorded = prefill(self.questions[column].prompt)
         else:
             store, name = self._store
-            known = store.get(f"{name}/{column}", self._selector)
-            recorded = known or prefill(self._inputs[column])
+            recorded = store.get(f"{name}/{column}", self._selector) or prefill(self.questions[column].prompt)
             store.put(f"{name}/{column}", recorded)
-        return RankedPrompt.from_recording(recorded.cache, recorded.next_logits, self._selector, self._ceiling)
+        return RankedPrompt.from_recorded(recorded, self._selector, self._ceiling)
 
     def _score_batch(self, batch: list[_Ranked], budgets: np.ndarray) -> np.ndarray:
-        """Scores ``[candidates, examples of the batch]``."""
-        if self.targets[batch[0][0]] is None:
-            texts = self._generate(batch, budgets)
-            columns = [
-                [text_score(self.metrics[column], text, self.examples[column]) for text in row]
-                for (column, _), row in zip(batch, texts, strict=True)
-            ]
-            return np.array(columns).T
-        logits, tokens = self._starts(batch, len(budgets))
-        targets = [target for column, _ in batch for target in [self.targets[column]] * len(budgets)]
-        later = [question for column, _ in batch for question in [self.later[column]] * len(budgets)]
-        shared = lowest_changed(budgets)
-        shared = shared if shared >= _LEAST_SHARED and hasattr(self.model.get_decoder(), "layers") else 0
+        """Return scores ``[candidates, examples of the batch]``."""
+        scorer = self.questions[batch[0][0]].scorer
+        shared = lowest_changed(budgets) if scorer.teacher_forced and hasattr(self.model.get_decoder(), "layers") else 0
+        shared = shared if shared >= _LEAST_SHARED else 0
         cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets, shared)
-        log_probs = target_log_probs(self.model, cache, logits, tokens, [t for t in targets if t is not None], later)
-        return np.array([mean_probability(row) for row in log_probs]).reshape(len(batch), len(budgets)).T
-
-    def _generate(self, batch: list[_Ranked], budgets: np.ndarray) -> list[list[str]]:
-        """Greedy texts, by example of the batch and candidate."""
-        rows = len(budgets)
-        logits, tokens = self._starts(batch, rows)
-        limits = [self.examples[column].max_new_tokens for column, _ in batch for _ in range(rows)]
-        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets)
-        later = self.later[batch[0][0]]
-        prompts = [self._inputs[column][0] for column, _ in batch for _ in range(rows)]
-        penalty = RepetitionPenalty.of(self.model, prompts, later, logits)
-        ids = greedy(self.model, cache, logits, tokens, limits, self.end, later, penalty)
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return [texts[start : start + rows] for start in range(0, len(texts), rows)]
-
-    @staticmethod
-    def _starts(batch: list[_Ranked], candidates: int) -> tuple[Tensor, list[int]]:
-        """First logits ``[rows, vocabulary]`` and prompt length of every row of a batch."""
-        logits = torch.cat([prompt.next_logits.expand(candidates, -1) for _, prompt in batch])
-        return logits, [prompt.tokens for _, prompt in batch for _ in range(candidates)]
+        logits = torch.cat([prompt.next_logits.expand(len(budgets), -1) for _, prompt in batch])
+        questions = [self.questions[column] for column, _ in batch for _ in budgets]
+        scores = [answer.score for answer in scorer.score(cache, logits, questions)]
+        return np.array(scores).reshape(len(batch), len(budgets)).T
 
     def _rows_at_once(self, column: int, prompt: RankedPrompt) -> int:
-        """How many rows like this example's are worth computing as one batch, and fit into memory; at least one.
+        """Return how many rows like this example's are worth computing as one batch, and fit into memory; at least one.
 
         Raises:
             RunError: if not even one does.
         """
-        target = self.targets[column]
-        asked = len(self.later[column])
-        new = asked + (len(target) if target is not None else self.examples[column].max_new_tokens)
-        queries = new if target is not None else max(1, asked)
+        question = self.questions[column]
+        new = len(question.later) + question.answer_tokens
+        queries = new if question.scorer.teacher_forced else max(1, len(question.later))
         each, pair = _candidate_bytes(self.model, prompt, queries, new)
         shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
         # The most rows for which rows * each + rows² * pair fits.
@@ -217,7 +183,7 @@ class ReplayEngine:
         fitting = (math.sqrt(each**2 + 4 * pair * room) - each) / (2 * pair)
         if fitting < 1:
             raise RunError(
-                f"one candidate on example {self.examples[column].id} needs about {_mib(each + pair + shared)} besides "
+                f"one candidate on example {question.example.id} needs about {_mib(each + pair + shared)} besides "
                 f"the snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
@@ -225,13 +191,13 @@ class ReplayEngine:
 
 
 def lowest_changed(budgets: np.ndarray) -> int:
-    """The lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if there is one or none."""
+    """Return the lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if none do."""
     differs = (budgets != budgets[:1]).any(axis=(0, 2))
     return int(differs.argmax())
 
 
 def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int, new: int) -> tuple[int, int]:
-    """Bytes at the peak of a forward pass, from above: for each row, and for each pair of rows.
+    """Return bytes at the peak of a forward pass, from above: for each row, and for each pair of rows.
 
     Rows are attended to in one call, in which the mask has a place for each query and each other row's new tokens.
     """

@@ -1,0 +1,271 @@
+"""Scores of continued prompts, computed in one place for every engine.
+
+A scorer knows one metric. It encodes an example, and scores rows of a cache that hold what is kept of its prompt. The
+metrics of `evolkv.tasks.metrics` compare the text that a row generates; others look at what the model computes, and
+have a class of their own in `SCORERS`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, SupportsFloat
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evolkv.cache.compressed import CompressedCache
+from evolkv.cache.replay import ReplayCache
+from evolkv.errors import UsageError
+from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, not_a_number, target_log_probs
+from evolkv.models import model_facts
+from evolkv.models.forward import check_token_ids, input_device
+from evolkv.tasks import Example
+from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.prompts import encode_text
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example as token ids, and what scores the answer.
+
+    Args:
+        example: the example.
+        scorer: of its metric.
+        prompt: ``[1, tokens]`` int64, where the model takes it.
+        later: of what is read after the prompt was compressed, ``[question]`` int64; most often none.
+        target: of the answer whose probability is the score, ``[target]`` int64; None where an answer is generated.
+    """
+
+    example: Example
+    scorer: Scorer
+    prompt: Tensor
+    later: Tensor
+    target: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return self.prompt.shape[1]
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that the answer may have."""
+        return self.example.max_new_tokens if self.target is None else len(self.target)
+
+    def joins(self, other: Question) -> bool:
+        """Return whether rows of both can be scored together."""
+        # Generation reads what comes later in one call for all rows, so it must be the same.
+        alike = self.scorer.teacher_forced or len(self.later) == len(other.later) == 0
+        return alike and self.scorer.teacher_forced == other.scorer.teacher_forced
+
+
+class Answer(NamedTuple):
+    """The score of one row, in [0, 1], and the text it generated; None where it generated none."""
+
+    text: str | None
+    score: float
+
+
+class Scorer(ABC):
+    """Scores rows of a cache under one metric.
+
+    Args:
+        metric: its name.
+        model: the model.
+        tokenizer: its tokenizer.
+    """
+
+    #: Whether a given answer is read in one call, rather than one generated token by token.
+    teacher_forced: ClassVar[bool]
+
+    def __init__(self, metric: str, model: PreTrainedModel, tokenizer: Any):
+        self.metric, self.model, self.tokenizer = metric, model, tokenizer
+
+    def encode(self, example: Example) -> Question:
+        """Return the token ids of an example.
+
+        Raises:
+            UsageError: if the metric cannot score it, or the prompt is empty or leaves no room for the answer in the
+                model's context.
+            ModelError: for tokens that the model has no embeddings for.
+        """
+        text, known = example.prompt, encode_text(self.tokenizer, example.prompt)
+        prompt = torch.tensor([known], dtype=torch.long)
+        later: list[int] = []
+        if example.later:
+            text += example.later
+            later, known = continued(self.tokenizer, known, text, example.later)
+        question = Question(
+            example, self, prompt, torch.tensor(later, dtype=torch.long), self._target(known, text, example)
+        )
+        if not question.tokens:
+            raise UsageError(f"example {example.id}: the prompt has no tokens; give it a text")
+        for ids in (prompt, question.later, question.target):
+            if ids is not None:
+                check_token_ids(self.model, ids)
+        length, context = question.tokens + len(later), model_facts(self.model).max_context
+        if length + question.answer_tokens > context:
+            raise UsageError(
+                f"example {example.id}: the prompt has {length} tokens and its answer up to {question.answer_tokens}, "
+                f"more than the model's context of {context}; use a shorter context or a model with a longer one"
+            )
+        return replace(question, prompt=prompt.to(input_device(self.model)))
+
+    @abstractmethod
+    def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
+        """Return the tokens to be scored of an answer that follows a text, of which `known` are the tokens.
+
+        Raises:
+            UsageError: if the metric cannot score the example.
+        """
+
+    @abstractmethod
+    def score(
+        self, cache: CompressedCache | ReplayCache, next_logits: Tensor, questions: Sequence[Question]
+    ) -> list[Answer]:
+        """Score the rows of a cache, which is used up.
+
+        Args:
+            cache: holds a prompt in each row.
+            next_logits: of the first token after each, ``[rows, vocabulary]``.
+            questions: of each row. Their metrics may differ if they join (see `Question.joins`).
+
+        Raises:
+            RunError: if what the model computes is not a number.
+        """
+
+
+class TextScorer(Scorer):
+    """Compares the greedy text with the references: the metrics of `evolkv.tasks.metrics`."""
+
+    teacher_forced = False
+
+    def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
+        # What a metric needs beside the answer is missed now, not after everything was computed.
+        text_score(self.metric, "", example)
+        return None
+
+    def score(
+        self, cache: CompressedCache | ReplayCache, next_logits: Tensor, questions: Sequence[Question]
+    ) -> list[Answer]:
+        """See `Scorer.score`."""
+        texts = generate(self.model, self.tokenizer, cache, next_logits, questions)
+        return [
+            Answer(text, text_score(each.scorer.metric, text, each.example))
+            for text, each in zip(texts, questions, strict=True)
+        ]
+
+
+class ProbabilityScorer(Scorer):
+    """The geometric mean of the reference tokens' probabilities (1 / perplexity), in [0, 1]."""
+
+    teacher_forced = True
+
+    def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
+        target, _ = continued(self.tokenizer, known, text + example.target, example.target)
+        if not target:
+            raise UsageError(
+                f"example {example.id}: the reference answer is empty; metric {self.metric!r} needs a text"
+            )
+        return torch.tensor(target, dtype=torch.long)
+
+    def score(
+        self, cache: CompressedCache | ReplayCache, next_logits: Tensor, questions: Sequence[Question]
+    ) -> list[Answer]:
+        """See `Scorer.score`."""
+        tokens, later = [each.tokens for each in questions], [each.later for each in questions]
+        targets = [each.target for each in questions if each.target is not None]
+        log_probs = target_log_probs(self.model, cache, next_logits, tokens, targets, later)
+        return [Answer(None, mean_probability(row)) for row in log_probs]
+
+
+#: Metrics that are not of the text that is generated.
+SCORERS: dict[str, type[Scorer]] = {"logprob": ProbabilityScorer}
+
+
+def encode_examples(
+    tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None = None
+) -> list[Question]:
+    """Return examples as token ids, each with the scorer of its metric.
+
+    Args:
+        tokenizer: the model's.
+        model: what will read them.
+        examples: what to encode.
+        metric: of all; None for each example's own.
+
+    Raises:
+        UsageError: for no examples, or as `Scorer.encode`.
+        ModelError: as `Scorer.encode`.
+    """
+    if not examples:
+        raise UsageError("there are no examples to score; the task is empty")
+    names = {metric or example.metric for example in examples}
+    scorers = {name: SCORERS.get(name, TextScorer)(name, model, tokenizer) for name in names}
+    return [scorers[metric or example.metric].encode(example) for example in examples]
+
+
+def continued(tokenizer: Any, known: list[int], whole: str, text: str) -> tuple[list[int], list[int]]:
+    """Return the token ids of a text as it ends a whole one, of which all before is `known`; and those of the whole.
+
+    A tokenizer may put a space before whatever it is given, which has no place in the middle of a text. Where the two
+    texts' characters share a token, both are encoded on their own.
+    """
+    ids = encode_text(tokenizer, whole)
+    if ids[: len(known)] != known:
+        return tokenizer(text, add_special_tokens=False)["input_ids"], ids
+    return ids[len(known) :], ids
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cache: CompressedCache | ReplayCache,
+    next_logits: Tensor,
+    questions: Sequence[Question],
+) -> list[str]:
+    """Return the greedy text of each row of a cache; see `Scorer.score`. All rows read the same later on."""
+    later = questions[0].later
+    penalty = RepetitionPenalty.of(model, [each.prompt[0] for each in questions], later, next_logits)
+    tokens, limits = [each.tokens for each in questions], [each.example.max_new_tokens for each in questions]
+    ids = greedy(model, cache, next_logits, tokens, limits, end_tokens(model, tokenizer), later, penalty)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+def text_score(metric: str, prediction: str, example: Example) -> float:
+    """Return a text metric's score of one prediction, as far as the example's `stop` and `first_line` let it count.
+
+    Raises:
+        UsageError: if the example lacks what the metric needs, or the metric, which may be another package's, gives no
+            number from 0 to 1.
+    """
+    for text in example.stop:
+        prediction = prediction.partition(text)[0]
+    if example.first_line:
+        prediction = prediction.lstrip("\n").partition("\n")[0]
+    try:
+        score = get_metric(metric)(prediction, example.references, **dict(example.extra))
+    except UsageError as error:
+        raise UsageError(f"example {example.id}: {error}") from None
+    if not (isinstance(score, SupportsFloat) and 0 <= float(score) <= 1):
+        raise UsageError(f"example {example.id}: metric {metric!r} gave {score!r}; expected a number from 0 to 1")
+    return float(score)
+
+
+def mean_probability(log_probs: Tensor) -> float:
+    """Return the geometric mean of probabilities, in [0, 1].
+
+    Args:
+        log_probs: their logarithms, ``[target]``.
+
+    Raises:
+        RunError: if these are not numbers.
+    """
+    probability = float(log_probs.double().mean().exp())
+    if math.isnan(probability):
+        raise not_a_number()
+    return min(1.0, probability)
