@@ -348,15 +348,15 @@ def test_a_full_store_leaves_prompts_to_be_prefilled_again(small):
     model, _ = small
     prefill = Prefiller(model, [get_selector("knorm")])
     recorded = prefill(torch.arange(5, 45)[None])
-    size = recorded.kept().cache.nbytes
+    size = recorded.nbytes
     store = RecordingStore(size)
     store.put("a", recorded)
-    keys = recorded.cache.kv_layers[0].held()[0].clone()
+    keys = recorded.kv_layers[0].held()[0].clone()
     store.put("b", prefill(torch.arange(90, 130)[None]))
     assert store.get("b", get_selector("knorm")) is None
     assert store.get("a", get_selector("keydiff")) is None
     held = store.get("a", get_selector("knorm"))
-    assert torch.equal(held.cache.kv_layers[0].held()[0], keys)
+    assert torch.equal(held.kv_layers[0].held()[0], keys)
 
 
 def test_validation_on_training_examples_is_refused(small, tmp_path):
