@@ -93,7 +93,7 @@ def small(small_folder):
 @pytest.fixture(scope="session")
 def demo(smollm2, once):
     """The folder of a short demo, with a space in its path. What the demo printed is in said.txt beside it."""
-    size = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "28", "--train", "2", "--val", "2"]
+    size = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "34", "--train", "2", "--val", "2"]
 
     def fill(folder):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:

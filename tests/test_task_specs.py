@@ -124,18 +124,6 @@ def test_task_passes_through_unchanged():
     assert get_task(task) is task
 
 
-def test_spec_of_a_task_is_plain_data():
-    assert get_task("jsonl:path=x").spec() == {
-        "name": "jsonl",
-        "path": "x",
-        "metric": None,
-        "max_new_tokens": None,
-        "split": "auto",
-        "chat": False,
-        "context": None,
-    }
-
-
 def test_tasks_are_registered_under_their_names():
     assert all(TASKS[name].name == name for name in TASKS)
     assert {"niah", "jsonl"} <= set(TASKS)

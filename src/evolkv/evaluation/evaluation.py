@@ -269,7 +269,7 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
 def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
     """Warn where a profile was evolved on rows that may be judged here too, because a task has one split for all."""
     for task in tasks:
-        spec, everything = format_spec(task), task.spec().get("split") == "all"
+        spec, everything = format_spec(task), getattr(task, "split", None) == "all"
         for row in rows if everything else ():
             profile = row.method.profile
             if profile is not None and spec in str(profile.search.get("task", "")).split(" && "):

@@ -90,11 +90,6 @@ class Task(ABC):
             TaskError: the settings or the data cannot be used.
         """
 
-    def spec(self) -> dict[str, Any]:
-        """Return the task's name and settings as plain data, for provenance."""
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"name": self.name, **settings}
-
     def haystack_used(self) -> str | None:
         """Return what the text around the needles is, for the record; None for a task that hides none in a text."""
         return None
@@ -113,7 +108,7 @@ class Task(ABC):
 
     def files(self) -> list[str]:
         """Paths of the files that the examples are read from."""
-        return [value for name, value in self.spec().items() if name in _PATHS and isinstance(value, str)]
+        return [value for name in _PATHS if isinstance(value := getattr(self, name, None), str)]
 
 
 def check_request(split: str, n: int) -> None:

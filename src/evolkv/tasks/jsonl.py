@@ -16,7 +16,6 @@ from evolkv.tasks.rows import (
     Splitting,
     answers_score,
     digest,
-    distinct,
     draw,
     get_count,
     get_name,
@@ -87,7 +86,7 @@ class JsonLines(Task):
         check_request(split, n)
         uses_chat(tokenizer, self.chat, self.name)
         drawn = draw(
-            distinct(self._rows(), self.path),
+            self._rows(),
             split,
             n,
             splitting=self.split,

@@ -65,7 +65,3 @@ class Mixture(Task):
         for index, task in enumerate(self.tasks):
             examples += task.examples(split, share + (index < more), tokenizer, seed)
         return examples
-
-    def spec(self) -> dict[str, Any]:
-        """Return the tasks' own specs under ``tasks``."""
-        return {"name": self.name, "tasks": [task.spec() for task in self.tasks]}

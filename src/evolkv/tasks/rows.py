@@ -129,7 +129,7 @@ def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, sou
 
 
 def draw(
-    rows: Sequence[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
+    rows: Iterable[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
 ) -> list[AnyRow]:
     """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
@@ -137,7 +137,7 @@ def draw(
     the rows alone, neither on their order nor on seed or n. With "all" validation draws in the reverse order.
 
     Args:
-        rows: distinct rows.
+        rows: the rows; of those with the same content the first counts.
         split: the split to draw for.
         n: how many.
         splitting: see `Splitting`.
@@ -148,6 +148,7 @@ def draw(
     Raises:
         TaskError: the split has no rows.
     """
+    rows = distinct(rows, source)
     drawn = sorted(of_split(rows, split, splitting), key=lambda row: row.content)
     check_split(drawn, rows, split, source, groups)
     random.Random(seed).shuffle(drawn)

@@ -19,7 +19,6 @@ from evolkv.tasks.rows import (
     Splitting,
     answers_score,
     digest,
-    distinct,
     draw,
     get_count,
     get_name,
@@ -94,7 +93,7 @@ class LongBench(Task):
         check_request(split, n)
         rows, source = self._rows()
         drawn = draw(
-            distinct(rows, source),
+            rows,
             split,
             n,
             splitting=self.split,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolkv.tasks.base import Split, read_text
-from evolkv.tasks.rows import Splitting, digest, distinct, draw, get_name, get_text, get_texts, parse_rows
+from evolkv.tasks.base import read_text
+from evolkv.tasks.rows import digest, get_name, get_text, get_texts, parse_rows
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,17 @@ class PreparedRow:
         return digest(json.dumps([self.input, self.prefix, self.outputs]))
 
 
-def prepared_rows(path: str, opening: str, split: Split, n: int, splitting: Splitting, seed: int) -> list[PreparedRow]:
-    """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
+def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
+    """Yield the rows of a file.
 
     Args:
         path: the file.
         opening: how the task's answer prefix begins. Rows of RULER's first versions end with the prefix and do
             not have it in a field of its own.
-        split: which rows.
-        n: how many.
-        splitting: "auto" or "all", see `Splitting`.
-        seed: orders the rows.
 
     Raises:
-        TaskError: the file cannot be read, a row is malformed or the split has none.
+        TaskError: the file cannot be read, or a row is malformed.
     """
-    rows = distinct(read_prepared(path, opening), path)
-    return draw(rows, split, n, splitting=splitting, seed=f"ruler/{seed}", source=path, groups="inputs")
-
-
-def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
-    """Yield all rows of the file; arguments and errors as for `prepared_rows`."""
     for number, fields in parse_rows(read_text(path), path):
         where = f"{path} line {number}"
         text = get_text(fields, "input", where)

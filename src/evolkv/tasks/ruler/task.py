@@ -14,10 +14,10 @@ from evolkv.registry import unknown_name
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
 from evolkv.tasks.prompts import encode_text, user_message, uses_chat
-from evolkv.tasks.rows import Splitting
+from evolkv.tasks.rows import Splitting, draw
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
-from evolkv.tasks.ruler.prepared import prepared_rows, read_prepared
+from evolkv.tasks.ruler.prepared import read_prepared
 from evolkv.tasks.ruler.puzzle import Family, Puzzle, largest
 
 FAMILIES: dict[str, Family] = {
@@ -157,7 +157,15 @@ class Ruler(Task):
 
     def _prepared(self, split: Split, n: int, prompts: _Prompts, seed: int) -> list[Example]:
         assert self.path is not None
-        rows = prepared_rows(self.path, self._opening, split, n, self.split, seed)
+        rows = draw(
+            read_prepared(self.path, self._opening),
+            split,
+            n,
+            splitting=self.split,
+            seed=f"ruler/{seed}",
+            source=self.path,
+            groups="inputs",
+        )
         texts = [prompts.render(row.input, row.prefix) for row in rows]
         rooms = [prompts.room(text) for text in texts]
         if min(rooms) < 0:
