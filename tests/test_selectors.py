@@ -218,6 +218,14 @@ def test_expected_attention_is_that_of_normally_distributed_queries(covariance):
     torch.testing.assert_close(with_values[..., 2:], expected * of.value[:, :, 2:].norm(dim=-1))
 
 
+def test_expected_attention_is_the_same_in_blocks_of_tokens(monkeypatch):
+    of, selector = prompt(), get_selector("expected_attention")
+    whole, ranking = selector.score(of), selector.rank(of)
+    monkeypatch.setattr("evolkv.selectors.expected_attention._BLOCK", 7)
+    torch.testing.assert_close(selector.score(of), whole)
+    assert torch.equal(selector.rank(of), ranking)
+
+
 def test_expected_attention_needs_a_model():
     with pytest.raises(ModelError, match="rotary"):
         get_selector("expected_attention").score(replace(prompt(), layer=None))

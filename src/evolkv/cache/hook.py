@@ -146,11 +146,6 @@ class _WrappedName(str):
         return self.removeprefix(_PREFIX)
 
 
-def _read_config(module: nn.Module) -> PreTrainedConfig | None:
-    config = getattr(module, "config", None)
-    return config if isinstance(config, PreTrainedConfig) else None
-
-
 # Module hooks. They are functions of this file, so that copies and pickles of a hooked model can have them, and do
 # nothing for a cache that is not ours. A thread that installs or removes them may have another thread's call take one
 # for a hook without keywords; such a call began without any of our caches.
@@ -195,7 +190,7 @@ def _remove_hooks(module: nn.Module) -> None:
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
-        for key, hook in list(hooks.items()):
+        for key, hook in list(hooks.items()) if hooks else ():
             if getattr(hook, "func", hook) in _HOOKS:
                 hooks.pop(key, None)
                 flags.pop(key, None)
@@ -209,12 +204,14 @@ class _Attachment:
         #: What the open `compress` blocks do with a call, the innermost last.
         self.blocks: list[Bring] = []
         decoder = model.get_decoder()
-        configs = {id(model.config.get_text_config(decoder=True)): model.config.get_text_config(decoder=True)}
+        text_config = model.config.get_text_config(decoder=True)
+        configs = {id(text_config): text_config}
+        # A copy of a hooked model brought hooks along.
+        _remove_hooks(getattr(model, "_orig_mod", model))
         for module in decoder.modules():
-            if (config := _read_config(module)) is not None:
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig):
                 configs[id(config)] = config
-        # What a copy of a hooked model brought along.
-        for module in {*model.modules(), *decoder.modules()}:
             _remove_hooks(module)
         self.own = [(config, str(config._attn_implementation).removeprefix(_PREFIX)) for config in configs.values()]
         self.wrap()
