@@ -163,7 +163,8 @@ def test_unusable_requests_are_refused_in_one_line(small, arguments, error, word
 
 
 @pytest.mark.parametrize(
-    ("model", "metric"), [pytest.param("smollm2", "contains", marks=pytest.mark.model), ("small", "logprob")]
+    ("model", "metric"),
+    [pytest.param("smollm2", "contains", marks=[pytest.mark.model, pytest.mark.slow]), ("small", "logprob")],
 )
 def test_prompts_read_in_chunks_score_as_each_method_does_by_itself(model, metric, tmp_path, request):
     model, tokenizer = request.getfixturevalue(model)
@@ -207,9 +208,8 @@ def test_methods_that_cannot_read_prompts_in_chunks_are_refused_beforehand(small
         evolkv.evaluate(*small, task=TASK, methods=["full", method], budgets=[64], samples=1, prefill_chunk=chunk)
 
 
-@pytest.mark.model
-def test_one_method_and_one_budget_need_no_lists(smollm2, tmp_path):
-    model, tokenizer = smollm2
+def test_one_method_and_one_budget_need_no_lists(small, tmp_path):
+    model, tokenizer = small
     profile = BudgetProfile.uniform(model, 48, selector="snapkv:window=8")
     profile.save(tmp_path / "p.json")
     settings = {"task": TASK, "samples": 1, "metric": "logprob"}
