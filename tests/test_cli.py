@@ -59,7 +59,7 @@ def program(*argv, **options):
     # A shell that runs the tests in the background has its children ignore interrupts.
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     return subprocess.Popen(
-        [sys.executable, "-m", "evolkv.cli", *map(str, argv)],
+        [sys.executable, "-m", "evolkv", *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -729,7 +729,7 @@ def test_reader_that_leaves_early_is_no_error():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "evolkv.cli", "list", "models"], stdout=write, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "evolkv", "list", "models"], stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
     assert done.returncode == 141
@@ -927,7 +927,7 @@ def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
 def test_a_closed_stream_loses_no_work(published, tmp_path, closed):
     model, results = published(tmp_path / "model", {}), tmp_path / "r.json"
     words = ["eval", model, "--task", "code:context=90", "--method", "full", "--samples", 1, "--json", results]
-    command = shlex.join([sys.executable, "-m", "evolkv.cli", *map(str, words)])
+    command = shlex.join([sys.executable, "-m", "evolkv", *map(str, words)])
     done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(results.read_text())["rows"][0]["n"] == 1
@@ -937,7 +937,7 @@ def test_a_closed_stream_loses_no_work(published, tmp_path, closed):
 def test_an_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "evolkv.cli", "list", "metrics"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "evolkv", "list", "metrics"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1
     assert one_line(done.stderr) == "evolkv: error: the output: No space left on device"
@@ -990,6 +990,6 @@ def test_a_shell_is_told_how_a_line_may_go_on():
     for words, place, answer in (("evolkv rep", 1, "report"), ("evolkv search m --gran", 3, "--granularity")):
         environment = {"_EVOLKV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
         done = subprocess.run(
-            [sys.executable, "-m", "evolkv.cli"], env={**os.environ, **environment}, capture_output=True, text=True
+            [sys.executable, "-m", "evolkv"], env={**os.environ, **environment}, capture_output=True, text=True
         )
         assert done.stdout.split() == [answer]

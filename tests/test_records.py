@@ -384,7 +384,7 @@ def options(folder, task, out):
 def start(*argv):
     # A shell that runs the tests in the background has its children ignore interrupts.
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    command = [sys.executable, "-m", "evolkv.cli", *argv]
+    command = [sys.executable, "-m", "evolkv", *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
 
 

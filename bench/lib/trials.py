@@ -11,10 +11,10 @@ import numpy as np
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
-from evolkv.evolution import STRATEGIES, SearchConfig
+from evolkv.evolution import SearchConfig
 from evolkv.evolution.config import Granularity
 from evolkv.evolution.evolve import Evolved, Rotation, evolve
-from evolkv.evolution.run import Run
+from evolkv.evolution.run import Run, make_strategy
 from evolkv.evolution.space import SearchSpace, Start
 from evolkv.evolution.strategies import Strategy
 from evolkv.tasks import get_task
@@ -73,8 +73,7 @@ class Trial:
     def strategy(self, config: SearchConfig, budget: int, start: Start = None, step: float = 1.0) -> Strategy:
         """The strategy of a search at a budget."""
         space = self.space(config.granularity)
-        total = config.evaluations(space.shape)
-        return STRATEGIES[config.strategy].from_config(config, space, budget, start, total, step)
+        return make_strategy(config, space, budget, start, step=step)
 
     def evolve(self, config: SearchConfig, budget: int) -> Evolved:
         """One search, scored on `train`."""

@@ -62,7 +62,11 @@ def search(
     ] = 24,
     max_evals: Annotated[
         int | None,
-        typer.Option("--max-evals", help="Candidates to evaluate at most.", rich_help_panel=_STRATEGY),
+        typer.Option(
+            "--max-evals",
+            help="Candidates to evaluate at most. (default: 16 per variable, up to 1,200)",
+            rich_help_panel=_STRATEGY,
+        ),
     ] = None,
     minibatch: Annotated[
         int | None,
@@ -93,9 +97,19 @@ def search(
         ),
     ] = "smallest",
     population: Annotated[
-        int | None, typer.Option("--population", help="Candidates per generation.", rich_help_panel=_STRATEGY)
+        int | None,
+        typer.Option(
+            "--population",
+            help="Candidates per generation. (default: 4 + 3 ln n, for n variables)",
+            rich_help_panel=_STRATEGY,
+        ),
     ] = None,
-    sigma: Annotated[float | None, typer.Option("--sigma", help="Initial step.", rich_help_panel=_STRATEGY)] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            "--sigma", help="Initial step. (default: joint 0.5, by head 0.7; evolkv 0.3)", rich_help_panel=_STRATEGY
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -109,10 +123,20 @@ def search(
         float, typer.Option("--gamma", help="Discount for budgets below the target.", rich_help_panel=_OBJECTIVE)
     ] = 0.2,
     floor: Annotated[
-        int | None, typer.Option("--floor", help="The least a head may get.", rich_help_panel=_STRATEGY)
+        int | None,
+        typer.Option(
+            "--floor",
+            help="The least a head may get. (default: one more than the selector always keeps)",
+            rich_help_panel=_STRATEGY,
+        ),
     ] = None,
     ceiling: Annotated[
-        int | None, typer.Option("--ceiling", help="The most a head may get.", rich_help_panel=_STRATEGY)
+        int | None,
+        typer.Option(
+            "--ceiling",
+            help="The most a head may get. (default: the longest training prompt)",
+            rich_help_panel=_STRATEGY,
+        ),
     ] = None,
     seed: Seed = 0,
     engine: Annotated[

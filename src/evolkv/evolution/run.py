@@ -28,7 +28,7 @@ from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import SearchResult, Validated, as_lists, as_rows, without_seconds
 from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
-from evolkv.evolution.strategies import STRATEGIES
+from evolkv.evolution.strategies import STRATEGIES, Strategy
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -121,10 +121,9 @@ class Run:
     def open_study(self, budgets: Sequence[int]) -> None:
         """Create a study, or continue one with the same settings; without a storage nothing is recorded."""
         config, shape = self.config, self.space.shape
-        strategy = STRATEGIES[config.strategy]
-        evaluations, whole = config.evaluations(shape), strategy.smallest(config, shape)
+        evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
         # Settings that no strategy can use are not put on record.
-        strategy.from_config(config, self.space, budgets[0], config.start, evaluations, 1.0)
+        make_strategy(config, self.space, budgets[0], config.start)
         if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
             log.warning(
                 "--max-evals %d is less than one generation of %d candidates for each search: nothing can be learned "
@@ -156,9 +155,8 @@ class Run:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
         total = config.evaluations(space.shape, share)
-        strategy = STRATEGIES[config.strategy].from_config(config, space, budget, start, total, step)
         return evolve(
-            strategy,
+            make_strategy(config, space, budget, start, share, step),
             budget,
             total,
             config=config,
@@ -325,6 +323,38 @@ class Run:
         return ShardedEngine(
             self._backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
         )
+
+
+def make_strategy(
+    config: SearchConfig, space: SearchSpace, budget: int, start: Start, share: int = 1, step: float = 1.0
+) -> Strategy:
+    """Return the strategy of a search at one budget.
+
+    Args:
+        config: the settings of the search.
+        space: the budgets to choose from.
+        budget: the target.
+        start: where to start from, if the strategy `starts_anywhere`.
+        share: searches that divide the candidates, of which this is one.
+        step: factor on the default sigma.
+
+    Raises:
+        UsageError: a setting is out of its range.
+    """
+    strategy = STRATEGIES[config.strategy]
+    floor, ceiling = (each[:, None] if space.by_head else each for each in (space.floors, space.ceilings))
+    arguments = {
+        "budget": budget,
+        "sigma": step * strategy.default_sigma[space.by_head] if config.sigma is None else config.sigma,
+        "population": config.population,
+        "floor": floor,
+        "ceiling": ceiling,
+        "seed": config.seed,
+        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, share)),
+    }
+    if strategy.starts_anywhere:
+        arguments["x0"] = space.start(start, budget)
+    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)  # type: ignore[call-arg]
 
 
 def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:

@@ -6,7 +6,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,16 +14,27 @@ from numpy.typing import ArrayLike, NDArray
 from evolkv.allocators.complete import broadcast_bounds
 from evolkv.errors import BudgetError, UsageError
 
-if TYPE_CHECKING:
-    from evolkv.evolution.config import SearchConfig
-    from evolkv.evolution.space import SearchSpace, Start
-
 Budgets = NDArray[np.int64]
 
 #: Standard deviation, in cache entries, below which a distribution has converged: samples round to its mean.
 CONVERGED = 0.5
 #: Candidates of a search whose length is not said.
 PER_VARIABLE, MOST_EVALUATIONS = 16, 1200
+
+
+class Settings(Protocol):
+    """The settings of a search that a strategy goes by; `evolkv.evolution.config.SearchConfig` has them."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def population(self) -> int | None: ...
+    @property
+    def sigma(self) -> float | None: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def max_evals(self) -> int | None: ...
 
 
 class Strategy(ABC):
@@ -60,43 +71,17 @@ class Strategy(ABC):
         self._best: tuple[Budgets, float] | None = None
 
     @classmethod
-    def from_config(
-        cls, config: SearchConfig, space: SearchSpace, budget: int, start: Start, evaluations: int, step: float
-    ) -> Strategy:
-        """Return the strategy for a search at one budget.
-
-        Args:
-            config: the settings of the search.
-            space: the budgets to choose from.
-            budget: the target.
-            start: where to start from, if it `starts_anywhere`.
-            evaluations: candidates that the search will evaluate at most.
-            step: factor on `default_sigma`.
-
-        Raises:
-            UsageError: a setting is out of its range.
-        """
-        floor, ceiling = (each[:, None] if space.by_head else each for each in (space.floors, space.ceilings))
-        sigma = step * cls.default_sigma[space.by_head] if config.sigma is None else config.sigma
-        common = {"sigma": sigma, "population": config.population, "floor": floor, "ceiling": ceiling}
-        own = cls.own_arguments(config, space.shape, evaluations)
-        if cls.starts_anywhere:
-            own["x0"] = space.start(start, budget)
-        shape = space.layers if cls.layers_only else space.shape
-        return cls(shape, budget, seed=config.seed, **common, **own)  # type: ignore[call-arg]
-
-    @classmethod
-    def own_arguments(cls, config: SearchConfig, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
-        """Return the arguments that only this strategy has; see `from_config`."""
+    def own_arguments(cls, config: Settings, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
+        """Return the arguments that only this strategy has, for a search of so many candidates."""
         return {}
 
     @classmethod
-    def smallest(cls, config: SearchConfig, shape: tuple[int, ...]) -> int:
+    def smallest(cls, config: Settings, shape: tuple[int, ...]) -> int:
         """Return the fewest candidates from which a search over budgets of a shape learns: one generation."""
         return config.population or default_population(math.prod(shape))
 
     @classmethod
-    def default_evaluations(cls, config: SearchConfig, shape: tuple[int, ...], share: int) -> int:
+    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], share: int) -> int:
         """Return how many candidates a search evaluates by default, in whole generations.
 
         Args:
@@ -108,7 +93,7 @@ class Strategy(ABC):
         return math.ceil(min(MOST_EVALUATIONS, PER_VARIABLE * math.prod(shape)) / share / whole) * whole
 
     @classmethod
-    def identity(cls, config: SearchConfig) -> dict[str, Any]:
+    def identity(cls, config: Settings) -> dict[str, Any]:
         """Return what a continued search must share, as plain JSON values."""
         return {"strategy": config.strategy, "population": config.population, "sigma": config.sigma}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
+    Settings,
     Strategy,
     bounds,
     default_population,
@@ -17,9 +18,6 @@ from evolkv.evolution.strategies.base import (
     whole_number,
 )
 from evolkv.evolution.strategies.cma_es import cma_es
-
-if TYPE_CHECKING:
-    from evolkv.evolution.config import SearchConfig
 
 #: Of each group, where a search's length is not said.
 GENERATIONS = 10
@@ -78,25 +76,25 @@ class GroupedCMA(Strategy):
         self._start_group(0)
 
     @classmethod
-    def own_arguments(cls, config: SearchConfig, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
+    def own_arguments(cls, config: Settings, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
         """Return the size of the groups, and the generations that each gets."""
         generations = max(1, evaluations // cls.smallest(config, shape))
         return {"group_size": config.group_size, "generations": generations}
 
     @classmethod
-    def smallest(cls, config: SearchConfig, shape: tuple[int, ...]) -> int:
+    def smallest(cls, config: Settings, shape: tuple[int, ...]) -> int:
         """Return the candidates of one generation of every group."""
         starts = range(0, shape[0], config.group_size)
         sizes = [min(config.group_size, shape[0] - start) for start in starts]
         return sum(config.population or default_population(size) for size in sizes)
 
     @classmethod
-    def default_evaluations(cls, config: SearchConfig, shape: tuple[int, ...], share: int) -> int:
+    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], share: int) -> int:
         """Return the candidates of ten generations of every group, or of a share of them."""
         return max(1, GENERATIONS // share) * cls.smallest(config, shape)
 
     @classmethod
-    def identity(cls, config: SearchConfig) -> dict[str, Any]:
+    def identity(cls, config: Settings) -> dict[str, Any]:
         """Return what a continued search must share; here `max_evals` decides how many generations a group gets."""
         return {**super().identity(config), "group_size": config.group_size, "max_evals": config.max_evals}
 
