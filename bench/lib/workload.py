@@ -57,9 +57,9 @@ def tiny(tokenizer: Any) -> PreTrainedModel:
 
 
 def search(model: Any, tokenizer: Any, context: int, budget: int, evaluations: int, **more: Any) -> Any:
-    """Run a search whose settings are all given."""
+    """Run a search whose settings are all given; whole generations, so that how a limit is met does not matter."""
     task = f"niah:context={context}"
-    settings = {**FIXED, "train": 4, "val": 4, "selector": SELECTORS["snapkv"], **more}
+    settings = {**FIXED, "train": 4, "val": 4, "population": 10, "selector": SELECTORS["snapkv"], **more}
     return evolkv.search(model, tokenizer, task=task, budget=budget, max_evals=evaluations, **settings)
 
 
