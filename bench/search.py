@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 import evolkv
-from evolkv.evaluation import NaiveEngine, ReplayEngine, replay
+from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
@@ -253,7 +253,7 @@ def shared_layers(
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     drawn = get_task(f"niah:context={context}").examples("train", examples, tokenizer, bench.seed)
     ours = ReplayEngine(model, tokenizer, drawn, get_selector("snapkv"))
-    least = replay._LEAST_SHARED
+    least = replay_engine._LEAST_SHARED
     starts = list(range(0, layers, group_size))
     times: dict[int, dict[str, list[float]]] = {start: {"with": [], "without": []} for start in starts}
     difference = 0.0
@@ -267,11 +267,11 @@ def shared_layers(
             budgets = np.repeat(moved[:, :, None], heads, axis=2)
             scores = {}
             for name, threshold in (("with", least), ("without", layers + 1)):
-                replay._LEAST_SHARED = threshold
+                replay_engine._LEAST_SHARED = threshold
                 scores[name] = ours.score(budgets)
                 times[start][name].append(seconds(partial(ours.score, budgets), model.device))
             difference = max(difference, float(np.abs(scores["with"] - scores["without"]).max()))
-    replay._LEAST_SHARED = least
+    replay_engine._LEAST_SHARED = least
     total = {name: [sum(times[s][name][i] for s in starts) for i in range(seeds)] for name in ("with", "without")}
     return {
         "n": seeds,
@@ -312,7 +312,7 @@ def tokens_at_once(
     scores: list[np.ndarray] = []
     for _ in range(pairs):
         for limit in tokens:
-            replay._MAX_TOKENS = limit
+            replay_engine._MAX_TOKENS = limit
             times[limit].append(seconds(lambda: scores.append(ours.score(population)), model.device))
     return {
         "n": pairs,
