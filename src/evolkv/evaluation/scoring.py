@@ -24,7 +24,8 @@ from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, not_
 from evolkv.models import model_facts
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks import Example
-from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.check import check_room
+from evolkv.tasks.metrics import get_metric, judged_part
 from evolkv.tasks.prompts import encode_text
 
 
@@ -108,11 +109,7 @@ class Scorer(ABC):
             if ids is not None:
                 check_token_ids(self.model, ids)
         length, context = question.tokens + len(later), model_facts(self.model).max_context
-        if length + question.answer_tokens > context:
-            raise UsageError(
-                f"example {example.id}: the prompt has {length} tokens and its answer up to {question.answer_tokens}, "
-                f"more than the model's context of {context}; use a shorter context or a model with a longer one"
-            )
+        check_room(example, length, question.answer_tokens, context)
         return replace(question, prompt=prompt.to(input_device(self.model)))
 
     @abstractmethod
@@ -243,12 +240,9 @@ def text_score(metric: str, prediction: str, example: Example) -> float:
         UsageError: if the example lacks what the metric needs, or the metric, which may be another package's, gives no
             number from 0 to 1.
     """
-    for text in example.stop:
-        prediction = prediction.partition(text)[0]
-    if example.first_line:
-        prediction = prediction.lstrip("\n").partition("\n")[0]
+    judged = judged_part(prediction, example.stop, example.first_line)
     try:
-        score = get_metric(metric)(prediction, example.references, **dict(example.extra))
+        score = get_metric(metric)(judged, example.references, **dict(example.extra))
     except UsageError as error:
         raise UsageError(f"example {example.id}: {error}") from None
     if not (isinstance(score, SupportsFloat) and 0 <= float(score) <= 1):

@@ -51,11 +51,16 @@ def check_examples(
                     except UsageError as error:
                         raise UsageError(f"example {example.id}: {error}") from None
                 tokens = len(encode_text(tokenizer, example.prompt + example.later))
-                if tokens + answer > context:
-                    raise UsageError(
-                        f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more "
-                        f"than the model's context of {context}; use a shorter context or a model with a longer one"
-                    )
+                check_room(example, tokens, answer, context)
+
+
+def check_room(example: Example, tokens: int, answer: int, context: float) -> None:
+    """Raise UsageError if a prompt of so many tokens and its answer exceed the model's context."""
+    if tokens + answer > context:
+        raise UsageError(
+            f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more than the model's "
+            f"context of {context}; use a shorter context or a model with a longer one"
+        )
 
 
 def _first(task: Task, split: Split, tokenizer: Any, seed: int) -> list[Example]:
