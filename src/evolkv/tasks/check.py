@@ -58,8 +58,8 @@ def check_room(example: Example, tokens: int, answer: int, context: float) -> No
     """Raise UsageError if a prompt of so many tokens and its answer exceed the model's context."""
     if tokens + answer > context:
         raise UsageError(
-            f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more than the model's "
-            f"context of {context}; use a shorter context or a model with a longer one"
+            f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more than the "
+            f"model's context of {context}; use a shorter context or a model with a longer one"
         )
 
 
