@@ -76,8 +76,8 @@ class BudgetProfile:
 
     def _floors(self, selector: Selector) -> list[int]:
         """Return the least that a head of each layer may get, ``[layers]``."""
-        windows = self.model.get("sliding_windows") or [None] * self.num_layers
-        return [min(selector.min_budget, window or selector.min_budget) for window in windows]
+        least = selector.min_budget
+        return [min(least, window or least) for window in self.model.get("sliding_windows") or [None] * self.num_layers]
 
     @property
     def num_layers(self) -> int:

@@ -152,8 +152,8 @@ def check_budgets(
     if granularity not in ("layer", "head"):
         raise ProfileError(f'granularity is {granularity!r}, expected "layer" or "head"')
     _check_budget("budget", mean, least, because)
-    for (layer, head), budget in np.ndenumerate(matrix):
-        _check_budget(f"budgets[{layer}][{head}]", int(budget), floors[layer], because)
+    for layer, head in np.argwhere((matrix < np.array(floors)[:, None]) | (matrix > MAX_BUDGET))[:1]:
+        _check_budget(f"budgets[{layer}][{head}]", int(matrix[layer, head]), floors[layer], because)
     uneven = np.flatnonzero((matrix != matrix[:, :1]).any(axis=1))
     if granularity == "layer" and uneven.size:
         raise ProfileError(
