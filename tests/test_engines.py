@@ -463,7 +463,7 @@ def test_token_ids_without_embeddings_are_refused_with_both_numbers(metaspace):
     model = tiny_model()
     plain, beyond = (Example(id=text, prompt="a b", references=(text,)) for text in ("c", f"more{VOCABULARY - 1}"))
     assert encode_examples(metaspace, model, [plain], "logprob")
-    with pytest.raises(ModelError, match=rf"gives token {VOCABULARY + 11}, but .* embeddings for {VOCABULARY} tokens"):
+    with pytest.raises(ModelError, match=rf"gives token {VOCABULARY + 12}, but .* embeddings for {VOCABULARY} tokens"):
         encode_examples(metaspace, model, [beyond], "logprob")
 
 

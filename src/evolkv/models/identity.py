@@ -135,7 +135,8 @@ def weights_checksum(model: nn.Module, attention: str) -> str | None:
                 tensors[f"{name}.{attribute}"] = value
             elif callable(value) and not isinstance(value, nn.Module):
                 description.append([attribute, _qualified_name(value)])
-            elif not attribute.endswith("hooks"):
+            # Hooks are named above, without those that live with a compressed cache.
+            elif "hooks" not in attribute and not attribute.startswith("_evolkv"):
                 with contextlib.suppress(TypeError, ValueError):
                     description.append([attribute, json.dumps(value, sort_keys=True)])
     distinct: dict[int, tuple[int, Tensor]] = {}
