@@ -154,7 +154,7 @@ def test_a_selector_that_says_nothing_of_its_queries_is_given_all():
     shared = Prefiller(model, [MeanQuery()])
     shared(torch.cat([prompt[:, :50], tokens(1, 20, seed=1)], dim=1))
     after, alone = shared(prompt), Prefiller(model, [MeanQuery()])(prompt)
-    for got, expected in zip(after.cache.layers, alone.cache.layers, strict=True):
+    for got, expected in zip(after.kv_layers, alone.kv_layers, strict=True):
         assert torch.equal(got.rankings[MeanQuery()], expected.rankings[MeanQuery()])
 
 

@@ -155,7 +155,7 @@ def test_chunkkv_keeps_the_same_in_a_cache_of_its_own_as_in_a_recorded_prompt(fa
         budgets = [[60, 60], [20, 12], [20, 12], [20, 12]]
         cache = CompressedCache(model, BudgetProfile.from_budgets(model, budgets, selector=selector.to_dict()))
         model(ids, cache=cache)
-        for layer, heads, row in zip(recorded.cache.layers, cache.positions, budgets, strict=True):
+        for layer, heads, row in zip(recorded.kv_layers, cache.positions, budgets, strict=True):
             for ranking, kept, budget in zip(layer.rankings[selector][0], heads, row, strict=True):
                 window = min(budget, layer.sliding_window or budget)
                 assert kept.tolist() == sorted(ranking[:window].tolist())
@@ -170,7 +170,7 @@ def test_nothing_that_chunkkv_remembered_outlives_the_prompt(method, padding):
     cache = CompressedCache(model, method, 12)
     model(tokens(2, 311), attention_mask=mask, cache=cache)
     recorded = Prefiller(model, [get_selector("chunkkv")])(tokens(1, 311))
-    assert recorded.cache.layers[0].context.memory == {}
+    assert recorded.kv_layers[0].context.memory == {}
     del recorded, mask
     gc.collect()
     # `type(...) is` rather than isinstance, which would wake lazy modules among all objects.
