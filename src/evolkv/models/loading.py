@@ -152,7 +152,7 @@ def _load_tokenizer(source: str, label: str, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         folder = Path(source)
-        if folder.is_dir() and not any(folder.glob(pattern) for pattern in _TOKENIZER_FILES):
+        if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
             names = ", ".join(sorted(each.name for each in folder.iterdir()))
             raise ModelError(
                 f"no tokenizer in folder {folder}, which has {names}; "
@@ -273,11 +273,11 @@ def _computes_bfloat16_fast(device: torch.device) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the first lines of an exception that may fill a screen, up to one that does not announce the next."""
+    """Return the first lines of an exception that may fill a screen, up to one that ends a clause."""
     words = ""
     for line in filter(None, map(str.strip, str(error).splitlines())):
         words = f"{words} {line}".strip()
-        if not words.endswith(":"):
+        if not words.endswith((":", ",")):
             break
     return words[:300] or type(error).__name__
 
