@@ -4,8 +4,9 @@
 
 The other revision is checked out into a temporary git worktree. Either tree then does the same work in fresh processes
 with equal settings (bench/lib/workload.py). First histories, profiles and evaluated rows for one seed are compared, on
-a tiny random model and on SmolLM2. Then a search, an evaluation, a prompt and a decode step are timed in pairs: the two
-trees take turns, and each begins every other pair. Exits with 1 if a result differs; a ratio decides nothing.
+a tiny random model and on SmolLM2. Then a search, an evaluation, a prompt and a decode step are timed in pairs, in CPU
+seconds: the two trees take turns, and each begins every other pair. Exits with 1 if a result differs; a ratio decides
+nothing.
 """
 
 from __future__ import annotations

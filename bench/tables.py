@@ -259,7 +259,7 @@ def against(record: Record) -> Table:
         [name, *(_spread(each[key], 3) for key in ("before", "after", "ratio_of_pairs"))]
         for name, each in record["seconds"].items()
     ]
-    return ["work", "before, seconds", "after, seconds", "after over before, in pairs"], rows
+    return ["work", "before, CPU seconds", "after, CPU seconds", "after over before, in pairs"], rows
 
 
 def engine(records: Sequence[Record]) -> Lines:

@@ -780,7 +780,9 @@ def test_an_interrupt_while_an_object_is_collected_still_ends_the_program(capsys
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """Make folders of a tiny model whose generation config and config say what is asked for."""
-    alphabet = ["<pad>", "<end>", "<start>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    # Printable ASCII alone, so that whatever is generated is text.
+    letters = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii()]
+    alphabet = ["<pad>", "<end>", "<start>", "Ġ", *sorted(letters)]
     letters = Tokenizer(BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     saved = tmp_path_factory.mktemp("published")
@@ -877,27 +879,41 @@ def test_a_generation_config_that_makes_no_sense_is_one_line(run, published, tmp
     assert "generation config cannot be used" in one_line(err)
 
 
-def test_a_home_folder_is_found_after_an_equals_sign_too(run, demo, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    shutil.copytree(demo, tmp_path / "home")
-    (tmp_path / "home" / "new").mkdir()
+@pytest.fixture
+def questions(tmp_path):
+    """A task of the reader's own with short prompts."""
+    rows = [
+        {"prompt": f"Question {number}: what is it, of all that was said before?", "answers": ["x"]}
+        for number in range(8)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:path={tmp_path / 'q.jsonl'}"
+
+
+def test_a_home_folder_is_found_after_an_equals_sign_too(run, published, questions, tmp_path, monkeypatch):
+    model, home = published(tmp_path / "model", {}), tmp_path / "home"
+    (home / "new").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    BudgetProfile.uniform(evolkv.models.load_model(model)[0], 16, selector="snapkv:window=4").save(home / "p.json")
+    (home / "prompt.txt").write_text("A prompt of some length, of which little is kept.")
     for argv in (
-        ["profile", "show", "~/profile.json"],
-        ["profile", "expand", "~/profile.json", "--budget=80", "--out=~/new/80.json"],
-        ["profile", "export", "~/profile.json", "--to=csv", "--out=~/new/80.csv"],
-        ["report", "~/results.json", "--out=~/new-report.html"],
-        ["generate", MODEL, "--profile=~/profile.json", "--prompt-file=~/prompt.txt", "--max-new-tokens=1", "--raw"],
-        ["generate", MODEL, "--method=~/profile.json", "--prompt=x", "--save-cache=~/x.cache"],
-        ["generate", MODEL, "--cache=~/x.cache", "--prompt=x", "--max-new-tokens=1"],
-        ["eval", MODEL, f"--task={TASK}", "--method=~/profile.json", "--samples=1", "--json=~/r.json"],
-        ["eval", MODEL, f"--task={TASK}", "--method", "~/new/{}.json", "--budget=80", "--samples=1", "--records=~/k"],
-        ["compare", "~/r.records.jsonl", "~/k", "--a=~/profile.json", "--b=~/new/{}.json", "--json=~/c.json"],
+        ["profile", "show", "~/p.json"],
+        ["profile", "expand", "~/p.json", "--budget=20", "--out=~/new/20.json"],
+        ["profile", "export", "~/p.json", "--to=csv", "--out=~/new/20.csv"],
+        ["generate", model, "--profile=~/p.json", "--prompt-file=~/prompt.txt", "--max-new-tokens=1"],
+        ["generate", model, "--method=~/p.json", "--prompt=A document", "--save-cache=~/x.cache"],
+        ["generate", model, "--cache=~/x.cache", "--prompt=x", "--max-new-tokens=1"],
+        ["eval", model, f"--task={questions}", "--method=full", "--method=~/p.json", "--samples=2", "--json=~/r.json"],
+        ["eval", model, f"--task={questions}", "--method=~/new/{}.json", "--budget=20", "--samples=2", "--records=~/k"],
+        ["compare", "~/r.records.jsonl", "--a=~/p.json", "--json=~/c.json"],
+        ["report", "~/r.json", "--out=~/new/report.html"],
     ):
         code, _, err = run(*argv)
         assert code == 0, (argv, err)
-    made = {"new", "new-report.html", "x.cache", "r.json", "r.records.jsonl", "k", "c.json"}
-    assert made <= {path.name for path in (tmp_path / "home").iterdir()}
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    made = {"r.json", "r.records.jsonl", "k", "c.json", "x.cache"}
+    assert made <= {path.name for path in home.iterdir()}
+    assert {path.name for path in (home / "new").iterdir()} == {"20.json", "20.csv", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "model", "q.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -924,9 +940,9 @@ def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_loses_no_work(published, tmp_path, closed):
+def test_a_closed_stream_loses_no_work(published, questions, tmp_path, closed):
     model, results = published(tmp_path / "model", {}), tmp_path / "r.json"
-    words = ["eval", model, "--task", "code:context=90", "--method", "full", "--samples", 1, "--json", results]
+    words = ["eval", model, "--task", questions, "--method", "full", "--samples", 1, "--json", results]
     command = shlex.join([sys.executable, "-m", "evolkv", *map(str, words)])
     done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -957,9 +973,9 @@ def test_numbers_are_whole_on_a_narrow_terminal(run, demo, monkeypatch, columns)
     assert "…" not in out
 
 
-def test_json_on_standard_output_is_all_that_is_there(run, demo, published, tmp_path):
+def test_json_on_standard_output_is_all_that_is_there(run, demo, published, questions, tmp_path):
     model = published(tmp_path / "model", {})
-    task = ["--task", "code:context=90", "--budget", 20]
+    task = ["--task", questions, "--budget", 20]
     code, out, err = run("eval", model, *task, "--method", "snapkv:window=4", "--samples", 2, "--json", "-")
     assert code == 0, err
     assert json.loads(out)["format"] == "evolkv.results/1"
@@ -982,7 +998,7 @@ def test_help_is_written_as_in_the_docs(run):
     for command in ("demo", "search", "eval", "compare", "generate", "report", ["profile", "show"], ["list", "tasks"]):
         code, out, _ = run(*([command] if isinstance(command, str) else command), "--help")
         assert code == 0
-        assert not any(noise in out for noise in ("{", "[[", "<bool>", "range"))
+        assert not any(noise in out for noise in ("{MODEL", "{STUDY", "{RECORDS", "[[", "<bool>", "<int range"))
     assert "evolkv generate [OPTIONS] MODEL [-]" in run("generate", "--help")[1]
 
 

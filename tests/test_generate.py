@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -505,11 +506,18 @@ class Wrapper(torch.nn.Module):
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_wrapped_model_is_given_its_cache_by_the_name_it_wants(model):
-    wrapped, prompt, question = Wrapper(model), tokens(1, 40), tokens(1, 5, seed=1)
+    class Alone(type(model)):
+        """A class that no other test has had a cache for."""
+
+    wrapped, prompt, question = Wrapper(Alone(copy.deepcopy(model.config)).eval()), tokens(1, 40), tokens(1, 5, seed=1)
+    wrapped.load_state_dict({f"base_model.{name}": weight for name, weight in model.state_dict().items()})
     cache = CompressedCache.prefill(wrapped, profile(model, DENSE), prompt)
     output = wrapped(question, **cache.as_argument)
     expected = CompressedCache.prefill(model, profile(model, DENSE), prompt)
     assert torch.equal(output.logits, model(question, **expected.as_argument).logits)
+    again = CompressedCache.prefill(wrapped, profile(model, DENSE), prompt)
+    with pytest.raises(UsageError, match="differs from what the cache has read"):
+        wrapped.generate(tokens(1, 60, seed=7), **again.as_argument, **GREEDY)
 
 
 def test_a_cache_that_the_block_has_replaced_is_not_taken_for_another_prompt(model):

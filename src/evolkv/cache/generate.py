@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evolkv.cache.chunks import outgrown
@@ -19,14 +20,18 @@ from evolkv.models.rotary import stretching
 _WATCHED = "_evolkv_watched"
 
 
-def watch_generate(model: Any) -> None:
-    """Has a model's class show our caches the text that `generate` is about to go on from; nothing else changes.
+def watch_generate(model: nn.Module, decoder: nn.Module) -> None:
+    """Have the classes around a decoder show our caches the text that `generate` goes on from; nothing else changes.
 
     A forward call brings new tokens only. The one place that sees the whole text is the model's public
     `prepare_inputs_for_generation`, and a method of the class takes no part in copies and pickles of a model.
     """
-    # `generate` of a compiled model is that of the one within.
-    kind = type(getattr(model, "_orig_mod", model))
+    # Wrappers (of adapters, of a compiled model) come before what they wrap, whose `generate` it is.
+    for module in itertools.takewhile(lambda module: module is not decoder, model.modules()):
+        _watch_class(type(module))
+
+
+def _watch_class(kind: Any) -> None:
     own = getattr(kind, "prepare_inputs_for_generation", None)
     if own is None or hasattr(own, _WATCHED):
         return

@@ -331,7 +331,7 @@ def attach(model: PreTrainedModel, bring: Bring | None = None, *, fans: bool = F
     """
     decoder = model.get_decoder()
     with _lock:
-        watch_generate(model)
+        watch_generate(model, decoder)
         attachment = _attachments.get(decoder)
         if attachment is None:
             attachment = _attachments[decoder] = _Attachment(model)

@@ -18,8 +18,12 @@ def compare(
             metavar="RECORDS...", callback=to_read, help="Records of one model, as eval writes them (--records)."
         ),
     ],
-    a: Annotated[str | None, typer.Option("--a", metavar="METHOD[@C]", help="A method that is on record.")] = None,
-    b: Annotated[str | None, typer.Option("--b", metavar="METHOD[@C]", help="The one to compare it with.")] = None,
+    a: Annotated[
+        str | None, typer.Option("--a", metavar="METHOD[@C]", callback=to_read, help="A method that is on record.")
+    ] = None,
+    b: Annotated[
+        str | None, typer.Option("--b", metavar="METHOD[@C]", callback=to_read, help="The one to compare it with.")
+    ] = None,
     budget: Annotated[
         int | None,
         typer.Option("--budget", metavar="C", help="Which budget, where the records have several."),
