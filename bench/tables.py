@@ -244,6 +244,14 @@ def scoring(record: Record) -> Table:
     return heads, rows
 
 
+def scoring_memory(record: Record) -> Table:
+    """Return what scoring one layer holds, over the layer's keys and values."""
+    rows = [
+        [name, record["context"], f"{each['scoring_memory_over_kv']:.2f}"] for name, each in record["selectors"].items()
+    ]
+    return ["selector", "prompt tokens", "scoring memory over a layer's KV"], rows
+
+
 def kept_tokens(record: Record) -> Table:
     """Return how far each selector keeps the tokens that its press keeps."""
     rows = [
@@ -314,7 +322,13 @@ BY_BENCHMARK: dict[str, View] = {
     "kvpress kept-tokens": one_by_one(kept_tokens),
     "against": one_by_one(against),
 }
-VIEWS: dict[str, View] = {"methods": methods, "tasks": tasks, "headline": headline, "summary": summary}
+VIEWS: dict[str, View] = {
+    "scoring-memory": one_by_one(scoring_memory),
+    "methods": methods,
+    "tasks": tasks,
+    "headline": headline,
+    "summary": summary,
+}
 
 
 def _expanded(names: str) -> list[str]:
