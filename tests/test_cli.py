@@ -118,15 +118,15 @@ def test_version_is_printed(run):
         (["eval", MODEL, "--task", TASK, "--method", f"snapkv:kernel={10**20}", "--budget", 64], "1 to 65,535"),
         (["eval", MODEL, "--task", TASK, "--method", "cake:tau1=1e-300+snapkv", "--budget", 64], "cake: tau1"),
         (["list", "modls"], "'models'"),
-        (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "'--seed'"),
-        (["compare", "a.jsonl", "--seed", 2**63], "'--seed'"),
+        (["generate", MODEL, "--prompt", "x", "--temperature", 1, "--seed", 2**63], "--seed is 9223372036854775808"),
+        (["compare", "a.jsonl", "--seed", 2**63], "--seed is 9223372036854775808"),
         (["profile"], "--help"),
         (["eval", "--model", MODEL], "the model is the first argument"),
         (["eval", MODEL, "--limit", 3], "here it is --samples"),
         (["eval", MODEL, "--output_path", "r.json"], "here it is --json"),
         (["search", MODEL, "--n_trials", 3], "here it is --max-evals"),
         (["search", MODEL, "--max_evals", 3], "here it is --max-evals"),
-        (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 33 tokens; use 33"),
+        (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 32 tokens; use 32"),
         (["report", "r.json", "--out", "/typo/here/x.html"], "folder /typo/here does not exist"),
         (["report", "r.json", "-o", "/typo/x.html"], "folder /typo does not exist"),
         (["generate", MODEL], "--prompt"),
@@ -237,6 +237,7 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
 
 def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
     shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
     for budget, name in ((64, "run.1"), (72, "run.2")):
         code, _, err = run("search", MODEL, *shared, "--budget", budget, f"--out=~/{name}", f"--json=~/{name}.r.json")
