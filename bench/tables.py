@@ -302,7 +302,8 @@ def one_by_one(view: Callable[[Record], Table]) -> View:
 
     def lines(records: Sequence[Record]) -> Lines:
         for record in records:
-            seconds = f", {record['seconds']:.0f} seconds" if "seconds" in record.content else ""
+            taken = record.content.get("seconds") if record["benchmark"] == "cli" else None
+            seconds = f", {taken:.0f} seconds" if taken else ""
             yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
             yield from table(*view(record))
 
