@@ -236,6 +236,7 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
 
 
 def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
@@ -990,7 +991,7 @@ def test_json_on_standard_output_is_all_that_is_there(run, demo, published, ques
     assert run("eval", model, *task, *kept)[0] == 0
     code, out, _ = run("compare", "k.jsonl", "--json", "-")
     assert code == 0
-    assert json.loads(out)["tasks"]
+    assert json.loads(out)["rows"]
     code, out, _ = run("profile", "show", demo / "profile.json", "--json")
     assert json.loads(out) == json.loads((demo / "profile.json").read_text())
 

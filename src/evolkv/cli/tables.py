@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 48
 #: Names may be broken into lines of so many columns, where a terminal is narrow; numbers may not.
 _LEAST_NAME = 12
+#: Columns between two cells.
+_GAP = 2
 #: Columns that may become a heading, and how it says them.
 _SHARED = {"task": "{}", "metric": "metric {}", "n": "n = {}"}
 _SHADES = "·░▒▓█"
@@ -54,6 +56,7 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
 
 def print_whole(table: Table) -> None:
     """Print a table with every number whole, on a terminal that is too narrow with lines that run on below."""
+    least = 0
     for column in table.columns:
         cells = [column.header, *column.cells]
         words = [word for cell in cells for word in str(cell).split()]
@@ -61,6 +64,9 @@ def print_whole(table: Table) -> None:
         longest = max(map(len, words), default=0)
         column.min_width = max([min(longest, _LEAST_NAME), *map(len, numbers)])
         column.no_wrap = column.justify == "right"
+        least += column.min_width + _GAP
+    if least > console.OUT.width:
+        table.width = least
     console.OUT.print(table, crop=False)
 
 
@@ -189,4 +195,4 @@ def _colours(value: int, lowest: int, highest: int) -> tuple[str, str]:
 
 
 def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
