@@ -404,7 +404,7 @@ def test_sequences_are_chosen_as_from_any_tensor(settings):
         ({"evict_every": 2.5}, "evict_every is 2.5; expected a whole number"),
         ({"evict_every": True}, "evict_every is True"),
         ({"prefill_chunk": "64"}, "prefill_chunk is '64'"),
-        ({"budget": "64"}, "the budget is '64'"),
+        ({"budget": 64.5}, "the budget is 64.5"),
         ({"profile": None}, "None is no method"),
     ],
 )

@@ -670,7 +670,7 @@ def test_what_chunks_cannot_give_is_refused():
 def test_chunks_of_a_text_beyond_the_limit_of_its_rotary_embedding_are_refused(kind):
     model = stretching_model(kind, 32)
     with compress(model, profile(model, 100), prefill_chunk=16):
-        with pytest.raises(UsageError, match="more than 32 tokens, and the first pieces of a text of 33"):
+        with pytest.raises(UsageError, match="beyond 32 tokens, and the first pieces of a text of 33"):
             model(tokens(1, 33))
         model(tokens(1, 32))
 

@@ -125,13 +125,16 @@ class LongBench(Task):
         text, source = read_subset(self.subset, self.path)
         return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
 
+    def _scores(self, row: _Row) -> bool:
+        """Return whether any of a row's answers can score; one that its metric cannot read does not."""
+        try:
+            return answers_score(self._work.metric, row.answers, row.id, all_classes=row.all_classes)
+        except TaskError:
+            return False
+
     def _warn_of_unanswerable(self, rows: Sequence[_Row], source: str) -> None:
         # Not refused: published scores count such rows too. `code_sim`, for one, passes over lines with "#".
-        at_zero = [
-            row.id
-            for row in rows
-            if not answers_score(self._work.metric, row.answers, f"{source} {row.id}", all_classes=row.all_classes)
-        ]
+        at_zero = [row.id for row in rows if not self._scores(row)]
         if at_zero:
             logger.warning(
                 "%s: no answer can score under %s in %d of %d rows (%s, …); they count, as in published scores",
