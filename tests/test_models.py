@@ -321,9 +321,10 @@ def test_a_message_that_ends_in_a_colon_goes_on():
     )
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
+def test_weights_that_are_missing_are_not_made_up(tmp_path, tokenizer):
     from safetensors.torch import load_file, save_file
 
+    tokenizer.save_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -332,7 +333,8 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
     assert "lacks 3 of the model's weights" in message(tmp_path)
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_are_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
