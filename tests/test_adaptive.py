@@ -173,6 +173,7 @@ def test_each_prompt_of_a_padded_batch_gets_the_budgets_that_it_has_alone(family
             assert [head[number].tolist() for head in mine] == [head.tolist() for head in its]
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["adakv+snapkv", "cake+snapkv", "dynamickv+adakv+chunkkv"])
 def test_generating_under_a_method_gives_the_answers_of_an_evaluation(smollm2, name):
@@ -225,6 +226,7 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):
     model, tokenizer = smollm2

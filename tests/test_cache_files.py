@@ -292,6 +292,7 @@ def test_what_was_loaded_goes_where_its_layer_computes(tmp_path, settings):
         assert {part.device.type for part in [*held, layer]} == {"meta"}
 
 
+@pytest.mark.slow
 def test_loading_holds_the_entries_once(tmp_path):
     path = tmp_path / "a.cache"
     script = f"""

@@ -727,6 +727,7 @@ def test_interrupted_or_terminated_search_keeps_its_best(small_folder, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile.json", "profile.study.db"]
 
 
+@pytest.mark.slow
 def test_reader_that_leaves_early_is_no_error():
     read, write = os.pipe()
     os.close(read)
@@ -941,7 +942,9 @@ def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [">&-", *(pytest.param(each, marks=pytest.mark.slow) for each in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"))]
+)
 def test_a_closed_stream_loses_no_work(published, questions, tmp_path, closed):
     model, results = published(tmp_path / "model", {}), tmp_path / "r.json"
     words = ["eval", model, "--task", questions, "--method", "full", "--samples", 1, "--json", results]
@@ -952,6 +955,7 @@ def test_a_closed_stream_loses_no_work(published, questions, tmp_path, closed):
     assert "Error" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(

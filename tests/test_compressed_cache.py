@@ -466,6 +466,7 @@ def test_copies_and_pickles_of_a_hooked_model_are_models_of_their_own(how, block
     assert torch.equal(model.generate(prompt, cache=cache, **settings), expected)
 
 
+@pytest.mark.slow
 def test_a_pickled_model_works_where_no_cache_ever_lived(tmp_path):
     model = tiny_model()
     cache = CompressedCache(model, profile(model, 8))

@@ -134,7 +134,7 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(small):
         ({"methods": ["snapkv"], "budgets": [8]}, BudgetError, "always keeps 32 tokens"),
         ({"methods": ["snapkv"], "budgets": [240]}, BudgetError, "nothing would be evicted"),
         ({"methods": ["snapkv"], "budgets": [9000]}, BudgetError, "above the model's context of 8192"),
-        ({"methods": []}, UsageError, "at least one task and one method"),
+        ({"methods": []}, UsageError, "at least one method"),
         ({"methods": ["full"], "samples": 0}, UsageError, "expected 1 to 100,000"),
         ({"methods": ["full"], "samples": 1.5}, UsageError, "--samples is 1.5"),
         ({"methods": ["snapkv"], "budgets": [64.9]}, UsageError, "the budget is 64.9; expected a whole number"),

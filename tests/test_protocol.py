@@ -157,6 +157,7 @@ def test_reading_a_question_first_is_part_of_the_continuation(family, piece, mon
     assert texts == [expected[0, whole.shape[1] :].tolist()] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_replay_equals_naive_when_the_question_comes_later(smollm2):
     model, tokenizer = smollm2

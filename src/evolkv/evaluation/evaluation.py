@@ -308,7 +308,7 @@ def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[
         if wanted not in every_id:
             near = difflib.get_close_matches(wanted, sorted(every_id), n=1, cutoff=0)
             raise UsageError(
-                f"unevery_id example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(every_id)}, "
+                f"unknown example {wanted!r}. Did you mean {near[0]!r}? --samples draws {len(every_id)}, "
                 "and --sample-ids chooses among these"
             )
     if not ids:
