@@ -212,7 +212,8 @@ class _Attachment:
             config = vars(module).get("config")
             if isinstance(config, PreTrainedConfig):
                 configs[id(config)] = config
-            _remove_hooks(module)
+            if module._forward_pre_hooks or module._forward_hooks:
+                _remove_hooks(module)
         self.own = [(config, str(config._attn_implementation).removeprefix(_PREFIX)) for config in configs.values()]
         self.wrap()
         self._decoder = weakref.ref(decoder)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import operator
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,15 +38,21 @@ def fingerprint(model: nn.Module, architecture: dict[str, Any]) -> str:
     # Sampled first and digested afterwards: one conversion (on a GPU one transfer) for all weights of a shape.
     shapes: list[tuple[tuple[int, ...], Tensor | None]] = []
     alike: dict[Any, list[Tensor]] = defaultdict(list)
-    in_use, idle = _adapters(model)
-    for name, held in model.named_parameters():
-        if id(held) in idle:
-            continue
-        parameter = _offloaded(model, name) if held.is_meta else held.data
-        sample = None if parameter is None or parameter.ndim < 2 or _is_quantized(parameter) else _sample(parameter)
-        shapes.append((_shape(model, name, held.data), sample))
-        if sample is not None:
-            alike[_kind(sample)].append(sample)
+    # One walk, since the names of hundreds of modules take as long as the rest.
+    modules = list(model.named_modules())
+    in_use, skipped = _adapters(modules)
+    for path, module in modules:
+        for name, held in module._parameters.items():
+            if held is None or id(held) in skipped:
+                continue
+            # Tied weights count once.
+            skipped.add(id(held))
+            name = f"{path}.{name}" if path else name
+            parameter = _offloaded(model, name) if held.is_meta else held.data
+            sample = None if parameter is None or parameter.ndim < 2 or _is_quantized(parameter) else _sample(parameter)
+            shapes.append((_shape(model, name, held.data), sample))
+            if sample is not None:
+                alike[_kind(sample)].append(sample)
     signs = {kind: iter(torch.stack(samples).float().signbit().cpu().numpy()) for kind, samples in alike.items()}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for shape, sample in shapes:
@@ -74,14 +81,14 @@ AdaptersInUse = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 def adapters_in_use(model: nn.Module) -> AdaptersInUse:
     """Return which adapters the layers of a model compute with; none for a model without adapters."""
-    return _adapters(model)[0]
+    return _adapters(model.named_modules())[0]
 
 
-def _adapters(model: nn.Module) -> tuple[AdaptersInUse, set[int]]:
+def _adapters(modules: Iterable[tuple[str, Any]]) -> tuple[AdaptersInUse, set[int]]:
     """Return the adapters in use, and the ids of the parameters that take no part in what a model computes."""
     in_use: list[tuple[str, tuple[tuple[str, Any], ...]]] = []
     idle: set[int] = set()
-    for name, layer in model.named_modules():
+    for name, layer in modules:
         # By the class, since PEFT's wrappers pass on what the modules inside them have.
         if not (hasattr(type(layer), "disable_adapters") and hasattr(type(layer), "adapter_layer_names")):
             continue
