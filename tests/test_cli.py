@@ -236,7 +236,6 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
 
 
 def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run, tmp_path, monkeypatch):
-    (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
