@@ -751,6 +751,14 @@ def test_global_flags_may_stand_anywhere_but_in_free_text():
 
 
 def test_lists_are_spelt_out_for_the_options_that_take_several_values():
+    assert for_typer(["search", "m", "--budget", "64", "-o", "p.json"]) == [
+        "search",
+        "m",
+        "--budget",
+        "64",
+        "-o",
+        "p.json",
+    ]
     assert for_typer(["eval", "m", "--method", "a", "b", "--budget=1", "2", "--seed", "0"]) == (
         ["eval", "m", "--method", "a", "--method", "b", "--budget=1", "--budget", "2", "--seed", "0"]
     )

@@ -44,7 +44,8 @@ def _repeated(argv: Sequence[str], several: Collection[str]) -> list[str]:
         if token == "--":
             return result + list(argv[index:])
         name, equals, _ = token.partition("=")
-        if name.startswith("--"):
+        # "-" alone is a value, and so is a number below zero.
+        if name.startswith("-") and name[1:] and not name[1].isdigit():
             option, filled = (name if name in several else ""), bool(equals)
             result.append(token)
         else:
