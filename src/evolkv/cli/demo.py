@@ -117,14 +117,14 @@ def _next_commands(
         ),
         (
             "the paper's own search strategy",
-            ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", "-o", paper],
+            ["search", model, "--task", result.task, "--budget", budget, "--strategy", "evolkv", "--out", paper],
         ),
     ]
     if budget // 2 >= LEAST_BUDGET:
         words = ["demo", "--granularity", "head", "--budget", budget // 2]
         words += ["--context", context] if context != _CONTEXT else []
         words += ["--model", model] if model != _MODEL else []
-        commands.append(("the same in half the memory", [*words, "--out", "-o", half]))
+        commands.append(("the same in half the memory", [*words, "--out", half]))
     return [(comment, shlex.join(map(str, [program_name(), *words, *load.given()]))) for comment, words in commands]
 
 
