@@ -66,7 +66,7 @@ def test_a_killed_worker_changes_nothing(smollm2, local, without_ray):
 def test_a_terminated_search_on_workers_keeps_its_best(smollm2, tmp_path):
     words = "search smollm2-135m --task niah:context=120 --budget 40 --train 2 --val 2 --max-evals 100000 --backend ray"
     search = subprocess.Popen(
-        [sys.executable, "-m", "evolkv.cli", *words.split(), "--workers", "1"],
+        [sys.executable, "-m", "evolkv", *words.split(), "--workers", "1"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,8 +90,11 @@ def test_a_model_that_was_changed_after_loading_is_the_one_that_is_searched(loca
     settings = {**SETTINGS, "max_evals": 4}
     here = evolkv.search(model, tokenizer, **settings)
     there = evolkv.search(model, tokenizer, backend=lambda: RayBackend(model, tokenizer, workers=2), **settings)
-    assert there.history == here.history
-    assert here.history[0] != local.history[0]
+    # Weights that are sent lie elsewhere in memory than those of a file, which may change the last bits of a product.
+    for one, other in zip(there.history, here.history, strict=True):
+        assert one["budgets"] == other["budgets"]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+    assert here.history[0]["score"] != pytest.approx(local.history[0]["score"], rel=1e-2)
 
 
 @pytest.mark.model
