@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -135,6 +136,21 @@ class Scorer(ABC):
             RunError: if what the model computes is not a number.
         """
 
+    def loss(self, logits: Tensor, question: Question) -> Tensor:
+        """Return what a descent on this metric makes small: the mean over the target's tokens, differentiable.
+
+        Args:
+            logits: those that predict the target's tokens, ``[target, vocabulary]``, in any dtype.
+            question: the example.
+
+        Returns:
+            A float32 scalar, at least 0, on the device of the logits.
+
+        Raises:
+            UsageError: for a metric of texts, which has no slope.
+        """
+        raise UsageError(f"metric {self.metric!r} compares texts and has no slope to follow; use metric logprob")
+
 
 class TextScorer(Scorer):
     """Compares the greedy text with the references: the metrics of `evolkv.tasks.metrics`."""
@@ -178,6 +194,11 @@ class ProbabilityScorer(Scorer):
         targets = [each.target for each in questions if each.target is not None]
         log_probs = target_log_probs(self.model, cache, next_logits, tokens, targets, later)
         return [Answer(None, mean_probability(row)) for row in log_probs]
+
+    def loss(self, logits: Tensor, question: Question) -> Tensor:
+        """See `Scorer.loss`: the negative log-likelihood, of which the score is ``exp(-loss)``."""
+        assert question.target is not None
+        return F.cross_entropy(logits.float(), question.target.to(logits.device))
 
 
 #: Metrics that are not of the text that is generated.
