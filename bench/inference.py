@@ -29,7 +29,7 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.decode import end_tokens, greedy
 from evolkv.evaluation.scoring import text_score
 from evolkv.models import describe_model
-from evolkv.models.forward import cache_keyword, given_cache
+from evolkv.models.forward import given_cache
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 from lib import contenders as lib_contenders
@@ -550,7 +550,6 @@ def compiled_step(bench: Bench, prompt_tokens: int = 128, budget: int = 128, pai
     torch.manual_seed(bench.seed)
     # A model each: a compressed cache has its model's attention answer to it.
     model, other = (load(bench.model, bench.dtype, bench.device or "cpu") for _ in range(2))
-    keyword = cache_keyword(model)
     ids = torch.randint(3, model.config.get_text_config(decoder=True).vocab_size, (1, prompt_tokens))
     profile = evolkv.BudgetProfile.uniform(other, budget, selector="snapkv")
     room = prompt_tokens + pairs + WARM_UP
@@ -566,12 +565,12 @@ def compiled_step(bench: Bench, prompt_tokens: int = 128, budget: int = 128, pai
     }
 
     def step(call: Callable[..., Any], cache: Cache, at: int) -> None:
-        call(torch.full((1, 1), 7), position_ids=torch.full((1, 1), at), **{keyword: cache})
+        call(torch.full((1, 1), 7), position_ids=torch.full((1, 1), at), cache=cache)
 
     warm_up: dict[str, float] = {}
     for name, (call, cache) in ways.items():
         own = other if isinstance(cache, evolkv.CompressedCache) else model
-        own(ids, **{keyword: cache})
+        own(ids, cache=cache)
         started = time.perf_counter()
         for at in range(WARM_UP):
             step(call, cache, prompt_tokens + at)
@@ -603,7 +602,7 @@ class Peak:
 
     def see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each attention: what is held, and the tokens that come."""
-        layers = given_cache(kwargs)[1].layers
+        layers = given_cache(kwargs).layers
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         new = hidden.shape[1]
         held = max((group.keys.shape[1] for group in layers[module.layer_idx].groups), default=0)
@@ -666,7 +665,7 @@ def chunks(
             ids = encode_prompt(tokenizer, example).to(model.device)
 
             def prefill(cache: Any, ids: Tensor = ids) -> Any:
-                return model(ids, **cache.as_argument, use_cache=True, logits_to_keep=1)
+                return model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
             # Timed without anybody watching.
             timed = evolkv.CompressedCache(model, each, prefill_chunk=chunk)

@@ -177,7 +177,7 @@ def kept_tokens(bench: Bench, context: int = 800, budget: int = 128, kvpress_env
         # Whole chunks need not come to the budget.
         profile = evolkv.BudgetProfile.uniform(model, len(theirs[name][0][0]), selector=selector)
         cache = evolkv.CompressedCache(model, profile)
-        model(ids, **cache.as_argument, logits_to_keep=1)
+        model(ids, cache=cache, logits_to_keep=1)
         indices = overlaps(cache, theirs[name])
         mean = statistics.mean(indices)
         rows[name] = {"press": press, "budget": profile.budget, "jaccard_mean": mean, "jaccard_min": min(indices)}
@@ -219,7 +219,7 @@ def export(bench: Bench, context: int = 800, budget: int = 64, kvpress_env: Path
         # Without a mask, and without an end token, generate() would take the template's <|im_end|> for padding.
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         every = torch.ones_like(ids)
-        answer = model.generate(ids, **cache.as_argument, **settings, attention_mask=every)[0, ids.shape[1] :].tolist()
+        answer = model.generate(ids, cache=cache, **settings, attention_mask=every)[0, ids.shape[1] :].tolist()
         kept = theirs[each]["kept"]
         indices = overlaps(cache, kept)
         rows[each] = {

@@ -137,10 +137,10 @@ class Soak:
                 return self._generate(ids, mask, request.answer)
         cache = evolkv.CompressedCache(self.model, request.method, request.budget)
         if request.reset:
-            self.model(ids[:, -8:], **cache.as_argument)
+            self.model(ids[:, -8:], cache=cache)
             cache.reset()
         if request.mode == "cache":
-            return self._generate(ids, mask, request.answer, **cache.as_argument)
+            return self._generate(ids, mask, request.answer, cache=cache)
         return self._forward(ids, mask, request.answer, cache)
 
     def _converse(self, ids: Tensor, mask: Tensor, request: Request) -> tuple[Tensor, Tensor]:
@@ -180,14 +180,14 @@ class Soak:
     def _forward(self, ids: Tensor, mask: Tensor, tokens: int, cache: Any) -> tuple[Tensor, Tensor]:
         """The same tokens for every row, fed singly and several at once."""
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = [self.model(ids, attention_mask=mask, position_ids=position, **cache.as_argument).logits[:, -1:]]
+        logits = [self.model(ids, attention_mask=mask, position_ids=position, cache=cache).logits[:, -1:]]
         fed = (torch.arange(tokens, device=ids.device) * 7 % (self.vocabulary - 3) + 3).expand(len(ids), -1)
         length, start = mask.sum(-1, keepdim=True), 0
         while start < tokens:
             stop = min(tokens, start + (1 if start % 2 == 0 else 3))
             mask = torch.cat([mask, mask.new_ones(len(ids), stop - start)], dim=1)
             at = length + torch.arange(start, stop, device=ids.device)
-            part = self.model(fed[:, start:stop], attention_mask=mask, position_ids=at, **cache.as_argument)
+            part = self.model(fed[:, start:stop], attention_mask=mask, position_ids=at, cache=cache)
             logits.append(part.logits)
             start = stop
         return fed, torch.cat(logits, 1)

@@ -88,10 +88,10 @@ def test_a_prompt_is_saved_in_its_middle(tmp_path, family, selector):
     model = tiny_model(family)
     profile = BudgetProfile.from_budgets(model, RAGGED, selector)
     cache = CompressedCache(model, profile, prefill_chunk=8)
-    model(tokens(1, 30), **cache.as_argument)
+    model(tokens(1, 30), cache=cache)
     loaded = reloaded(cache, model, tmp_path)
     for part in (tokens(1, 21, seed=1), tokens(1, 1, seed=2), tokens(1, 5, seed=3)):
-        expected, found = (model(part, **each.as_argument).logits for each in (cache, loaded))
+        expected, found = (model(part, cache=each).logits for each in (cache, loaded))
         assert torch.equal(found, expected)
         assert str(loaded.positions) == str(cache.positions)
     # The single token ended the prompt: what came then was kept whole.
@@ -103,11 +103,11 @@ def test_a_sequence_that_is_all_padding_so_far_is_saved_too(tmp_path):
     _, batch, mask = padded((40, 10), "left")
     cache = CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, H2O), prefill_chunk=10)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(batch[:, :25], attention_mask=mask[:, :25], position_ids=places[:, :25], **cache.as_argument)
+    model(batch[:, :25], attention_mask=mask[:, :25], position_ids=places[:, :25], cache=cache)
     assert cache.kv_layers[0].prompt_lengths == [25, 0]
     loaded = reloaded(cache, model, tmp_path)
     rest = {"attention_mask": mask, "position_ids": places[:, 25:]}
-    expected, found = (model(batch[:, 25:], **rest, **each.as_argument).logits for each in (cache, loaded))
+    expected, found = (model(batch[:, 25:], **rest, cache=each).logits for each in (cache, loaded))
     assert torch.equal(found, expected)
 
 
@@ -117,7 +117,7 @@ def test_a_loaded_cache_that_evicts_again_serves_another_prompt_after_reset(tmp_
     loaded.reset()
     fresh = CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, SNAPKV), **SETTINGS["all"])
     for each in (loaded, fresh):
-        model(tokens(1, 50, seed=4), **each.as_argument)
+        model(tokens(1, 50, seed=4), cache=each)
     assert str(loaded.positions) == str(fresh.positions)
 
 
@@ -190,7 +190,7 @@ def test_a_hybrid_that_was_read_with_gradients_can_be_copied_and_saved(tmp_path)
     model = tiny_model("lfm2").requires_grad_(True)
     cache = CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, SNAPKV))
     cache.input_ids = tokens(1, 40)
-    model(cache.input_ids, **cache.as_argument)
+    model(cache.input_ids, cache=cache)
     branch, loaded = cache.copy(), reloaded(cache, model, tmp_path)
     expected = turn(model, cache, QUESTION)
     assert same(turn(model, branch, QUESTION), expected)
@@ -226,7 +226,7 @@ def test_padding_of_a_later_turn_is_not_read_when_going_on(tmp_path, family, eve
     cache = CompressedCache.prefill(model, profile, *first[1:], evict_every=every)
     mask = torch.cat([first[2], second[2]], dim=1)
     places = (mask.cumsum(-1) - 1)[:, 40:]
-    model(second[1], attention_mask=mask, position_ids=places, **cache.as_argument)
+    model(second[1], attention_mask=mask, position_ids=places, cache=cache)
     cache.input_ids = torch.cat([first[1], second[1]], dim=1)
     asked = cache.followed_by(QUESTION)
     assert asked["attention_mask"].sum(1).tolist() == [40 + 4 + 6, 33 + 8 + 6]
@@ -235,7 +235,7 @@ def test_padding_of_a_later_turn_is_not_read_when_going_on(tmp_path, family, eve
     assert same(turn(model, loaded, QUESTION, 2), together)
     for i, (one, other) in enumerate(zip(first[0], second[0], strict=True)):
         alone = CompressedCache.prefill(model, profile, one[None], evict_every=every)
-        model(other[None], **alone.as_argument)
+        model(other[None], cache=alone)
         alone.input_ids = torch.cat([one, other])[None]
         torch.testing.assert_close(together[0][:, i : i + 1], turn(model, alone, QUESTION, 2)[0], atol=1e-4, rtol=0)
 
@@ -278,7 +278,7 @@ def saved(tmp_path_factory):
     first, second = padded((40, 33), "left"), padded((4, 8), "left")
     profile = BudgetProfile.from_budgets(model, RAGGED, H2O)
     cache = CompressedCache.prefill(model, profile, *first[1:], evict_every=50)
-    model(second[1], attention_mask=torch.cat([first[2], second[2]], dim=1), **cache.as_argument)
+    model(second[1], attention_mask=torch.cat([first[2], second[2]], dim=1), cache=cache)
     cache.save(path)
     return path, model
 

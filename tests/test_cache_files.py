@@ -103,9 +103,9 @@ def test_a_loaded_cache_serves_another_prompt_after_reset(tmp_path):
     prefilled(model, RAGGED).save(tmp_path / "a.cache")
     loaded = CompressedCache.load(tmp_path / "a.cache", model)
     loaded.reset()
-    model(tokens(1, 50, seed=4), **loaded.as_argument)
+    model(tokens(1, 50, seed=4), cache=loaded)
     fresh = CompressedCache(model, BudgetProfile.from_budgets(model, RAGGED, SNAPKV))
-    model(tokens(1, 50, seed=4), **fresh.as_argument)
+    model(tokens(1, 50, seed=4), cache=fresh)
     assert str(loaded.positions) == str(fresh.positions)
 
 
@@ -382,7 +382,7 @@ def test_copies_keep_apart_when_one_takes_tokens_back():
     branch, untouched = cache.copy(), cache.copy()
     expected = answer(model, untouched, OTHER)
     branch.crop(-9)
-    model(tokens(1, 9, seed=3), **branch.as_argument)
+    model(tokens(1, 9, seed=3), cache=branch)
     assert same(answer(model, cache, OTHER), expected)
 
 
@@ -391,7 +391,7 @@ def test_a_copy_of_an_adaptive_cache_serves_another_prompt():
     cache = CompressedCache.prefill(model, "cake+adakv+snapkv:window=4", tokens(1, 40), budget=10)
     twin, positions = cache.copy(), str(cache.positions)
     twin.reset()
-    model(tokens(1, 50, seed=4), **twin.as_argument)
+    model(tokens(1, 50, seed=4), cache=twin)
     fresh = CompressedCache.prefill(model, "cake+adakv+snapkv:window=4", tokens(1, 50, seed=4), budget=10)
     assert str(twin.positions) == str(fresh.positions)
     assert str(cache.positions) == positions
@@ -418,8 +418,8 @@ def test_a_document_is_read_once_and_asked_later(smollm2, tmp_path):
     settings = {"max_new_tokens": 6, "do_sample": False}
     told = model.generate(**cache.followed_by(question), **settings)
     whole = CompressedCache(model, profile)
-    model(ids, **whole.as_argument)
-    expected = model.generate(torch.cat([ids, question], 1), **whole.as_argument, **settings)
+    model(ids, cache=whole)
+    expected = model.generate(torch.cat([ids, question], 1), cache=whole, **settings)
     assert torch.equal(told, expected)
 
 
@@ -436,7 +436,7 @@ def test_a_cache_read_with_one_adapter_is_not_gone_on_with_another(tmp_path):
             with pytest.raises(UsageError, match="with other adapters than are active now"):
                 use()
         with pytest.raises(UsageError, match="with other adapters than are active now"):
-            model.generate(torch.cat([tokens(1, 40), QUESTION], dim=1), **cache.as_argument, **GREEDY)
+            model.generate(torch.cat([tokens(1, 40), QUESTION], dim=1), cache=cache, **GREEDY)
         with pytest.raises(CacheFileError, match="made with"):
             CompressedCache.load(tmp_path / "a.cache", model)
         with pytest.raises(ProfileError, match="made for"):

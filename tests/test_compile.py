@@ -17,13 +17,13 @@ def test_a_compiled_model_gives_what_the_model_gives():
     profile = BudgetProfile.from_budgets(model, BUDGETS, {"name": "snapkv", "window": 4})
     caches = [CompressedCache(model, profile) for _ in range(2)]
     for cache in caches:
-        model(tokens(1, 40), **cache.as_argument)
+        model(tokens(1, 40), cache=cache)
     # Without a backend's code generation: what must work is the tracing.
     compiled = torch.compile(model, backend="eager", dynamic=True)
     for step in range(3):
         token = tokens(1, 1, seed=step)
-        expected = model(token, **caches[0].as_argument).logits
-        torch.testing.assert_close(compiled(token, **caches[1].as_argument).logits, expected, atol=1e-5, rtol=0)
+        expected = model(token, cache=caches[0]).logits
+        torch.testing.assert_close(compiled(token, cache=caches[1]).logits, expected, atol=1e-5, rtol=0)
     assert caches[1].kv_bytes == caches[0].kv_bytes
     assert caches[1].get_seq_length() == 43
 

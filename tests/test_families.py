@@ -151,7 +151,7 @@ def test_keys_of_the_only_layer_that_never_reach_attention_are_noticed_in_the_sa
     layer.config = copy.copy(layer.config)
     layer.config._attn_implementation_internal = "sdpa"
     with pytest.raises(ModelError, match="bypasses transformers' attention interface"):
-        model(tokens(1, 20), **cache.as_argument)
+        model(tokens(1, 20), cache=cache)
 
 
 def test_values_that_reach_attention_changed_or_twice_are_noticed_at_once():
@@ -189,9 +189,9 @@ def test_a_mask_given_by_name_is_the_mask():
 def test_biases_by_position_are_refused_where_they_would_be_left_out():
     model = tiny_model()
     cache = CompressedCache(model, profile(model, RAGGED))
-    model(tokens(1, 40), **cache.as_argument)
+    model(tokens(1, 40), cache=cache)
     with pytest.raises(ModelError, match="adds 'position_bias' to its attention"):
-        model(tokens(1, 1), position_bias=torch.zeros(1, 8, 1, 1), **cache.as_argument)
+        model(tokens(1, 1), position_bias=torch.zeros(1, 8, 1, 1), cache=cache)
 
 
 # Hybrids.
@@ -205,7 +205,7 @@ def test_budgets_of_a_hybrid_are_for_its_layers_with_keys_and_values(family):
     assert [layer.index for layer in kept] == [i for i in range(total) if i not in {other.index for other in others}]
     assert describe_model(model).num_layers == len(kept) == LAYERS < total
     cache = CompressedCache(model, profile(model, RAGGED))
-    model(tokens(1, 40), **cache.as_argument)
+    model(tokens(1, 40), cache=cache)
     assert [[len(positions) for positions in layer] for layer in cache.positions] == RAGGED
     assert cache.kv_bytes == np.sum(RAGGED) * HEAD_DIM * 2 * 4
 

@@ -1,42 +1,19 @@
-"""The cache's name in forward calls, which transformers changed in 5.24."""
+"""The cache of a forward call, under its name and the deprecated one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import evolkv
-from evolkv.models.forward import cache_in, cache_keyword, given_cache
+from evolkv.models.forward import given_cache
 from tiny import tiny_model, tokens
 
 
-class Newer(nn.Module):
-    def forward(self, input_ids, cache=None):
-        return input_ids
-
-
-class Older(nn.Module):
-    def forward(self, input_ids, past_key_values=None):
-        return input_ids
-
-
-class PassesOn(nn.Module):
-    def forward(self, *args, **kwargs):
-        return args
-
-
-@pytest.mark.parametrize(("cls", "name"), [(Newer, "cache"), (Older, "past_key_values"), (PassesOn, "past_key_values")])
-def test_keyword_is_that_of_the_model(cls, name):
-    assert cache_keyword(cls()) == name
-
-
 def test_given_cache_is_found_under_either_name_and_none_yields_to_one():
-    assert given_cache({"cache": 1}) == ("cache", 1)
-    assert given_cache({"past_key_values": 1}) == ("past_key_values", 1)
-    assert given_cache({"cache": None, "past_key_values": 1}) == ("past_key_values", 1)
-    assert given_cache({"cache": None}) == ("cache", None)
-    assert given_cache({"use_cache": True}) == (None, None)
+    assert given_cache({"cache": 1}) == given_cache({"past_key_values": 1}) == 1
+    assert given_cache({"cache": None, "past_key_values": 1}) == 1
+    assert given_cache({"cache": None}) is given_cache({"use_cache": True}) is None
 
 
 def test_generate_inside_compress_gets_the_compressed_cache():
@@ -46,7 +23,7 @@ def test_generate_inside_compress_gets_the_compressed_cache():
         output = model.generate(
             tokens(1, 40), max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
         )
-    cache = cache_in(output)
+    cache = output.cache
     assert isinstance(cache, evolkv.CompressedCache)
     assert all(len(cache.positions[layer][0]) == 12 for layer in range(len(cache.layers)))
 
@@ -56,7 +33,7 @@ def test_old_name_still_works_for_callers():
     model = tiny_model()
     profile = evolkv.BudgetProfile.uniform(model, 12, selector="knorm")
     by_name = [evolkv.CompressedCache(model, profile) for _ in range(2)]
-    new = model(tokens(1, 40), **by_name[0].as_argument)
+    new = model(tokens(1, 40), cache=by_name[0])
     old = model(tokens(1, 40), past_key_values=by_name[1])
     assert torch.equal(new.logits, old.logits)
     assert by_name[0].kv_bytes == by_name[1].kv_bytes > 0

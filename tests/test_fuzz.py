@@ -299,7 +299,7 @@ class Case:
             places[i, where] = torch.arange(start, start + count)
             self.read[i] += count
         self.mask = torch.cat([self.mask, mask], dim=1)
-        output = self.model(ids, attention_mask=self.mask, position_ids=places, **cache.as_argument)
+        output = self.model(ids, attention_mask=self.mask, position_ids=places, cache=cache)
         for i in range(self.batch):
             self.got[i].append(output.logits[i][mask[i].bool()])
 

@@ -23,7 +23,6 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.errors import RunError, UsageError
-from evolkv.models.forward import cache_in, cache_keyword
 from tiny import KV_HEADS, LAYERS, padded, stretching_model, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
@@ -70,12 +69,12 @@ class Loop:
         with compress(model, profile(model, budgets)):
             places = (self.mask.cumsum(-1) - 1).clamp(min=0)
             output = model(prompt, attention_mask=self.mask, position_ids=places)
-        self.cache, self.logits = cache_in(output), output.logits[:, -1]
+        self.cache, self.logits = output.cache, output.logits[:, -1]
 
     def feed(self, ids):
         """Reads one token per sequence."""
         self.mask = torch.cat([self.mask, torch.ones_like(ids)[:, None]], dim=1)
-        arguments = {cache_keyword(self.model): self.cache}
+        arguments = {"cache": self.cache}
         places = self.mask.sum(-1, keepdim=True) - 1
         self.logits = self.model(ids[:, None], attention_mask=self.mask, position_ids=places, **arguments).logits[:, -1]
 
@@ -116,10 +115,10 @@ def masked(model, turns, kept, count):
     try:
         cache = DynamicCache()
         for turn in turns:
-            output = model(turn, **{cache_keyword(model): cache})
+            output = model(turn, cache=cache)
         found = [output.logits[0, -1].argmax()]
         for _ in range(count - 1):
-            output = model(found[-1].view(1, 1), **{cache_keyword(model): cache})
+            output = model(found[-1].view(1, 1), cache=cache)
             found.append(output.logits[0, -1].argmax())
         return torch.stack(found)
     finally:
@@ -130,7 +129,7 @@ def generated(model, inputs, budgets, explicit, **settings):
     """What generate() returns under a profile, by either way of asking for it."""
     if explicit:
         cache = CompressedCache(model, profile(model, budgets))
-        return model.generate(inputs, **cache.as_argument, **settings)
+        return model.generate(inputs, cache=cache, **settings)
     with compress(model, profile(model, budgets)):
         return model.generate(inputs, **settings)
 
@@ -196,7 +195,7 @@ def test_scores_and_logits_are_those_of_the_loop(model, budgets):
         torch.testing.assert_close(logits, loop.logits, atol=1e-5, rtol=0)
         loop.feed(output.sequences[:, 40 + step])
     assert not torch.equal(output.scores[-1], output.logits[-1])
-    assert isinstance(cache_in(output), CompressedCache)
+    assert isinstance(output.cache, CompressedCache)
 
 
 def test_attention_weights_are_those_of_the_prompt_or_refused():
@@ -206,7 +205,7 @@ def test_attention_weights_are_those_of_the_prompt_or_refused():
         output = model(tokens(1, 40), output_attentions=True)
         assert all(map(torch.equal, output.attentions, expected))
         with pytest.raises(UsageError, match="output_attentions cannot be had of tokens that follow"):
-            model(tokens(1, 1), output_attentions=True, **{cache_keyword(model): cache_in(output)})
+            model(tokens(1, 1), output_attentions=True, cache=output.cache)
         with pytest.raises(UsageError, match="output_attentions"):
             model.generate(tokens(1, 40), output_attentions=True, return_dict_in_generate=True, **GREEDY)
 
@@ -284,7 +283,7 @@ def test_assisted_decoding_gives_the_greedy_text(model, budgets, assistant):
     help_with = {"prompt_lookup_num_tokens": 3} if helper is None else {"assistant_model": helper}
     cache = CompressedCache(model, profile(model, budgets))
     output = model.generate(
-        prompt, **cache.as_argument, return_dict_in_generate=True, **help_with, **{**GREEDY, "max_new_tokens": 24}
+        prompt, cache=cache, return_dict_in_generate=True, **help_with, **{**GREEDY, "max_new_tokens": 24}
     )
     assert torch.equal(output.sequences[:, 39:], expected)
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
@@ -309,8 +308,8 @@ def test_drafts_of_the_first_layers_alone_give_the_greedy_text(model):
 def test_assisted_decoding_under_budgets_of_the_prompt_gives_the_greedy_text(model):
     prompt = tokens(1, 13).repeat(1, 3)
     plain, assisted = (CompressedCache(model, "adakv+snapkv:window=4", 9) for _ in range(2))
-    expected = model.generate(prompt, **plain.as_argument, **GREEDY)
-    found = model.generate(prompt, **assisted.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    expected = model.generate(prompt, cache=plain, **GREEDY)
+    found = model.generate(prompt, cache=assisted, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(found, expected)
     assert assisted.kv_bytes == plain.kv_bytes
 
@@ -325,7 +324,7 @@ def test_assisted_decoding_with_sliding_windows_gives_the_greedy_text(family, bu
     crop = caches[0].crop
     caches[0].crop = lambda count: (taken_back.append(-count), crop(count))
     found, expected = (
-        model.generate(prompt, **cache.as_argument, **settings, **how)
+        model.generate(prompt, cache=cache, **settings, **how)
         for cache, how in zip(caches, ({"prompt_lookup_num_tokens": 3}, {}), strict=True)
     )
     assert torch.equal(found, expected)
@@ -341,7 +340,7 @@ def test_assisted_decoding_with_left_padding_gives_the_greedy_text(model):
     prompt, mask = tokens(1, 13).repeat(1, 3), torch.ones(1, 39, dtype=torch.long)
     prompt[:, :5], mask[:, :5] = 0, 0
     cache = CompressedCache(model, profile(model, RAGGED))
-    found = model.generate(prompt, attention_mask=mask, **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+    found = model.generate(prompt, attention_mask=mask, cache=cache, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(found[:, 39:], Loop(model, prompt, RAGGED, mask).greedy(8))
 
 
@@ -354,7 +353,7 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     assert model.config.num_hidden_layers == LAYERS
     compete = CompressedCache(model, "cake+snapkv:window=4", 9)
     with pytest.raises(UsageError, match="cuts no layer before all have read"):
-        model.generate(prompt, **compete.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
+        model.generate(prompt, cache=compete, prompt_lookup_num_tokens=3, **GREEDY)
     # What transformers before 5.24 does, which announces nothing.
     sliding = CompressedCache.prefill(tiny_model("mistral"), "snapkv:window=4", tokens(1, 40), budget=9)
     with pytest.raises(RunError, match="cannot take back 1 tokens"):
@@ -367,9 +366,9 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
 def test_a_call_after_refused_assistance_is_a_prompt_without_drafts(model):
     expected, cache = (CompressedCache(model, profile(model, RAGGED)) for _ in range(2))
     with pytest.raises(ValueError, match="batch_size = 1"):
-        model.generate(tokens(2, 40), **cache.as_argument, prompt_lookup_num_tokens=3, **GREEDY)
-    logits = model(tokens(2, 40), **expected.as_argument).logits
-    assert torch.equal(model(tokens(2, 40), **cache.as_argument).logits, logits)
+        model.generate(tokens(2, 40), cache=cache, prompt_lookup_num_tokens=3, **GREEDY)
+    logits = model(tokens(2, 40), cache=expected).logits
+    assert torch.equal(model(tokens(2, 40), cache=cache).logits, logits)
     assert cache.kv_bytes == expected.kv_bytes
 
 
@@ -393,8 +392,8 @@ def test_prompts_beyond_the_limit_of_a_long_rotary_embedding_are_compressed(expl
     settings = {"return_dict_in_generate": True, **({"attention_mask": torch.ones_like(prompt)} if tell_mask else {})}
     found = generated(model, prompt, RAGGED, explicit, **settings, **GREEDY)
     assert torch.equal(found.sequences[0, 60:], Loop(model, prompt, RAGGED).greedy(8)[0])
-    assert isinstance(cache_in(found), CompressedCache)
-    assert cache_in(found).get_seq_length() == 67
+    assert isinstance(found.cache, CompressedCache)
+    assert found.cache.get_seq_length() == 67
 
 
 def test_a_text_that_outgrows_a_long_rotary_embedding_is_read_anew_or_refused():
@@ -429,9 +428,9 @@ def test_a_model_that_does_not_cache_by_default_is_compressed_or_says_why_not(wh
     cache = CompressedCache.prefill(model, profile(model, DENSE), prompt[:, :-1])
     assert torch.equal(model.generate(**cache.followed_by(prompt[:, -1:]), **GREEDY)[:, :40], prompt)
     with compress(model, profile(model, DENSE)):
-        assert isinstance(cache_in(model(prompt)), CompressedCache)
+        assert isinstance(model(prompt).cache, CompressedCache)
         found = model.generate(prompt, use_cache=True, **settings)
-        assert isinstance(cache_in(found), CompressedCache)
+        assert isinstance(found.cache, CompressedCache)
         assert torch.equal(found.sequences, expected)
         if where == "generation_config":
             with pytest.raises(UsageError, match=r"generation_config says use_cache=False.*generate\(use_cache=True\)"):
@@ -467,7 +466,7 @@ def test_another_text_than_the_cache_has_read_is_refused(model, length, words, h
         cache.save(tmp_path / "cache")
         cache = CompressedCache.load(tmp_path / "cache", model)
     with pytest.raises(UsageError, match=words):
-        model.generate(tokens(1, length, seed=7), **cache.as_argument, **GREEDY)
+        model.generate(tokens(1, length, seed=7), cache=cache, **GREEDY)
     assert cache.get_seq_length() == 40
 
 
@@ -476,15 +475,15 @@ def test_the_text_that_the_cache_has_read_goes_on_whole_or_by_its_end(model):
     whole, mask = torch.cat([prompt, question], dim=1), torch.ones(1, 45, dtype=torch.long)
     first, second = (CompressedCache.prefill(model, profile(model, DENSE), prompt) for _ in range(2))
     expected = model.generate(**first.followed_by(question), **GREEDY)
-    assert torch.equal(model.generate(whole, **second.copy().as_argument, **GREEDY), expected)
-    found = model.generate(question, attention_mask=mask, **second.as_argument, **GREEDY)
+    assert torch.equal(model.generate(whole, cache=second.copy(), **GREEDY), expected)
+    found = model.generate(question, attention_mask=mask, cache=second, **GREEDY)
     assert torch.equal(found[:, 5:], expected[:, 45:])
 
 
 def test_a_mask_of_another_text_is_refused_in_a_call(model):
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="attention_mask covers 3 tokens, but the cache has seen 40"):
-        model(tokens(1, 3), attention_mask=torch.ones(1, 3), **cache.as_argument)
+        model(tokens(1, 3), attention_mask=torch.ones(1, 3), cache=cache)
 
 
 class Wrapper(torch.nn.Module):
@@ -512,29 +511,29 @@ def test_a_wrapped_model_is_given_its_cache_by_the_name_it_wants(model):
     wrapped, prompt, question = Wrapper(Alone(copy.deepcopy(model.config)).eval()), tokens(1, 40), tokens(1, 5, seed=1)
     wrapped.load_state_dict({f"base_model.{name}": weight for name, weight in model.state_dict().items()})
     cache = CompressedCache.prefill(wrapped, profile(model, DENSE), prompt)
-    output = wrapped(question, **cache.as_argument)
+    output = wrapped(question, cache=cache)
     expected = CompressedCache.prefill(model, profile(model, DENSE), prompt)
-    assert torch.equal(output.logits, model(question, **expected.as_argument).logits)
+    assert torch.equal(output.logits, model(question, cache=expected).logits)
     again = CompressedCache.prefill(wrapped, profile(model, DENSE), prompt)
     with pytest.raises(UsageError, match="differs from what the cache has read"):
-        wrapped.generate(tokens(1, 60, seed=7), **again.as_argument, **GREEDY)
+        wrapped.generate(tokens(1, 60, seed=7), cache=again, **GREEDY)
 
 
 def test_a_cache_that_the_block_has_replaced_is_not_taken_for_another_prompt(model):
     # What it would mean: each further token read as a prompt of its own.
     plain = DynamicCache()
     with compress(model, profile(model, DENSE)):
-        output = model(tokens(1, 40), **{cache_keyword(model): plain})
+        output = model(tokens(1, 40), cache=plain)
         with pytest.raises(UsageError, match=r"stayed empty.*go on with the one that the model's output holds"):
-            model(tokens(1, 1), **{cache_keyword(model): plain})
-        more = model(tokens(1, 1), **{cache_keyword(model): cache_in(output)})
-    assert cache_in(more) is cache_in(output)
+            model(tokens(1, 1), cache=plain)
+        more = model(tokens(1, 1), cache=output.cache)
+    assert more.cache is output.cache
 
 
 def test_a_compressed_cache_without_caching_is_refused(model):
     cache = CompressedCache(model, profile(model, DENSE))
     with pytest.raises(UsageError, match="says use_cache=False"):
-        model.generate(tokens(1, 40), **cache.as_argument, use_cache=False, **GREEDY)
+        model.generate(tokens(1, 40), cache=cache, use_cache=False, **GREEDY)
     assert cache.get_seq_length() == 0
 
 
@@ -551,7 +550,7 @@ def test_calls_from_several_threads_keep_to_their_own_caches(model):
 
     def told(i):
         cache = CompressedCache(model, profile(model, kept[i]), **settings[i])
-        return model.generate(prompts[i], **cache.as_argument, **GREEDY)
+        return model.generate(prompts[i], cache=cache, **GREEDY)
 
     expected = [told(i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -566,10 +565,10 @@ def test_calls_from_several_threads_keep_to_their_own_caches(model):
 def test_second_turn_attends_to_the_compressed_first_turn(model, budgets):
     first, second = tokens(1, 40), tokens(1, 6, seed=9)
     cache = CompressedCache(model, profile(model, budgets))
-    answer = model.generate(first, **cache.as_argument, **GREEDY)
+    answer = model.generate(first, cache=cache, **GREEDY)
     kept = cache.positions
     text = torch.cat([answer, second], dim=1)
-    found = model.generate(text, **cache.as_argument, **GREEDY)
+    found = model.generate(text, cache=cache, **GREEDY)
     assert torch.equal(found[0, text.shape[1] :], masked(model, [first, text[:, 40:]], kept, 8))
     assert cache.get_seq_length() == text.shape[1] + 7
 
@@ -611,13 +610,13 @@ def test_one_prompt_serves_several_beams_once_it_is_repeated(model, settings):
     # The same from a batch that was read three times; no path here but repetition is different.
     torch.manual_seed(1)
     again = CompressedCache.prefill(model, profile(model, RAGGED), tokens(1, 40).repeat(3, 1))
-    expected = model.generate(**{**asked, **again.as_argument}, **{**GREEDY, **settings})
+    expected = model.generate(**{**asked, "cache": again}, **{**GREEDY, **settings})
     assert torch.equal(found, expected)
 
 
 def test_what_the_cache_does_not_know_it_asks_for(model):
     cache = CompressedCache(model, profile(model, DENSE))
-    answer = model.generate(tokens(1, 40), **cache.as_argument, **GREEDY)
+    answer = model.generate(tokens(1, 40), cache=cache, **GREEDY)
     with pytest.raises(UsageError, match="seen 47 tokens and knows the ids of 0"):
         cache.followed_by(tokens(1, 3))
     cache.input_ids = answer
@@ -652,7 +651,7 @@ def test_a_cache_does_not_go_on_in_another_dtype():
     with pytest.raises(UsageError, match=r"holds torch\.float32, but the model now computes in torch\.bfloat16"):
         model.generate(**asked, **GREEDY)
     cache.reset()
-    model.generate(tokens(1, 40), **cache.as_argument, **GREEDY)
+    model.generate(tokens(1, 40), cache=cache, **GREEDY)
     assert cache.kv_bytes
 
 
@@ -719,7 +718,7 @@ def test_questions_of_several_lengths_are_answered_as_if_alone(family, budgets, 
     cache = CompressedCache.prefill(model, profile(model, budgets), prompt, prompt_mask)
     whole = torch.cat([prompt_mask, mask], dim=1)
     if how == "read before":
-        model(question, attention_mask=whole, position_ids=(whole.cumsum(1) - 1)[:, 40:], **cache.as_argument)
+        model(question, attention_mask=whole, position_ids=(whole.cumsum(1) - 1)[:, 40:], cache=cache)
         cache.input_ids = torch.cat([prompt, question], dim=1)
         cache.save(tmp_path / "a.cache")
         loaded = CompressedCache.load(tmp_path / "a.cache", model)
@@ -762,7 +761,7 @@ def test_beams_are_not_taken_for_what_was_returned(model, returned, tmp_path):
     with pytest.raises(UsageError, match="input_ids has 2 rows, but the cache holds 3 sequences"):
         branch.followed_by(tokens(1, 3))
     cache.reset()
-    model(tokens(1, 40), **cache.as_argument)
+    model(tokens(1, 40), cache=cache)
     cache.input_ids = tokens(1, 40)
     cache.followed_by(tokens(1, 3))
 

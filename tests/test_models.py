@@ -445,7 +445,7 @@ def test_checksum_is_the_same_while_a_compressed_cache_is_in_use():
     model = tiny_model()
     expected = weights_checksum(model, own_attention(model))
     cache = CompressedCache(model, "knorm", 8)
-    model(tokens(1, 20), **cache.as_argument)
+    model(tokens(1, 20), cache=cache)
     assert weights_checksum(model, own_attention(model)) == expected
 
 

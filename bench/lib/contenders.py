@@ -23,7 +23,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 import evolkv
 from evolkv.allocators import complete
 from evolkv.cache.hook import attach
-from evolkv.models.forward import cache_keyword
 
 PLAIN = "plain transformers"
 #: The least and the most that a head gets where heads differ, in entries.
@@ -63,7 +62,7 @@ class Contender:
 
     def call(self, ids: Tensor, cache: Cache) -> None:
         """A forward call, inside `running`: a prompt, or a decode step."""
-        self.model(ids, **{cache_keyword(self.model): cache}, use_cache=True, logits_to_keep=1)
+        self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def contenders(model: PreTrainedModel, budget: int, profile: str | None, seed: int) -> list[Contender]:

@@ -113,7 +113,7 @@ def timings() -> dict[str, float]:
 
     def prefill() -> Any:
         cache = evolkv.CompressedCache(model, profile)
-        model(ids, **cache.as_argument, use_cache=True, logits_to_keep=1)
+        model(ids, cache=cache, use_cache=True, logits_to_keep=1)
         return cache
 
     def evaluate() -> None:
@@ -131,7 +131,7 @@ def timings() -> dict[str, float]:
 
     cache = prefill()
     prompts = [seconds(lambda: prefill().release()) for _ in range(3)]
-    steps = [seconds(lambda: model(ids[:, :1], **cache.as_argument, use_cache=True)) for _ in range(52)][2:]
+    steps = [seconds(lambda: model(ids[:, :1], cache=cache, use_cache=True)) for _ in range(52)][2:]
     cache.release()
     return {
         "prefill of 1,000 tokens": sorted(prompts)[1],

@@ -18,7 +18,7 @@ from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, sliding_windows
-from evolkv.models.forward import cache_keyword, check_token_ids, given_cache, input_device
+from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks.prompts import encode_text, user_message
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def generate_text(
         if document is None
         else _question_inputs(tokenizer, document, prompt, raw)
     )
-    (_, cache), ids = given_cache(inputs), inputs["input_ids"][0].tolist()
+    cache, ids = inputs["cache"], inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
     if temperature:
         torch.manual_seed(seed)
@@ -243,7 +243,7 @@ def _prompt_inputs(
         raise UsageError(
             "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
         )
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_keyword(model): cache}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache": cache}
 
 
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:

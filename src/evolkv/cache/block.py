@@ -19,7 +19,7 @@ from evolkv.cache.resolve import LayerMaker
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
 from evolkv.models import cached_layers
-from evolkv.models.forward import by_name, cache_keyword, given_cache
+from evolkv.models.forward import by_name, given_cache
 
 
 @contextmanager
@@ -34,11 +34,11 @@ def compress(
 ) -> Iterator[None]:
     """Runs every `generate` and forward call inside the ``with`` block under a profile, or another method.
 
-    Each prompt gets a fresh `CompressedCache`, which the output holds as ``cache`` (``past_key_values`` before
-    transformers 5.24). Calls that pass a cache which already holds tokens, or ``use_cache=False``, go on as they
-    would. Blocks may be nested; the inner profile counts. On leaving the block the model is as it was, also after an
-    exception; where a cache of the block is still held (by an output, say), so that it can be gone on from, the model's
-    hooks stay until the last such cache goes or is `release`d. Copies and pickles of the model never have them.
+    Each prompt gets a fresh `CompressedCache`, which the output holds as ``cache``. Calls that pass a cache which
+    already holds tokens, or ``use_cache=False``, go on as they would. Blocks may be nested; the inner profile
+    counts. On leaving the block the model is as it was, also after an exception; where a cache of the block is
+    still held (by an output, say), so that it can be gone on from, the model's hooks stay until the last such cache
+    goes or is `release`d. Copies and pickles of the model never have them.
 
     The block switches the model, for all threads that call it: have one block per model at a time. Where requests come
     from several threads, give each call a cache of its own, ``generate(cache=CompressedCache(model, profile))``.
@@ -63,7 +63,7 @@ def compress(
 
     def bring(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         kwargs = by_name(module, args, kwargs)
-        name, given = given_cache(kwargs)
+        given = given_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if isinstance(given, HookedCache):
             return None
@@ -95,16 +95,15 @@ def compress(
         if given is not None and given in replaced:
             raise UsageError(
                 "this call brings a cache that stayed empty, since compress() has put one of its own in its place "
-                f"before; go on with the one that the model's output holds (output.{name}), or give each prompt a "
+                "before; go on with the one that the model's output holds (output.cache), or give each prompt a "
                 "new cache; a model whose output holds none cannot be compressed in a block"
             )
         cache = CompressedCache.with_layers(model, make_layers())
         cache.block = block
         if given is not None:
             replaced.add(given)
-        kwargs[name or cache_keyword(module)] = cache
-        kwargs["use_cache"] = True
-        return (), kwargs
+        kwargs.pop("past_key_values", None)
+        return (), {**kwargs, "cache": cache, "use_cache": True}
 
     detach = attach(model, bring)
     try:

@@ -28,7 +28,7 @@ def read_all_but_last(
     A cache wants them if its ``most_tokens`` is a number. Caches of ours are told where a call begins and ends.
     """
     kwargs = by_name(module, args, kwargs)
-    cache = given_cache(kwargs)[1]
+    cache = given_cache(kwargs)
     if not hasattr(cache, "begin_call"):
         return None
     cache.begin_call(module)
@@ -67,7 +67,7 @@ def read_all_but_last(
 
 def put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Return the output of one call for the pieces that were read: the last hidden state of every token."""
-    cache = given_cache(by_name(module, args, kwargs))[1]
+    cache = given_cache(by_name(module, args, kwargs))
     if not hasattr(cache, "end_call"):
         return None
     cache.end_call()

@@ -22,7 +22,7 @@ from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
 from evolkv.models import adapters_in_use
-from evolkv.models.forward import cache_keyword, input_device
+from evolkv.models.forward import input_device
 from evolkv.numbers import is_whole
 from evolkv.selectors import Selector
 
@@ -30,7 +30,7 @@ from evolkv.selectors import Selector
 class CompressedCache(HookedCache):
     """A key-value cache that keeps, of each prompt, only what a profile allows.
 
-    Pass it to ``generate(cache=...)`` (``past_key_values=`` before transformers 5.24) or to a forward call. The first
+    Pass it to ``generate(cache=...)`` or to a forward call. The first
     forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
     and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
     another prompt. With `prefill_chunk`, `evict` or `evict_every` it evicts again after the first call
@@ -125,7 +125,7 @@ class CompressedCache(HookedCache):
         decoder = model.get_decoder()
         # The decoder alone, which computes no logits.
         with torch.no_grad():
-            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, **{cache_keyword(decoder): cache})
+            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, cache=cache)
         cache.end_prompt()
         cache.input_ids = ids
         return cache
@@ -176,7 +176,7 @@ class CompressedCache(HookedCache):
             mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
         for layer in self.kv_layers:
             layer.note_padding(mask[:, after:seen].bool())
-        return {"input_ids": ids, "attention_mask": mask, "use_cache": True, **self.as_argument}
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "cache": self}
 
     def begin_generation(self, ids: Any, mask: Tensor | None, new: int | None) -> None:
         """Checks the text that `generate` goes on from, before its first forward call; see `check_text`.

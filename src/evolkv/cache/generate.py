@@ -38,7 +38,7 @@ def _watch_class(kind: Any) -> None:
 
     @functools.wraps(own)
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        name, cache = given_cache(kwargs)
+        cache = given_cache(kwargs)
         if not hasattr(cache, "begin_generation"):
             return own(self, *args, **kwargs)
         ids: Any = args[0] if args else kwargs.get("input_ids")
@@ -48,8 +48,8 @@ def _watch_class(kind: Any) -> None:
         # Phi-3 reads a text anew that outgrows its short rotary embedding. Only a block has another cache for that.
         seen = cache.get_seq_length()
         if seen == 0:
-            inputs[name] = cache
-        elif given_cache(inputs)[1] is None and cache.block is None:
+            inputs["cache"] = cache
+        elif given_cache(inputs) is None and cache.block is None:
             kind, limit = next(iter(stretching(self.config)), ("unknown", seen))
             raise outgrown(kind, limit, seen, ids.shape[1])
         return inputs

@@ -162,7 +162,7 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     blocks = tuple(attachment.blocks)
     brought = blocks[-1](module, args, kwargs) if blocks else None
-    cache: Any = given_cache(kwargs)[1]
+    cache: Any = given_cache(kwargs)
     if brought is None and hasattr(cache, "note_call"):
         cache.note_call(kwargs)
     return brought
@@ -177,7 +177,7 @@ def _end_call(module: nn.Module, args: tuple[Any, ...], kwargs: Any, *output: An
 
 
 def _fan_out(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Changed:
-    cache: Any = None if kwargs is None else given_cache(kwargs)[1]
+    cache: Any = None if kwargs is None else given_cache(kwargs)
     return cache.fan_out(index, args, kwargs) if hasattr(cache, "fan_out") else None
 
 

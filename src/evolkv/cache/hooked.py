@@ -15,7 +15,6 @@ from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.models import adapters_in_use, cached_layers
-from evolkv.models.forward import cache_keyword
 from evolkv.models.identity import AdaptersInUse
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of, stretching
@@ -91,7 +90,6 @@ class HookedCache(Cache):
         self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
         #: See `stretching`.
         self.rotary_limits = stretching(decoder.config)
-        self._keyword = cache_keyword(model)
         self._by_token = bool(self.state_layers) and continues_by_token(model)
         self._detach = weakref.finalize(self, attach(model, fans=fans))
 
@@ -204,11 +202,6 @@ class HookedCache(Cache):
         self.unfinished, self._sent = False, None
         for layer in self.kv_layers:
             forget_sent(layer)
-
-    @property
-    def as_argument(self) -> dict[str, Any]:
-        """This cache under the name that the model's forward call has for it: ``model(ids, **cache.as_argument)``."""
-        return {self._keyword: self}
 
     @property
     def most_tokens(self) -> int | None:

@@ -22,7 +22,6 @@ from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling
 from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.state import StateLayer
 from evolkv.models import cached_layers, sliding_windows
-from evolkv.models.forward import given_cache
 from evolkv.selectors import Selector
 
 
@@ -238,10 +237,9 @@ class ReplayCache(HookedCache):
         """Return the arguments of decoder layer `index` with a row per candidate; the hidden states fan out once."""
         if not self.shared or index < self.fan_at:
             return None
-        argument, _ = given_cache(kwargs)
-        wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != argument}
+        wide = {name: _repeated(value, self.fan) for name, value in kwargs.items() if name != "cache"}
         hidden = _repeated(args[0], self.fan) if index == self.fan_at else args[0]
-        return (hidden, *args[1:]), {**wide, str(argument): self}
+        return (hidden, *args[1:]), {**wide, "cache": self}
 
 
 def _repeated(value: Any, times: int) -> Any:

@@ -111,7 +111,7 @@ def target_log_probs(
             wanted = end - max(start, total - kept)
             output = model(
                 padded[::fan, start:end],
-                **cache.as_argument,
+                cache=cache,
                 position_ids=position[::fan, start:end],
                 use_cache=True,
                 logits_to_keep=wanted,
@@ -160,7 +160,7 @@ def greedy(
         question = later.to(position.device).expand(len(texts), -1)
         places = position[:, None] + torch.arange(len(later), device=position.device)
         with torch.inference_mode():
-            output = model(question, **cache.as_argument, position_ids=places, use_cache=True, logits_to_keep=1)
+            output = model(question, cache=cache, position_ids=places, use_cache=True, logits_to_keep=1)
         next_logits, position = output.logits[:, -1], position + len(later)
     newest = _most_probable(next_logits, penalty)
     while True:
@@ -174,7 +174,7 @@ def greedy(
         if not any(running):
             return texts
         with torch.inference_mode():
-            output = model(newest[:, None], **cache.as_argument, position_ids=position[:, None], use_cache=True)
+            output = model(newest[:, None], cache=cache, position_ids=position[:, None], use_cache=True)
         newest = _most_probable(output.logits[:, -1], penalty)
         position = position + 1
 

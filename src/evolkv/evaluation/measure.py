@@ -211,7 +211,7 @@ class _Shard:
         for row in self.rows:
             cache = row.new_cache(self.model, chunk)
             with torch.inference_mode():
-                output = self.model(ids, **cache.as_argument, use_cache=True, logits_to_keep=1)
+                output = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache.end_prompt()
             caches.append(cache)
             logits.append(output.logits[:, -1].float())

@@ -70,7 +70,7 @@ class NaiveEngine(Engine):
         profile = BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
         cache = CompressedCache(self.model, profile, prefill_chunk=self.prefill_chunk)
         with torch.inference_mode():
-            output = self.model(self.questions[column].prompt, **cache.as_argument, use_cache=True, logits_to_keep=1)
+            output = self.model(self.questions[column].prompt, cache=cache, use_cache=True, logits_to_keep=1)
         cache.end_prompt()
         return cache, output.logits[:, -1].float()
 

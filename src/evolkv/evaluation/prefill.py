@@ -86,7 +86,7 @@ class Prefiller:
         with torch.inference_mode():
             output = self.model(
                 input_ids[:, shared:].to(input_device(self.model)),
-                **self._cache.as_argument,
+                cache=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
             )

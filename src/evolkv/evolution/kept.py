@@ -34,7 +34,7 @@ def kept_positions(
     tokens = ids.shape[1]
     cache = CompressedCache(model, profile, prefill_chunk=prefill_chunk)
     with torch.inference_mode():
-        model(ids.to(input_device(model)), **cache.as_argument, use_cache=True, logits_to_keep=1)
+        model(ids.to(input_device(model)), cache=cache, use_cache=True, logits_to_keep=1)
     size = max(1, math.ceil(tokens / min(_BINS, _CELLS // len(cache.positions))))
     bins = math.ceil(tokens / size)
     room = torch.tensor([min(size, tokens - size * i) for i in range(bins)])

@@ -33,7 +33,6 @@ from evolkv.evaluation import get_method
 from evolkv.evaluation.decode import target_log_probs
 from evolkv.methods import Method
 from evolkv.models import ALIASES, gguf
-from evolkv.models.forward import cache_in
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.tasks.prompts import encode_text
@@ -247,7 +246,7 @@ class EvolKVLM(HFLM):
         real = (torch.arange(width, device=self.device) >= width - lengths).long()
         position = (real.cumsum(-1) - 1).clamp(min=0)
         output = self.model(ids, attention_mask=real, position_ids=position, use_cache=True, logits_to_keep=1)
-        return cache_in(output), output.logits[:, -1].float()
+        return output.cache, output.logits[:, -1].float()
 
 
 def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: int | None) -> Method:

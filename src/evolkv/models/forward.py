@@ -1,10 +1,9 @@
-"""Forward calls: devices, ids, and the name of the cache (``past_key_values`` before transformers 5.24)."""
+"""Forward calls: their arguments, their cache, devices and ids."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,30 +11,11 @@ from torch import nn
 
 from evolkv.errors import ModelError
 
-_NAMES = ("cache", "past_key_values")
 
-
-def cache_keyword(module: nn.Module) -> str:
-    """Return the name under which the forward call of a model takes its cache."""
-    name = _keyword(type(module).forward)
-    get_decoder: Any = getattr(module, "get_decoder", None)
-    if name is None and get_decoder is not None:
-        # A wrapper that passes everything on (of adapters, of a compiled model): its decoder's name it is.
-        name = _keyword(type(get_decoder()).forward)
-    return name or _NAMES[1]
-
-
-@lru_cache(maxsize=256)
-def _keyword(forward: Callable[..., Any]) -> str | None:
-    return next((name for name in _NAMES if name in inspect.signature(forward).parameters), None)
-
-
-def given_cache(kwargs: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return the name and the cache that a forward call brings; the name is None if it has neither."""
-    name = next((name for name in _NAMES if kwargs.get(name) is not None), None)
-    if name is None:
-        name = next((name for name in _NAMES if name in kwargs), None)
-    return name, None if name is None else kwargs[name]
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """Return the cache that a forward call brings, under its name or the deprecated one; None if it brings none."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +51,3 @@ def check_token_ids(model: Any, ids: torch.Tensor) -> None:
             f"the tokenizer gives token {int(ids.max())}, but the model has embeddings for {embeddings} tokens (0 to "
             f"{embeddings - 1}); use the tokenizer that belongs to the model, or resize the model's embeddings"
         )
-
-
-def cache_in(output: Any) -> Any:
-    """Return the cache that a model's output holds."""
-    return getattr(output, _NAMES[0] if hasattr(output, _NAMES[0]) else _NAMES[1])
