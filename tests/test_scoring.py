@@ -18,7 +18,7 @@ def test_loss_of_logprob_is_the_negative_logarithm_of_its_score_and_has_a_slope(
     model, tokenizer = small
     (question,) = encode_examples(tokenizer, model, [EXAMPLE], "logprob")
     whole = torch.cat([question.prompt[0], question.target])
-    logits = model(whole[None]).logits[0, question.tokens - 1 : -1].requires_grad_()
+    logits = model(whole[None]).logits[0, question.tokens - 1 : -1].detach().requires_grad_()
     loss = question.scorer.loss(logits, question)
     expected = logits.log_softmax(-1)[torch.arange(len(question.target)), question.target].mean()
     assert loss.item() == pytest.approx(-expected.item(), rel=1e-6)
