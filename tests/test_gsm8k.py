@@ -160,12 +160,12 @@ def test_stop_texts_are_part_of_the_fingerprint():
     ("bad", "message"),
     [
         ('{"question": "a", ', "not valid JSON"),
-        ({"question": "a"}, "field 'answer' is missing"),
-        (row(question=" "), "'question' is empty"),
-        (row(answer=7), "'answer' is a number; expected a text"),
-        (row(answer="It is 7."), "'answer' does not end in a number after '#### '"),
-        (row(answer="#### 7 apples"), "does not end in a number"),
-        (row(answer="#### ."), "does not end in a number"),
+        ({"question": "a"}, "answer is missing"),
+        (row(question=" "), "question is ' ', expected a text that is not blank"),
+        (row(answer=7), "answer is 7, expected a valid string"),
+        (row(answer="It is 7."), "expected a text that ends in a number after '#### '"),
+        (row(answer="#### 7 apples"), "ends in a number"),
+        (row(answer="#### ."), "ends in a number"),
     ],
 )
 def test_malformed_row_is_named_by_file_and_line(bad, message, write, tokenizer):
@@ -225,7 +225,7 @@ def test_parquet_gives_what_json_lines_gives(write, tmp_path, tokenizer):
 
 def test_bad_parquet_is_named_with_its_row(tmp_path, tokenizer):
     path = parquet(tmp_path / "bad.parquet", [row(0), {"question": "Why?", "answer": None}])
-    with pytest.raises(TaskError, match=r"bad\.parquet row 2: 'answer' is null; expected a text"):
+    with pytest.raises(TaskError, match=r"bad\.parquet row 2: answer is None, expected a valid string"):
         Gsm8k(path).examples("report", 1, tokenizer)
     with pytest.raises(TaskError, match=r"none\.parquet has no rows"):
         Gsm8k(parquet(tmp_path / "none.parquet", [])).examples("report", 1, tokenizer)

@@ -162,32 +162,38 @@ def test_chat_without_a_template_is_refused(write):
         ('{"prompt": "a", ', "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
         ('["a"]', "line 2: expected a JSON object .* not a list"),
-        ({"answers": ["b"]}, "line 2: field 'prompt' is missing"),
-        ({"prompt": 3, "answers": ["b"]}, "line 2: 'prompt' is a number; expected a text"),
-        ({"prompt": " ", "answers": ["b"]}, "line 2: 'prompt' is empty"),
-        ({"prompt": "\ud800", "answers": ["b"]}, "line 2: 'prompt' holds half of a surrogate pair"),
-        ({"prompt": "a"}, "line 2: field 'answers' is missing"),
-        ({"prompt": "a", "answers": "b"}, "line 2: 'answers' is a text; expected a list of texts"),
-        ({"prompt": "a", "answers": []}, "line 2: 'answers' is empty"),
-        ({"prompt": "a", "answers": [None]}, "line 2: an entry of 'answers' is null"),
-        ({"prompt": "a", "answer": True}, "line 2: 'answer' is a truth value"),
+        ({"answers": ["b"]}, "line 2: prompt is missing"),
+        ({"prompt": 3, "answers": ["b"]}, "line 2: prompt is 3, expected a valid string"),
+        ({"prompt": " ", "answers": ["b"]}, "line 2: prompt is ' ', expected a text that is not blank"),
+        ({"prompt": "\ud800", "answers": ["b"]}, "line 2: prompt: .* is half of a character"),
+        ({"prompt": "a"}, "line 2: expected either 'answers', a list of texts, or 'answer'"),
+        ({"prompt": "a", "answers": "b"}, "line 2: answers is 'b', expected a valid list"),
+        ({"prompt": "a", "answers": []}, "line 2: answers is empty"),
+        ({"prompt": "a", "answers": [None]}, r"line 2: answers\[0\] is None, expected a valid string"),
+        ({"prompt": "a", "answer": True}, "line 2: answer is True, expected a valid string"),
         (
             {"prompt": "a", "answer": "b", "metric": "contain"},
-            "line 2: unknown metric 'contain'. Did you mean 'contains'",
+            "line 2: metric: unknown metric 'contain'. Did you mean 'contains'",
         ),
-        ({"prompt": "a", "answer": "b", "metric": ["contains"]}, "line 2: unknown metric"),
+        ({"prompt": "a", "answer": "b", "metric": ["contains"]}, "line 2: metric is .*, expected a valid string"),
         (
             {"prompt": "a", "answer": "b", "max_new_tokens": 0},
-            "line 2: 'max_new_tokens' is 0; expected a whole",
+            "line 2: max_new_tokens is 0, expected greater than or equal to 1",
         ),
-        ({"prompt": "a", "answer": "b", "max_new_tokens": "many"}, "line 2: 'max_new_tokens' is \"many\""),
-        ({"prompt": "a", "answer": "b", "all_classes": "x"}, "line 2: 'all_classes' is a text"),
-        ({"prompt": "a", "answer": "b", "id": [1]}, "line 2: 'id' is a list"),
-        ({"prompt": "a", "answer": "b", "id": "\ud8006"}, "line 2: 'id' holds half of a surrogate pair"),
-        ({"prompt": "a", "answer": "b", "answers": ["b"]}, "line 2: both 'answers' and 'answer' are given"),
-        ({"prompt": "a", "answer": "b", "first_line": 1}, "line 2: 'first_line' is a number; expected a truth value"),
-        ({"prompt": "a", "answer": "b", "stop": "x"}, "line 2: 'stop' is a text; expected a list of texts"),
-        ({"prompt": "a", "answer": "b", "stop": [""]}, "line 2: an entry of 'stop' is empty"),
+        (
+            {"prompt": "a", "answer": "b", "max_new_tokens": "many"},
+            "line 2: max_new_tokens is 'many', expected a valid integer",
+        ),
+        ({"prompt": "a", "answer": "b", "all_classes": "x"}, "line 2: all_classes is 'x', expected a valid list"),
+        ({"prompt": "a", "answer": "b", "id": [1]}, r"line 2: id is \[1\], expected a valid string"),
+        ({"prompt": "a", "answer": "b", "id": "\ud8006"}, "line 2: id: .* is half of a character"),
+        ({"prompt": "a", "answer": "b", "answers": ["b"]}, "line 2: expected either 'answers'"),
+        ({"prompt": "a", "answer": "b", "first_line": 1}, "line 2: first_line is 1, expected a valid boolean"),
+        ({"prompt": "a", "answer": "b", "stop": "x"}, "line 2: stop is 'x', expected a valid list"),
+        (
+            {"prompt": "a", "answer": "b", "stop": [""]},
+            r"line 2: stop\[0\] is empty",
+        ),
     ],
 )
 def test_malformed_row_is_named_by_file_and_line(row, message, write):
@@ -273,5 +279,5 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
 
 
 def test_a_blank_id_is_refused(write):
-    with pytest.raises(TaskError, match=r"rows\.jsonl line 1: 'id' is blank"):
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 1: id is ' ', expected a text that is not blank"):
         JsonLines(write({"id": " ", "prompt": "a", "answer": "b"}), split="all").examples("train", 1, None)

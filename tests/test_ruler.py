@@ -496,10 +496,10 @@ def test_prepared_row_longer_than_the_context_is_named(prepared, tokenizer):
     ("row", "message"),
     [
         ("{", "line 2: not valid JSON"),
-        ({"outputs": ["a"]}, "line 2: field 'input' is missing"),
-        ({"input": "a"}, "line 2: field 'outputs' is missing"),
-        ({"input": "a", "outputs": "b"}, "line 2: 'outputs' is a text; expected a list"),
-        ({"input": "a", "outputs": ["b"], "answer_prefix": 3}, "line 2: 'answer_prefix' is a number"),
+        ({"outputs": ["a"]}, "line 2: input is missing"),
+        ({"input": "a"}, "line 2: outputs is missing"),
+        ({"input": "a", "outputs": "b"}, "line 2: outputs is 'b', expected a valid list"),
+        ({"input": "a", "outputs": ["b"], "answer_prefix": 3}, "line 2: answer_prefix is 3, expected a valid string"),
     ],
 )
 def test_malformed_prepared_row_is_named_by_file_and_line(row, message, prepared, tokenizer):
@@ -512,26 +512,30 @@ def test_malformed_prepared_row_is_named_by_file_and_line(row, message, prepared
 @pytest.mark.parametrize(
     ("task", "content", "message"),
     [
-        ("qa_1", '{"data": [\n{"title"', r"line 2: not valid JSON"),
-        ("qa_1", "[]", r"expected an object, not a list"),
-        ("qa_1", '{"data": 3}', r"'data' is a number; expected a list"),
-        ("qa_1", '{"data": [{"title": "a"}]}', r"data\[0\]: 'paragraphs' is missing"),
-        ("qa_1", '{"data": [{"title": "a", "paragraphs": [{}]}]}', r"data\[0\]\.paragraphs\[0\]: field 'context'"),
+        ("qa_1", '{"data": [\n{"title"', r"not valid JSON .*line 2"),
+        ("qa_1", "[]", r"is \[\], expected an object"),
+        ("qa_1", '{"data": 3}', r"data is 3, expected a valid list"),
+        ("qa_1", '{"data": [{"title": "a"}]}', r"data\[0\]\.paragraphs is missing"),
+        ("qa_1", '{"data": [{"title": "a", "paragraphs": [{}]}]}', r"data\[0\]\.paragraphs\[0\]\.context is missing"),
         (
             "qa_1",
             '{"data": [{"title": "a", "paragraphs": [{"context": "c", "qas": [{"answers": [{"text": "t"}]}]}]}]}',
-            r"data\[0\]\.paragraphs\[0\]\.qas\[0\]: field 'question' is missing",
+            r"data\[0\]\.paragraphs\[0\]\.qas\[0\]\.question is missing",
         ),
         (
             "qa_1",
             '{"data": [{"title": "a", "paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}',
-            r"qas\[0\]: 'answers' is empty",
+            r"qas\[0\] should have an answer",
         ),
         ("qa_1", '{"data": []}', "split 'train' is empty: the file has 0"),
-        ("qa_2", '{"data": []}', "expected HotpotQA's list of questions, not an object"),
-        ("qa_2", "[3]", r"\[0\]: expected an object, not a number"),
-        ("qa_2", '[{"question": "q", "answer": "a", "context": [["t"]]}]', r"\[0\]: 'context' has an entry"),
-        ("qa_2", '[{"question": "q", "answer": "a", "context": [["t", "x"]]}]', "not a list of sentences"),
+        ("qa_2", '{"data": []}', "expected HotpotQA's list of questions, not a dict"),
+        ("qa_2", "[3]", r"\[0\]: is 3, expected an object"),
+        ("qa_2", '[{"question": "q", "answer": "a", "context": [["t"]]}]', r"\[0\]: context\[0\]\[1\] is missing"),
+        (
+            "qa_2",
+            '[{"question": "q", "answer": "a", "context": [["t", "x"]]}]',
+            r"\[0\]: context\[0\]\[1\] is 'x', expected a valid list",
+        ),
     ],
 )
 def test_malformed_questions_are_named_by_file_and_place(task, content, message, tmp_path, tokenizer):

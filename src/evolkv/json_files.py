@@ -44,14 +44,15 @@ def read_json(path: str | os.PathLike[str], most_bytes: int, expected: str) -> A
         raise UsageError(f"not JSON that can be read: {error}") from None
 
 
-def check_characters(text: str) -> None:
-    """Raise `UsageError` for half of a surrogate pair, which JSON can spell and no file can hold."""
+def check_characters(text: str) -> str:
+    """Return a text; raise `UsageError` for half of a surrogate pair, which JSON can spell and no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
             f"{text[error.start]!a} is half of a character; write the whole character, or leave it out"
         ) from None
+    return text
 
 
 def _refuse_constant(name: str) -> Any:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from evolkv.errors import UsageError
 
+M = TypeVar("M", bound=BaseModel)
 
-def checked(kind: type[Any], where: object, data: Any) -> Any:
+
+def checked(kind: type[M], where: object, data: Any, refusal: type[UsageError] = UsageError) -> M:
     """Return data as a pydantic model of a kind.
 
     Raises:
-        UsageError: it is not one; says `where` it comes from and which part of it is wrong.
+        UsageError: it is not one; says `where` it comes from and which part of it is wrong. Of class `refusal`.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{where}: {first_error(error)}") from None
+        raise refusal(f"{where}: {first_error(error)}") from None
 
 
 def first_error(error: ValidationError) -> str:
@@ -29,9 +31,11 @@ def first_error(error: ValidationError) -> str:
     place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
     if first["type"] == "missing":
         return f"{place} is missing"
+    if first["type"] == "model_type":
+        return f"{place} is {_short(repr(first['input']), 60)}, expected an object".lstrip()
     if isinstance(cause := first.get("ctx", {}).get("error"), UsageError):
         return f"{place}: {cause}" if place else str(cause)
-    if first["input"] == []:
+    if first["input"] == [] or (first["type"] == "too_short" and not first["input"]):
         return f"{place} is empty"
     if first["type"] in ("too_short", "too_long"):
         side, limit = ("at least", "min_length") if first["type"] == "too_short" else ("at most", "max_length")

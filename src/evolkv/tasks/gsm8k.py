@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import field_validator
 
 from evolkv.errors import TaskError
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
 from evolkv.tasks.prompts import question_at, user_message, uses_chat
-from evolkv.tasks.rows import Splitting, digest, distinct, draw, get_name, get_text, of_split, parse_rows
+from evolkv.tasks.rows import (
+    Fields,
+    Name,
+    Place,
+    Row,
+    Splitting,
+    Text,
+    checked_rows,
+    digest,
+    distinct,
+    draw,
+    of_split,
+    parse_rows,
+)
 
 Mode = Literal["flexible", "strict"]
 Template = Literal["auto", "chat", "plain"]
@@ -95,8 +110,8 @@ class Gsm8k(Task):
         path = self._file()
         problems = _read(path)
         shots = self._shots(problems, path)
-        shown = {shot.question for shot in shots}
-        left = [problem for problem in self._share(problems, split) if problem.question not in shown]
+        shown = {shot.group for shot in shots}
+        left = [problem for problem in self._share(problems, split) if problem.group not in shown]
         if not left:
             instead = "" if self.split == "all" else ", or use split=all"
             raise TaskError(
@@ -104,7 +119,7 @@ class Gsm8k(Task):
                 f"may be shots; give a file with more, or fewer shots{instead}"
             )
         drawn = draw(left, split, n, splitting="all", seed=f"gsm8k/{seed}", source=path, groups="questions")
-        shared = "".join(f"{_question(shot)} {shot.answer}\n\n" for shot in shots)
+        shared = "".join(f"{shot.fields.asked} {shot.fields.answer}\n\n" for shot in shots)
         return [self._example(problem, shared, template) for problem in drawn]
 
     def check_files(self) -> None:
@@ -130,61 +145,56 @@ class Gsm8k(Task):
     def _share(self, problems: Sequence[_Problem], split: Split) -> list[_Problem]:
         """Return the problems that serve a split, in an order that depends on them alone."""
         own = of_split(problems, split, self.split)
-        return sorted(own, key=lambda problem: (digest(problem.question), problem.content))
+        return sorted(own, key=lambda problem: (digest(problem.group), problem.content))
 
     def _example(self, problem: _Problem, shots: str, template: Any) -> Example:
-        text = shots + _question(problem)
+        text = shots + problem.fields.asked
         prompt = text if template is None else user_message(template, text)
         gap = "" if prompt[-1:].isspace() else " "
         return Example(
             id=problem.id,
             prompt=prompt,
-            references=(problem.number,),
-            target=gap + problem.answer,
+            references=(problem.fields.number,),
+            target=gap + problem.fields.answer,
             max_new_tokens=self.max_new_tokens,
             metric=self.default_metric,
             stop=STOP,
-            question_at=question_at(prompt, _question(problem)),
+            question_at=question_at(prompt, problem.fields.asked),
             extra={"mode": self.mode},
         )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A row of the file, checked; `answer` is the worked solution, `content` a hash of all but the id."""
+class _Fields(Fields):
+    question: Text
+    #: The worked solution.
+    answer: Text
+    id: Name | None = None
 
-    id: str
-    question: str
-    answer: str
-    number: str
-    content: str
+    @field_validator("answer")
+    @classmethod
+    def _ends_in_a_number(cls, answer: str) -> str:
+        if _NUMBER.search(answer) is None:
+            raise ValueError("a text that ends in a number after '#### ', as in '#### 18'")
+        return answer
 
     @property
-    def group(self) -> str:
-        """No question is in two splits."""
-        return self.question
+    def asked(self) -> str:
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def number(self) -> str:
+        return _NUMBER.findall(self.answer)[-1]
 
 
-def _question(problem: _Problem) -> str:
-    return f"Question: {problem.question}\nAnswer:"
+_Problem = Row[_Fields]
 
 
 def _read(path: str) -> list[_Problem]:
-    is_parquet = path.lower().endswith(".parquet")
-    rows, unit = (parse_parquet(path), "row") if is_parquet else (parse_rows(read_text(path), path), "line")
-    return distinct((_parse(fields, number, path, unit) for number, fields in rows), path)
+    rows = parse_parquet(path) if path.lower().endswith(".parquet") else parse_rows(read_text(path), path)
+    return distinct((_problem(path, place, fields) for place, fields in checked_rows(_Fields, rows)), path)
 
 
-def _parse(fields: Mapping[str, Any], number: int, path: str, unit: str) -> _Problem:
-    where = f"{path} {unit} {number}"
-    question, answer = get_text(fields, "question", where), get_text(fields, "answer", where)
-    final = _NUMBER.search(answer)
-    if final is None:
-        raise TaskError(f"{where}: 'answer' does not end in a number after '#### '; expected one, as in '#### 18'")
-    return _Problem(
-        id=get_name(fields, "id", where, default=f"{Path(path).stem}-{number}"),
-        question=question,
-        answer=answer,
-        number=final[1],
-        content=digest(json.dumps([question, answer])),
-    )
+def _problem(path: str, place: Place, fields: _Fields) -> _Problem:
+    number, where = place
+    content = digest(json.dumps([fields.question, fields.answer]))
+    return Row(fields.id or f"{Path(path).stem}-{number}", where, fields, group=fields.question, content=content)

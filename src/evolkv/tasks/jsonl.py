@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
+
+from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
 from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
+    AnyText,
+    Count,
+    Fields,
+    Name,
+    Row,
     Splitting,
+    Text,
+    Texts,
     answers_score,
+    checked_rows,
     digest,
     draw,
-    get_count,
-    get_name,
-    get_text,
-    get_texts,
-    kind_of,
     parse_rows,
 )
 
@@ -101,125 +106,75 @@ class JsonLines(Task):
         for _ in self._rows():
             pass
 
-    def _rows(self) -> Iterator[_Row]:
-        return (self._parse(fields, number) for number, fields in parse_rows(read_text(self.path), self.path))
+    def _rows(self) -> Iterator[Row[_Fields]]:
+        for (number, where), fields in checked_rows(_Fields, parse_rows(read_text(self.path), self.path)):
+            metric = self.metric or fields.metric or "contains"
+            judged = [judged_part(answer, fields.stop or (), bool(fields.first_line)) for answer in fields.references]
+            # LongBench's own rows have lines of code with "#" or "//", which `code_sim` passes over.
+            if not answers_score(metric, judged, where, **fields.extra) and metric != "code_sim":
+                raise TaskError(
+                    f"{where}: the answer {fields.references[0][:60]!r} scores 0 under its own metric {metric!r}; "
+                    "correct the row, or take another metric"
+                )
+            name = fields.id or f"{Path(self.path).stem}-{number}"
+            yield Row(name, where, fields, group=fields.prompt, content=fields.content)
 
-    def _parse(self, fields: Mapping[str, Any], number: int) -> _Row:
-        where = f"{self.path} line {number}"
-        prompt = get_text(fields, "prompt", where)
-        answers = _answers(fields, where)
-        all_classes = get_texts(fields, "all_classes", where) if fields.get("all_classes") is not None else None
-        metric = self.metric or _metric(fields, where)
-        first_line, stop = _first_line(fields, where), _stop(fields, where)
-        extra = {} if all_classes is None else {"all_classes": all_classes}
-        judged = [judged_part(answer, stop, first_line) for answer in answers]
-        # LongBench's own rows have lines of code with "#" or "//", which `code_sim` passes over.
-        if not answers_score(metric, judged, where, **extra) and metric != "code_sim":
-            raise TaskError(
-                f"{where}: the answer {answers[0][:60]!r} scores 0 under its own metric {metric!r}; correct the row, "
-                "or take another metric"
-            )
-        own = [fields.get("metric"), fields.get("max_new_tokens")]
-        # Only where they are: what a row is drawn by shall not depend on the version.
-        own += [fields[name] for name in ("first_line", "stop") if fields.get(name) is not None]
-        return _Row(
-            id=get_name(fields, "id", where, default=f"{Path(self.path).stem}-{number}"),
-            prompt=prompt,
-            answers=answers,
-            metric=metric,
-            max_new_tokens=self.max_new_tokens or _max_new_tokens(fields, where),
-            all_classes=all_classes,
-            first_line=first_line,
-            stop=stop,
-            question=_question(fields, prompt, where),
-            # Of the row as it is in the file, so that overriding its settings draws the same rows.
-            content=digest(json.dumps([prompt, answers, all_classes, own])),
-        )
-
-    def _example(self, row: _Row, tokenizer: Any) -> Example:
-        prompt = row.prompt if self.context is None else cut_middle(tokenizer, row.prompt, self.context)
+    def _example(self, row: Row[_Fields], tokenizer: Any) -> Example:
+        fields = row.fields
+        prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
         if self.chat:
             prompt = user_message(tokenizer, prompt)
         return Example(
             id=row.id,
             prompt=prompt,
-            references=row.answers,
-            max_new_tokens=row.max_new_tokens,
-            metric=row.metric,
-            question_at=None if row.question is None else question_at(prompt, row.question),
-            first_line=row.first_line,
-            stop=row.stop,
-            extra={} if row.all_classes is None else {"all_classes": row.all_classes},
+            references=tuple(fields.references),
+            max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 32,
+            metric=self.metric or fields.metric or "contains",
+            question_at=None if fields.question is None else question_at(prompt, fields.question),
+            first_line=bool(fields.first_line),
+            stop=tuple(fields.stop or ()),
+            extra=fields.extra,
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row of the file, checked; `content` is a hash of all but its id."""
+def _known_metric(name: str) -> str:
+    check_metric(name)
+    return name
 
-    id: str
-    prompt: str
-    answers: tuple[str, ...]
-    metric: str
-    max_new_tokens: int
-    all_classes: tuple[str, ...] | None
-    first_line: bool
-    stop: tuple[str, ...]
-    question: str | None
-    content: str
+
+class _Fields(Fields):
+    prompt: Text
+    answers: Texts | None = None
+    answer: Text | None = None
+    metric: Annotated[str, AfterValidator(_known_metric)] | None = None
+    max_new_tokens: Count | None = None
+    all_classes: Texts | None = None
+    first_line: bool | None = None
+    # A line break is a text to stop at, too.
+    stop: Annotated[list[Annotated[AnyText, Field(min_length=1)]], Field(min_length=1)] | None = None
+    question: Text | None = None
+    id: Name | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Fields:
+        if (self.answers is None) == (self.answer is None):
+            raise UsageError("expected either 'answers', a list of texts, or 'answer', one text")
+        if self.question is not None and not self.prompt.rstrip().endswith(self.question.rstrip()):
+            raise UsageError("'prompt' does not end with 'question'; give the prompt whole, question included")
+        return self
 
     @property
-    def group(self) -> str:
-        """Rows with the same prompt go together, so that no prompt is in two splits."""
-        return self.prompt
+    def references(self) -> list[str]:
+        return [self.answer] if self.answer is not None else self.answers or []
 
+    @property
+    def extra(self) -> dict[str, Any]:
+        return {} if self.all_classes is None else {"all_classes": tuple(self.all_classes)}
 
-def _answers(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    if "answers" in fields and "answer" in fields:
-        raise TaskError(f"{where}: both 'answers' and 'answer' are given; give all of them as 'answers'")
-    if "answers" in fields:
-        return get_texts(fields, "answers", where)
-    if "answer" in fields:
-        return (get_text(fields, "answer", where),)
-    raise TaskError(f"{where}: field 'answers' is missing; expected a list of texts, or one text as 'answer'")
-
-
-def _first_line(fields: Mapping[str, Any], where: str) -> bool:
-    value = fields.get("first_line")
-    if value is not None and not isinstance(value, bool):
-        raise TaskError(f"{where}: 'first_line' is {kind_of(value)}; expected a truth value")
-    return bool(value)
-
-
-def _stop(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    if fields.get("stop") is None:
-        return ()
-    # A line break is a text to stop at, too.
-    texts = get_texts(fields, "stop", where, blank=True)
-    if "" in texts:
-        raise TaskError(f"{where}: an entry of 'stop' is empty; expected a text")
-    return texts
-
-
-def _question(fields: Mapping[str, Any], prompt: str, where: str) -> str | None:
-    if fields.get("question") is None:
-        return None
-    question = get_text(fields, "question", where)
-    if not prompt.rstrip().endswith(question.rstrip()):
-        raise TaskError(f"{where}: 'prompt' does not end with 'question'; give the prompt whole, question included")
-    return question
-
-
-def _metric(fields: Mapping[str, Any], where: str) -> str:
-    metric = fields.get("metric")
-    if metric is None:
-        return "contains"
-    try:
-        check_metric(metric)
-    except UsageError as error:
-        raise TaskError(f"{where}: {error}") from None
-    return metric
-
-
-def _max_new_tokens(fields: Mapping[str, Any], where: str) -> int:
-    return 32 if fields.get("max_new_tokens") is None else get_count(fields, "max_new_tokens", where)
+    @property
+    def content(self) -> str:
+        # Of the row as it is in the file, so that overriding its settings draws the same rows.
+        own: list[Any] = [self.metric, self.max_new_tokens]
+        # Only where they are: what a row is drawn by shall not depend on the version.
+        own += [value for value in (self.first_line, self.stop) if value is not None]
+        return digest(json.dumps([self.prompt, self.references, self.all_classes, own]))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from evolkv.errors import TaskError
+from evolkv.tasks.rows import Place
 
 
-def parse_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row number (from 1) and fields of every row; the counterpart of `parse_rows`.
+def parse_parquet(path: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield the place and the fields of every row; the counterpart of `parse_rows`.
 
     Raises:
         TaskError: pyarrow is not installed, the file is missing or no Parquet, or it has no rows.
@@ -29,7 +30,7 @@ def parse_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             for batch in table.iter_batches():
                 for fields in batch.to_pylist():
                     number += 1
-                    yield number, fields
+                    yield (number, f"{path} row {number}"), fields
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TaskError(f"{path} cannot be read as Parquet: {reason}; fetch it again") from None

@@ -9,11 +9,16 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
+from evolkv.schemas import checked
 from evolkv.tasks.base import Split, partition
 from evolkv.tasks.metrics import get_metric
 
@@ -25,23 +30,63 @@ Splitting = Literal["auto", "all"]
 """The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""
 
 
-class Row(Protocol):
-    """A row, checked. Rows of one `group` are never shared out to two splits; `content` tells rows apart."""
+class Fields(BaseModel):
+    """The fields that a task reads of each row; others are ignored."""
 
-    @property
-    def group(self) -> str:
-        """The thing that must not be in two splits: the prompt, or the document that it is about."""
-
-    @property
-    def content(self) -> str:
-        """A hash of all that makes the row what it is, its name excepted."""
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-AnyRow = TypeVar("AnyRow", bound=Row)
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a text that is not blank")
+    return value
 
 
-def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and fields of every row; blank lines are passed over.
+AnyText = Annotated[str, AfterValidator(check_characters)]
+Text = Annotated[AnyText, AfterValidator(_not_blank)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+#: What a row is called: a text, or a whole number.
+Name = Annotated[Text, BeforeValidator(lambda value: str(value) if is_whole(value) else value)]
+AnyFields = TypeVar("AnyFields", bound=Fields)
+
+
+@dataclass(frozen=True)
+class Row(Generic[AnyFields]):
+    """A row of a file.
+
+    Args:
+        id: the name of its example.
+        where: the file and the line, for messages.
+        fields: what the row says, checked.
+        group: what must not be in two splits: the prompt, or the document that it is about.
+        content: a hash of all that makes the row what it is, its name excepted; tells rows apart.
+    """
+
+    id: str
+    where: str
+    fields: AnyFields
+    group: str
+    content: str
+
+
+Place = tuple[int, str]
+"""The number of a row, from 1, and the words for its place in messages: the file and the line."""
+
+
+def checked_rows(
+    kind: type[AnyFields], rows: Iterable[tuple[Place, dict[str, Any]]]
+) -> Iterator[tuple[Place, AnyFields]]:
+    """Yield the place of each row, and its fields as a task reads them.
+
+    Raises:
+        TaskError: a row is not of that kind.
+    """
+    return ((place, checked(kind, place[1], fields, TaskError)) for place, fields in rows)
+
+
+def parse_rows(text: str, source: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield the place and the fields of every row; blank lines are passed over.
 
     Args:
         text: JSON Lines: an object on each line.
@@ -64,8 +109,8 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
         if not isinstance(fields, dict):
-            raise TaskError(f"{where}: expected a JSON object on the line, not {kind_of(fields)}")
-        yield number, fields
+            raise TaskError(f"{where}: expected a JSON object on the line, not a {type(fields).__name__}")
+        yield (number, where), fields
     if empty:
         raise TaskError(f"{source} has no rows; expected one JSON object on each line")
 
@@ -100,9 +145,9 @@ def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any)
         raise TaskError(f"{where}: {error}") from None
 
 
-def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
+def distinct(rows: Iterable[Row[AnyFields]], source: str) -> list[Row[AnyFields]]:
     """Return the rows without those whose content came before; how many were dropped is logged."""
-    kept: dict[str, AnyRow] = {}
+    kept: dict[str, Row[AnyFields]] = {}
     total = 0
     for row in rows:
         total += 1
@@ -112,14 +157,16 @@ def distinct(rows: Iterable[AnyRow], source: str) -> list[AnyRow]:
     return list(kept.values())
 
 
-def of_split(rows: Sequence[AnyRow], split: Split, splitting: Splitting) -> list[AnyRow]:
+def of_split(rows: Sequence[Row[AnyFields]], split: Split, splitting: Splitting) -> list[Row[AnyFields]]:
     """Return the rows that serve a split, in their order; see `draw` for which."""
     groups = sorted({row.group for row in rows}, key=digest)
     own = set(groups[partition(len(groups))[split]] if splitting == "auto" else groups)
     return [row for row in rows if row.group in own]
 
 
-def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, source: str, groups: str) -> None:
+def check_split(
+    own: Sequence[Row[AnyFields]], rows: Sequence[Row[AnyFields]], split: Split, source: str, groups: str
+) -> None:
     """Raise TaskError if no rows of all are a split's own; `source` and `groups` are as for `draw`."""
     if not own:
         raise TaskError(
@@ -129,8 +176,8 @@ def check_split(own: Sequence[AnyRow], rows: Sequence[AnyRow], split: Split, sou
 
 
 def draw(
-    rows: Iterable[AnyRow], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
-) -> list[AnyRow]:
+    rows: Iterable[Row[AnyFields]], split: Split, n: int, *, splitting: Splitting, seed: str, source: str, groups: str
+) -> list[Row[AnyFields]]:
     """Return n rows of a split in the seed's order; all of them, with a warning, if there are fewer.
 
     With "auto" a quarter of the groups serves train, a quarter validation and half report. Which ones depends on
@@ -163,68 +210,3 @@ def draw(
 def digest(text: str) -> str:
     """Return a hash of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def kind_of(value: object) -> str:
-    """Return what a JSON value is, in words: "a text", "a list", …"""
-    if value is None:
-        return "null"
-    names: dict[type, str] = {str: "a text", bool: "a truth value", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def get_text(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
-    """Return the text in a field; TaskError if it is missing, no text, or only whitespace without `blank`."""
-    if key not in fields:
-        raise TaskError(f"{where}: field {key!r} is missing; expected a text")
-    return check_text(fields[key], repr(key), where, blank)
-
-
-def get_texts(fields: Mapping[str, Any], key: str, where: str, blank: bool = False) -> tuple[str, ...]:
-    """Return the texts in a field, at least one; TaskError as for `get_text`."""
-    if key not in fields:
-        raise TaskError(f"{where}: field {key!r} is missing; expected a list of texts")
-    values = fields[key]
-    if not isinstance(values, list) or not values:
-        kind = "empty" if values == [] else kind_of(values)
-        raise TaskError(f"{where}: {key!r} is {kind}; expected a list of texts")
-    return tuple(check_text(value, f"an entry of {key!r}", where, blank) for value in values)
-
-
-def get_count(fields: Mapping[str, Any], key: str, where: str) -> int:
-    """Return the whole number in a field, at least 1; TaskError if it is missing or anything else."""
-    if key not in fields:
-        raise TaskError(f"{where}: field {key!r} is missing; expected a whole number, at least 1")
-    value = fields[key]
-    if not is_whole(value) or value < 1:
-        raise TaskError(f"{where}: {key!r} is {json.dumps(value)}; expected a whole number, at least 1")
-    return value
-
-
-def get_name(fields: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    """Return what a field calls the row, a text or a whole number; `default` if it is missing or null."""
-    value = fields.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TaskError(f"{where}: {key!r} is {kind_of(value)}; expected a text or a whole number")
-    if not str(value).strip():
-        raise TaskError(f"{where}: {key!r} is blank; give it a name, or leave it out")
-    return check_text(str(value), repr(key), where, blank=False)
-
-
-def check_text(value: object, name: str, where: str, blank: bool) -> str:
-    """Return the value, if it is a text of valid Unicode, and has more than whitespace unless it may not (`blank`).
-
-    Raises:
-        TaskError: it is not; `name` and `where` say what and where it is.
-    """
-    if not isinstance(value, str):
-        raise TaskError(f"{where}: {name} is {kind_of(value)}; expected a text")
-    if not blank and not value.strip():
-        raise TaskError(f"{where}: {name} is empty; expected a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise TaskError(f"{where}: {name} holds half of a surrogate pair; expected valid Unicode") from None
-    return value

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, Field
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
@@ -16,14 +18,18 @@ from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
 from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
+    AnyText,
+    Count,
+    Fields,
+    Name,
+    Row,
     Splitting,
+    Text,
+    Texts,
     answers_score,
+    checked_rows,
     digest,
     draw,
-    get_count,
-    get_name,
-    get_text,
-    get_texts,
     parse_rows,
 )
 
@@ -103,8 +109,8 @@ class LongBench(Task):
         )
         place: dict[str, int] = {}
         for row in drawn:
-            place.setdefault(row.context, len(place))
-        drawn.sort(key=lambda row: place[row.context])
+            place.setdefault(row.group, len(place))
+        drawn.sort(key=lambda row: place[row.group])
         self._warn_of_unanswerable(drawn, source)
         return [self._example(row, tokenizer) for row in drawn]
 
@@ -123,12 +129,20 @@ class LongBench(Task):
     def _rows(self) -> tuple[Iterator[_Row], str]:
         """Return the rows, and where they are from."""
         text, source = read_subset(self.subset, self.path)
-        return (self._parse(fields, number, source) for number, fields in parse_rows(text, source)), source
+        kind = _FieldsWithClasses if self._work.metric == "classification" else _Fields
+        return (self._row(*place, fields) for place, fields in checked_rows(kind, parse_rows(text, source))), source
+
+    def _row(self, number: int, where: str, fields: _Fields) -> _Row:
+        dataset = fields.dataset
+        if dataset in NAMES and _work_name(dataset) != _work_name(self.subset):
+            raise TaskError(f"{where}: the row is of dataset {dataset!r}, not {self.subset!r}; give subset={dataset}")
+        content = digest(json.dumps([fields.input, fields.context, fields.answers, fields.all_classes]))
+        return Row(f"{self.subset}-{fields.id or number}", where, fields, group=fields.context, content=content)
 
     def _scores(self, row: _Row) -> bool:
         """Return whether any of a row's answers can score; one that its metric cannot read does not."""
         try:
-            return answers_score(self._work.metric, row.answers, row.id, all_classes=row.all_classes)
+            return answers_score(self._work.metric, row.fields.answers, row.where, all_classes=row.fields.all_classes)
         except TaskError:
             return False
 
@@ -149,64 +163,45 @@ class LongBench(Task):
     def _work(self) -> Subset:
         return SUBSETS[_work_name(self.subset)]
 
-    def _parse(self, fields: Mapping[str, Any], number: int, source: str) -> _Row:
-        where = f"{source} line {number}"
-        dataset = fields.get("dataset")
-        if dataset in NAMES and _work_name(dataset) != _work_name(self.subset):
-            raise TaskError(f"{where}: the row is of dataset {dataset!r}, not {self.subset!r}; give subset={dataset}")
-        question = get_text(fields, "input", where, blank=True)
-        context = get_text(fields, "context", where)
-        answers = get_texts(fields, "answers", where, blank=True)
-        all_classes = get_texts(fields, "all_classes", where) if self._work.metric == "classification" else None
-        return _Row(
-            id=f"{self.subset}-{get_name(fields, '_id', where, default=str(number))}",
-            question=question,
-            context=context,
-            answers=answers,
-            all_classes=all_classes,
-            length=get_count(fields, "length", where),
-            content=digest(json.dumps([question, context, answers, all_classes])),
-        )
-
     def _example(self, row: _Row, tokenizer: Any) -> Example:
-        work = self._work
-        prompt = cut_middle(tokenizer, work.prompt.format(context=row.context, input=row.question), self.context)
+        work, fields = self._work, row.fields
+        prompt = cut_middle(tokenizer, work.prompt.format(context=fields.context, input=fields.input), self.context)
         if work.chat and uses_chat(tokenizer, self.template, self.name):
             prompt = user_message(tokenizer, prompt)
-        extra: dict[str, Any] = {"length": row.length}
+        extra: dict[str, Any] = {"length": fields.length}
         if self.subset in EXTENDED:
-            extra["bin"] = _length_bin(row.length)
-        if row.all_classes is not None:
-            extra["all_classes"] = row.all_classes
+            extra["bin"] = _length_bin(fields.length)
+        if fields.all_classes is not None:
+            extra["all_classes"] = tuple(fields.all_classes)
         return Example(
             id=row.id,
             prompt=prompt,
-            references=row.answers,
-            target=row.answers[0] if work.chinese else "",
+            references=tuple(fields.answers),
+            target=fields.answers[0] if work.chinese else "",
             max_new_tokens=work.max_new_tokens,
             metric=work.metric,
             first_line=work.first_line,
-            question_at=question_at(prompt, work.prompt.partition("{context}")[2].format(input=row.question)),
+            question_at=question_at(prompt, work.prompt.partition("{context}")[2].format(input=fields.input)),
             extra=extra,
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row of the file, checked; `content` is a hash of all but its id."""
+class _Fields(Fields):
+    input: AnyText
+    context: Text
+    answers: Annotated[list[AnyText], Field(min_length=1)]
+    length: Count
+    id: Name | None = Field(None, alias="_id")
+    dataset: Any = None
+    #: Other subsets have none to choose among, whatever the file says.
+    all_classes: Annotated[Any, AfterValidator(lambda _: None)] = None
 
-    id: str
-    question: str
-    context: str
-    answers: tuple[str, ...]
-    all_classes: tuple[str, ...] | None
-    length: int
-    content: str
 
-    @property
-    def group(self) -> str:
-        """Several questions may be asked about one document."""
-        return self.context
+class _FieldsWithClasses(_Fields):
+    all_classes: Texts
+
+
+_Row = Row[_Fields]
 
 
 def _work_name(subset: str) -> str:

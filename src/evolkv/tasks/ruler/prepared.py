@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from evolkv.tasks.base import read_text
-from evolkv.tasks.rows import digest, get_name, get_text, get_texts, parse_rows
+from evolkv.tasks.rows import AnyText, Fields, Name, Row, Text, Texts, checked_rows, digest, parse_rows
 
 
-@dataclass(frozen=True)
-class PreparedRow:
-    """A row: what to ask, what the answer begins with and what counts as right; `where` it is, for messages."""
+class Prepared(Fields):
+    """What to ask, what the answer begins with (None: the input may end with it) and what counts as right."""
 
-    id: str
-    where: str
-    input: str
-    prefix: str
-    outputs: tuple[str, ...]
-
-    @property
-    def group(self) -> str:
-        """The input."""
-        return self.input
-
-    @property
-    def content(self) -> str:
-        """A hash of all but id and place."""
-        return digest(json.dumps([self.input, self.prefix, self.outputs]))
+    input: Text
+    answer_prefix: AnyText | None = None
+    outputs: Texts
+    index: Name | None = None
 
 
-def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
+def read_prepared(path: str, opening: str) -> Iterator[Row[Prepared]]:
     """Yield the rows of a file.
 
     Args:
@@ -43,15 +30,13 @@ def read_prepared(path: str, opening: str) -> Iterator[PreparedRow]:
     Raises:
         TaskError: the file cannot be read, or a row is malformed.
     """
-    for number, fields in parse_rows(read_text(path), path):
-        where = f"{path} line {number}"
-        text = get_text(fields, "input", where)
-        if fields.get("answer_prefix") is not None:
-            prefix = get_text(fields, "answer_prefix", where, blank=True)
-        else:
-            text, prefix = _cut(text, opening)
-        name = get_name(fields, "index", where, default=str(number))
-        yield PreparedRow(f"{Path(path).stem}-{name}", where, text, prefix, get_texts(fields, "outputs", where))
+    for (number, where), fields in checked_rows(Prepared, parse_rows(read_text(path), path)):
+        if fields.answer_prefix is None:
+            text, prefix = _cut(fields.input, opening)
+            fields = fields.model_copy(update={"input": text, "answer_prefix": prefix})
+        content = digest(json.dumps([fields.input, fields.answer_prefix, fields.outputs]))
+        name = f"{Path(path).stem}-{fields.index or number}"
+        yield Row(name, where, fields, group=fields.input, content=content)
 
 
 def _cut(text: str, opening: str) -> tuple[str, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, Strict, model_validator
 
 from evolkv.errors import TaskError
+from evolkv.schemas import checked
 from evolkv.tasks.base import Split, read_text
-from evolkv.tasks.rows import Splitting, check_split, check_text, digest, distinct, draw, get_text, kind_of, of_split
+from evolkv.tasks.rows import AnyText, Fields, Row, Splitting, Text, check_split, digest, distinct, draw, of_split
 from evolkv.tasks.ruler.puzzle import Family, Puzzle
 
 TEMPLATE = (
@@ -29,32 +31,29 @@ FAMILY = Family(
 )
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Fields):
     """A question with its documents.
 
-    Args:
-        group: what must not be in two splits.
+    Attributes:
         query: the question.
         answers: its answers, without repetition.
         needed: the documents that hold the answer.
         related: documents on the same matter, the first to be added.
     """
 
-    group: str
     query: str
     answers: tuple[str, ...]
     needed: tuple[str, ...]
     related: tuple[str, ...]
 
-    @property
-    def content(self) -> str:
-        """A hash of the question, its answers and what it needs."""
-        return digest(json.dumps([self.query, self.answers, self.needed]))
+    def row(self, where: str, group: str) -> Row[Question]:
+        """Return the row of this question; its content is the question, its answers and what it needs."""
+        content = digest(json.dumps([self.query, self.answers, self.needed]))
+        return Row(where, where, self, group=group, content=content)
 
 
 def question_puzzles(
-    read: Callable[[str], Iterator[Question]], path: str, split: Split, n: int, splitting: Splitting, seed: int
+    read: Callable[[str], Iterator[Row[Question]]], path: str, split: Split, n: int, splitting: Splitting, seed: int
 ) -> list[Puzzle]:
     """Return n questions of a split in the seed's order; all of them, with a warning, if there are fewer.
 
@@ -67,38 +66,74 @@ def question_puzzles(
     every = distinct(read(path), path)
     questions = of_split(every, split, splitting)
     check_split(questions, every, split, path, "articles or questions")
-    documents = sorted({document for question in questions for document in question.needed + question.related})
+    documents = sorted(
+        {document for question in questions for document in question.fields.needed + question.fields.related}
+    )
     drawn = draw(questions, split, n, splitting="all", seed=f"ruler-qa/{seed}", source=path, groups="questions")
-    return [_puzzle(question, documents, f"ruler-qa/{seed}/{question.content}") for question in drawn]
+    return [_puzzle(question.fields, documents, f"ruler-qa/{seed}/{question.content}") for question in drawn]
 
 
-def squad(path: str) -> Iterator[Question]:
+class _SquadAnswer(Fields):
+    text: Text
+
+
+class _SquadQuestion(Fields):
+    question: Text
+    answers: list[_SquadAnswer]
+    is_impossible: bool = False
+
+    @model_validator(mode="after")
+    def _is_answered(self) -> _SquadQuestion:
+        if not self.answers and not self.is_impossible:
+            raise ValueError("an answer")
+        return self
+
+
+class _SquadParagraph(Fields):
+    context: Text
+    qas: list[_SquadQuestion]
+
+
+class _SquadArticle(Fields):
+    title: Text
+    paragraphs: list[_SquadParagraph]
+
+
+class _Squad(Fields):
+    data: list[_SquadArticle]
+
+
+def squad(path: str) -> Iterator[Row[Question]]:
     """Yield the answerable questions of a SQuAD file (`dev-v2.0.json`), an article being a group.
 
     Raises:
         TaskError: the file cannot be read, or is not in SQuAD's format.
     """
-    for i, article in enumerate(_list(_load(path), "data", path)):
-        where = f"{path} data[{i}]"
-        title = get_text(_object(article, where), "title", where)
-        paragraphs = _list(article, "paragraphs", where)
-        texts = [
-            get_text(_object(paragraph, f"{where}.paragraphs[{j}]"), "context", f"{where}.paragraphs[{j}]")
-            for j, paragraph in enumerate(paragraphs)
-        ]
-        for j, paragraph in enumerate(paragraphs):
-            for k, asked in enumerate(_list(paragraph, "qas", f"{where}.paragraphs[{j}]")):
-                place = f"{where}.paragraphs[{j}].qas[{k}]"
-                if _object(asked, place).get("is_impossible", False):
-                    continue
-                answers = [get_text(_object(answer, place), "text", place) for answer in _list(asked, "answers", place)]
-                if not answers:
-                    raise TaskError(f"{place}: 'answers' is empty; expected a list of objects with 'text'")
-                related = dict.fromkeys(text for text in texts if text != texts[j])
-                yield Question(title, get_text(asked, "question", place), _once(answers), (texts[j],), tuple(related))
+    for article in checked(_Squad, path, _load(path), TaskError).data:
+        texts = [paragraph.context for paragraph in article.paragraphs]
+        for paragraph in article.paragraphs:
+            related = tuple(dict.fromkeys(text for text in texts if text != paragraph.context))
+            for asked in paragraph.qas:
+                if not asked.is_impossible:
+                    answers = tuple(dict.fromkeys(answer.text for answer in asked.answers))
+                    found = Question(
+                        query=asked.question, answers=answers, needed=(paragraph.context,), related=related
+                    )
+                    yield found.row(path, article.title)
 
 
-def hotpotqa(path: str) -> Iterator[Question]:
+#: A pair in JSON is a list.
+_Titled = Annotated[tuple[AnyText, list[AnyText]], Strict(False)]
+
+
+class _HotpotQuestion(Fields):
+    question: Text
+    answer: Text
+    context: Annotated[list[_Titled], Field(min_length=1)]
+    supporting_facts: list[Annotated[tuple[str, Any], Strict(False)]]
+
+
+def hotpotqa(path: str) -> Iterator[Row[Question]]:
     """Yield the questions of a HotpotQA file (`hotpot_dev_distractor_v1.json`), each a group.
 
     Raises:
@@ -106,25 +141,17 @@ def hotpotqa(path: str) -> Iterator[Question]:
     """
     rows = _load(path)
     if not isinstance(rows, list):
-        raise TaskError(f"{path}: expected HotpotQA's list of questions, not {kind_of(rows)}")
+        raise TaskError(f"{path}: expected HotpotQA's list of questions, not a {type(rows).__name__}")
     for i, row in enumerate(rows):
         where = f"{path} [{i}]"
-        query, answer = (get_text(_object(row, where), key, where) for key in ("question", "answer"))
-        documents = {}
-        for entry in _list(row, "context", where):
-            title, sentences = _pair(entry, "context", where)
-            if not isinstance(sentences, list):
-                raise TaskError(f"{where}: 'context' has a paragraph that is not a list of sentences")
-            for text in (title, *sentences):
-                check_text(text, "an entry of 'context'", where, blank=True)
-            documents[f"{title}\n{''.join(sentences)}"] = title
-        named = {_pair(fact, "supporting_facts", where)[0] for fact in _list(row, "supporting_facts", where)}
-        if not documents:
-            raise TaskError(f"{where}: 'context' is empty; expected a list of paragraphs")
+        asked = checked(_HotpotQuestion, where, row, TaskError)
+        documents = {f"{title}\n{''.join(sentences)}": title for title, sentences in asked.context}
+        named = {title for title, _ in asked.supporting_facts}
         # All of them where the facts name none: any might hold the answer.
         needed = tuple(document for document, title in documents.items() if title in named) or tuple(documents)
         related = tuple(document for document in documents if document not in needed)
-        yield Question(query, query, (answer,), needed, related)
+        found = Question(query=asked.question, answers=(asked.answer,), needed=needed, related=related)
+        yield found.row(where, asked.question)
 
 
 def _puzzle(question: Question, documents: Sequence[str], name: str) -> Puzzle:
@@ -155,32 +182,7 @@ def _shuffled(documents: Sequence[str], rng: random.Random) -> Iterator[str]:
 def _load(path: str) -> Any:
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise TaskError(
-            f"{path} line {error.lineno}: not valid JSON ({error.msg}); give the file as released"
-        ) from None
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: not JSON that can be read ({error}); give the file as released") from None
-
-
-def _object(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TaskError(f"{where}: expected an object, not {kind_of(value)}")
-    return value
-
-
-def _list(fields: object, key: str, where: str) -> list[Any]:
-    value = _object(fields, where).get(key)
-    if not isinstance(value, list):
-        raise TaskError(f"{where}: {key!r} is {'missing' if value is None else kind_of(value)}; expected a list")
-    return value
-
-
-def _pair(value: object, key: str, where: str) -> tuple[str, Any]:
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
-        raise TaskError(f"{where}: {key!r} has an entry that is not a title with what belongs to it")
-    return value[0], value[1]
-
-
-def _once(texts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(f"{path}: not valid JSON ({error}); give the file as released") from None

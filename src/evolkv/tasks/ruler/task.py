@@ -166,7 +166,7 @@ class Ruler(Task):
             source=self.path,
             groups="inputs",
         )
-        texts = [prompts.render(row.input, row.prefix) for row in rows]
+        texts = [prompts.render(row.fields.input, row.fields.answer_prefix or "") for row in rows]
         rooms = [prompts.room(text) for text in texts]
         if min(rooms) < 0:
             where, length = rows[rooms.index(min(rooms))].where, self.context - min(rooms)
@@ -175,7 +175,7 @@ class Ruler(Task):
                 f"give context={length} or more"
             )
         return [
-            self._example(f"ruler-{self.task}-{row.id}", text, row.outputs, room)
+            self._example(f"ruler-{self.task}-{row.id}", text, tuple(row.fields.outputs), room)
             for row, text, room in zip(rows, texts, rooms, strict=True)
         ]
 
