@@ -1,5 +1,7 @@
 import ast
+import functools
 import graphlib
+import re
 from pathlib import Path
 
 import evolkv
@@ -50,6 +52,7 @@ def imported_by(name, annotations):
                 yield inner if inner in MODULES else node.module
 
 
+@functools.cache
 def graph(annotations):
     return {name: set(imported_by(name, annotations)) - {name} for name in MODULES}
 
@@ -78,3 +81,12 @@ def test_each_floor_imports_only_from_floors_below():
 
 def test_every_floor_has_modules():
     assert {floor(name) for name in MODULES} == set(range(len(FLOORS) + 1))
+
+
+def test_only_its_integration_imports_the_lm_eval_harness():
+    own = {"evolkv.integrations.lm_eval", "evolkv.integrations.lm_eval_command"}
+    users = {
+        name for name in MODULES if re.search(r"^ *(from|import) lm_eval\b", MODULES[name].read_text("utf-8"), re.M)
+    }
+    assert users == own
+    assert {name for name, others in graph(annotations=False).items() if others & own} <= own

@@ -334,7 +334,10 @@ def _environment():
 
 @pytest.mark.parametrize("budgets", [[9] * LAYERS, RAGGED], ids=["dense", "ragged"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("how", [CompressedCache.copy, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, *(pytest.param(each, marks=pytest.mark.slow) for each in (CompressedCache.copy, copy.copy))],
+)
 def test_two_questions_on_one_document_are_answered_as_on_two(family, budgets, how):
     model = tiny_model(family)
     cache = prefilled(model, budgets, (40, 33))

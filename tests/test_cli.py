@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table, print_whole, validation_table
 from evolkv.errors import RunError
+from evolkv.evaluation import ReplayEngine
 from evolkv.profile import BudgetProfile
 from evolkv.report.tables import results_table
 from evolkv.report.units import mebibytes
@@ -702,13 +704,44 @@ def test_selector_parameters_reach_the_profile(run, tmp_path):
     assert selector == {"name": "snapkv", "window": 8, "kernel": 7, "pooling": "mean", "gqa": "mean"}
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_or_terminated_search_keeps_its_best(small_folder, tmp_path, sent, code):
-    search = program(
-        *("search", small_folder, "--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1),
-        *("--device", "cpu", "--dtype", "float32", "--json", "found.json"),
-        cwd=tmp_path,
-    )
+SIGNALS = pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+ENDLESS = ["--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1, "--json", "found.json"]
+
+
+def check_its_best_is_kept(folder):
+    profile = BudgetProfile.load(folder / "profile.json")
+    assert profile.search["interrupted"] is True
+    assert profile.mean_budget == 64
+    assert json.loads((folder / "found.json").read_text())["interrupted"] is True
+    assert sorted(path.name for path in folder.iterdir()) == ["found.json", "profile.json", "profile.study.db"]
+
+
+@SIGNALS
+def test_interrupted_or_terminated_search_keeps_its_best(run, monkeypatch, tmp_path, sent, code):
+    calls = []
+
+    def score(self, *arguments, scored=ReplayEngine.score):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(sent)
+        return scored(self, *arguments)
+
+    monkeypatch.setattr(ReplayEngine, "score", score)
+    # A shell that runs the tests in the background has them ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ended, _, err = run("search", MODEL, *ENDLESS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended == code
+    assert "interrupted" in err.splitlines()[-1]
+    check_its_best_is_kept(tmp_path)
+
+
+@pytest.mark.slow
+@SIGNALS
+def test_a_program_that_is_sent_a_signal_keeps_the_best_of_its_search(small_folder, tmp_path, sent, code):
+    search = program("search", small_folder, *ENDLESS, "--device", "cpu", "--dtype", "float32", cwd=tmp_path)
     try:
         for line in search.stderr:
             if line.startswith("search "):
@@ -719,11 +752,7 @@ def test_interrupted_or_terminated_search_keeps_its_best(small_folder, tmp_path,
         search.kill()
     assert search.returncode == code
     assert "interrupted" in err.splitlines()[-1]
-    profile = BudgetProfile.load(tmp_path / "profile.json")
-    assert profile.search["interrupted"] is True
-    assert profile.mean_budget == 64
-    assert json.loads((tmp_path / "found.json").read_text())["interrupted"] is True
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile.json", "profile.study.db"]
+    check_its_best_is_kept(tmp_path)
 
 
 @pytest.mark.slow
@@ -821,6 +850,17 @@ def said_by(run, model, *options):
     return json.loads(out)["text"], err
 
 
+@pytest.fixture(scope="module")
+def greedy_texts(published, tmp_path_factory):
+    """What a model says whose config asks for no decoding of its own: under its whole cache, and under a cut one."""
+    plain, texts = published(tmp_path_factory.mktemp("plain") / "model", {}), []
+    for options in ([], CUT):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main([str(word) for word in ("generate", plain, *QUESTION, *options)]) == 0
+        texts.append(json.loads(said.getvalue())["text"])
+    return texts
+
+
 @pytest.mark.parametrize(
     "generation",
     [
@@ -850,12 +890,12 @@ def said_by(run, model, *options):
     ],
 )
 def test_generate_gives_the_greedy_text_whatever_decoding_a_model_was_published_with(
-    run, published, tmp_path, generation
+    run, published, greedy_texts, tmp_path, generation
 ):
-    plain, model = published(tmp_path / "plain", {}), published(tmp_path / "model", generation)
-    for options in ([], CUT):
+    model = published(tmp_path / "model", generation)
+    for options, greedy in zip(([], CUT), greedy_texts, strict=True):
         text, err = said_by(run, model, *options)
-        assert text == said_by(run, plain, *options)[0]
+        assert text == greedy
         asked = {"num_beams", "penalty_alpha", "dola_layers", "force_words_ids", "guidance_scale", "token_healing"}
         assert ("generation config asks for" in err) == bool(asked & generation.keys())
 
@@ -950,7 +990,7 @@ def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
 
 
 @pytest.mark.parametrize(
-    "closed", [">&-", *(pytest.param(each, marks=pytest.mark.slow) for each in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"))]
+    "closed", ["<&- >&- 2>&-", *(pytest.param(each, marks=pytest.mark.slow) for each in (">&-", "2>&-", ">&- 2>&-"))]
 )
 def test_a_closed_stream_loses_no_work(published, questions, tmp_path, closed):
     model, results = published(tmp_path / "model", {}), tmp_path / "r.json"

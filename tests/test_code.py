@@ -104,10 +104,10 @@ def test_asked_line_has_a_name_that_stands_further_up_alone(all_drawn):
 
 def test_files_of_different_splits_never_overlap(drawn, tokenizer):
     files = {split: {example.extra["file"] for example in drawn[split]} for split in SPLITS}
-    for task, seed in ((CodeCompletion(context=120), 1), (CodeCompletion(context=300), 2)):
-        for split in SPLITS:
-            files[split] |= {example.extra["file"] for example in task.examples(split, 12, tokenizer, seed)}
-    assert all(len(files[split]) > 20 for split in SPLITS)
+    for split in SPLITS:
+        again = CodeCompletion(context=120).examples(split, 12, tokenizer, seed=1)
+        files[split] |= {example.extra["file"] for example in again}
+    assert all(len(files[split]) > 15 for split in SPLITS)
     assert len(set.union(*files.values())) == sum(len(names) for names in files.values())
 
 

@@ -15,16 +15,16 @@ from evolkv.evaluation.intervals import ci95
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
-from tiny import KV_HEADS, LAYERS
+from tiny import HEAD_DIM, KV_HEADS, LAYERS
 
 TASK = "niah:context=240"
 
 
 @pytest.fixture(scope="module")
-def rows(smollm2, tmp_path_factory):
-    model, tokenizer = smollm2
+def rows(small, tmp_path_factory):
+    model, tokenizer = small
     path = tmp_path_factory.mktemp("profiles") / "ragged.json"
-    budgets = np.random.default_rng(0).integers(40, 90, size=(30, 3))
+    budgets = np.random.default_rng(0).integers(40, 90, size=(LAYERS, KV_HEADS))
     profile = BudgetProfile.from_budgets(model, budgets)
     profile.save(path)
     prefills, progress = [], []
@@ -44,7 +44,6 @@ def rows(smollm2, tmp_path_factory):
     return result, prefills.count(1), progress, profile, str(path)
 
 
-@pytest.mark.model
 def test_each_example_is_prefilled_once_for_all_methods_and_budgets(rows):
     result, prefills, progress, *_ = rows
     assert len(result) == 1 + 2 * 4
@@ -52,17 +51,16 @@ def test_each_example_is_prefilled_once_for_all_methods_and_budgets(rows):
     assert progress == [EvaluationProgress(done, 3) for done in (1, 2, 3)]
 
 
-@pytest.mark.model
-def test_rows_say_what_was_measured(rows, smollm2):
+def test_rows_say_what_was_measured(rows):
     result, _, _, profile, path = rows
-    entry = 64 * 2 * 4
+    entry = HEAD_DIM * 2 * 4
     keys = {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"}
     for row in result:
         assert keys <= set(row)
         assert row["n"] == 3
         assert row["metric"] == "contains"
         assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
-        assert row["kv_bytes"] == pytest.approx(row["mean_budget"] * 90 * entry)
+        assert row["kv_bytes"] == pytest.approx(row["mean_budget"] * LAYERS * KV_HEADS * entry)
         if row["method"] != "full":
             assert row["mean_budget"] == pytest.approx(row["budget"], abs=0.5 if row["method"] == path else 1e-9)
     full = result[0]
@@ -75,15 +73,16 @@ def test_rows_say_what_was_measured(rows, smollm2):
     assert expanded["expanded_from"] == profile.budget
 
 
-@pytest.mark.model
-def test_scores_equal_those_of_each_method_run_by_itself(rows, smollm2):
-    model, tokenizer = smollm2
-    result = rows[0]
+def test_scores_equal_those_of_each_method_run_by_itself(small):
+    model, tokenizer = small
+    methods = ["full", "snapkv", "pyramidkv"]
+    rows = evolkv.evaluate(*small, task=TASK, methods=methods, budgets=[40, 100], samples=3, metric="logprob")
     examples = get_task(TASK).examples("report", 3, tokenizer, 0)
-    engine = NaiveEngine(model, tokenizer, examples, get_selector("snapkv"), metric="contains")
-    alone = engine.score(np.full((1, 30, 3), 100)).mean()
-    row = next(row for row in result if row["method"] == "snapkv" and row["budget"] == 100)
-    assert row["score"] == pytest.approx(alone)
+    engine = NaiveEngine(model, tokenizer, examples, get_selector("snapkv"), metric="logprob")
+    alone = engine.score(np.full((1, LAYERS, KV_HEADS), 100)).mean()
+    scores = {(row["method"], row["budget"]): row["score"] for row in rows}
+    assert scores["snapkv", 100] == pytest.approx(alone)
+    assert scores["snapkv", 40] != pytest.approx(alone)
 
 
 def test_a_profile_for_each_budget_is_one_method(small, tmp_path):

@@ -299,7 +299,13 @@ def flex_eagerly():
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning")
 @pytest.mark.parametrize(
-    ("family", "budgets"), [("llama", 400), ("llama", RAGGED), ("gemma2", 9), ("gemma3", RAGGED)], ids=str
+    ("family", "budgets"),
+    [
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama", 400), ("llama", RAGGED))),
+        ("gemma2", 9),
+        ("gemma3", RAGGED),
+    ],
+    ids=str,
 )
 def test_flex_attention_gives_what_eager_attention_gives(flex_eagerly, family, budgets):
     for lengths, side in [([40], "left"), ([40, 33, 15], "right")]:

@@ -708,7 +708,9 @@ def test_the_end_of_an_answer_is_no_padding_where_both_are_one_token(model):
 
 
 @BUDGETS
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("llama", "mistral", "gpt_oss"))]
+)
 @pytest.mark.parametrize("how", ["of the turn", "of everything", "read before"])
 def test_questions_of_several_lengths_are_answered_as_if_alone(family, budgets, how, tmp_path):
     model = tiny_model(family)

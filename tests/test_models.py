@@ -193,6 +193,7 @@ def test_leavings_of_killed_conversions_are_removed_after_a_day(tiny_gguf, cache
     assert recent.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_may_convert_the_same_file_at_once(tiny_gguf, cache):
     code = f"from evolkv.models import load_model; load_model({str(tiny_gguf)!r}, device='cpu')"
     other = subprocess.Popen([sys.executable, "-c", code])

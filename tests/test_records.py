@@ -146,8 +146,10 @@ def test_a_finished_evaluation_computes_nothing_again(tiny, task, whole):
     assert steps == [EvaluationProgress(EXAMPLES, EXAMPLES, EXAMPLES)]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("metric", [None, "logprob"])
+@pytest.mark.parametrize(
+    ("threads", "metric"),
+    [(1, "logprob"), (2, None), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, None), (2, "logprob")))],
+)
 def test_a_file_cut_anywhere_leads_to_the_same_rows(tiny, task, tmp_path, threads, metric):
     settings = {**METHODS, "task": task, "metric": metric}
     before = torch.get_num_threads()
@@ -300,7 +302,8 @@ def test_a_full_disk_is_said_in_one_line(whole):
 def test_records_in_use_are_refused(tiny, task, whole, tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(whole[0].read_bytes())
-    context = multiprocessing.get_context("spawn")
+    # The child shares the modules that are loaded here, and computes nothing.
+    context = multiprocessing.get_context("fork")
     holding, release = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(path, holding, release))
     process.start()

@@ -159,7 +159,8 @@ def test_another_search_in_the_same_study_is_refused_by_name(small, finished, ch
 
 def test_a_study_in_use_is_refused(small, finished):
     storage, settings, _ = finished
-    context = multiprocessing.get_context("spawn")
+    # The child shares the modules that are loaded here, and computes nothing.
+    context = multiprocessing.get_context("fork")
     holding, release = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(storage, read_studies(storage)[0].settings, holding, release))
     process.start()

@@ -111,7 +111,12 @@ def question(example):
 @pytest.mark.parametrize(
     ("task", "context"),
     # The demonstrations of vt and cwe alone are too long for 500 tokens.
-    [(task, c) for task in ALL for c in (500, 1000, 2048, 4096, 8000) if c > 500 or task not in ("vt", "cwe")],
+    [
+        pytest.param(task, c, marks=[pytest.mark.slow] if c > 4096 else [])
+        for task in ALL
+        for c in (500, 1000, 4096, 8000)
+        if c > 500 or task not in ("vt", "cwe")
+    ],
 )
 def test_prompt_and_answer_fill_the_context_and_never_exceed_it(task, context, ruler, tokenizer):
     examples = ruler(task, context=context).examples("train", 3, tokenizer)

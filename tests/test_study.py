@@ -424,6 +424,7 @@ def test_who_lost_its_lease_is_told(shared, monkeypatch):
 # --- what a kill leaves behind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_killed_at_any_moment_goes_on_with_what_it_had(path, start):
     rng = random.Random(path.suffix)
     known = 0
@@ -453,6 +454,7 @@ def test_what_a_kill_leaves_of_a_journals_lock_is_removed(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["study.log", "study.log.lock-of-others.rename"]
 
 
+@pytest.mark.slow
 def test_a_study_killed_while_it_begins_can_begin_again(new_path, start):
     for delay in range(4):
         folder = new_path.parent / str(delay)
