@@ -305,7 +305,7 @@ def test_splitting_the_population_changes_no_score(small_needles, monkeypatch):
     budgets = candidates(3, 300, least=33)
     whole = engine.score(budgets)
     assert engine.score(budgets[:0]).shape == (0, len(examples))
-    monkeypatch.setattr(engine, "_rows_at_once", lambda column, prompt: 1)
+    monkeypatch.setattr(engine, "_rows_at_once", lambda ranked: 1)
     np.testing.assert_allclose(engine.score(budgets), whole, atol=1e-5)
 
 
@@ -348,19 +348,20 @@ def test_as_many_rows_are_scored_at_once_as_fit_with_their_masks(needles, monkey
     model, tokenizer, examples = needles
     long = replace(examples[0], target="word " * 600)
     engine = ReplayEngine(model, tokenizer, [long], get_selector("snapkv"))
-    (prompt,), new = engine._held, engine.questions[0].answer_tokens
+    (ranked,), new = engine._held, engine.questions[0].answer_tokens
+    prompt = ranked.prompt
     assert new > 600
     # On so long an answer a second row would cost more than another batch.
-    assert engine._rows_at_once(0, prompt) == 1
+    assert engine._rows_at_once(ranked) == 1
     monkeypatch.setattr("evolkv.evaluation.replay_engine._MAX_TOKENS", 100 * new)
     each, pair = _candidate_bytes(model, prompt, new, new)
     shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
     for rows in (1, 2, 7):
         engine.room = shared + rows * each + rows**2 * pair + 1
-        assert engine._rows_at_once(0, prompt) == rows
+        assert engine._rows_at_once(ranked) == rows
     engine.room = shared + each + pair - 2**20
     with pytest.raises(RunError, match="one candidate on example"):
-        engine._rows_at_once(0, prompt)
+        engine._rows_at_once(ranked)
 
 
 @pytest.mark.parametrize(("replicas", "threads"), [(1, 1), (1, 2), (2, 1)])

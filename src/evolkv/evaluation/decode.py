@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.replay import ReplayCache
 from evolkv.errors import RunError
 from evolkv.evaluation.workers import check_wanted
+
+#: Turns logits ``[rows, read, vocabulary]`` into a value for each of the tokens ``[rows, read]`` that they predict, of
+#: which the first is token number `first` of each row's text: float32, ``[rows, read]``.
+Judge = Callable[[Tensor, Tensor, int], Tensor]
 
 # Memory limit for the logits of one pass, and bytes per logit: in the model's dtype, in float32, and as log-softmax.
 _LOGITS_BYTES, _BYTES_PER_LOGIT = 2**30, 12
@@ -72,7 +76,26 @@ def target_log_probs(
     targets: Sequence[Tensor],
     later: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the log-probability of each token of given continuations, teacher-forced.
+    """Return the log-probability of each token of given continuations, teacher-forced; see `judge_targets`."""
+    return judge_targets(model, cache, next_logits, tokens, targets, later, _log_probs)
+
+
+def _log_probs(logits: Tensor, expected: Tensor, first: int) -> Tensor:
+    """Return the log-probabilities of the tokens that came; see `Judge`."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), expected.flatten(), reduction="none")
+    return -loss.view(expected.shape)
+
+
+def judge_targets(
+    model: PreTrainedModel,
+    cache: CompressedCache | ReplayCache,
+    next_logits: Tensor,
+    tokens: Sequence[int],
+    targets: Sequence[Tensor],
+    later: Sequence[Tensor] | None,
+    judge: Judge,
+) -> list[Tensor]:
+    """Return a value for each token of given continuations, teacher-forced.
 
     That takes one forward pass where logits are small.
 
@@ -83,6 +106,7 @@ def target_log_probs(
         tokens: length of each row's prompt.
         targets: each row's continuation, ``[target]`` int64, at least one token.
         later: what each row reads between its prompt and its continuation, ``[question]`` int64; None for nothing.
+        judge: gives the values. It may be asked about tokens before and behind a row's continuation, too.
 
     Returns:
         By row, ``[target]`` float32.
@@ -92,7 +116,7 @@ def target_log_probs(
     texts = targets if later is None else [torch.cat(pair) for pair in zip(later, targets, strict=True)]
     # What stands behind a shorter text is never looked at: attention is causal.
     padded = torch.nn.utils.rnn.pad_sequence([text.to(device) for text in texts], batch_first=True)
-    first = -F.cross_entropy(next_logits, padded[:, 0], reduction="none")[:, None]
+    first = judge(next_logits[:, None], padded[:, :1], 0)
     width, least = padded.shape[1], min(skipped)
     if width == 1:
         return list(first)
@@ -116,9 +140,7 @@ def target_log_probs(
                 use_cache=True,
                 logits_to_keep=wanted,
             )
-            expected = padded[:, end + 1 - wanted : end + 1]
-            loss = F.cross_entropy(output.logits.float().flatten(0, 1), expected.flatten(), reduction="none")
-            pieces.append(-loss.view(len(targets), -1))
+            pieces.append(judge(output.logits, padded[:, end + 1 - wanted : end + 1], end + 1 - wanted))
             start, end = end, min(total, end + piece)
     rest = torch.cat(pieces, dim=1)
     scored = torch.cat([first, rest], dim=1) if least == 0 else rest
@@ -134,6 +156,7 @@ def greedy(
     end: Collection[int],
     later: Tensor | None = None,
     penalty: RepetitionPenalty | None = None,
+    keep_end: bool = False,
 ) -> list[list[int]]:
     """Return greedy continuations of all rows, stopping as soon as all rows have ended.
 
@@ -143,9 +166,10 @@ def greedy(
         next_logits: logits of the first new token, ``[rows, vocabulary]``.
         tokens: length of each row's prompt.
         max_new_tokens: the most tokens to generate, for each row.
-        end: token ids that end a row; they are not part of the result.
+        end: token ids that end a row.
         later: what all rows read between prompt and continuation, ``[question]`` int64; None for nothing.
         penalty: what makes tokens less probable that a row has seen, `later` included; None for nothing.
+        keep_end: whether the token that ended a row is part of the result.
 
     Returns:
         Token ids by row.
@@ -162,11 +186,12 @@ def greedy(
         with torch.inference_mode():
             output = model(question, cache=cache, position_ids=places, use_cache=True, logits_to_keep=1)
         next_logits, position = output.logits[:, -1], position + len(later)
-    newest = _most_probable(next_logits, penalty)
+    newest = most_probable(next_logits, penalty)
     while True:
         check_wanted()
         for row, token in enumerate(newest.tolist()):
             if running[row] and token in end:
+                texts[row] += [token] * keep_end
                 running[row] = False
             elif running[row]:
                 texts[row].append(token)
@@ -175,7 +200,7 @@ def greedy(
             return texts
         with torch.inference_mode():
             output = model(newest[:, None], cache=cache, position_ids=position[:, None], use_cache=True)
-        newest = _most_probable(output.logits[:, -1], penalty)
+        newest = most_probable(output.logits[:, -1], penalty)
         position = position + 1
 
 
@@ -187,8 +212,8 @@ def not_a_number() -> RunError:
     )
 
 
-def _most_probable(logits: Tensor, penalty: RepetitionPenalty | None) -> Tensor:
-    """Return the most probable token of each row, ``[rows]``."""
+def most_probable(logits: Tensor, penalty: RepetitionPenalty | None = None) -> Tensor:
+    """Return the most probable token of each row, ``[rows]``; RunError if the logits are not numbers."""
     # The largest of values of which one is not a number is not a number either.
     largest, newest = (logits if penalty is None else penalty(logits)).max(-1)
     if bool(largest.isnan().any()):

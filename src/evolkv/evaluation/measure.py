@@ -143,6 +143,7 @@ class _Prefilled:
     """
 
     column: int
+    question: Question
     cache: CompressedCache
     entry_bytes: int
     next_logits: Tensor
@@ -181,8 +182,12 @@ class _Shard:
             if forced and column not in missing:
                 check_wanted()
                 continue
+            if question.scorer.label_free:
+                whole = recorded or Prefiller(self.model, [])(question.prompt)
+                question = question.scorer.refer(question, whole)
             new = 0 if forced else question.answer_tokens
-            item = self._read(column, new) if recorded is None else self._cut(column, recorded, new)
+            cut = self._read(question, new) if recorded is None else self._cut(recorded, new)
+            item = _Prefilled(column, question, *cut, new)
             if forced:
                 self._score([item], item.cache, missing, step)
             else:
@@ -202,11 +207,14 @@ class _Shard:
         observers = [observer for row in self.rows for observer in row.method.observers]
         return Prefiller(self.model, [row.selector for row in self.rows], observers)
 
-    def _read(self, column: int, new: int) -> _Prefilled:
-        """Return a compressed cache with one sequence per row, each of which has read the prompt in chunks."""
+    def _read(self, question: Question, new: int) -> tuple[CompressedCache, int, Tensor]:
+        """Return a compressed cache with one sequence per row, each of which has read the prompt in chunks.
+
+        Behind it the bytes of an entry, and the logits of the next token, ``[rows, vocabulary]``.
+        """
         chunk = self.settings.prefill_chunk
         assert chunk is not None
-        ids = self.asked.questions[column].prompt
+        ids = question.prompt
         caches, logits = [], []
         for row in self.rows:
             cache = row.new_cache(self.model, chunk)
@@ -218,10 +226,10 @@ class _Shard:
             check_wanted()
         group = caches[0].kv_layers[0].groups[0]
         merged = CompressedCache.merge(self.model, caches, new)
-        return _Prefilled(column, merged, _entry_bytes(group.keys, group.values), torch.cat(logits), new)
+        return merged, _entry_bytes(group.keys, group.values), torch.cat(logits)
 
-    def _cut(self, column: int, recorded: RecordedPrompt, new: int) -> _Prefilled:
-        """Return a compressed cache with one sequence per row, cut from one recorded prompt."""
+    def _cut(self, recorded: RecordedPrompt, new: int) -> tuple[CompressedCache, int, Tensor]:
+        """Return a compressed cache with one sequence per row, cut from one recorded prompt; see `_read`."""
         layers = recorded.kv_layers
         keys_values = [layer.held() for layer in layers]
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
@@ -231,7 +239,7 @@ class _Shard:
             self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers
         )
         logits = recorded.next_logits.expand(len(self.rows), -1)
-        return _Prefilled(column, cache, _entry_bytes(*keys_values[0]), logits, new)
+        return cache, _entry_bytes(*keys_values[0]), logits
 
     @staticmethod
     def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
@@ -266,7 +274,7 @@ class _Shard:
         """Score the rows of some examples, which are those of a cache, and put them on record."""
         rows = len(self.rows)
         held = cache.kv_bytes_by_sequence
-        questions = [self.asked.questions[item.column] for item in items for _ in range(rows)]
+        questions = [item.question for item in items for _ in range(rows)]
         logits = torch.cat([item.next_logits for item in items])
         answers = questions[0].scorer.score(cache, logits, questions)
         for i, item in enumerate(items):
@@ -277,8 +285,7 @@ class _Shard:
 
     def _record(self, item: _Prefilled, held: list[int], answers: list[Answer]) -> None:
         """Put one example on record, with the bytes that the cache of each row held and its answer."""
-        question = self.asked.questions[item.column]
-        example = question.example
+        question, example = item.question, item.question.example
         common = {
             "task": self.asked.task,
             "example": self.asked.names[item.column],

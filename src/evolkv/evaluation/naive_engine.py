@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.scoring import encode_examples, generate
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
@@ -21,15 +22,16 @@ from evolkv.tasks import Example
 class NaiveEngine(Engine):
     """Scores candidates the way a user runs a profile: a compressed cache for each candidate and example.
 
-    It serves any selector, and needs no memory beyond one prompt. It costs a prefill per candidate and example.
+    It serves any selector. It needs no memory beyond one prompt and, for label-free metrics, the full cache's answers.
+    It costs a prefill per candidate and example.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         examples: what to score on.
         selector: decides which tokens a budget keeps.
-        metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
-        on_progress: called with (done, total) once, since nothing is prepared.
+        metric: "logprob" or another of `SCORERS`, the name of a text metric, or None for each example's own.
+        on_progress: called with (done, total) once, since no prompt is held.
         prefill_chunk: tokens of the chunks in which prompts are read; None for all at once.
 
     Raises:
@@ -47,7 +49,10 @@ class NaiveEngine(Engine):
         prefill_chunk: int | None = None,
     ):
         self.model, self.tokenizer, self.selector, self.prefill_chunk = model, tokenizer, selector, prefill_chunk
-        self.questions = encode_examples(tokenizer, model, examples, metric)
+        self.questions = [
+            each.scorer.refer(each, Prefiller(model, [])(each.prompt)) if each.scorer.label_free else each
+            for each in encode_examples(tokenizer, model, examples, metric)
+        ]
         if on_progress is not None:
             on_progress(len(self.questions), len(self.questions))
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache
 from evolkv.models.forward import input_device
 from evolkv.models.rotary import stretching
-from evolkv.selectors import Selector
+from evolkv.selectors import Selector, get_selector
 
 # Below this many common tokens a second forward pass costs more than it saves.
 _MIN_SHARED = 32
@@ -106,3 +108,20 @@ class Prefiller:
         limit = min(len(ids) - max(1, self._observed), len(self._last))
         shared = next((i for i in range(max(0, limit)) if ids[i] != self._last[i]), max(0, limit))
         return shared if shared >= _MIN_SHARED else 0
+
+
+def whole_cache(model: PreTrainedModel, recorded: RecordedPrompt, room: int) -> CompressedCache:
+    """Return a cache that holds all of a recorded prompt, as the full cache does.
+
+    Args:
+        model: the model.
+        recorded: the prompt; it stays as it is.
+        room: new tokens to reserve memory for.
+    """
+    keys_values = [layer.held() for layer in recorded.kv_layers]
+    # The newest tokens first: those are what a layer with a sliding window still sees.
+    newest = [torch.arange(recorded.tokens - 1, -1, -1, device=keys.device) for keys, _ in keys_values]
+    rankings = [each.expand(1, keys.shape[1], -1) for each, (keys, _) in zip(newest, keys_values, strict=True)]
+    budgets = np.full((1, len(rankings), rankings[0].shape[1]), recorded.tokens)
+    selector = get_selector("streaming_llm")
+    return CompressedCache.from_rankings(model, keys_values, rankings, budgets, selector, room, recorded.state_layers)

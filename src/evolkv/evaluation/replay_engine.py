@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from evolkv.errors import RunError
 from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
-from evolkv.evaluation.scoring import encode_examples, generate
+from evolkv.evaluation.scoring import Question, encode_examples, generate
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -27,8 +27,21 @@ _MAX_ROWS, _MAX_TOKENS = 96, 1024
 # Layers that all candidates must have in common before these are computed once for all.
 _LEAST_SHARED = 2
 
-#: Number of an example, and what its prefill left behind.
-_Ranked = tuple[int, RankedPrompt]
+# Bytes per logit of comparing one row with the full cache: both as log-probabilities, and four float32 between.
+_COMPARING = 6 * 4
+
+
+class _Ranked(NamedTuple):
+    """An example, with the model's own answer where its metric needs one, and what its prefill left behind."""
+
+    question: Question
+    prompt: RankedPrompt
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        reference = self.question.reference
+        return self.prompt.nbytes + (0 if reference is None else reference.nbytes)
 
 
 class ReplayEngine(Engine):
@@ -42,7 +55,7 @@ class ReplayEngine(Engine):
         tokenizer: its tokenizer.
         examples: what to score on.
         selector: ranks the tokens.
-        metric: "logprob" (teacher-forced), the name of a text metric, or None for each example's own.
+        metric: "logprob" or another of `SCORERS`, the name of a text metric, or None for each example's own.
         ceiling: the largest budget that will be asked for; None for the longest prompt.
         memory_limit: bytes that snapshots and one batch of candidates may take together; None for nine tenths of what
             is free. `room` says how many of them are left to candidates, and may be changed.
@@ -81,7 +94,7 @@ class ReplayEngine(Engine):
         self._selector, self._ceiling = selector, ceiling or max(question.tokens for question in self.questions)
         self._rankings, self._store = [selector, *rankings], store
         self._on_progress = on_progress
-        self._held: list[RankedPrompt] | None = self._prefill_all() if hold else None
+        self._held: list[_Ranked] | None = self._prefill_all() if hold else None
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
         """See `Engine.score`."""
@@ -90,16 +103,15 @@ class ReplayEngine(Engine):
         if not len(budgets):
             return np.empty((0, len(wanted)))
         scores = np.empty((len(budgets), len(self.questions)))
-        for batch in self._batches(len(budgets), wanted):
-            rows = max(1, min(self._rows_at_once(column, prompt) for column, prompt in batch) // len(batch))
-            places = np.array([column for column, _ in batch])
+        for places, batch in self._batches(len(budgets), wanted):
+            rows = max(1, min(map(self._rows_at_once, batch)) // len(batch))
             for part in np.array_split(np.arange(len(budgets)), math.ceil(len(budgets) / rows)):
-                scores[np.ix_(part, places)] = self._score_batch(batch, budgets[part])
+                scores[np.ix_(part, np.array(places))] = self._score_batch(batch, budgets[part])
         return scores[:, wanted]
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
-        prompt = self._held[column] if self._held is not None else self._rank(self._prefiller(), column)
+        prompt = (self._held[column] if self._held is not None else self._rank(self._prefiller(), column)).prompt
         cache = ReplayCache(self.model, [prompt], np.asarray(budgets, dtype=np.int64))
         logits = prompt.next_logits.expand(len(budgets), -1)
         return generate(self.model, self.tokenizer, cache, logits, [self.questions[column]] * len(budgets))
@@ -109,29 +121,31 @@ class ReplayEngine(Engine):
         self.room += self.held_bytes
         self._held, self.held_bytes = None, 0
 
-    def _batches(self, candidates: int, columns: Sequence[int]) -> Iterator[list[_Ranked]]:
-        """Yield examples to be scored together, in order: as many as `candidates` on each make a full batch."""
+    def _batches(self, candidates: int, columns: Sequence[int]) -> Iterator[tuple[list[int], list[_Ranked]]]:
+        """Yield examples to be scored together, in order, and their numbers: `candidates` on each make a full batch."""
         prefill = self._prefiller()
+        places: list[int] = []
         batch: list[_Ranked] = []
         for done, column in enumerate(columns, 1):
-            prompt = self._held[column] if self._held is not None else self._rank(prefill, column)
+            ranked = self._held[column] if self._held is not None else self._rank(prefill, column)
             if self._held is None and self._on_progress is not None:
                 self._on_progress(done, len(columns))
-            limit = self._rows_at_once(column, prompt)
-            joins = not batch or self.questions[column].joins(self.questions[batch[0][0]])
+            limit = self._rows_at_once(ranked)
+            joins = not batch or ranked.question.joins(batch[0].question)
             if batch and ((len(batch) + 1) * candidates > limit or not joins):
-                yield batch
-                batch = []
-            batch.append((column, prompt))
+                yield places, batch
+                places, batch = [], []
+            places.append(column)
+            batch.append(ranked)
         if batch:
-            yield batch
+            yield places, batch
 
     def _prefiller(self) -> Prefiller:
         return Prefiller(self.model, self._rankings)
 
-    def _prefill_all(self) -> list[RankedPrompt]:
+    def _prefill_all(self) -> list[_Ranked]:
         prefill = self._prefiller()
-        ranked: list[RankedPrompt] = []
+        ranked: list[_Ranked] = []
         total = len(self.questions)
         for column in range(total):
             ranked.append(self._rank(prefill, column))
@@ -147,37 +161,41 @@ class ReplayEngine(Engine):
         self.room -= self.held_bytes
         return ranked
 
-    def _rank(self, prefill: Prefiller, column: int) -> RankedPrompt:
+    def _rank(self, prefill: Prefiller, column: int) -> _Ranked:
+        question = self.questions[column]
         if self._store is None:
-            recorded = prefill(self.questions[column].prompt)
+            recorded = prefill(question.prompt)
         else:
             store, name = self._store
-            recorded = store.get(f"{name}/{column}", self._selector) or prefill(self.questions[column].prompt)
+            recorded = store.get(f"{name}/{column}", self._selector) or prefill(question.prompt)
             store.put(f"{name}/{column}", recorded)
-        return RankedPrompt.from_recorded(recorded, self._selector, self._ceiling)
+        question = question.scorer.refer(question, recorded)
+        return _Ranked(question, RankedPrompt.from_recorded(recorded, self._selector, self._ceiling))
 
     def _score_batch(self, batch: list[_Ranked], budgets: np.ndarray) -> np.ndarray:
         """Return scores ``[candidates, examples of the batch]``."""
-        scorer = self.questions[batch[0][0]].scorer
+        scorer = batch[0].question.scorer
         shared = lowest_changed(budgets) if scorer.teacher_forced and hasattr(self.model.get_decoder(), "layers") else 0
         shared = shared if shared >= _LEAST_SHARED else 0
-        cache = ReplayCache(self.model, [prompt for _, prompt in batch], budgets, shared)
-        logits = torch.cat([prompt.next_logits.expand(len(budgets), -1) for _, prompt in batch])
-        questions = [self.questions[column] for column, _ in batch for _ in budgets]
+        cache = ReplayCache(self.model, [each.prompt for each in batch], budgets, shared)
+        logits = torch.cat([each.prompt.next_logits.expand(len(budgets), -1) for each in batch])
+        questions = [each.question for each in batch for _ in budgets]
         scores = [answer.score for answer in scorer.score(cache, logits, questions)]
         return np.array(scores).reshape(len(batch), len(budgets)).T
 
-    def _rows_at_once(self, column: int, prompt: RankedPrompt) -> int:
+    def _rows_at_once(self, ranked: _Ranked) -> int:
         """Return how many rows like this example's are worth computing as one batch, and fit into memory; at least one.
 
         Raises:
             RunError: if not even one does.
         """
-        question = self.questions[column]
+        question, prompt = ranked
         new = len(question.later) + question.answer_tokens
         queries = new if question.scorer.teacher_forced else max(1, len(question.later))
         each, pair = _candidate_bytes(self.model, prompt, queries, new)
         shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
+        if question.reference is not None:
+            shared += _COMPARING * question.reference.numel()
         # The most rows for which rows * each + rows² * pair fits.
         room = max(0, self.room - shared)
         fitting = (math.sqrt(each**2 + 4 * pair * room) - each) / (2 * pair)

@@ -2,15 +2,17 @@
 
 A scorer knows one metric. It encodes an example, and scores rows of a cache that hold what is kept of its prompt. The
 metrics of `evolkv.tasks.metrics` compare the text that a row generates; others look at what the model computes, and
-have a class of their own in `SCORERS`.
+have a class of their own in `SCORERS`. Of these, some need no reference answer: they compare with the model's own
+answer under the full cache.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import torch
@@ -19,13 +21,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
+from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.replay import ReplayCache
 from evolkv.errors import UsageError
-from evolkv.evaluation.decode import RepetitionPenalty, end_tokens, greedy, not_a_number, target_log_probs
+from evolkv.evaluation.decode import (
+    RepetitionPenalty,
+    end_tokens,
+    greedy,
+    judge_targets,
+    most_probable,
+    not_a_number,
+    target_log_probs,
+)
+from evolkv.evaluation.prefill import whole_cache
 from evolkv.models import model_facts
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks import Example
-from evolkv.tasks.check import check_room
+from evolkv.tasks.check import check_labelled, check_room
 from evolkv.tasks.metrics import get_metric, judged_part
 from evolkv.tasks.prompts import encode_text
 
@@ -39,7 +51,10 @@ class Question:
         scorer: of its metric.
         prompt: ``[1, tokens]`` int64, where the model takes it.
         later: of what is read after the prompt was compressed, ``[question]`` int64; most often none.
-        target: of the answer whose probability is the score, ``[target]`` int64; None where an answer is generated.
+        target: of the answer that is read, ``[target]`` int64; None where an answer is generated, or the model's own is
+            not there yet (see `Scorer.refer`).
+        reference: the full cache's logits of the target's tokens, ``[target, vocabulary]`` in the model's dtype, where
+            the metric compares with them.
     """
 
     example: Example
@@ -47,6 +62,7 @@ class Question:
     prompt: Tensor
     later: Tensor
     target: Tensor | None
+    reference: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -62,7 +78,7 @@ class Question:
         """Return whether rows of both can be scored together."""
         # Generation reads what comes later in one call for all rows, so it must be the same.
         alike = self.scorer.teacher_forced or len(self.later) == len(other.later) == 0
-        return alike and self.scorer.teacher_forced == other.scorer.teacher_forced
+        return alike and type(self.scorer) is type(other.scorer)
 
 
 class Answer(NamedTuple):
@@ -83,6 +99,8 @@ class Scorer(ABC):
 
     #: Whether a given answer is read in one call, rather than one generated token by token.
     teacher_forced: ClassVar[bool]
+    #: Whether the reference is the model's own answer under the full cache, rather than the example's.
+    label_free: ClassVar[bool] = False
 
     def __init__(self, metric: str, model: PreTrainedModel, tokenizer: Any):
         self.metric, self.model, self.tokenizer = metric, model, tokenizer
@@ -95,6 +113,7 @@ class Scorer(ABC):
                 model's context.
             ModelError: for tokens that the model has no embeddings for.
         """
+        check_labelled(example, self.metric)
         text, known = example.prompt, encode_text(self.tokenizer, example.prompt)
         prompt = torch.tensor([known], dtype=torch.long)
         later: list[int] = []
@@ -120,6 +139,10 @@ class Scorer(ABC):
         Raises:
             UsageError: if the metric cannot score the example.
         """
+
+    def refer(self, question: Question, recorded: RecordedPrompt) -> Question:
+        """Return a question with the model's own answer to its prompt, if the metric is `label_free`; else as it is."""
+        return question
 
     @abstractmethod
     def score(
@@ -149,7 +172,7 @@ class Scorer(ABC):
         Raises:
             UsageError: for a metric of texts, which has no slope.
         """
-        raise UsageError(f"metric {self.metric!r} compares texts and has no slope to follow; use metric logprob")
+        raise UsageError(f"metric {self.metric!r} compares texts and has no slope to follow; use logprob or fidelity")
 
 
 class TextScorer(Scorer):
@@ -201,8 +224,106 @@ class ProbabilityScorer(Scorer):
         return F.cross_entropy(logits.float(), question.target.to(logits.device))
 
 
+class FidelityScorer(Scorer):
+    """How much of the full cache's behaviour is kept: exp(-KL), the mean over its own answer, in [0, 1].
+
+    The answer is the model's greedy continuation under the full cache, up to the example's `max_new_tokens`; the token
+    that ends it counts. Each of its tokens is predicted twice: with the full cache and with what is kept of it. KL(full
+    ‖ kept) is the divergence between the two distributions over the vocabulary, in nats. No reference answer is needed.
+    """
+
+    teacher_forced = True
+    label_free = True
+
+    def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
+        return None
+
+    def refer(self, question: Question, recorded: RecordedPrompt) -> Question:
+        """See `Scorer.refer`."""
+        later = len(question.later)
+        cache = whole_cache(self.model, recorded, later + question.answer_tokens)
+        again, first = cache.copy(), recorded.next_logits[None]
+        (ids,) = continue_rows(self.model, self.tokenizer, cache, first, [question], keep_end=True)
+        target = torch.tensor(ids, dtype=torch.long)
+        text = torch.cat([question.later, target])[None, :-1].to(input_device(self.model))
+        logits = first if later == 0 else first[:0]
+        if text.numel():
+            # Once more as candidates read it: how many tokens are read at once decides the last bits.
+            position = question.tokens + torch.arange(text.shape[1], device=text.device)[None]
+            with torch.inference_mode():
+                output = self.model(
+                    text,
+                    cache=again,
+                    position_ids=position,
+                    use_cache=True,
+                    logits_to_keep=len(target) - len(logits),
+                )
+            logits = torch.cat([logits.to(output.logits.dtype), output.logits[0]])
+        return replace(question, target=target, reference=logits)
+
+    def score(
+        self, cache: CompressedCache | ReplayCache, next_logits: Tensor, questions: Sequence[Question]
+    ) -> list[Answer]:
+        """See `Scorer.score`."""
+
+        def judge(logits: Tensor, expected: Tensor, first: int) -> Tensor:
+            values = torch.zeros(expected.shape, device=logits.device)
+            # Rows of one question stand side by side. One row at a time, since the vocabulary makes each of them large.
+            for _, same in groupby(range(len(questions)), key=lambda row: id(questions[row])):
+                rows = [*same]
+                question = questions[rows[0]]
+                assert question.reference is not None
+                # Of the target's tokens, those that these logits predict, and where among all that they predict.
+                start = first - len(question.later)
+                own = slice(max(0, start), max(0, start + expected.shape[1]))
+                reference = question.reference[own]
+                if len(reference):
+                    at = slice(own.start - start, own.start - start + len(reference))
+                    compare = self._compare(reference)
+                    for row in rows:
+                        values[row, at] = compare(logits[row, at])
+            return values
+
+        tokens, later = [each.tokens for each in questions], [each.later for each in questions]
+        targets = [each.target for each in questions if each.target is not None]
+        rows = judge_targets(self.model, cache, next_logits, tokens, targets, later, judge)
+        return [Answer(None, self._summary(row)) for row in rows]
+
+    def _compare(self, reference: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what gives each token a value, ``[target]``, from its logits ``[target, vocabulary]``."""
+        diverge = divergence_from(reference)
+        return lambda logits: -diverge(logits)
+
+    def _summary(self, values: Tensor) -> float:
+        """Return the score that these values of the tokens make."""
+        return mean_probability(values)
+
+    def loss(self, logits: Tensor, question: Question) -> Tensor:
+        """See `Scorer.loss`: the KL divergence, of which the metric fidelity is ``exp(-loss)``."""
+        assert question.reference is not None
+        return divergence_from(question.reference.to(logits.device))(logits).mean()
+
+
+class AgreementScorer(FidelityScorer):
+    """How often the full cache's most probable token stays it: the share of its own answer's tokens, in [0, 1].
+
+    The answer and its two predictions are those of `FidelityScorer`. So is the loss, since a share has no slope.
+    """
+
+    def _compare(self, reference: Tensor) -> Callable[[Tensor], Tensor]:
+        chosen = most_probable(reference)
+        return lambda logits: (most_probable(logits) == chosen).float()
+
+    def _summary(self, values: Tensor) -> float:
+        return float(values.double().mean())
+
+
 #: Metrics that are not of the text that is generated.
-SCORERS: dict[str, type[Scorer]] = {"logprob": ProbabilityScorer}
+SCORERS: dict[str, type[Scorer]] = {
+    "logprob": ProbabilityScorer,
+    "fidelity": FidelityScorer,
+    "agreement": AgreementScorer,
+}
 
 
 def encode_examples(
@@ -247,11 +368,35 @@ def generate(
     questions: Sequence[Question],
 ) -> list[str]:
     """Return the greedy text of each row of a cache; see `Scorer.score`. All rows read the same later on."""
+    ids = continue_rows(model, tokenizer, cache, next_logits, questions)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cache: CompressedCache | ReplayCache,
+    next_logits: Tensor,
+    questions: Sequence[Question],
+    keep_end: bool = False,
+) -> list[list[int]]:
+    """Return the greedy tokens of each row of a cache, as `generate`; with `keep_end` also the one that ends them."""
     later = questions[0].later
     penalty = RepetitionPenalty.of(model, [each.prompt[0] for each in questions], later, next_logits)
     tokens, limits = [each.tokens for each in questions], [each.example.max_new_tokens for each in questions]
-    ids = greedy(model, cache, next_logits, tokens, limits, end_tokens(model, tokenizer), later, penalty)
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    return greedy(model, cache, next_logits, tokens, limits, end_tokens(model, tokenizer), later, penalty, keep_end)
+
+
+def divergence_from(reference: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function from logits ``[tokens, vocabulary]`` to KL(reference ‖ logits), ``[tokens]``, in nats.
+
+    Args:
+        reference: logits of the distribution to diverge from, ``[tokens, vocabulary]``.
+    """
+    log_probs = reference.float().log_softmax(-1)
+    probs = log_probs.exp()
+    # The difference first: of two equal distributions it is exactly 0.
+    return lambda logits: (probs * (log_probs - logits.float().log_softmax(-1))).sum(-1)
 
 
 def text_score(metric: str, prediction: str, example: Example) -> float:

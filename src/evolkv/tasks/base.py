@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 from evolkv.errors import TaskError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
+from evolkv.tasks.metrics import LABEL_FREE
 
 Split = Literal["train", "validation", "report"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -28,10 +29,10 @@ class Example:
     Args:
         id: name of the example, the same in every run that draws it.
         prompt: the complete text given to the model, chat template included.
-        references: the acceptable answers, at least one.
+        references: the acceptable answers, at least one unless `metric` needs none.
         target: the text whose probability the `logprob` metric measures. Default: the first reference, with
             a leading space unless the prompt ends with whitespace.
-        max_new_tokens: most tokens to generate for a text metric.
+        max_new_tokens: most tokens to generate.
         metric: name of the metric that judges the answer.
         first_line: whether a text metric judges only the first line of the answer, line breaks before it left out.
         stop: texts that end the answer; what follows the first of them is not judged by a text metric.
@@ -55,9 +56,9 @@ class Example:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.references:
+        if not self.references and self.metric not in LABEL_FREE:
             raise TaskError(f"example {self.id!r} has no reference answer; give at least one")
-        if not self.target:
+        if not self.target and self.references:
             gap = "" if (self.later or self.prompt)[-1:].isspace() else " "
             object.__setattr__(self, "target", gap + self.references[0])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from evolkv.errors import EvolKVError, RunError, UsageError
 from evolkv.tasks.base import Example, Split, Task
-from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
 from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.protocol import under_protocol
@@ -43,15 +43,25 @@ def check_examples(
     for task in tasks:
         for split in splits:
             for example in under_protocol(protocol, _first(task, split, tokenizer, seed)):
-                answer = 1
-                if (metric or example.metric) != "logprob":
-                    answer = example.max_new_tokens
+                name = metric or example.metric
+                check_labelled(example, name)
+                answer = 1 if name == "logprob" else example.max_new_tokens
+                if name not in MODEL_METRICS:
                     try:
-                        get_metric(metric or example.metric)("", example.references, **example.extra)
+                        get_metric(name)("", example.references, **example.extra)
                     except UsageError as error:
                         raise UsageError(f"example {example.id}: {error}") from None
                 tokens = len(encode_text(tokenizer, example.prompt + example.later))
                 check_room(example, tokens, answer, context)
+
+
+def check_labelled(example: Example, metric: str) -> None:
+    """Raise UsageError if an example lacks the reference answer that a metric compares with."""
+    if not example.references and metric not in LABEL_FREE:
+        raise UsageError(
+            f"example {example.id} has no reference answer, and metric {metric!r} compares with one; "
+            f"use --metric {' or '.join(LABEL_FREE)}"
+        )
 
 
 def check_room(example: Example, tokens: int, answer: int, context: float) -> None:

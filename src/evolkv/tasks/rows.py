@@ -20,11 +20,11 @@ from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
 from evolkv.schemas import checked
 from evolkv.tasks.base import Split, partition
-from evolkv.tasks.metrics import get_metric
+from evolkv.tasks.metrics import MODEL_METRICS, get_metric
 
 logger = logging.getLogger(__name__)
 
-_NOT_ASKED = ("logprob", "rouge_l", "rouge_l_zh")
+_NOT_ASKED = (*MODEL_METRICS, "rouge_l", "rouge_l_zh")
 
 Splitting = Literal["auto", "all"]
 """The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""

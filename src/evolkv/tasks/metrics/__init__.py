@@ -18,7 +18,12 @@ from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
 from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
 from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
-__all__ = ["METRICS", "Metric", "check_metric", "get_metric", "judged_part"]
+__all__ = ["LABEL_FREE", "METRICS", "MODEL_METRICS", "Metric", "check_metric", "get_metric", "judged_part"]
+
+#: Metrics that need no reference answer: they compare with the model's own under the full cache.
+LABEL_FREE = ("fidelity", "agreement")
+#: Metrics of what the model predicts, which engines compute; `evolkv.evaluation.scoring.SCORERS` has them.
+MODEL_METRICS = ("logprob", *LABEL_FREE)
 
 
 class Metric(Protocol):
@@ -51,9 +56,9 @@ METRICS: Registry[Metric] = Registry(
 
 
 def check_metric(name: object) -> None:
-    """Raise UsageError, with the nearest name, unless `name` is a text metric or `logprob`, which engines compute."""
-    if not (isinstance(name, str) and (name == "logprob" or name in METRICS)):
-        raise unknown_name("metric", name, [*METRICS, "logprob"])
+    """Raise UsageError, with the nearest name, unless `name` is a text metric or one of `MODEL_METRICS`."""
+    if not (isinstance(name, str) and (name in MODEL_METRICS or name in METRICS)):
+        raise unknown_name("metric", name, [*METRICS, *MODEL_METRICS])
 
 
 def judged_part(prediction: str, stop: Sequence[str], first_line: bool) -> str:
@@ -67,11 +72,11 @@ def get_metric(name: str) -> Metric:
     """Return the text metric of that name.
 
     Raises:
-        UsageError: an unknown name, or `logprob`, which judges probabilities and has no text to look at.
+        UsageError: an unknown name, or one of `MODEL_METRICS`, which judge probabilities and have no text to look at.
     """
     check_metric(name)
-    if name == "logprob":
+    if name in MODEL_METRICS:
         raise UsageError(
-            "metric 'logprob' scores probabilities, not text; leave it to the engine or take a text metric"
+            f"metric {name!r} scores probabilities, not text; leave it to the engine or take a text metric"
         )
     return METRICS[name]
