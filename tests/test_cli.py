@@ -184,12 +184,12 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("jsonl:path=bad.jsonl", "bad.jsonl line 1: field 'prompt' is missing"),
-        ("longbench:subset=trec,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
-        ("gsm8k:path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
-        ("gsm8k:path=good.jsonl,shots_path=bad.jsonl", "bad.jsonl line 1: field 'question' is missing"),
-        ("ruler:task=vt,path=bad.jsonl", "bad.jsonl line 1: field 'input' is missing"),
-        ("ruler:task=qa_2,path=bad.json", "bad.json [0]: field 'question' is missing"),
+        ("jsonl:path=bad.jsonl", "bad.jsonl line 1: prompt is missing"),
+        ("longbench:subset=trec,path=bad.jsonl", "bad.jsonl line 1: input is missing"),
+        ("gsm8k:path=bad.jsonl", "bad.jsonl line 1: question is missing"),
+        ("gsm8k:path=good.jsonl,shots_path=bad.jsonl", "bad.jsonl line 1: question is missing"),
+        ("ruler:task=vt,path=bad.jsonl", "bad.jsonl line 1: input is missing"),
+        ("ruler:task=qa_2,path=bad.json", "bad.json [0]: question is missing"),
         ("ruler:task=niah_single_2,essays=missing.txt", "missing.txt does not exist"),
         ("niah:haystack=missing.txt", "missing.txt does not exist"),
         ("code:path=missing", "missing does not exist"),
@@ -197,8 +197,8 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
         ("longbench:subset=trec,path=", "path is empty"),
         ("gsm8k:path=", "the path of a file is empty"),
         ("gsm8k:path=good.jsonl", "shots=5, but good.jsonl (what of it serves train) has 0 problems"),
-        ("ruler:task=qa_1,path=huge.json", "huge.json: not JSON that can be read"),
-        ("ruler:task=qa_2,path=half.json", "half.json [0]: an entry of 'context' holds half of a surrogate pair"),
+        ("ruler:task=qa_1,path=huge.json", "huge.json: not valid JSON"),
+        ("ruler:task=qa_2,path=half.json", "half.json [0]: context[0][1][0]: '\\ud800' is half of a character"),
     ],
 )
 def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, task, message):
