@@ -141,7 +141,7 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(small):
         ({"methods": ["snapkv"], "budgets": [True]}, BudgetError, "the budget is True; expected a whole number"),
         ({"methods": ["snapkv"], "budgets": None}, BudgetError, "the budget is None; expected a whole number"),
         ({"methods": 5}, UsageError, "5 is no method; give a profile, its path, or a name such as 'snapkv'"),
-        ({"methods": "full,snapkv"}, UsageError, "Give each name by itself: a comma joins nothing here"),
+        ({"methods": "full,snapkv"}, UsageError, "A comma does not separate names here; give them one by one"),
         ({"methods": ["p" * 300]}, UsageError, "unknown method"),
         ({"methods": ["full"], "metric": "contain"}, UsageError, "Did you mean 'contains'"),
         ({"methods": ["snapkv"], "budgets": [-5]}, BudgetError, "the budget is -5; expected a whole number"),

@@ -560,6 +560,14 @@ def test_search_of_examples_in_turn_is_followed_by_the_mean_of_its_distribution(
     assert found.leader.fitness == 0.78
 
 
+def test_a_profile_under_an_unknown_selector_is_refused_in_one_line(write, capsys):
+    path = write("p.json", profile(selector={"name": "snapkw"}))
+    code, _, err = run(capsys, path)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "selector: unknown selector 'snapkw'. Did you mean 'snapkv'?" in err
+
+
 def test_best_so_far_never_falls():
     found = Search.model_validate(search())
     course = found.course()

@@ -14,10 +14,11 @@ from transformers import DynamicCache, StopStringCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from evolkv.cache.compressed import CompressedCache
+from evolkv.cache.reeviction import Reeviction
 from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
-from evolkv.models import describe_model, sliding_windows
+from evolkv.models import describe_model, model_facts
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks.prompts import encode_text, user_message
 
@@ -148,18 +149,21 @@ def generate_text(
         prefill_chunk: read the prompt in chunks of so many tokens, evicting as it goes; see `CompressedCache`.
         evict_every: cut the cache to its budgets again after so many new tokens; see `CompressedCache`.
         on_text: called with each piece of text as it is generated.
-        document: holds what `save_document` read; the prompt is the question, and `method`,
-            `budget`, `prefill_chunk` and `evict_every` say nothing.
+        document: holds what `save_document` read; the prompt is the question, and `method`, `budget`, `prefill_chunk`
+            and `evict_every` are left out.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
         ProfileError: a profile for another model.
         RunError: if memory does not suffice.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
+    check_request(
+        method,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        prefill_chunk=prefill_chunk,
+        evict_every=evict_every,
+    )
     check_text("prompt", prompt)
     inputs = (
         _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
@@ -237,12 +241,8 @@ def _prompt_inputs(
     cache: DynamicCache | CompressedCache
     if method is not None:
         cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
-    elif prefill_chunk is None and evict_every is None:
-        cache = DynamicCache(config=model.config)
     else:
-        raise UsageError(
-            "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
-        )
+        cache = DynamicCache(config=model.config)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache": cache}
 
 
@@ -279,6 +279,32 @@ def _around_question(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
+def check_request(
+    method: Method | None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    prefill_chunk: int | None,
+    evict_every: int | None,
+) -> None:
+    """Check the settings of `generate_text`, as far as that needs no model.
+
+    Raises:
+        UsageError: one is out of its range, or they do not go together.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}; generate at least one token")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"--temperature is {temperature}; use 0 for greedy, or a positive number")
+    again = Reeviction(prefill_chunk, evict_every=evict_every)
+    if method is None and again.wanted:
+        raise UsageError(
+            "--prefill-chunk and --evict-every need to know what to keep; add --method snapkv --budget 128"
+        )
+    if method is not None and method.selector is not None:
+        again.check_selector(method.selector)
+
+
 def check_text(what: str, text: str) -> None:
     """Check that a prompt, or what else is called so in messages, has text that can be encoded.
 
@@ -307,7 +333,7 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 def _full_bytes(model: Any, tokens: int) -> int:
     """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
     info = describe_model(model)
-    held = sum(tokens if window is None else min(tokens, window) for window in sliding_windows(model))
+    held = sum(tokens if window is None else min(tokens, window) for window in model_facts(model).sliding_windows)
     return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize
 
 

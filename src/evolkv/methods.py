@@ -202,6 +202,27 @@ def get_method(spec: MethodSpec) -> Method:
     raise UsageError(f"{spec!r} is no method; give a profile, its path, or a name such as 'snapkv'")
 
 
+def chosen_method(
+    profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: int | None
+) -> Method:
+    """Return the method that a profile, or else a method's name, stands for at a budget; "full" where neither is given.
+
+    Raises:
+        UsageError: for settings that do not go together, or as `get_method`.
+        ProfileError, BudgetError: as `Method.at`.
+    """
+    if profile is not None and method is not None:
+        raise UsageError(f"profile {profile} and method {method} are both given; give one of them")
+    chosen = get_method(method or "full") if profile is None else Method.of_profile(profile)
+    if budget is None:
+        if not chosen.is_full and chosen.profile is None:
+            raise UsageError(f"method {chosen.name!r} needs a budget; add a budget, such as 128")
+        return chosen
+    if chosen.is_full:
+        raise UsageError(f"budget {budget} says nothing about what to keep; add a profile, or a method such as snapkv")
+    return chosen.at(budget)
+
+
 def get_methods(specs: MethodSpec | Iterable[MethodSpec]) -> list[Method]:
     """Return the methods that one spec, or several, stand for; see `get_method`."""
     if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)):

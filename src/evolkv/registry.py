@@ -27,7 +27,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if "," in str(name):
-        hint = " Give each name by itself: a comma joins nothing here."
+        hint = " A comma does not separate names here; give them one by one."
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 

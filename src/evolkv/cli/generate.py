@@ -108,14 +108,24 @@ def generate(
         raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
     if cache is not None and (profile is not None or method is not None or budget is not None):
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
-    chosen = _method(profile, method, budget)
+    from evolkv.methods import chosen_method
+
+    named = chosen_method(profile, method, budget)
+    chosen = None if named.is_full else named
     _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
     if save_cache is not None:
         from evolkv.whole_files import check_outputs
 
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
-    from evolkv.generation import check_text, generate_text, save_document
+    from evolkv.generation import check_request, check_text, generate_text, save_document
 
+    check_request(
+        chosen,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        prefill_chunk=prefill_chunk,
+        evict_every=evict_every,
+    )
     check_text("document" if save_cache is not None else "prompt", text)
     _return_large_blocks()
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
@@ -173,27 +183,6 @@ def generate(
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0
-
-
-def _method(profile: str | None, method: str | None, budget: int | None) -> Method | None:
-    """Return the method to compress with; None for the full cache."""
-    if profile is not None and method is not None:
-        raise UsageError("--profile and --method are both given; give one of them")
-    name = profile or method
-    if name is None or name == "full":
-        if budget is not None:
-            raise UsageError(
-                f"--budget {budget} says nothing about what to keep; add --method snapkv or --profile FILE"
-            )
-        return None
-    from evolkv.methods import Method, get_method
-
-    if profile is not None:
-        return Method.of_profile(profile)
-    chosen = get_method(name)
-    if budget is None and chosen.profile is None:
-        raise UsageError(f"--method {name} needs a budget; add --budget 128")
-    return chosen
 
 
 def _check_cache(

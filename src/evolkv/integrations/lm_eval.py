@@ -29,9 +29,8 @@ from tqdm import tqdm
 import evolkv
 from evolkv.cache import CompressedCache, compress
 from evolkv.errors import ModelError, UsageError
-from evolkv.evaluation import get_method
 from evolkv.evaluation.decode import target_log_probs
-from evolkv.methods import Method
+from evolkv.methods import chosen_method
 from evolkv.models import ALIASES, gguf
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
@@ -89,7 +88,11 @@ class EvolKVLM(HFLM):
         device: str | None = None,
         **kwargs: Any,
     ):
-        chosen = _choose(profile, method, budget)
+        if budget is not None and not is_whole(budget):
+            raise UsageError(f"budget is {budget!r}, expected a whole number of cache entries per KV head")
+        # The harness makes a number of a name that looks like one.
+        named = profile if profile is None or isinstance(profile, BudgetProfile) else str(profile)
+        chosen = chosen_method(named, None if method is None else str(method), budget)
         if isinstance(pretrained, str):
             pretrained = _folder_of(pretrained)
         super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
@@ -247,23 +250,6 @@ class EvolKVLM(HFLM):
         position = (real.cumsum(-1) - 1).clamp(min=0)
         output = self.model(ids, attention_mask=real, position_ids=position, use_cache=True, logits_to_keep=1)
         return output.cache, output.logits[:, -1].float()
-
-
-def _choose(profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: int | None) -> Method:
-    """The method that the settings stand for, before there is a model."""
-    if profile is not None and method is not None:
-        raise UsageError(f"profile={profile} and method={method} are both given; give one of them")
-    if budget is not None and not is_whole(budget):
-        raise UsageError(f"budget is {budget!r}, expected a whole number of cache entries per KV head")
-    if profile is not None:
-        # The harness makes a number of a name that looks like one.
-        return Method.of_profile(profile if isinstance(profile, BudgetProfile) else str(profile))
-    if method is None and budget is not None:
-        raise UsageError(f"budget={budget} says nothing about what to keep; add method=snapkv or profile=PATH")
-    chosen = get_method("full" if method is None else str(method))
-    if (chosen.allocator is not None or chosen.profiles is not None) and budget is None:
-        raise UsageError(f"method {chosen.name!r} needs a budget; add budget=128")
-    return chosen if budget is None else chosen.at(budget)
 
 
 def _folder_of(pretrained: str) -> str:

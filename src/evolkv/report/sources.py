@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 #: A search of ten thousand candidates on a large model stays below it: a larger file is something else.
 MAX_FILE_BYTES = 512 * 2**20
 _SQLITE = b"SQLite format 3\0"
+_SELECTORS = resources.files("evolkv").joinpath("selectors")
 _RECORDS = b'{"format": "evolkv.records/'
 
 _KINDS: dict[str, type[Search | Results | ProfileFile | Curve]] = {
@@ -241,4 +243,21 @@ def _checked(path: Path, data: Any) -> Search | Results | ProfileFile | Curve:
         raise UsageError(f'{path}: not made by evolkv: expected a JSON object with "format", such as "evolkv.search/1"')
     if found not in _KINDS:
         raise UsageError(f"{path}: {unknown_name('format', found[:80], _KINDS)}")
-    return checked(_KINDS[found], path, data)
+    content = checked(_KINDS[found], path, data)
+    profile = content if isinstance(content, ProfileFile) else getattr(content, "profile", None)
+    if profile is not None:
+        _check_selector(path, profile.selector)
+    return content
+
+
+def _check_selector(path: Path, selector: Mapping[str, Any]) -> None:
+    name = selector.get("name")
+    # To ask the selectors takes seconds. EvolKV's own are files of their names.
+    if isinstance(name, str) and name.isidentifier() and _SELECTORS.joinpath(f"{name}.py").is_file():
+        return
+    from evolkv.selectors import get_selector
+
+    try:
+        get_selector(selector)
+    except UsageError as error:
+        raise UsageError(f"{path}: selector: {error}") from None
