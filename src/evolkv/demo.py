@@ -46,45 +46,22 @@ SCARCE = 0.06
 PASSAGES = 2
 
 
-@dataclass(frozen=True)
 class DemoFiles:
-    """Paths that the demo writes to.
+    """Paths that the demo writes to, all of them in one folder.
 
-    Args:
-        folder: holds all of them.
+    Attributes:
+        profile: the profile.
+        search: every evaluation of the search.
+        results: the comparison on held-out examples.
+        picture: the budgets as a picture.
+        report: the search, the budgets and the comparison as one page.
+        prompt: one held-out prompt, complete with chat template.
     """
 
-    folder: Path
-
-    @property
-    def profile(self) -> Path:
-        """The profile."""
-        return self.folder / "profile.json"
-
-    @property
-    def search(self) -> Path:
-        """Every evaluation of the search."""
-        return self.folder / "search.json"
-
-    @property
-    def results(self) -> Path:
-        """The comparison on held-out examples."""
-        return self.folder / "results.json"
-
-    @property
-    def picture(self) -> Path:
-        """The budgets as a picture."""
-        return self.folder / "budgets.png"
-
-    @property
-    def report(self) -> Path:
-        """The search, the budgets and the comparison as one page."""
-        return self.folder / "report.html"
-
-    @property
-    def prompt(self) -> Path:
-        """One held-out prompt, complete with chat template."""
-        return self.folder / "prompt.txt"
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.profile, self.search, self.results = (folder / f"{name}.json" for name in ("profile", "search", "results"))
+        self.picture, self.report, self.prompt = folder / "budgets.png", folder / "report.html", folder / "prompt.txt"
 
 
 @dataclass(frozen=True)

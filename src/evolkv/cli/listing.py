@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -17,11 +17,20 @@ from evolkv.cli.tables import list_table, print_whole
 
 app = typer.Typer(cls=Group, help="List what can be named on the command line.")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Rows = list[dict[str, Any]]
 
 
-@app.command(cls=Command)
-def models(as_json: AsJson = False) -> None:
+def _command(rows: Callable[[bool], Rows]) -> None:
+    """Make a command of a function that returns rows, for JSON or for people."""
+
+    def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+        _print(rows(as_json), as_json)
+
+    app.command(rows.__name__, cls=Command, help=rows.__doc__)(command)
+
+
+@_command
+def models(as_json: bool) -> Rows:
     """Models that need no download, once their packages are installed."""
     from evolkv.models import list_models
 
@@ -29,51 +38,50 @@ def models(as_json: AsJson = False) -> None:
     for row in rows if not as_json else ():
         row["installed"] = "yes" if row["installed"] else "no"
         row["package"] = row["package"].replace(" ", "\n")
-    _print(rows, as_json)
+    return rows
 
 
-@app.command(cls=Command)
-def tasks(as_json: AsJson = False) -> None:
+@_command
+def tasks(as_json: bool) -> Rows:
     """Tasks, and the settings that may follow their names."""
     from evolkv.tasks import TASKS
 
-    _print([_row(name, task, _dataclass_defaults(task)) for name, task in TASKS.items()], as_json)
+    return [_row(name, task, _dataclass_defaults(task)) for name, task in TASKS.items()]
 
 
-@app.command(cls=Command)
-def metrics(as_json: AsJson = False) -> None:
+@_command
+def metrics(as_json: bool) -> Rows:
     """Metrics."""
     from evolkv.evaluation.scoring import SCORERS
     from evolkv.tasks.metrics import METRICS
 
-    described: dict[str, Any] = {**METRICS, **SCORERS}
-    _print([_row(name, described[name]) for name in sorted(described)], as_json)
+    return [_row(name, each) for name, each in sorted({**METRICS, **SCORERS}.items())]
 
 
-@app.command(cls=Command)
-def selectors(as_json: AsJson = False) -> None:
+@_command
+def selectors(as_json: bool) -> Rows:
     """Selectors, and the parameters that may follow their names."""
     from evolkv.selectors import SELECTORS
 
-    _print([_row(name, selector, selector.parameters()) for name, selector in SELECTORS.items()], as_json)
+    return [_row(name, selector, selector.parameters()) for name, selector in SELECTORS.items()]
 
 
-@app.command(cls=Command)
-def allocators(as_json: AsJson = False) -> None:
+@_command
+def allocators(as_json: bool) -> Rows:
     """Allocators, and the parameters that may follow their names: uniform and pyramid have none."""
     from evolkv.allocators import ALLOCATORS
     from evolkv.allocators.adaptive import ADAPTIVE
 
     fixed = [_row(name, allocator, {}) for name, allocator in ALLOCATORS.items()]
-    _print([*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())], as_json)
+    return [*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())]
 
 
-@app.command(cls=Command)
-def strategies(as_json: AsJson = False) -> None:
+@_command
+def strategies(as_json: bool) -> Rows:
     """Strategies of a search."""
     from evolkv.evolution import STRATEGIES
 
-    _print([_row(name, strategy) for name, strategy in STRATEGIES.items()], as_json)
+    return [_row(name, strategy) for name, strategy in STRATEGIES.items()]
 
 
 def _row(name: str, described: Any, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -88,8 +96,7 @@ def _dataclass_defaults(cls: Any) -> dict[str, Any]:
     return {field.name: "required" if field.default is missing else field.default for field in dataclasses.fields(cls)}
 
 
-def _print(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
-    rows = list(rows)
+def _print(rows: Rows, as_json: bool) -> None:
     if as_json:
         console.OUT.file.write(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         return

@@ -93,7 +93,7 @@ def shown(found: TextTable) -> Table:
     """Return a table of text, its numbers right-aligned."""
     from evolkv.report.tables import NUMERIC
 
-    table = _table()
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in found.columns:
         table.add_column(column, justify="right" if column in NUMERIC else "left", overflow="fold")
     for row in found.rows:
@@ -102,55 +102,46 @@ def shown(found: TextTable) -> Table:
 
 
 def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
-    """The allocations that a search chose from.
+    """Return the allocations that a search chose from.
 
     Args:
         rows: the `validation` of a search result.
         chosen: name of the one chosen.
     """
-    table = _table()
-    table.add_column("allocation", overflow="fold")
-    table.add_column("n", justify="right")
-    table.add_column("score (95 % interval)", overflow="fold")
-    table.add_column("")
+    cells = []
     for row in rows:
         name = f"evolved, {row['name']}" if row["evolved"] else row["name"]
         mark = "← chosen" if row["name"] == chosen else ""
-        table.add_row(name, str(row["n"]), with_interval(row["score"], row["ci95"]), mark)
-    return table
+        cells.append([name, str(row["n"]), with_interval(row["score"], row["ci95"]), mark])
+    return _of_cells(["allocation", "n", "score (95 % interval)", ""], cells)
 
 
 def curve_table(points: Sequence[dict[str, Any]]) -> Table:
-    """The points of a curve, smallest budget first.
+    """Return the points of a curve, smallest budget first.
 
     Args:
         points: as `evolkv.evolution.search_curve` returns them.
     """
-    table = _table()
-    for name, justify in (("budget", "right"), ("n", "right"), ("score (95 % interval)", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("KV MiB", justify="right")
-    table.add_column("from", overflow="fold")
     several = len({point["selector"] for point in points}) > 1
-    if several:
-        table.add_column("under", overflow="fold")
-    table.add_column("")
+    columns = ["budget", "n", "score (95 % interval)", "KV MiB", "from", *(["under"] if several else []), ""]
+    cells = []
     for point in points:
         mark = "" if point["on_front"] else "a smaller budget does as well"
-        cells = [str(point["budget"]), str(point["n"]), with_interval(point["score"], point["ci95"])]
         under = [point["selector"]] if several else []
-        table.add_row(*cells, mebibytes(point["kv_bytes"]), point["source"], *under, mark)
-    return table
+        numbers = [str(point["budget"]), str(point["n"]), with_interval(point["score"], point["ci95"])]
+        cells.append([*numbers, mebibytes(point["kv_bytes"]), point["source"], *under, mark])
+    return _of_cells(columns, cells)
 
 
 def list_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of plain values under their keys."""
-    table = _table()
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    return table
+    """Return rows of plain values under their keys."""
+    return _of_cells(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+
+
+def _of_cells(columns: list[str], rows: list[list[str]]) -> Table:
+    from evolkv.report.axes import Table as TextTable
+
+    return shown(TextTable("", columns, rows))
 
 
 def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int) -> Text:
@@ -192,7 +183,3 @@ def _place(value: int, lowest: int, highest: int) -> float:
 
 def _colours(value: int, lowest: int, highest: int) -> tuple[str, str]:
     return RAMP[round(_place(value, lowest, highest) * (len(RAMP) - 1))]
-
-
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")

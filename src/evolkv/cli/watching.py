@@ -18,14 +18,7 @@ _LABELLED_COLUMNS = 30
 
 
 def busy_picture(what: str, elapsed: float, columns: int, glyphs: Glyphs) -> list[Line]:
-    """Work that cannot be measured.
-
-    Args:
-        what: is being done.
-        elapsed: seconds since it began.
-        columns: most columns of a line.
-        glyphs: what the terminal can show.
-    """
+    """Return a line for work that cannot be measured, which began `elapsed` seconds ago; see `progress_picture`."""
     return [glyphs.facts([(what, PLAIN), (duration(elapsed), DIM)], columns)]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evolkv.report.axes import Axis, Table, Tick
 from evolkv.report.heatmaps import LEVELS, HeatMap, heat_paths
+from evolkv.report.views import Panel
 from evolkv.report.words import counted, in_chunks, number, short
 
 if TYPE_CHECKING:
@@ -20,17 +20,8 @@ DEPTHS = 10
 _Cells = dict[tuple[int, int], list[float]]
 
 
-@dataclass(frozen=True)
-class NeedleGrid:
-    """A method at a budget: mean score by depth of the needle and length of the prompt."""
-
-    title: str
-    finding: str
-    chart: HeatMap
-
-
-def needle_grids(records: Sequence[Records]) -> list[NeedleGrid]:
-    """One grid for each method and budget that was asked for needles at two lengths of the prompt or more.
+def needle_grids(records: Sequence[Records]) -> list[Panel]:
+    """Return a grid for each method and budget that was asked for needles at two lengths of the prompt or more.
 
     Args:
         records: of any tasks; those of task `niah` whose settings differ in nothing but `context` share a grid.
@@ -79,7 +70,7 @@ def _distinguishing(groups: Sequence[tuple[str, ...]]) -> list[int]:
     return [i for i in range(len(groups[0]) - 1) if len({group[i] for group in groups}) > 1] if groups else []
 
 
-def _grid(group: tuple[str, ...], cells: _Cells, several: Iterable[int]) -> NeedleGrid:
+def _grid(group: tuple[str, ...], cells: _Cells, several: Iterable[int]) -> Panel:
     *_, metric, label = group
     contexts = sorted({context for _, context in cells})
     means = [[_mean(cells.get((depth, context))) for context in contexts] for depth in range(DEPTHS)]
@@ -99,7 +90,7 @@ def _grid(group: tuple[str, ...], cells: _Cells, several: Iterable[int]) -> Need
         [Tick(0, "0"), Tick(50, "0.5"), Tick(100, "1")],
         Table(f"{short(title)}: mean {short(metric)} by depth", ["depth", *map(number, contexts)], rows),
     )
-    return NeedleGrid(short(title), _finding(cells, contexts, spans, metric), chart)
+    return Panel(short(title), _finding(cells, contexts, spans, metric), chart)
 
 
 def _finding(cells: _Cells, contexts: Sequence[int], spans: Sequence[str], metric: str) -> str:

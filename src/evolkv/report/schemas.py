@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evolkv.profile_file import ProfileFile
+from evolkv.schemas import Schema
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -18,17 +19,13 @@ Budgets = Annotated[
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class _Scored(_Record):
+class _Scored(Schema):
     score: Share
     ci95: Annotated[list[Share], Field(min_length=2, max_length=2)]
     n: Annotated[int, Field(ge=1)]
 
 
-class _Allocated(_Record):
+class _Allocated(Schema):
     budgets: Budgets
 
     @field_validator("budgets")
@@ -56,7 +53,7 @@ class Validated(_Allocated, _Scored):
     evolved: bool
 
 
-class Kept(_Record):
+class Kept(Schema):
     """Prompt positions that are kept, for one example.
 
     `share` is ``L × bins``: of the tokens in a bin, the share that is kept, averaged over the layer's KV heads.
@@ -77,7 +74,7 @@ class Kept(_Record):
         return self
 
 
-class Search(_Record):
+class Search(Schema):
     """One search: an ``evolkv.search/1`` file, or a stage of a study.
 
     `origin` is what it was read from; the searches of one curve or study share it. `rival` is the selector of one of
@@ -89,9 +86,9 @@ class Search(_Record):
     interrupted: bool = False
     chosen: str = ""
     improved: bool = False
-    settings: dict[str, Any] = {}
-    history: list[Candidate] = []
-    validation: list[Validated] = []
+    settings: dict[str, Any] = Field({})
+    history: list[Candidate] = Field([])
+    validation: list[Validated] = Field([])
     best: Candidate | None = None
     profile: ProfileFile | None = None
     kept: Kept | None = None
@@ -142,43 +139,43 @@ class Search(_Record):
         return steps
 
 
-class Row(_Scored):
+class _Measured(_Scored):
+    metric: str
+    kv_bytes: Annotated[float, Field(gt=0, le=2**63)]
+    mean_budget: Annotated[float, Field(gt=0, le=2**53)]
+
+
+class Row(_Measured):
     """A method at a budget on held-out examples: an entry of an ``evolkv.results/1`` file."""
 
     model: str
     task: str
     method: str
-    metric: str
     budget: Count | None = None
-    kv_bytes: Annotated[float, Field(gt=0, le=2**63)]
-    mean_budget: Annotated[float, Field(gt=0, le=2**53)]
     seed: int | None = None
     protocol: str = ""
     prefill_chunk: Count | None = None
     dtype: str = ""
 
 
-class Point(_Scored):
+class Point(_Measured):
     """One budget of a curve."""
 
     budget: Count
     profile: str = ""
-    metric: str
-    kv_bytes: Annotated[float, Field(gt=0, le=2**63)]
-    mean_budget: Annotated[float, Field(gt=0, le=2**53)]
     source: str = "search"
     evaluations: Count | None = None
     on_front: bool = True
 
 
-class Curve(_Record):
+class Curve(Schema):
     """An ``evolkv.curve/1`` file: one profile per budget, and the searches that they come from."""
 
     points: Annotated[list[Point], Field(min_length=1)]
-    searches: list[Search] = []
+    searches: list[Search] = Field([])
 
 
-class Results(_Record):
+class Results(Schema):
     interrupted: bool = False
     rows: Annotated[list[Row], Field(min_length=1)]
 

@@ -31,65 +31,29 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Methods:
-    """Scores on the same examples: a line each where all have the same memory, else a chart."""
+class Panel:
+    """An item of a section, as the section's macro draws it.
+
+    Args:
+        title: shown where a section has several.
+        finding: what there is to see, in words.
+        chart: the picture.
+        lines: scores, a line each.
+        table: the numbers, or the id of the table that has them.
+        bars: above the chart.
+        by_head: whether budgets differ among the heads of a layer.
+    """
 
     title: str
     finding: str
-    lines: list[Line]
-    chart: ScoreChart | None
-    table: Table
+    chart: ScoreChart | FitnessChart | HeatMap | None = None
+    lines: Sequence[Line] = ()
+    table: Table | str = ""
+    bars: Bars | None = None
+    by_head: bool = False
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Scores against what the cache holds; their numbers are in the table of that id."""
-
-    title: str
-    finding: str
-    chart: ScoreChart
-    table: str
-
-
-@dataclass(frozen=True)
-class Evolution:
-    """A search's fitness."""
-
-    title: str
-    finding: str
-    chart: FitnessChart
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Budgets."""
-
-    title: str
-    finding: str
-    bars: Bars
-    heat: HeatMap
-    by_head: bool
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions that are kept."""
-
-    title: str
-    finding: str
-    chart: HeatMap
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The allocations that a search chose from."""
-
-    title: str
-    finding: str
-    lines: list[Line]
-
-
-def methods(group: Comparison) -> Methods:
+def methods(group: Comparison) -> Panel:
     """The methods of a comparison."""
     first, styles = group.first, group.styles()
     finding = f"Task {short(first.task)}, metric {short(first.metric)}, {group.examples}"
@@ -98,7 +62,7 @@ def methods(group: Comparison) -> Methods:
     finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
-        return Methods(_title(group), f"{finding}.{hollow}", [], group.by_budget(), group.table())
+        return Panel(_title(group), f"{finding}.{hollow}", group.by_budget(), table=group.table())
     if group.budgets:
         finding += f"; mean budget {number(group.budgets[0])} entries per KV head"
     lines = [
@@ -112,10 +76,10 @@ def methods(group: Comparison) -> Methods:
         )
         for entry in sorted(group.entries, key=lambda entry: entry.row.method == FULL)
     ]
-    return Methods(_title(group), finding + ".", lines, None, group.table())
+    return Panel(_title(group), finding + ".", lines=lines, table=group.table())
 
 
-def memory(group: Comparison, table: str) -> Memory | None:
+def memory(group: Comparison, table: str) -> Panel | None:
     """Return a comparison's scores against memory, if it has several budgets; `table` is the id of its table."""
     if group.single:
         return None
@@ -127,10 +91,10 @@ def memory(group: Comparison, table: str) -> Memory | None:
             f" The best evolved budgets score {evolved.row.score:.2f} in {mebibytes(evolved.row.kv_bytes)} MiB, "
             f"{percent(share)} of the full cache's {mebibytes(group.full.row.kv_bytes)}."
         )
-    return Memory(_title(group), finding, group.by_memory(), table)
+    return Panel(_title(group), finding, group.by_memory(), table=table)
 
 
-def evolution(search: Search) -> Evolution:
+def evolution(search: Search) -> Panel:
     """A search's candidates, at least one."""
     course = search.course()
     (_, first, _), (last, fitness, score) = course[0], course[-1]
@@ -151,10 +115,10 @@ def evolution(search: Search) -> Evolution:
     lam = search.settings.get("lam")
     if isinstance(lam, (int, float)) and all(entry.cache_score == 1 for entry in search.history):
         finding += f" All have exactly the target memory, so fitness is {1 + lam:.4g}\u00a0×\u00a0score."
-    return Evolution(search_title(search), finding, fitness_chart(search, "Candidates"))
+    return Panel(search_title(search), finding, fitness_chart(search, "Candidates"))
 
 
-def validation(search: Search) -> Validation:
+def validation(search: Search) -> Panel:
     """The allocations that a search chose from, best first."""
     lines = [
         Line(
@@ -172,10 +136,10 @@ def validation(search: Search) -> Validation:
     )
     if isinstance(metric := search.settings.get("metric"), str):
         finding += f" Metric {short(metric)}."
-    return Validation(search_title(search), finding, lines)
+    return Panel(search_title(search), finding, lines=lines)
 
 
-def positions(search: Search) -> Positions:
+def positions(search: Search) -> Panel:
     """Return the positions that the layers keep of one example."""
     kept = search.kept
     assert kept is not None
@@ -185,10 +149,10 @@ def positions(search: Search) -> Positions:
     held = sum(share * size for row in kept.share for share, size in zip(row, sizes, strict=True))
     finding = f"Example {short(kept.example)}: of its {kept.tokens:,} tokens, the layers keep "
     finding += f"{percent(held / (kept.tokens * len(kept.share)))} on average."
-    return Positions(search_title(search), finding, kept_chart(kept, "Share of the tokens kept"))
+    return Panel(search_title(search), finding, kept_chart(kept, "Share of the tokens kept"))
 
 
-def allocations(sources: Sources) -> list[Allocation]:
+def allocations(sources: Sources) -> list[Panel]:
     """Each allocation once: of the profiles, and of searches whose profile was not given."""
     found: list[tuple[list[list[int]], str]] = []
     for profile in sources.profiles:
@@ -202,7 +166,7 @@ def allocations(sources: Sources) -> list[Allocation]:
     return [_allocation(budgets, short(what)) for budgets, what in sorted(found, key=lambda entry: mean_of(entry[0]))]
 
 
-def _allocation(budgets: list[list[int]], what: str) -> Allocation:
+def _allocation(budgets: list[list[int]], what: str) -> Panel:
     mean = mean_of(budgets)
     bars, heat = budget_charts(budgets, "Budgets (cache entries)")
     by_head = heat.rows > 1
@@ -216,7 +180,8 @@ def _allocation(budgets: list[list[int]], what: str) -> Allocation:
         place = f"head {head} of layer {layer}" if by_head else f"the heads of layer {layer}"
         finding += f"{number(round(mean, 1))} entries per head on average, from {least:,} to {most:,} in {place}. "
         finding += f"Half of the cache belongs to {percent(_holders_of_half(cells))} of the heads."
-    return Allocation(f"Mean budget {number(round(mean, 1))} ({what})", finding, bars, heat, by_head)
+    title = f"Mean budget {number(round(mean, 1))} ({what})"
+    return Panel(title, finding, heat, bars=bars, by_head=by_head)
 
 
 def _holders_of_half(cells: list[tuple[int, int, int]]) -> float:

@@ -10,34 +10,12 @@ from typing import Any
 
 from evolkv.report.schemas import Row
 
-#: As `evolkv search` names its options.
-_OPTIONS = {
-    "task": "--task",
-    "budget": "--budget",
-    "selector": "--selector",
-    "strategy": "--strategy",
-    "granularity": "--granularity",
-    "metric": "--metric",
-    "train": "--train",
-    "validation": "--val",
-    "val": "--val",
-    "max_evals": "--max-evals",
-    "population": "--population",
-    "sigma": "--sigma",
-    "group_size": "--group-size",
-    "lam": "--lam",
-    "gamma": "--gamma",
-    "floor": "--floor",
-    "ceiling": "--ceiling",
-    "seed": "--seed",
-    "engine": "--engine",
-    "prefill_chunk": "--prefill-chunk",
-    "minibatch": "--minibatch",
-    "start": "--start",
-    "first": "--first",
-    "dtype": "--dtype",
-    "protocol": "--protocol",
-}
+#: The settings that are options of `evolkv search`, in the order in which a command gives them.
+_OPTIONS = (
+    *("task", "budget", "selector", "strategy", "granularity", "metric", "train", "val", "max_evals", "population"),
+    *("sigma", "group_size", "lam", "gamma", "floor", "ceiling", "seed", "engine", "prefill_chunk", "minibatch"),
+    *("start", "first", "dtype", "protocol"),
+)
 
 
 def number(value: float) -> str:
@@ -112,8 +90,10 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
         model: name of the model.
     """
     words = ["evolkv", "search", model]
-    for name, option in _OPTIONS.items():
-        value = settings.get(name)
+    for name in _OPTIONS:
+        option, value = f"--{name.replace('_', '-')}", settings.get(name)
+        if name == "val":
+            value = settings.get("validation", value)
         if name == "selector" and (rivals := _rivals(settings)):
             words += [option, *(spec for spec, _ in rivals)]
             continue
@@ -121,7 +101,7 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
         if name == "start" and isinstance(value, str) and value.startswith("profile "):
             # Only the digest of a profile that a search started from is on record, not its path.
             value = "START.json"
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and option not in words:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             words += [option, str(value)]
     return _pieces([*words, "--out", "profile.json"])
 
