@@ -16,7 +16,7 @@ import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.masks import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
-from evolkv.models import cached_layers, describe_model
+from evolkv.models import describe_model, model_facts
 from test_compressed_cache import RAGGED, profile, run
 from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, WINDOW, padded, tiny_model, tokens
 
@@ -200,7 +200,8 @@ def test_biases_by_position_are_refused_where_they_would_be_left_out():
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_budgets_of_a_hybrid_are_for_its_layers_with_keys_and_values(family):
     model = tiny_model(family)
-    kept, others = cached_layers(model)
+    facts = model_facts(model)
+    kept, others = facts.kv_layers, facts.other_layers
     total = model.config.num_hidden_layers
     assert [layer.index for layer in kept] == [i for i in range(total) if i not in {other.index for other in others}]
     assert describe_model(model).num_layers == len(kept) == LAYERS < total
@@ -221,7 +222,7 @@ def test_other_layers_of_a_hybrid_keep_what_the_models_own_cache_keeps(family):
         for step in range(1, 4):
             seen = torch.cat([mask, mask.new_ones(2, step)], dim=1)
             model(tokens(2, 1, seed=step), attention_mask=seen, cache=given)
-    for place in cached_layers(model)[1]:
+    for place in model_facts(model).other_layers:
         own, ours = plain.layers[place.index], cache.layers[place.index]
         for name in ("conv_states", "recurrent_states"):
             for at, state in getattr(own, name).items():

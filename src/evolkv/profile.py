@@ -16,7 +16,7 @@ from evolkv import allocators, hub
 from evolkv.budgets import MAX_BUDGET, BudgetSpec, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.json_files import read_json
-from evolkv.models import ModelInfo, describe_model, is_quantized, sliding_windows
+from evolkv.models import ModelInfo, describe_model, is_quantized, model_facts
 from evolkv.profile_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -151,7 +151,7 @@ class BudgetProfile:
         info, chosen = _info(model), get_selector(selector)
         matrix = as_matrix(budgets, info.num_layers, info.num_kv_heads)
         constant = bool((matrix == matrix[:, :1]).all())
-        windows = [] if isinstance(model, ModelInfo) else sliding_windows(model)
+        windows = [] if isinstance(model, ModelInfo) else model_facts(model).sliding_windows
         narrow = any(window is not None and window < chosen.min_budget for window in windows)
         return cls(
             model={

@@ -18,7 +18,7 @@ from evolkv.cache.reeviction import Reeviction
 from evolkv.cache.resolve import LayerMaker
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
-from evolkv.models import cached_layers
+from evolkv.models import model_facts
 from evolkv.models.forward import by_name, given_cache
 
 
@@ -78,7 +78,7 @@ def compress(
             return None
         # transformers drafts with the first layers alone (assistant_early_exit), and does not restore their number if
         # that raises. The call that brings the drafts is refused below.
-        if len(cached_layers(model)[0]) < len(make_layers.budgets):
+        if len(model_facts(model).kv_layers) < len(make_layers.budgets):
             return None
         if given is not None and (type(given) is not DynamicCache or given.offloading):
             raise UsageError(

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
-from evolkv.models import adapters_in_use, cached_layers
+from evolkv.models import adapters_in_use, model_facts
 from evolkv.models.identity import AdaptersInUse
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of, stretching
@@ -32,7 +32,7 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
         assert held is not None
         return rotary_of(held, index)
 
-    places, _ = cached_layers(model)
+    places = model_facts(model).kv_layers
     return [
         LayerContext(row, functools.partial(rotary, place.index), memory, last=row == len(places) - 1)
         for row, place in enumerate(places)

@@ -15,13 +15,13 @@ from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec, get_method
-from evolkv.models import sliding_windows
+from evolkv.models import model_facts
 from evolkv.models.layers import continues_by_token
 from evolkv.selectors import LayerContext, Selector
 
 
 def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:
-    return zip(budgets, sliding_windows(model), layer_contexts(model), strict=True)
+    return zip(budgets, model_facts(model).sliding_windows, layer_contexts(model), strict=True)
 
 
 def make_layers(

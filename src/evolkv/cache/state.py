@@ -1,4 +1,4 @@
-"""The layers of a hybrid model that have no keys and values: nothing is compressed, they keep what they always keep."""
+"""Layers of a hybrid model without keys and values; EvolKV does not compress their states."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
-from evolkv.models import cached_layers
+from evolkv.models import model_facts
 
-#: What a state can consist of.
+#: The kinds of state.
 _KINDS = ("conv", "recurrent")
 
 
 class StateLayer(LinearAttentionLayer):
     """The recurrent states of a layer (linear attention, state-space model, short convolution), a row per sequence.
 
-    transformers' own layer, which can also have its sequences chosen, repeated and merged like those of the layers with
-    keys and values.
+    It is transformers' own layer. In addition, its sequences can be selected, repeated and merged, as those of a
+    `CompressedLayer` can.
     """
 
     def reset(self) -> None:
-        """Empties the layer, which is then ready for another prompt, of any number of sequences."""
+        """Empty the layer, so that it can read another prompt, of any number of sequences."""
         self.__init__(self.number_of_states)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times."""
+        """Repeat every sequence `repeats` times."""
         for states, at, state in self._held():
             states[at] = state.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences `indices`, in that order; an index may occur several times."""
         for states, at, state in self._held():
             states[at] = state[indices.to(state.device)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes of all states."""
         return sum(state.nbytes for _, _, state in self._held())
 
     @classmethod
     def merge(cls, layers: Sequence[StateLayer]) -> StateLayer:
-        """Return the sequences of several layers in one, copied; a layer may occur several times."""
+        """Return one layer with copies of the sequences of several layers; a layer may occur several times."""
         first = layers[0]
         merged = cls(first.number_of_states)
         merged.device, merged.dtype, merged.record_past = first.device, first.dtype, first.record_past
@@ -67,19 +67,19 @@ class StateLayer(LinearAttentionLayer):
         return self.merge([self])
 
     def parts(self) -> dict[str, Tensor]:
-        """Return what going on needs, by the number of the state and its kind: ``0.conv``, ``0.recurrent``."""
+        """Return the states that the next token needs, by number and kind: ``0.conv``, ``0.recurrent``."""
         found = {f"{at}.recurrent": state for at, state in self.recurrent_states.items() if state is not None}
         for at, state in self.conv_states.items():
             if state is not None:
-                # Where tokens may be taken back it holds more columns than that.
+                # Where `crop` may take tokens back, a state holds more columns than the kernel needs.
                 found[f"{at}.conv"] = state[..., -self.conv_kernel_size[at] :]
         return found
 
     def restore(self, parts: Mapping[str, Tensor], updated: Sequence[bool]) -> None:
-        """Takes over what another layer's `parts` were, and which of its states have seen tokens.
+        """Set the states to the `parts` of another layer; `updated` says which of them have seen tokens.
 
         Raises:
-            ValueError: for a part that this layer cannot have.
+            ValueError: a part is not one of this layer.
         """
         for name, part in parts.items():
             at, _, kind = name.partition(".")
@@ -90,21 +90,21 @@ class StateLayer(LinearAttentionLayer):
         self.has_previous_state = dict(zip(range(self.number_of_states), updated, strict=True))
 
     def _held(self) -> list[tuple[dict[int, Tensor | None], int, Tensor]]:
-        """Return each state that there is, and where it is held."""
+        """Return each state, with the dictionary and the number under which it is held."""
         both = (self.conv_states, self.recurrent_states)
         return [(states, at, state) for states in both for at, state in states.items() if state is not None]
 
 
 def arrange(model: PreTrainedModel, kept: Sequence[Any], states: Sequence[StateLayer]) -> list[Any]:
-    """Return all layers of a cache in the decoder's order, from those with keys and values and those with a state."""
-    with_keys, others = cached_layers(model)
-    placed = {place.index: layer for place, layer in zip(with_keys, kept, strict=True)}
-    with_state = [place for place in others if place.states]
-    placed |= {place.index: layer for place, layer in zip(with_state, states, strict=True)}
-    placed |= {place.index: DummyLayer() for place in others if not place.states}
-    return [layer for _, layer in sorted(placed.items(), key=lambda item: item[0])]
+    """Return all layers of a cache in the decoder's order, given those with keys and values and those with states."""
+    facts = model_facts(model)
+    placed: dict[int, Any] = {layer.index: DummyLayer() for layer in facts.other_layers}
+    placed |= {layer.index: own for layer, own in zip(facts.kv_layers, kept, strict=True)}
+    with_state = (layer for layer in facts.other_layers if layer.states)
+    placed |= {layer.index: own for layer, own in zip(with_state, states, strict=True)}
+    return [placed[index] for index in sorted(placed)]
 
 
 def empty_states(model: PreTrainedModel) -> list[StateLayer]:
-    """Return layers for a new cache, one for each that keeps a state."""
-    return [StateLayer(place.states) for place in cached_layers(model)[1] if place.states]
+    """Return new, empty layers, one for each layer of the model that keeps states."""
+    return [StateLayer(place.states) for place in model_facts(model).other_layers if place.states]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from evolkv.allocators import expand, layout
 from evolkv.errors import BudgetError
 from evolkv.evolution.config import SearchConfig
-from evolkv.models import describe_model, sliding_windows
+from evolkv.models import describe_model, model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector
@@ -41,7 +41,7 @@ class SearchSpace:
         self.floor = config.floor if config.floor is not None else selector.min_budget + 1
         self.ceiling = config.ceiling if config.ceiling is not None else longest
         #: Of each layer: entries beyond its own window would never be held.
-        self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in sliding_windows(model)])
+        self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in model_facts(model).sliding_windows])
         #: Of each layer: one whose window is below the floor holds its window.
         self.floors = np.minimum(self.floor, self.ceilings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.facts import ModelFacts, ModelInfo, cached_layers, describe_model, model_facts, sliding_windows
+from evolkv.models.facts import ModelFacts, ModelInfo, describe_model, model_facts
 from evolkv.models.identity import adapters_in_use, is_quantized, weights_checksum
 from evolkv.models.loading import Origin, load_model, loaded_from
 
@@ -15,13 +15,11 @@ __all__ = [
     "Origin",
     "PackagedModel",
     "adapters_in_use",
-    "cached_layers",
     "describe_model",
     "is_quantized",
     "list_models",
     "load_model",
     "loaded_from",
     "model_facts",
-    "sliding_windows",
     "weights_checksum",
 ]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from evolkv.errors import ModelError
 from evolkv.models.identity import fingerprint
@@ -143,25 +142,6 @@ def describe_model(model: nn.Module) -> ModelInfo:
         fingerprint=fingerprint(model, {"type": facts.model_type, **shape}),
         **shape,
     )
-
-
-def cached_layers(model: PreTrainedModel) -> tuple[tuple[KVLayer, ...], tuple[OtherLayer, ...]]:
-    """Return the decoder's layers that have a key-value cache, and the others, each in order.
-
-    Raises:
-        ModelError: as `model_facts`.
-    """
-    facts = model_facts(model)
-    return facts.kv_layers, facts.other_layers
-
-
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """Return the sliding window in tokens of each layer with a key-value cache, None where a layer sees everything.
-
-    Raises:
-        ModelError: as `model_facts`.
-    """
-    return model_facts(model).sliding_windows
 
 
 def _name(config: Any) -> str:

@@ -68,7 +68,7 @@ class OtherLayer:
 def read_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLayer]]:
     """Return the layers of a decoder that have a key-value cache, and the others, each in order.
 
-    `evolkv.models.cached_layers` does so once for each model.
+    `evolkv.models.model_facts` does so once for each model.
 
     Raises:
         ModelError: if the model cannot be compressed.
