@@ -6,11 +6,17 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evolkv.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Schema(BaseModel):
+    """Part of such a file, checked without any conversion; what it has besides is ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def checked(kind: type[M], where: object, data: Any, refusal: type[UsageError] = UsageError) -> M:
@@ -31,6 +37,8 @@ def first_error(error: ValidationError) -> str:
     place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
     if first["type"] == "missing":
         return f"{place} is missing"
+    if first["type"] == "json_invalid":
+        return str(first["msg"])
     if first["type"] == "model_type":
         return f"{place} is {_short(repr(first['input']), 60)}, expected an object".lstrip()
     if isinstance(cause := first.get("ctx", {}).get("error"), UsageError):

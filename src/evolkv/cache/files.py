@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,8 +33,9 @@ from evolkv.cache.resolve import make_layers
 from evolkv.cache.rows import RowGroup
 from evolkv.cache.state import StateLayer, empty_states
 from evolkv.errors import CacheFileError, RunError, UsageError
-from evolkv.models import ModelInfo, describe_model, sliding_windows
+from evolkv.models import ModelInfo, describe_model, model_facts
 from evolkv.models.forward import input_device
+from evolkv.schemas import Schema, first_error
 from evolkv.selectors import Selector, get_selector
 from evolkv.whole_files import write_with
 
@@ -47,9 +48,7 @@ _PARTS = ("rows", "positions", "keys", "values")
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Model(Schema):
     name: str
     fingerprint: str
     num_layers: int
@@ -60,26 +59,20 @@ class _Model(BaseModel):
     rotary: Any = None
 
 
-class _Layer(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Layer(Schema):
     budgets: list[_Count] | list[list[_Count]]
     #: How many groups of rows there are.
     groups: int = Field(ge=1)
 
 
-class _States(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _States(Schema):
     #: The names of `StateLayer.parts`.
     parts: list[str]
     #: Which of the layer's states have seen tokens.
     updated: list[bool]
 
 
-class _Reeviction(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Reeviction(Schema):
     prefill_chunk: int | None
     evict: Literal["once", "again"]
     evict_every: int | None
@@ -91,10 +84,8 @@ class _Reeviction(BaseModel):
     received: bool
 
 
-class _Description(BaseModel):
-    """What a file says about its tensors."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
+class _Description(Schema):
+    """The description of a file's tensors."""
 
     model: _Model
     selector: dict[str, Any]
@@ -127,16 +118,6 @@ def write_cache(
         raise UsageError(f"the cache does not hold {model.dtype}, as the model does; read the prompt without autocast")
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
-    description = _Description(
-        model=_model(model, describe_model(model)),
-        selector=first.selector.to_dict(),
-        prompt_lengths=first.prompt_lengths,
-        prompt_width=first.prompt_width,
-        appended=first.appended,
-        layers=[_Layer(budgets=layer.budgets.tolist(), groups=len(layer.groups)) for layer in layers],
-        states=[_States(parts=list(held.parts()), updated=list(held.has_previous_state.values())) for held in states],
-        reeviction=_reeviction(first) if isinstance(first, ReevictingLayer) else None,
-    )
     tensors = {
         f"{i}.{j}.{part}": getattr(group, part)
         for i, layer in enumerate(layers)
@@ -154,7 +135,17 @@ def write_cache(
         tensors["input_ids"] = input_ids.long()
     # Rows that have room for more must not be stored with it.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    description.crc32 = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    description = _Description(
+        model=_model(model, describe_model(model)),
+        selector=first.selector.to_dict(),
+        prompt_lengths=first.prompt_lengths,
+        prompt_width=first.prompt_width,
+        appended=first.appended,
+        layers=[_Layer(budgets=layer.budgets.tolist(), groups=len(layer.groups)) for layer in layers],
+        states=[_States(parts=list(held.parts()), updated=list(held.has_previous_state.values())) for held in states],
+        reeviction=_reeviction(first) if isinstance(first, ReevictingLayer) else None,
+        crc32={name: _crc32(tensor) for name, tensor in tensors.items()},
+    )
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
     try:
         write_with(path, lambda partial: save_file(tensors, partial, metadata))
@@ -205,7 +196,7 @@ def _model(model: PreTrainedModel, info: ModelInfo) -> _Model:
         num_layers=info.num_layers,
         num_kv_heads=info.num_kv_heads,
         dtype=str(model.dtype).removeprefix("torch."),
-        sliding_windows=sliding_windows(model),
+        sliding_windows=model_facts(model).sliding_windows,
         rotary=None if rotary is None else json.loads(json.dumps(dict(rotary), default=str)),
     )
 
@@ -234,9 +225,7 @@ def _description(metadata: dict[str, str]) -> _Description:
     try:
         return _Description.model_validate_json(metadata.get("cache", ""))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the description"
-        raise CacheFileError(f"damaged: {place}: {first['msg']}; write it again") from None
+        raise CacheFileError(f"damaged: {first_error(error)}; write it again") from None
 
 
 def _check_model(stored: _Model, present: _Model) -> None:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import field_validator
 
 from evolkv.errors import TaskError
+from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
 from evolkv.tasks.prompts import question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
-    Fields,
     Name,
     Place,
     Row,
@@ -164,7 +164,7 @@ class Gsm8k(Task):
         )
 
 
-class _Fields(Fields):
+class _Fields(Schema):
     question: Text
     #: The worked solution.
     answer: Text

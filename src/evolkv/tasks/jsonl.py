@@ -11,13 +11,13 @@ from typing import Annotated, Any, ClassVar, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
 from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
 from evolkv.tasks.rows import (
     AnyText,
     Count,
-    Fields,
     Name,
     Row,
     Splitting,
@@ -142,7 +142,7 @@ def _known_metric(name: str) -> str:
     return name
 
 
-class _Fields(Fields):
+class _Fields(Schema):
     prompt: Text
     answers: Texts | None = None
     answer: Text | None = None

@@ -108,14 +108,13 @@ class NeedleInHaystack(Task):
         for passage, group in groupby(plans, key=lambda plan: plan.passage):
             text = texts(passage)
             # One length for all examples of the passage, so that a depth means the same place in each.
-            end = prompts.longest_cut(text, sample, [0] * self.needles, sample[0][0])
+            end = prompts.longest_cut(text, sample, [0] * self.needles)
             for plan in group:
                 examples.append(self._example(plan, split, seed, prompts, text, end))
         return examples
 
     def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
-        positions = [0] * len(sample)
-        needed = prompts.length("", 0, sample, positions, sample[0][0]) + SLACK
+        needed = prompts.length("", 0, sample, [0] * len(sample)) + SLACK
         if self.context < needed:
             raise TaskError(
                 f"niah: context={self.context} is too small for template, {self.needles} needle(s) and "
@@ -188,9 +187,9 @@ class NeedleInHaystack(Task):
     def _example(self, plan: _Plan, split: Split, seed: int, prompts: _Prompts, text: str, end: int) -> Example:
         word, number = plan.needles[0]
         positions = [_nearest_break(text, round(depth * end), end) for depth in plan.depths]
-        cut = prompts.longest_cut(text, plan.needles, positions, word, guess=end)
+        cut = prompts.longest_cut(text, plan.needles, positions, guess=end)
         place = split if self.language == "en" else f"{self.language}-{split}"
-        prompt = prompts.render(text, cut, plan.needles, positions, word)
+        prompt = prompts.render(text, cut, plan.needles, positions)
         return Example(
             id=f"niah-{place}-{seed}-{plan.index}",
             prompt=prompt,
@@ -217,8 +216,8 @@ class _Plan:
 class _Prompts:
     """Renders prompts from a stretch of text and fits their length to `context` tokens.
 
-    In every method `text[:cut]` is the haystack, `needles` are (word, number), `positions` are the needles'
-    places in the text in characters, and `word` is the one asked for.
+    In every method `text[:cut]` is the haystack, `needles` are (word, number), of which the first is asked for, and
+    `positions` are the needles' places in the text in characters.
     """
 
     tokenizer: Any
@@ -230,10 +229,8 @@ class _Prompts:
     def wording(self) -> Wording:
         return WORDINGS[self.language]
 
-    def render(
-        self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
-    ) -> str:
-        space = gap(self.language)
+    def render(self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int]) -> str:
+        space, word = gap(self.language), needles[0][0]
         parts, done = [], 0
         for position, (key, number) in sorted(zip(positions, needles, strict=True)):
             position = min(position, cut)
@@ -247,11 +244,9 @@ class _Prompts:
         prompt = user_message(self.tokenizer, user) if self.chat else f"{user}\n"
         return prompt + self.wording.answer.format(word=word)
 
-    def length(
-        self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int], word: str
-    ) -> int:
-        """Length of the rendered prompt in tokens."""
-        return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions, word)))
+    def length(self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int]) -> int:
+        """Return the length of the rendered prompt in tokens."""
+        return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions)))
 
     def largest_needles(self, count: int) -> list[tuple[str, int]]:
         """Return the `count` needles that take the most tokens."""
@@ -261,12 +256,7 @@ class _Prompts:
         return [(word, 9_999_999) for word in words[:count]]
 
     def longest_cut(
-        self,
-        text: str,
-        needles: Sequence[tuple[str, int]],
-        positions: Sequence[int],
-        word: str,
-        guess: int | None = None,
+        self, text: str, needles: Sequence[tuple[str, int]], positions: Sequence[int], guess: int | None = None
     ) -> int:
         """Return how much of `text`, in characters, brings the prompt to `context` tokens or at most `SLACK` below.
 
@@ -274,7 +264,7 @@ class _Prompts:
         """
 
         def missing(cut: int) -> int:
-            return self.context - self.length(text, cut, needles, positions, word)
+            return self.context - self.length(text, cut, needles, positions)
 
         sample = text[: 4 * self.context]
         per_token = max(1.0, len(sample) / max(1, len(encode_text(self.tokenizer, sample))))

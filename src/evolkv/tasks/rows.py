@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
-from evolkv.schemas import checked
+from evolkv.schemas import Schema, checked
 from evolkv.tasks.base import Split, partition
 from evolkv.tasks.metrics import MODEL_METRICS, get_metric
 
@@ -28,12 +28,6 @@ _NOT_ASKED = (*MODEL_METRICS, "rouge_l", "rouge_l_zh")
 
 Splitting = Literal["auto", "all"]
 """The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""
-
-
-class Fields(BaseModel):
-    """The fields that a task reads of each row; others are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
 def _not_blank(value: str) -> str:
@@ -48,7 +42,7 @@ Texts = Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 #: What a row is called: a text, or a whole number.
 Name = Annotated[Text, BeforeValidator(lambda value: str(value) if is_whole(value) else value)]
-AnyFields = TypeVar("AnyFields", bound=Fields)
+AnyFields = TypeVar("AnyFields", bound=Schema)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 from evolkv.errors import TaskError
 from evolkv.registry import unknown_name
+from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
@@ -20,7 +21,6 @@ from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_cha
 from evolkv.tasks.rows import (
     AnyText,
     Count,
-    Fields,
     Name,
     Row,
     Splitting,
@@ -186,7 +186,7 @@ class LongBench(Task):
         )
 
 
-class _Fields(Fields):
+class _Fields(Schema):
     input: AnyText
     context: Text
     answers: Annotated[list[AnyText], Field(min_length=1)]

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from evolkv.schemas import Schema
 from evolkv.tasks.base import read_text
-from evolkv.tasks.rows import AnyText, Fields, Name, Row, Text, Texts, checked_rows, digest, parse_rows
+from evolkv.tasks.rows import AnyText, Name, Row, Text, Texts, checked_rows, digest, parse_rows
 
 
-class Prepared(Fields):
+class Prepared(Schema):
     """What to ask, what the answer begins with (None: the input may end with it) and what counts as right."""
 
     input: Text

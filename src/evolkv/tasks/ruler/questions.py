@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from pydantic import Field, Strict, model_validator
 
 from evolkv.errors import TaskError
-from evolkv.schemas import checked
+from evolkv.schemas import Schema, checked
 from evolkv.tasks.base import Split, read_text
-from evolkv.tasks.rows import AnyText, Fields, Row, Splitting, Text, check_split, digest, distinct, draw, of_split
+from evolkv.tasks.rows import AnyText, Row, Splitting, Text, check_split, digest, distinct, draw, of_split
 from evolkv.tasks.ruler.puzzle import Family, Puzzle
 
 TEMPLATE = (
@@ -31,7 +31,7 @@ FAMILY = Family(
 )
 
 
-class Question(Fields):
+class Question(Schema):
     """A question with its documents.
 
     Attributes:
@@ -73,11 +73,11 @@ def question_puzzles(
     return [_puzzle(question.fields, documents, f"ruler-qa/{seed}/{question.content}") for question in drawn]
 
 
-class _SquadAnswer(Fields):
+class _SquadAnswer(Schema):
     text: Text
 
 
-class _SquadQuestion(Fields):
+class _SquadQuestion(Schema):
     question: Text
     answers: list[_SquadAnswer]
     is_impossible: bool = False
@@ -89,17 +89,17 @@ class _SquadQuestion(Fields):
         return self
 
 
-class _SquadParagraph(Fields):
+class _SquadParagraph(Schema):
     context: Text
     qas: list[_SquadQuestion]
 
 
-class _SquadArticle(Fields):
+class _SquadArticle(Schema):
     title: Text
     paragraphs: list[_SquadParagraph]
 
 
-class _Squad(Fields):
+class _Squad(Schema):
     data: list[_SquadArticle]
 
 
@@ -126,7 +126,7 @@ def squad(path: str) -> Iterator[Row[Question]]:
 _Titled = Annotated[tuple[AnyText, list[AnyText]], Strict(False)]
 
 
-class _HotpotQuestion(Fields):
+class _HotpotQuestion(Schema):
     question: Text
     answer: Text
     context: Annotated[list[_Titled], Field(min_length=1)]
