@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import evolkv
+from evolkv.cache.recording import from_rankings
 from evolkv.errors import TaskError, UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, decode
 from evolkv.evaluation.decode import greedy, target_log_probs
@@ -139,7 +140,7 @@ def test_reading_a_question_first_is_part_of_the_continuation(family, piece, mon
 
     def cache():
         held = [layer.held() for layer in recorded.kv_layers]
-        return evolkv.CompressedCache.from_rankings(model, held, rankings, everything, get_selector("knorm"))
+        return from_rankings(model, held, rankings, everything, get_selector("knorm"))
 
     logits = recorded.next_logits.expand(2, -1)
     found = target_log_probs(model, cache(), logits, [30, 30], targets, questions)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from evolkv.cache.hook import Attention
-from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.math import attention, extra_term, fold_sinks, logit_terms
 from evolkv.cache.rows import RowGroup, RowOrder
 from evolkv.errors import UsageError
 
@@ -60,15 +60,15 @@ def attend_groups(
     batch, heads, queries, head_dim = query.shape
     fold = heads // kv_heads
     rows = query.reshape(batch * kv_heads, fold * queries, head_dim)
-    scaling, softcap = scaling_of(query, kwargs), kwargs.get("softcap")
-    sinks = fold_sinks(sinks_of(kwargs), kv_heads, queries)
+    terms = logit_terms(query, kwargs)
+    sinks = fold_sinks(terms["sinks"], kv_heads, queries)
     outputs = []
     for i, asking in enumerate((rows,) if order is None else order.by_group(rows)):
         group, shown = groups[i], None if visible is None else visible[i]
         if shown is not None and queries > 1:
             shown = shown.repeat(1, fold, 1)
         sunk = None if sinks is None else sinks[group.rows % kv_heads]
-        outputs.append(attention(asking, group.keys, group.values, shown, scaling, softcap, sunk))
+        outputs.append(attention(asking, group.keys, group.values, shown, terms["scaling"], terms["softcap"], sunk))
     output = outputs[0] if order is None else order.in_order(outputs)
     if queries == 1:
         return output.reshape(batch, 1, heads, -1)
@@ -135,7 +135,7 @@ def suits_kernels(groups: Sequence[RowGroup], parts: Sequence[Tensor], kwargs: d
     """
     parts = [*parts, *(held for group in groups for held in (group.keys, group.values))]
     alike = all(part.dtype == parts[0].dtype for part in parts) and parts[0].dtype in _KERNEL_DTYPES
-    sinks = sinks_of(kwargs)
+    sinks = kwargs.get("s_aux")
     asked = parts if sinks is None else [*parts, sinks]
     gradient = torch.is_grad_enabled() and any(part.requires_grad for part in asked)
     return alike and not gradient and extra_term(kwargs) is None
@@ -177,9 +177,7 @@ def attend_with_kernels(
         max(group.keys.shape[1] for group in groups),
         aligned=aligned,
         kv_heads=kv_heads,
-        scaling=scaling_of(query, kwargs),
-        softcap=kwargs.get("softcap"),
         window=window,
-        sinks=sinks_of(kwargs),
+        **logit_terms(query, kwargs),
     )
     return output.reshape(batch, 1, heads, -1)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,14 +16,13 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
-from evolkv.cache.resolve import LayerMaker, make_layers
+from evolkv.cache.resolve import LayerMaker
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
 from evolkv.models import adapters_in_use
 from evolkv.models.forward import input_device
 from evolkv.numbers import is_whole
-from evolkv.selectors import Selector
 
 
 class CompressedCache(HookedCache):
@@ -187,7 +185,7 @@ class CompressedCache(HookedCache):
         """
         seen, before = self.get_seq_length(), self._seen_before_generate
         in_pieces = seen and (before == 0 or (before is None and self.block is not None))
-        if in_pieces and not (self.prefill_chunk or self.reeviction.evict == "again"):
+        if in_pieces and not (self.reeviction.prefill_chunk or self.reeviction.evict == "again"):
             raise UsageError(
                 "generate(prefill_chunk_size=...) brings the prompt in several calls, of which only the first would be "
                 "compressed; leave it out, or give the cache or compress() prefill_chunk=N to evict after each chunk"
@@ -355,11 +353,6 @@ class CompressedCache(HookedCache):
         return layer.reeviction if isinstance(layer, ReevictingLayer) else ONCE
 
     @property
-    def prefill_chunk(self) -> int | None:
-        """Tokens of the chunks in which calls are read, or None."""
-        return self.reeviction.prefill_chunk
-
-    @property
     def evicts_later(self) -> bool:
         """Return whether a later call may evict something: of a prompt that goes on, or after it."""
         return any(isinstance(layer, ReevictingLayer) and layer.evicts_later for layer in self.kv_layers)
@@ -367,7 +360,7 @@ class CompressedCache(HookedCache):
     @property
     def most_tokens(self) -> int | None:
         """See `HookedCache.most_tokens`."""
-        return self.prefill_chunk or super().most_tokens
+        return self.reeviction.prefill_chunk or super().most_tokens
 
     def end_prompt(self) -> None:
         """Mark a prompt that may come in several calls as complete; a call of a single token does so too."""
@@ -412,34 +405,6 @@ class CompressedCache(HookedCache):
                 rows = torch.bincount(group.rows.cpu() // layer.num_kv_heads, minlength=len(totals))
                 totals += rows * (group.keys[0].nbytes + group.values[0].nbytes)
         return totals.tolist()
-
-    @classmethod
-    def from_rankings(
-        cls,
-        model: PreTrainedModel,
-        keys_values: list[tuple[Tensor, Tensor]],
-        rankings: list[Tensor],
-        budgets: np.ndarray,
-        selector: Selector,
-        room: int = 0,
-        states: Sequence[StateLayer] = (),
-    ) -> CompressedCache:
-        """One prompt under several budgets, a sequence for each, from a prefill that was recorded.
-
-        Args:
-            model: the model.
-            keys_values: by layer with keys and values, keys and values ``[1, kv_heads, tokens, dim]``.
-            rankings: by layer, ``[sequences, kv_heads, tokens]``.
-            budgets: ``[sequences, layers, kv_heads]``.
-            selector: recorded with the layers; the rankings decide.
-            room: new tokens to reserve memory for.
-            states: what the prompt left in the other layers of a hybrid model, one sequence each.
-        """
-        repeated = [StateLayer.merge([state] * len(budgets)) for state in states]
-        cache = cls.with_layers(model, make_layers(model, np.moveaxis(budgets, 1, 0), selector), repeated)
-        for layer, (key, value), ranking in zip(cache.kv_layers, keys_values, rankings, strict=True):
-            layer.store_ranked(key, value, ranking, room)
-        return cache
 
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:

@@ -1,14 +1,14 @@
 """Triton kernels of a decode step: every row of a layer at once, each at its own length, where its entries lie.
 
-`decode` appends one token to every row and attends to all that the row holds. The reference is `cache/math.py`, row by
-row. The longest row is split among programs (flash decoding: Dao et al. 2023, "Flash-Decoding for long-context
+`decode` appends one token to every row and attends to all that the row holds. Tests compare it with `cache/math.py`,
+row by row. Several programs share the longest row (flash decoding: Dao et al. 2023, "Flash-Decoding for long-context
 inference"), so that one head with a long budget does not keep the others waiting.
 
-`EVOLKV_TRITON=1` makes ragged layers on a GPU use them. On a CPU they run in Triton's interpreter only
+With `EVOLKV_TRITON=1`, ragged layers on a GPU use these kernels. On a CPU they run in Triton's interpreter only
 (`TRITON_INTERPRET=1`), which is for tests.
 """
 
-# Kernels are written in Triton's language, which has types of its own.
+# Triton's language has types of its own.
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor
 
 from evolkv.cache.rows import RowGroup
 
-# Entries that one program attends to, and how many of them at a time at most.
+# Entries that one program attends to, and the most that it loads at a time.
 _SPLIT, _MOST_TILE = 256, 64
-# Tiles of keys and values on their way: these many at once, in so many bytes of a GPU's shared memory.
+# Tiles of keys and values that are loaded ahead, and the bytes of a GPU's shared memory for them.
 _STAGES, _SHARED = 2, 2**16
-# Matrix units multiply no smaller blocks; what is more than there is is masked.
+# Matrix units multiply no smaller blocks; places beyond the data are masked.
 _LEAST_BLOCK = 16
-# Bytes that are loaded at once where everything begins at a multiple of them.
+# A GPU loads this many bytes at once, if every address is a multiple of them.
 _ALIGNED = 16
 
 
 class RowTable:
-    """Where the entries of each row of a layer lie, told to the device only when something has moved."""
+    """The addresses of each row's entries in a layer; sent to the device only when an address has changed."""
 
     def __init__(self) -> None:
         self._order: list[Tensor] = []
@@ -46,7 +46,7 @@ class RowTable:
         self._aligned = False
 
     def of(self, groups: Sequence[RowGroup]) -> tuple[Tensor, int, bool]:
-        """Return where the rows of a layer's groups lie now.
+        """Return the present addresses of the rows of a layer's groups.
 
         Returns:
             The table, ``[4, rows]`` int64: the addresses of each row's keys, values and positions, and how many entries
@@ -83,7 +83,7 @@ class RowTable:
         return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
-# Numbers that change from step to step are not compiled in.
+# These numbers change from step to step, so they are not compiled in.
 @triton.jit(do_not_specialize=["rows", "since"])
 def _append_kernel(
     new_keys,
@@ -96,7 +96,7 @@ def _append_kernel(
     KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
 ):
-    """Writes the new key and value of a row behind those it holds."""
+    """Write the new key and value of a row behind those that the row holds."""
     row = tl.program_id(0)
     last = tl.load(table + 3 * rows + row) + since - 1
     keys = tl.load(table + row).to(tl.pointer_type(new_keys.dtype.element_ty))
@@ -104,8 +104,8 @@ def _append_kernel(
     d = tl.arange(0, KEY_BLOCK)
     tl.store(keys + last * KEY_DIM + d, tl.load(new_keys + row * KEY_DIM + d, mask=d < KEY_DIM), mask=d < KEY_DIM)
     e = tl.arange(0, VALUE_BLOCK)
-    held = tl.load(new_values + row * VALUE_DIM + e, mask=e < VALUE_DIM)
-    tl.store(values + last * VALUE_DIM + e, held, mask=e < VALUE_DIM)
+    new_value = tl.load(new_values + row * VALUE_DIM + e, mask=e < VALUE_DIM)
+    tl.store(values + last * VALUE_DIM + e, new_value, mask=e < VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["rows", "since", "splits", "window"])
@@ -133,7 +133,7 @@ def _split_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Attention of a row's queries to one stretch of its entries, not yet divided by the sum of the weights."""
+    """Attend with a row's queries to one stretch of its entries, without dividing by the sum of the weights."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     entries = tl.load(table + 3 * rows + row) + since
@@ -145,10 +145,11 @@ def _split_kernel(
         keys = tl.multiple_of(keys, 16)
         values = tl.multiple_of(values, 16)
 
+    # Indices: m of queries, d of key channels, e of value channels, n of entries.
     m = tl.arange(0, QUERY_BLOCK)
     d = tl.arange(0, KEY_BLOCK)
     e = tl.arange(0, VALUE_BLOCK)
-    asking = tl.load(
+    queries = tl.load(
         query + (row * FOLD + m)[:, None] * KEY_DIM + d[None, :],
         mask=(m < FOLD)[:, None] & (d < KEY_DIM)[None, :],
         other=0.0,
@@ -157,7 +158,7 @@ def _split_kernel(
         positions = tl.load(table + 2 * rows + row).to(tl.pointer_type(tl.int32))
         oldest = tl.load(positions + entries - 1).to(tl.int64) - window + 1
 
-    best = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+    highest = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     output = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
     end = tl.minimum(entries, (split + 1) * SPLIT)
@@ -165,27 +166,27 @@ def _split_kernel(
         n = first + tl.arange(0, TILE)
         seen = n < entries
         key = tl.load(keys + n[None, :] * KEY_DIM + d[:, None], mask=seen[None, :] & (d < KEY_DIM)[:, None], other=0.0)
-        # No TF32: float32 stays as exact as in the reference.
-        logits = tl.dot(asking, key, input_precision="ieee") * scaling
+        # Without TF32, because float32 must be as exact as in the reference.
+        logits = tl.dot(queries, key, input_precision="ieee") * scaling
         if HAS_SOFTCAP:
             logits = (2 * tl.sigmoid(2 * logits / softcap) - 1) * softcap
         if HAS_WINDOW:
             seen = seen & (tl.load(positions + n, mask=seen, other=-1) >= oldest)
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        now = tl.maximum(best, tl.max(logits, 1))
-        # A tile that the window hides has no largest logit to subtract.
-        base = tl.where(now == float("-inf"), 0.0, now)
-        weights = tl.exp(logits - base[:, None])
-        shrink = tl.exp(best - base)
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # If the window hides a whole tile, there is no largest logit to subtract.
+        offset = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(logits - offset[:, None])
+        rescale = tl.exp(highest - offset)
         value = tl.load(
             values + n[:, None] * VALUE_DIM + e[None, :], mask=seen[:, None] & (e < VALUE_DIM)[None, :], other=0.0
         )
-        total = total * shrink + tl.sum(weights, 1)
-        output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        best = now
+        total = total * rescale + tl.sum(weights, 1)
+        output = output * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        highest = higher
 
     part = (row * splits + split) * FOLD + m
-    tl.store(maxima + part, best, mask=m < FOLD)
+    tl.store(maxima + part, highest, mask=m < FOLD)
     tl.store(sums + part, total, mask=m < FOLD)
     tl.store(
         outputs + part[:, None] * VALUE_DIM + e[None, :], output, mask=(m < FOLD)[:, None] & (e < VALUE_DIM)[None, :]
@@ -211,32 +212,32 @@ def _merge_kernel(
     SPLIT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """The stretches of one row together; a sink is one more entry, without a value."""
+    """Combine the stretches of one row; a sink counts as one more entry, without a value."""
     row = tl.program_id(0).to(tl.int64)
     entries = tl.load(table + 3 * rows + row) + since
     m = tl.arange(0, QUERY_BLOCK)
     e = tl.arange(0, VALUE_BLOCK)
-    best = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
+    highest = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     output = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
     if HAS_SINKS:
-        best = tl.load(sinks + (row % kv_heads) * FOLD + m, mask=m < FOLD, other=0.0).to(tl.float32)
+        highest = tl.load(sinks + (row % kv_heads) * FOLD + m, mask=m < FOLD, other=0.0).to(tl.float32)
         total += 1.0
     for split in range(tl.cdiv(entries, SPLIT)):
         part = (row * splits + split) * FOLD + m
-        its_best = tl.load(maxima + part, mask=m < FOLD, other=float("-inf"))
-        its_total = tl.load(sums + part, mask=m < FOLD, other=0.0)
-        its_output = tl.load(
+        split_highest = tl.load(maxima + part, mask=m < FOLD, other=float("-inf"))
+        split_total = tl.load(sums + part, mask=m < FOLD, other=0.0)
+        split_output = tl.load(
             outputs + part[:, None] * VALUE_DIM + e[None, :],
             mask=(m < FOLD)[:, None] & (e < VALUE_DIM)[None, :],
             other=0.0,
         )
-        now = tl.maximum(best, its_best)
-        base = tl.where(now == float("-inf"), 0.0, now)
-        before, more = tl.exp(best - base), tl.exp(its_best - base)
-        total = total * before + its_total * more
-        output = output * before[:, None] + its_output * more[:, None]
-        best = now
+        higher = tl.maximum(highest, split_highest)
+        offset = tl.where(higher == float("-inf"), 0.0, higher)
+        scale, split_scale = tl.exp(highest - offset), tl.exp(split_highest - offset)
+        total = total * scale + split_total * split_scale
+        output = output * scale[:, None] + split_output * split_scale[:, None]
+        highest = higher
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(
         merged + (row * FOLD + m)[:, None] * VALUE_DIM + e[None, :],
@@ -260,7 +261,7 @@ def decode(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Appends one token to every row, in memory that is there already, and attends to all that the row then holds.
+    """Append one token to every row, in memory that is reserved already, and attend to all that the row then holds.
 
     Args:
         query: ``[rows, fold, head_dim]``, `fold` query heads for each KV head; in the number format of all else.
@@ -338,6 +339,6 @@ def _block(size: int) -> int:
 
 
 def tile_of(key_dim: int, value_dim: int, element_size: int) -> int:
-    """Entries that a program attends to at a time, so that tiles fit into the shared memory of any GPU."""
+    """Return the entries that a program loads at a time, such that tiles fit into the shared memory of any GPU."""
     fitting = _SHARED // (_STAGES * element_size * (_block(key_dim) + _block(value_dim)))
     return max(_LEAST_BLOCK, min(_MOST_TILE, 2 ** (fitting.bit_length() - 1)))

@@ -23,8 +23,8 @@ from evolkv.cache.attend import (
 )
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, was_padding
-from evolkv.cache.math import check_plain_logits, scaling_of, sinks_of
-from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups
+from evolkv.cache.math import check_plain_logits, logit_terms
+from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
@@ -98,9 +98,7 @@ class CompressedLayer(CacheLayerMixin):
         """Return the prompt positions held for one row, ascending, ``[entries]`` int64."""
         row = sequence * self.num_kv_heads + head
         for group in self.groups:
-            slot = (group.rows == row).nonzero()
-            if len(slot):
-                positions = group.positions[slot[0, 0]].long()
+            for positions in group.positions[group.rows == row].long():
                 return positions[(positions >= 0) & (positions < self.prompt_lengths[sequence])]
         return torch.empty(0, dtype=torch.long)
 
@@ -265,14 +263,7 @@ class CompressedLayer(CacheLayerMixin):
     # Attention.
 
     def attend(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention of the new tokens to what the layer holds and to themselves, and store them."""
         if self.drafted:
@@ -280,14 +271,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
             prompt = PromptAttention(
-                query,
-                key,
-                value,
-                scaling_of(query, kwargs),
-                kwargs.get("softcap"),
-                self.sliding_window,
-                layer=self.context,
-                sinks=sinks_of(kwargs),
+                query, key, value, sliding_window=self.sliding_window, layer=self.context, **logit_terms(query, kwargs)
             )
             self.store_prompt(prompt, padding_of(mask))
             if self.context is not None:
@@ -298,26 +282,17 @@ class CompressedLayer(CacheLayerMixin):
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def _attend_drafted(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to a prompt and drafted tokens in one call, with the result of a call for each."""
         at, self.drafted = key.shape[2] - self.drafted, 0
         masks = (mask, mask)
         if mask is not None:
             masks = (mask[:, :at], mask) if mask.ndim == 2 else (mask[..., :at, :at], mask[..., at:, :])
-        outputs = []
-        for where, part in zip((slice(None, at), slice(at, None)), masks, strict=True):
-            output, _ = self.attend(
-                own, module, query[:, :, where], key[:, :, where], value[:, :, where], part, **kwargs
-            )
-            outputs.append(output)
+        outputs = [
+            self.attend(own, module, query[:, :, new], key[:, :, new], value[:, :, new], part, **kwargs)[0]
+            for new, part in zip((slice(None, at), slice(at, None)), masks, strict=True)
+        ]
         return torch.cat(outputs, dim=1), None
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
@@ -386,14 +361,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_lengths, self.prompt_width, self.is_initialized = lengths, width, True
 
     def _decode(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, new, _ = key.shape
         if self.record_past:
@@ -413,32 +381,31 @@ class CompressedLayer(CacheLayerMixin):
             for group, keys, values in zip(self.groups, *map(order.by_group, rows), strict=True):
                 group.append(keys, values)
         self.appended += new
-        may_hide = False
-        if self.sliding_window is not None:
+        window = self.sliding_window
+        if window is not None:
             self._record_positions(new)
-            may_hide = self._window_may_hide()
+            # A window that is longer than the text hides nothing.
+            window = window if max(self.prompt_lengths) + self.appended > window else None
 
-        output: tuple[Tensor, Tensor | None]
+        weights = None
         if kernels:
             self._table = self._table or kernels.RowTable()
-            window, newest = self.sliding_window if may_hide else None, (rows[0][:, 0], rows[1][:, 0])
-            attended = attend_with_kernels(kernels, self._table, query, newest, self.groups, heads, window, kwargs)
-            output = attended, None
-        elif visible is None and not may_hide and order is None and not folding_is_equal(own, kwargs):
-            output = attend_as_model(own, module, query, self.groups[0], heads, kwargs)
+            newest = (rows[0][:, 0], rows[1][:, 0])
+            output = attend_with_kernels(kernels, self._table, query, newest, self.groups, heads, window, kwargs)
+        elif visible is None and window is None and order is None and not folding_is_equal(own, kwargs):
+            output, weights = attend_as_model(own, module, query, self.groups[0], heads, kwargs)
         else:
             check_plain_logits(module, kwargs)
             shown = None
-            if visible is not None or may_hide:
-                window = self.sliding_window if may_hide else None
+            if visible is not None or window is not None:
                 shown = [
                     visible_in_group(group, query.shape[2], visible, heads, window, padded=self.real is not None)
                     for group in self.groups
                 ]
-            output = attend_groups(query, self.groups, order, shown, heads, kwargs), None
-        if not self.record_past and self.sliding_window is not None:
+            output = attend_groups(query, self.groups, order, shown, heads, kwargs)
+        if not self.record_past:
             self._drop_out_of_window()
-        return output
+        return output, weights
 
     def _visible_columns(self, mask: Any, batch: int, new: int) -> Tensor | None:
         """Return which columns after the prompt each new token sees, ``[batch or 1, 1, new, columns]``; None: all."""
@@ -463,33 +430,20 @@ class CompressedLayer(CacheLayerMixin):
 
     def _positions_since(self) -> Tensor:
         """Return the positions of all columns after the prompt, ``[batch, appended]`` int32, -1 for padding."""
-        start = torch.tensor(self.prompt_lengths, device=self.device)[:, None]
-        if self.real is None:
-            return (start + torch.arange(self.appended, device=self.device)).to(torch.int32)
-        places = start + self.real.cumsum(dim=1) - 1
-        return places.where(self.real, -1).to(torch.int32)
+        return later_positions(torch.tensor(self.prompt_lengths, device=self.device), self.appended, self.real)
 
     def _record_positions(self, new: int) -> None:
         since = self._positions_since()[:, self.appended - new :]
         for group in self.groups:
             group.positions = torch.cat([group.positions, since[group.rows // self.num_kv_heads]], dim=1)
 
-    def _window_may_hide(self) -> bool:
-        return self.sliding_window is not None and max(self.prompt_lengths) + self.appended > self.sliding_window
-
     def _drop_out_of_window(self) -> None:
         if self.sliding_window is None:
             return
-        if self.real is None:
-            for group in self.groups:
-                surplus = group.keys.shape[1] - self.sliding_window
-                if surplus > 0:
-                    group.drop_oldest(surplus)
-            return
-        seen = torch.tensor(self.prompt_lengths, device=self.device) + self.real.sum(dim=1)
+        oldest = None
+        if self.real is not None:
+            seen = torch.tensor(self.prompt_lengths, device=self.device) + self.real.sum(dim=1)
+            oldest = seen - self.sliding_window
         for group in self.groups:
-            # Padding takes no token's place in the window, and the rows of a group stay equally long.
-            outside = group.positions < (seen - self.sliding_window)[group.rows // self.num_kv_heads, None]
-            surplus = int(outside.cumprod(dim=1).sum(dim=1).min())
-            if surplus > 0:
-                group.drop_oldest(surplus)
+            before = None if oldest is None else oldest[group.rows // self.num_kv_heads]
+            group.leave_window(self.sliding_window, before)

@@ -32,19 +32,18 @@ def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def scaling_of(query: Tensor, kwargs: dict[str, Any]) -> float:
-    """Return the factor on the attention logits that the model asks for."""
-    scaling = kwargs.get("scaling")
-    return float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+def logit_terms(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `scaling`, `softcap` and `sinks` of a model's attention call, as `PromptAttention` takes them.
 
-
-def sinks_of(kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the model's attention sinks, a logit for each query head, ``[heads]``, or None.
-
-    A sink takes part in the softmax as if it were one more key, whose value is zero (GPT-OSS).
+    Sinks are a logit for each query head, ``[heads]``, or None. A sink takes part in the softmax as if it were one more
+    key, whose value is zero (GPT-OSS).
     """
-    sinks: Tensor | None = kwargs.get("s_aux")
-    return None if sinks is None else sinks.flatten()
+    scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+    return {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "softcap": kwargs.get("softcap"),
+        "sinks": None if sinks is None else sinks.flatten(),
+    }
 
 
 def fold_sinks(sinks: Tensor | None, kv_heads: int, queries: int, repeats: int = 1) -> Tensor | None:

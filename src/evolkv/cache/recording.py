@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
+from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import attention, extra_term, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.math import attention, extra_term, fold_sinks, logit_terms
+from evolkv.cache.resolve import make_layers
 from evolkv.cache.state import StateLayer
-from evolkv.models import sliding_windows
+from evolkv.models import model_facts
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
@@ -57,26 +60,17 @@ class RecordingLayer(DynamicLayer):
         return tag(keys, values, self)
 
     def attend(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the model's own attention, and record the rankings."""
         prompt = PromptAttention(
             query,
             key,
             value,
-            scaling_of(query, kwargs),
-            kwargs.get("softcap"),
-            self.sliding_window,
+            sliding_window=self.sliding_window,
             first_query=key.shape[2] - query.shape[2],
             layer=self.context,
-            sinks=sinks_of(kwargs),
+            **logit_terms(query, kwargs),
         )
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
@@ -168,7 +162,7 @@ class RecordingCache(HookedCache):
     kv_layers: list[RecordingLayer]
 
     def __init__(self, model: PreTrainedModel, selectors: list[Selector], observers: Sequence[Observer] = ()):
-        places = zip(sliding_windows(model), layer_contexts(model), strict=True)
+        places = zip(model_facts(model).sliding_windows, layer_contexts(model), strict=True)
         super().__init__(
             model, [RecordingLayer(selectors, list(observers), window, context) for window, context in places]
         )
@@ -185,3 +179,30 @@ class RecordingCache(HookedCache):
         assert not self.state_layers or tokens in (0, self.get_seq_length())
         for layer in self.kv_layers:
             layer.cut(tokens)
+
+
+def from_rankings(
+    model: PreTrainedModel,
+    keys_values: list[tuple[Tensor, Tensor]],
+    rankings: list[Tensor],
+    budgets: np.ndarray,
+    selector: Selector,
+    room: int = 0,
+    states: Sequence[StateLayer] = (),
+) -> CompressedCache:
+    """Return a cache of one prompt under several budgets, a sequence for each, from a prefill that was recorded.
+
+    Args:
+        model: the model.
+        keys_values: by layer with keys and values, keys and values ``[1, kv_heads, tokens, dim]``.
+        rankings: by layer, ``[sequences, kv_heads, tokens]``.
+        budgets: ``[sequences, layers, kv_heads]``.
+        selector: recorded with the layers; the rankings decide.
+        room: new tokens to reserve memory for.
+        states: what the prompt left in the other layers of a hybrid model, one sequence each.
+    """
+    repeated = [StateLayer.merge([state] * len(budgets)) for state in states]
+    cache = CompressedCache.with_layers(model, make_layers(model, np.moveaxis(budgets, 1, 0), selector), repeated)
+    for layer, (key, value), ranking in zip(cache.kv_layers, keys_values, rankings, strict=True):
+        layer.store_ranked(key, value, ranking, room)
+    return cache

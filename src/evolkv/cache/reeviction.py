@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_columns
-from evolkv.cache.math import scaling_of, sinks_of
+from evolkv.cache.math import logit_terms
 from evolkv.cache.rows import RowGroup, group_rows
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
@@ -186,14 +186,7 @@ class ReevictingLayer(CompressedLayer):
             self.received = [self.received[i * self.num_kv_heads + head] for i in order for head in heads]
 
     def attend(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the new tokens to what the layer holds and to themselves; then stores them, and may cut."""
         real = real_columns(mask, key.shape[2])
@@ -207,12 +200,7 @@ class ReevictingLayer(CompressedLayer):
             output = self._decode(own, module, query, key, value, mask, **kwargs)
         self._remember(query, real)
         if self._cutting:
-            logits = {
-                "scaling": scaling_of(query, kwargs),
-                "softcap": kwargs.get("softcap"),
-                "sinks": sinks_of(kwargs),
-            }
-            self._cut(logits, first)
+            self._cut(logit_terms(query, kwargs), first)
             self._cutting = False
         return output
 

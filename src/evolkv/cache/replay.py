@@ -18,10 +18,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache
-from evolkv.cache.math import attention, check_plain_logits, fold_sinks, scaling_of, sinks_of
+from evolkv.cache.math import attention, check_plain_logits, fold_sinks, logit_terms
 from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.state import StateLayer
-from evolkv.models import cached_layers, sliding_windows
+from evolkv.models import model_facts
 from evolkv.selectors import Selector
 
 
@@ -138,7 +138,7 @@ class ReplayLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with all candidates' queries to the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
-        terms = scaling_of(query, kwargs), kwargs.get("softcap"), sinks_of(kwargs)
+        terms = logit_terms(query, kwargs).values()
         outputs, start = [], 0
         for part in self.prompts:
             rows = slice(start, start + len(part.counts))
@@ -201,7 +201,7 @@ class ReplayCache(HookedCache):
         self.shared = shared
         #: Rows that come out of the model for each row that goes in.
         self.fan = len(budgets) if shared else 1
-        for index, window in enumerate(sliding_windows(model)):
+        for index, window in enumerate(model_facts(model).sliding_windows):
             parts = []
             rows = budgets[:1] if index < shared else budgets
             for prompt in prompts:
@@ -217,7 +217,8 @@ class ReplayCache(HookedCache):
                     )
                 )
             layers.append(ReplayLayer(parts, window))
-        places, others = cached_layers(model)
+        facts = model_facts(model)
+        places, others = facts.kv_layers, facts.other_layers
         #: The decoder layer at which a row per prompt becomes a row per candidate.
         self.fan_at = places[shared].index
         states = []

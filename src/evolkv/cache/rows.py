@@ -149,6 +149,22 @@ class RowGroup:
             self.keys, self.values = self.keys[:, count:], self.values[:, count:]
         self.positions = self.positions[:, count:].clone()
 
+    def leave_window(self, window: int, before: Tensor | None) -> None:
+        """Forget the entries that have left a sliding window of so many tokens.
+
+        Args:
+            window: tokens that a query sees.
+            before: of each row, the position up to which tokens have left; None where there is no padding, so that
+                every entry takes a place in the window.
+        """
+        surplus = self.keys.shape[1] - window
+        if before is not None:
+            # Padding takes no token's place in the window, and the rows of a group stay equally long.
+            outside = self.positions < before[:, None]
+            surplus = int(outside.cumprod(dim=1).sum(dim=1).min())
+        if surplus > 0:
+            self.drop_oldest(surplus)
+
     def select(self, rows: Tensor) -> RowGroup | None:
         """Return the group for a new set of rows, of which row ``i`` is a copy of the present row ``rows[i]``."""
         slots = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
@@ -188,6 +204,20 @@ class RowOrder:
     def in_order(self, shares: Sequence[Tensor]) -> Tensor:
         """Return ``[rows, ...]`` from each group's share."""
         return torch.cat(list(shares)).index_select(0, self.places)
+
+
+def later_positions(lengths: Tensor, count: int, real: Tensor | None) -> Tensor:
+    """Return the positions of the tokens after prompts, ``[batch, count]`` int32, -1 for padding.
+
+    Args:
+        lengths: tokens of each prompt, ``[batch]``.
+        count: columns after the prompts.
+        real: which of these are tokens, ``[batch, count]``; None where all are.
+    """
+    if real is None:
+        return (lengths[:, None] + torch.arange(count, device=lengths.device)).to(torch.int32)
+    places = lengths[:, None] + real.cumsum(dim=1) - 1
+    return places.where(real, -1).to(torch.int32)
 
 
 def group_rows(counts: np.ndarray) -> list[tuple[int, np.ndarray]]:

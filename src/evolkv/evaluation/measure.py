@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.cache.recording import RecordedPrompt
+from evolkv.cache.recording import RecordedPrompt, from_rankings
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
@@ -235,9 +235,7 @@ class _Shard:
         rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
         budgets = np.stack([self._budgets(row, recorded) for row in self.rows])
         selector = self.rows[0].selector
-        cache = CompressedCache.from_rankings(
-            self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers
-        )
+        cache = from_rankings(self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers)
         logits = recorded.next_logits.expand(len(self.rows), -1)
         return cache, _entry_bytes(*keys_values[0]), logits
 
