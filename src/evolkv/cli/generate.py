@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +27,6 @@ from evolkv.cli.options import (
 )
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
-
-if TYPE_CHECKING:
-    from evolkv.methods import Method
 
 # In glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
@@ -108,11 +105,16 @@ def generate(
         raise UsageError("--save-cache and --cache are both given; save a document first, then ask it")
     if cache is not None and (profile is not None or method is not None or budget is not None):
         raise UsageError("--cache holds what was kept of its document; leave out --profile, --method and --budget")
+    if cache is not None and prefill_chunk is not None:
+        raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
+    if cache is not None and evict_every is not None:
+        raise UsageError("--cache says itself when it evicts again; give --evict-every with --save-cache")
     from evolkv.methods import chosen_method
 
     named = chosen_method(profile, method, budget)
     chosen = None if named.is_full else named
-    _check_cache(save_cache, cache, chosen, prefill_chunk, evict_every)
+    if save_cache is not None and chosen is None:
+        raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
     if save_cache is not None:
         from evolkv.whole_files import check_outputs
 
@@ -183,18 +185,6 @@ def generate(
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0
-
-
-def _check_cache(
-    save_cache: str | None, cache: str | None, method: Method | None, prefill_chunk: int | None, evict_every: int | None
-) -> None:
-    """Check that the options about cache files go together."""
-    if save_cache is not None and method is None:
-        raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
-    if cache is not None and prefill_chunk is not None:
-        raise UsageError("the document of --cache has been read; give --prefill-chunk with --save-cache")
-    if cache is not None and evict_every is not None:
-        raise UsageError("--cache says itself when it evicts again; give --evict-every with --save-cache")
 
 
 def _weight(held: int, full: int) -> str:

@@ -72,8 +72,8 @@ def converted(pieces: Sequence[Path], label: str, sha256: str | None = None) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
         with _temporary_folder(target.parent) as work:
-            source = pieces[0] if len(pieces) == 1 else _joined(pieces, work / "source.gguf")
-            folder = work / "converted"
+            source = pieces[0] if len(pieces) == 1 else _joined(pieces, Path(work, "source.gguf"))
+            folder = Path(work, "converted")
             _convert(source, folder, label)
             _write_manifest(folder, digest)
             _publish(folder, target)
@@ -149,14 +149,9 @@ def _write_manifest(folder: Path, source_sha256: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
 
 
-@contextlib.contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder beside the target, so that the last step is a rename within one file system."""
-    work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _temporary_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder beside the target, so that the last step is a rename within one file system."""
+    return tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=parent, ignore_cleanup_errors=True)
 
 
 def _remove_stale(parent: Path) -> None:
@@ -179,7 +174,7 @@ def _publish(folder: Path, target: Path) -> None:
         if is_intact(target):
             return
         with contextlib.suppress(FileNotFoundError), _temporary_folder(target.parent) as trash:
-            target.rename(trash / "damaged")
+            target.rename(Path(trash, "damaged"))
     raise RunError(f"other processes keep writing damaged files to {target}; stop them and try again")
 
 
