@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from evolkv.tasks.prose.words import Noun, capitalised, nouns, phrases
+from evolkv.tasks.prose.words import Adjective, Noun, adjectives, capitalised, nouns, phrases
 
 _PEOPLE = """
     un boulanger|un menuisier|une institutrice|un passeur|un facteur|un médecin|un berger|une couturière
@@ -120,31 +119,11 @@ _DRIFTED = """
 """
 
 
-@dataclass(frozen=True)
-class Adjective:
-    """An adjective's forms: masculine, feminine, masculine before a vowel; and whether it precedes its noun."""
-
-    masculine: str
-    feminine: str
-    elided: str
-    before: bool
-
-
-def _adjectives(block: str, before: str) -> tuple[Adjective, ...]:
-    adjectives = []
-    for source, place in ((block, False), (before, True)):
-        for entry in phrases(source):
-            masculine, *others = entry.split("/")
-            feminine = others[0] if others else masculine
-            adjectives.append(Adjective(masculine, feminine, others[1] if len(others) > 1 else masculine, place))
-    return tuple(adjectives)
-
-
 _INDEFINITE, _DEFINITE = {"un": "m", "une": "f"}, {"le": "m", "la": "f"}
 PEOPLE, THINGS, PLACES = (nouns(block, _INDEFINITE) for block in (_PEOPLE, _THINGS, _PLACES))
-PERSON_QUALITIES = _adjectives(_PERSON_QUALITIES, _PERSON_QUALITIES_BEFORE)
-THING_QUALITIES = _adjectives(_THING_QUALITIES, _THING_QUALITIES_BEFORE)
-PLACE_QUALITIES = _adjectives(_PLACE_QUALITIES, _PLACE_QUALITIES_BEFORE)
+PERSON_QUALITIES = adjectives(_PERSON_QUALITIES, _PERSON_QUALITIES_BEFORE, str)
+THING_QUALITIES = adjectives(_THING_QUALITIES, _THING_QUALITIES_BEFORE, str)
+PLACE_QUALITIES = adjectives(_PLACE_QUALITIES, _PLACE_QUALITIES_BEFORE, str)
 TO_PEOPLE, TO_THINGS, TO_PLACES = phrases(_TO_PEOPLE), phrases(_TO_THINGS), phrases(_TO_PLACES)
 WEATHER, DRIFTED = nouns(_WEATHER, _DEFINITE), phrases(_DRIFTED)
 OPENERS, CLOSERS = phrases(_OPENERS), phrases(_CLOSERS)

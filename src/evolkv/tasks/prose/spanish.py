@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from evolkv.tasks.prose.words import Noun, capitalised, nouns, phrases
+from evolkv.tasks.prose.words import Adjective, Noun, adjectives, capitalised, nouns, phrases
 
 _PEOPLE = """
     un panadero|un carpintero|una maestra|un barquero|un cartero|una médica|un pastor|un sastre|una viuda
@@ -106,31 +105,15 @@ _DRIFTED = """
 """
 
 
-@dataclass(frozen=True)
-class Adjective:
-    """An adjective's two forms, and whether it precedes its noun."""
-
-    masculine: str
-    feminine: str
-    before: bool
-
-
-def _adjectives(block: str, before: str) -> tuple[Adjective, ...]:
-    adjectives = []
-    for source, place in ((block, False), (before, True)):
-        for entry in phrases(source):
-            masculine, _, feminine = entry.partition("/")
-            if not feminine:
-                feminine = f"{masculine[:-1]}a" if masculine.endswith("o") else masculine
-            adjectives.append(Adjective(masculine, feminine, place))
-    return tuple(adjectives)
+def _feminine(masculine: str) -> str:
+    return f"{masculine[:-1]}a" if masculine.endswith("o") else masculine
 
 
 _INDEFINITE, _DEFINITE = {"un": "m", "una": "f"}, {"el": "m", "la": "f"}
 PEOPLE, THINGS, PLACES = (nouns(block, _INDEFINITE) for block in (_PEOPLE, _THINGS, _PLACES))
-PERSON_QUALITIES = _adjectives(_PERSON_QUALITIES, _PERSON_QUALITIES_BEFORE)
-THING_QUALITIES = _adjectives(_THING_QUALITIES, _THING_QUALITIES_BEFORE)
-PLACE_QUALITIES = _adjectives(_PLACE_QUALITIES, _PLACE_QUALITIES_BEFORE)
+PERSON_QUALITIES = adjectives(_PERSON_QUALITIES, _PERSON_QUALITIES_BEFORE, _feminine)
+THING_QUALITIES = adjectives(_THING_QUALITIES, _THING_QUALITIES_BEFORE, _feminine)
+PLACE_QUALITIES = adjectives(_PLACE_QUALITIES, _PLACE_QUALITIES_BEFORE, _feminine)
 TO_PEOPLE, TO_THINGS, TO_PLACES = phrases(_TO_PEOPLE), phrases(_TO_THINGS), phrases(_TO_PLACES)
 WEATHER, DRIFTED = nouns(_WEATHER, _DEFINITE), phrases(_DRIFTED)
 OPENERS, CLOSERS = phrases(_OPENERS), phrases(_CLOSERS)
