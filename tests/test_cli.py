@@ -1056,7 +1056,17 @@ def test_json_on_standard_output_is_all_that_is_there(run, demo, published, ques
 
 
 def test_help_is_written_as_in_the_docs(run):
-    for command in ("demo", "search", "eval", "compare", "generate", "report", ["profile", "show"], ["list", "tasks"]):
+    for command in (
+        "demo",
+        "search",
+        "eval",
+        "compare",
+        "certify",
+        "generate",
+        "report",
+        ["profile", "show"],
+        ["list", "tasks"],
+    ):
         code, out, _ = run(*([command] if isinstance(command, str) else command), "--help")
         assert code == 0
         assert not any(noise in out for noise in ("{MODEL", "{STUDY", "{RECORDS", "[[", "<bool>", "<int range"))

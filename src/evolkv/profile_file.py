@@ -54,6 +54,7 @@ class _Search(_Section):
     expanded_from: Count | None = None
     interrupted: bool | None = None
     versions: dict[str, str] | None = None
+    seen: list[str] | None = None
 
 
 class _Scores(_Section):

@@ -17,6 +17,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
+from evolkv.cli.certify import certify
 from evolkv.cli.command import Command, Group, instead_of
 from evolkv.cli.compare import compare
 from evolkv.cli.demo import demo
@@ -71,6 +72,7 @@ app.command(cls=Command)(demo)
 app.command(cls=Command)(search)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(compare)
+app.command(cls=Command)(certify)
 app.command(cls=Command)(generate)
 app.command(cls=Command)(report)
 app.add_typer(profile, name="profile")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from evolkv.evaluation.certify import Certificate, certify
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, check_request, evaluate
 from evolkv.evaluation.naive_engine import NaiveEngine
@@ -10,6 +11,7 @@ from evolkv.evaluation.significance import PairedComparison, paired_comparison
 from evolkv.methods import Method, get_method
 
 __all__ = [
+    "Certificate",
     "Engine",
     "EvaluationInterrupted",
     "EvaluationProgress",
@@ -17,6 +19,7 @@ __all__ = [
     "NaiveEngine",
     "PairedComparison",
     "ReplayEngine",
+    "certify",
     "check_request",
     "evaluate",
     "get_method",

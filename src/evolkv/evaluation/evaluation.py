@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,6 @@ def evaluate(
         for row in rows:
             # What cannot read prompts so is refused before any is read.
             row.new_cache(model, prefill_chunk)
-    _warn_of_seen(tasks, rows)
     haystacks = {format_spec(each): each.haystack_used() for each in tasks}
     drawn = {
         format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
@@ -145,6 +144,7 @@ def evaluate(
             spec: {name: each for name, each in part.items() if name in sample_ids} for spec, part in named.items()
         }
         named = {spec: part for spec, part in named.items() if part}
+    seen = {row.label: _seen(row, tasks, named) for row in rows}
     asked = []
     for spec, part in named.items():
         questions = encode_examples(tokenizer, model, list(part.values()), metric)
@@ -158,7 +158,7 @@ def evaluate(
         seed=seed,
         samples=samples,
         sample_ids=None if sample_ids is None else list(sample_ids),
-        methods={row.label: row.describe() for row in rows},
+        methods={row.label: row.describe(seen[row.label]) for row in rows},
         tasks={
             each.task: TaskSettings(
                 fingerprint=fingerprint(question.example for question in each.questions),
@@ -266,14 +266,21 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
     return list(rows.values())
 
 
-def _warn_of_seen(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
-    """Warn where a profile was evolved on rows that may be judged here too, because a task has one split for all."""
-    for task in tasks:
-        spec, everything = format_spec(task), getattr(task, "split", None) == "all"
-        for row in rows if everything else ():
-            profile = row.method.profile
-            if profile is not None and spec in str(profile.search.get("task", "")).split(" && "):
-                logger.warning("%s was evolved on rows of %s, some of which it may be judged by here", row.label, spec)
+def _seen(row: Row, tasks: Sequence[Task], named: Mapping[str, Mapping[str, Example]]) -> dict[str, list[str]]:
+    """Return the examples of each task that a profile was evolved or chosen on, with a warning where there are any."""
+    seen = {spec: names for spec, part in named.items() if (names := row.seen(part))}
+    for spec, names in seen.items():
+        logger.warning(
+            "%s was evolved or chosen on %d of the %d examples of %s", row.label, len(names), len(named[spec]), spec
+        )
+    profile = row.method.profile
+    if profile is None or "seen" in profile.search:
+        return seen
+    # An older profile does not say which; they may be here where a task has one split for all.
+    for spec in (format_spec(task) for task in tasks if getattr(task, "split", None) == "all"):
+        if spec in str(profile.search.get("task", "")).split(" && "):
+            logger.warning("%s was evolved on rows of %s, some of which it may be judged by here", row.label, spec)
+    return seen
 
 
 def _add(rows: dict[str, Row], row: Row) -> None:

@@ -7,7 +7,7 @@ later chunks see, and every method has to read the prompt for itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,13 +20,23 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import RecordedPrompt, from_rankings
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller
-from evolkv.evaluation.records import MethodSettings, Record, RecordLog, Settings, label, sha256
+from evolkv.evaluation.records import (
+    MethodSettings,
+    Record,
+    RecordLog,
+    Settings,
+    label,
+    prompt_digest,
+    prompt_sha256,
+    sha256,
+)
 from evolkv.evaluation.scoring import Answer, Question
 from evolkv.evaluation.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
+from evolkv.tasks import Example
 
 # Rows decoded at once; more gains little, since the weights are then read for enough rows.
 _MAX_ROWS = 64
@@ -65,8 +75,14 @@ class Row:
             method = BudgetProfile.from_budgets(model, everything, selector=self.selector.to_dict())
         return CompressedCache(model, method, self.budget, prefill_chunk=prefill_chunk)
 
-    def describe(self) -> MethodSettings:
-        """Return what identifies it."""
+    def seen(self, examples: Mapping[str, Example]) -> list[str]:
+        """Return the names of the examples that a profile's search saw, as far as the profile says so."""
+        profile = self.method.profile
+        digests = set(profile.search.get("seen") or ()) if profile is not None else set()
+        return [name for name, example in examples.items() if digests and prompt_digest(example) in digests]
+
+    def describe(self, seen: dict[str, list[str]]) -> MethodSettings:
+        """Return what identifies it; `seen` are the examples that its search saw, by task."""
         if self.budget is None:
             return MethodSettings(
                 method=self.method.name, budget=None, budgets_sha256=None, selector=None, expanded_from=None
@@ -78,6 +94,7 @@ class Row:
             budgets_sha256=sha256(json.dumps(self.budgets.tolist())),
             selector=self.selector.to_dict(),
             expanded_from=profile.budget if profile is not None and profile.budget != self.budget else None,
+            seen=seen,
         )
 
 
@@ -287,7 +304,7 @@ class _Shard:
         common = {
             "task": self.asked.task,
             "example": self.asked.names[item.column],
-            "prompt_sha256": sha256(example.prompt + example.later),
+            "prompt_sha256": prompt_sha256(example),
             "prompt_tokens": question.tokens,
             "metric": question.scorer.metric,
             "protocol": self.settings.protocol,

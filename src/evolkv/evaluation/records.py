@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,9 @@ from evolkv.claims import ClaimedError, FileClaim
 from evolkv.errors import RunError, UsageError
 from evolkv.schemas import checked, differences
 from evolkv.version import __version__
+
+if TYPE_CHECKING:
+    from evolkv.tasks import Example
 
 FORMAT = "evolkv.records/1"
 _START = f'{{"format": "{FORMAT}"'.encode()
@@ -57,6 +60,7 @@ class MethodSettings(_Checked):
         budgets_sha256: of the allocation, as JSON; None for the full cache.
         selector: name and parameters; None for the full cache.
         expanded_from: the budget that a profile was found at, if it is another.
+        seen: by task, names of the examples that a profile was evolved or chosen on, as far as the profile says so.
     """
 
     method: Name
@@ -64,6 +68,7 @@ class MethodSettings(_Checked):
     budgets_sha256: str | None
     selector: dict[str, Any] | None
     expanded_from: Budget | None
+    seen: dict[str, list[str]] = {}
 
 
 class TaskSettings(_Checked):
@@ -258,6 +263,16 @@ def metrics_of(records: Iterable[Record]) -> str:
 def sha256(text: str) -> str:
     """Return the SHA-256 of a text in UTF-8, hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prompt_sha256(example: Example) -> str:
+    """Return the SHA-256 of an example's whole prompt, the question included."""
+    return sha256(example.prompt + example.later)
+
+
+def prompt_digest(example: Example) -> str:
+    """Return the first 16 digits of `prompt_sha256`, by which a profile names the examples that its search saw."""
+    return prompt_sha256(example)[:16]
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from evolkv.errors import UsageError
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.naive_engine import NaiveEngine
+from evolkv.evaluation.records import prompt_digest
 from evolkv.evaluation.shards import Backend, ShardedEngine
 from evolkv.evolution.backends import make_backend
 from evolkv.evolution.choose import choose, rows_from
@@ -234,7 +235,7 @@ class Run:
             selector=self.selector.to_dict(),
             budget=budget,
             granularity=self.config.granularity,
-            search=settings,
+            search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
             scores={**train, "validation": {entry.name: entry.score for entry in validation}},
         )
         kept = None

@@ -10,11 +10,12 @@ from evolkv.report.units import mebibytes, with_interval
 from evolkv.report.words import counted, in_chunks
 
 if TYPE_CHECKING:
+    from evolkv.evaluation.certify import Certificate, RecordsCertificate
     from evolkv.evaluation.compare import MethodComparison
     from evolkv.evaluation.significance import PairedComparison
 
 #: Columns of numbers, which stand right-aligned.
-NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "p"})
+NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "p", "safe budget", "loss"})
 _LEAST_P = 1e-4
 
 
@@ -78,6 +79,54 @@ def comparison_note(found: MethodComparison) -> str:
 def _compared(task: str, metric: str, result: PairedComparison) -> list[str]:
     low, high = result.ci95
     difference = f"{result.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-    p = f"{result.p:.4f}" if result.p >= _LEAST_P else f"<{_LEAST_P:.4f}"
     counts = f"{result.wins} / {result.ties} / {result.losses}"
-    return [task, metric, str(result.n), f"{result.mean_a:.3f}", f"{result.mean_b:.3f}", difference, p, counts]
+    return [
+        task,
+        metric,
+        str(result.n),
+        f"{result.mean_a:.3f}",
+        f"{result.mean_b:.3f}",
+        difference,
+        _p(result.p),
+        counts,
+    ]
+
+
+def certificates_table(found: RecordsCertificate) -> Table:
+    """The smallest safe budget of each method, and the test that the next smaller one failed."""
+    columns = ["task", "method", "metric", "n", "safe budget", "loss", "p", "the next budget"]
+    rows = []
+    for task, metric, method, each in found.rows:
+        passed = [test for test in each.tested if test.certified]
+        loss, p = (f"{passed[-1].loss:.3f}", _p(passed[-1].p)) if passed else ("–", "–")
+        rows.append(
+            [task, method, metric, str(each.n), str(each.budget or "none"), loss, p, next_budget(each, found.loss)]
+        )
+    title = f"{found.model}: the smallest budget that loses less than {found.loss:g} against the full cache"
+    return Table(f"{title}, with confidence {found.confidence:.4g}", columns, rows)
+
+
+def next_budget(found: Certificate, bound: float) -> str:
+    """Say which budget failed, and what it would take; nothing if none did."""
+    if not found.tested or (test := found.tested[-1]).certified:
+        return ""
+    failed = f"{test.budget} loses {test.loss:.3f}, p {_p(test.p)}"
+    if found.needed is None:
+        return f"{failed}; not below {bound:g}" if test.loss >= bound else failed
+    return f"{failed}; about {found.needed:,} examples are needed"
+
+
+def certificates_note(found: RecordsCertificate) -> str:
+    """Return what the numbers of certificates mean, in a line or two."""
+    tests = {True: "binomial test", False: "Hoeffding-Bentkus bound"}
+    kinds = " or ".join(tests[exact] for exact in sorted({each.exact for *_, each in found.rows}, reverse=True))
+    note = f"Loss: mean of max(0, full − score). p: {kinds}. "
+    note += "Budgets are tested from the largest down to the first that fails."
+    if (lines := len(found.rows)) > 1:
+        several = 1 - (1 - found.confidence) / lines
+        note += f" The confidence is each line's own; for all {lines} lines at once use --confidence {several:.4g}."
+    return note
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= _LEAST_P else f"<{_LEAST_P:.4f}"

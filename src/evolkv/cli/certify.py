@@ -1,0 +1,56 @@
+"""`evolkv certify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from evolkv.cli import console
+from evolkv.cli.options import Markdown, files, to_read, to_write_or_print
+from evolkv.cli.tables import print_table
+
+
+def certify(
+    records: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECORDS",
+            callback=to_read,
+            help="Records of full and other methods at several budgets, as eval writes them (--records).",
+        ),
+    ],
+    loss: Annotated[
+        float, typer.Option("--loss", help="How much score may be lost against the full cache, per example on average.")
+    ] = 0.05,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of each certificate by itself.")] = 0.95,
+    json_out: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="CERTIFICATES.json",
+            callback=to_write_or_print,
+            help="Where the numbers go; - is standard output.",
+        ),
+    ] = None,
+    markdown: Markdown = None,
+) -> None:
+    """Find the smallest budget of each method that is safe: its expected loss is below a bound, with confidence."""
+    from evolkv.whole_files import check_outputs
+
+    console.keep_stdout_for_json(json_out)
+    check_outputs(files(json_out, markdown), [records])
+    with console.busy("certifying"):
+        console.quiet_libraries()
+        from evolkv.evaluation.certify import certify_records
+        from evolkv.report.tables import certificates_note, certificates_table
+
+        found = certify_records(records, loss, confidence)
+    table = certificates_table(found)
+    try:
+        console.write_json(json_out, found.to_dict())
+    finally:
+        # A file that cannot be written must not take the numbers with it.
+        if markdown != "-":
+            console.OUT.print(f"{table.caption}\n", soft_wrap=True)
+        print_table(table, markdown, certificates_note(found))
