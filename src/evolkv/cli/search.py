@@ -52,7 +52,14 @@ def search(
         str, typer.Option("--strategy", metavar="joint|evolkv|random", help="Who proposes the candidates.")
     ] = "joint",
     granularity: Granularity = "layer",
-    metric: Annotated[str, typer.Option("--metric", help="What to maximise.", rich_help_panel=_OBJECTIVE)] = "logprob",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="What to maximise. (default: logprob; fidelity where the task has no answers)",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = None,
     protocol: Protocol = "aware",
     train: Annotated[
         int, typer.Option("--train", help="Examples that candidates are scored on.", rich_help_panel=_OBJECTIVE)
@@ -72,7 +79,7 @@ def search(
         int | None,
         typer.Option(
             "--minibatch",
-            help="Examples that a generation of joint is scored on, in turn. (default: 2 with logprob, else all)",
+            help="Examples per generation of joint, in turn. (default: 2 with logprob or fidelity, else all)",
             rich_help_panel=_STRATEGY,
         ),
     ] = None,

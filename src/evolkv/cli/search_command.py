@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,14 @@ def run(options: Mapping[str, Any]) -> int:
     _check_together(options, budgets)
     config = _config(options, budgets, outs)
     names = ("dtype", "device", "attn_implementation", "trust_remote_code")
-    judged = {name: options[name] for name in ("metric", "protocol", "seed")}
-    check = partial(check_examples, [get_task(config.task)], ["train", "validation"], **judged)
+    check = partial(
+        check_examples,
+        [get_task(config.task)],
+        ["train", "validation"],
+        metric=config.metric,
+        protocol=config.protocol,
+        seed=config.seed,
+    )
     model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check)
     if config.backend == "ray":
         config = replace(config, backend=_ray(model, tokenizer, options))
@@ -135,6 +141,8 @@ def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str |
         if not result.interrupted:
             print_whole(validation_table(result.validation, result.chosen))
             console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
+            if result.train is not None:
+                console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
         again = "; the same command goes on from there" if storage else ""
         console.say(f"evolkv: interrupted after {result.evaluations} candidates; the best so far is in {out}{again}")
@@ -156,6 +164,8 @@ def _write_curve(curve: CurveResult, outs: Mapping[int, str], json_out: str | No
     finally:
         if not curve.interrupted:
             print_whole(curve_table(curve.points))
+            if all(each.train is not None for each in curve.results):
+                console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
     names = ", ".join(written)
     if curve.interrupted:
         again = "; the same command goes on from there" if storage else ""
@@ -198,6 +208,18 @@ def _among_rivals(result: SearchResult) -> str:
     scores = sorted(((row["score"] or 0.0, get_selector(row["selector"]).spec) for row in result.rivals), reverse=True)
     listed = ", ".join(f"{name} {score:.3f}" for score, name in scores)
     return f" By selector: {listed}; the profile is under {get_selector(result.profile.selector).spec}."
+
+
+def _gaps(results: Sequence[SearchResult]) -> str:
+    """Say how far the scores on training examples are above those on unseen ones, in one line."""
+    gaps = [
+        f"{each.gap:+.3f}{f' at {each.profile.budget}' if len(results) > 1 else ''} "
+        f"({each.train['score']:.3f} − {each.validation[0]['score']:.3f})"
+        for each in results
+        if each.train is not None and each.gap is not None
+    ]
+    n = next(each.train["n"] for each in results if each.train is not None)
+    return f"Gap between the {n} training examples and the unseen ones: {', '.join(gaps)}."
 
 
 def _verdict(result: SearchResult) -> str:

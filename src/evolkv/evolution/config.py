@@ -20,7 +20,7 @@ from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import SelectorSpec, get_selector
-from evolkv.tasks import Task
+from evolkv.tasks import Task, get_task
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, PROTOCOLS
 
@@ -30,6 +30,7 @@ Granularity = Literal["layer", "head"]
 Order = Literal["smallest", "largest"]
 #: Of one generation, where a search's length is not said.
 MOST_POPULATION = 10_000
+_SMOOTH = ("logprob", "fidelity")
 #: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
 #: with about a quarter of the example evaluations that twelve need (docs/performance.md). Text metrics are coarse:
 #: a few examples would leave most candidates equal.
@@ -46,7 +47,8 @@ class SearchConfig:
             a search of its own, and what does best on the validation examples is returned, with `rivals`.
         strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
-        metric: what to maximise: "logprob" (smooth; the default) or a text metric.
+        metric: what to maximise: "logprob" (smooth; the default where the task has answers), "fidelity" (smooth, and
+            needs no answers; the default where there are none), "agreement", or a text metric.
         protocol: "aware" (the question is in the prompt that is compressed; the default) or "agnostic" (the context is
             compressed before the question is seen); see `evolkv.tasks.protocol`.
         train: examples that candidates are scored on.
@@ -55,7 +57,7 @@ class SearchConfig:
             a whole one, it evaluates part of the first. Default: the generations that 16 candidates per variable take,
             or 1,200 candidates if that is less; for "evolkv" 10 generations per group.
         minibatch: training examples that each generation of "joint" is scored on, all of them in turn. Default: 2 with
-            the metric "logprob", else all.
+            the smooth metrics, logprob and fidelity, else all.
         population: candidates per generation. Default: 4 + ⌊3 ln n⌋ for n variables.
         sigma: initial step. Default 0.3 (in units of the budget) for "evolkv", 0.5 (in log budgets) for "joint",
             0.7 with head granularity.
@@ -87,7 +89,7 @@ class SearchConfig:
     selector: SelectorSpec | Sequence[SelectorSpec] = "snapkv"
     strategy: str = "joint"
     granularity: Granularity = "layer"
-    metric: str = "logprob"
+    metric: str | None = None
     protocol: str = AWARE
     train: int = 12
     val: int = 24
@@ -151,6 +153,8 @@ class SearchConfig:
             )
         if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
+        if self.metric is None:
+            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
         check_metric(self.metric)
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
@@ -177,7 +181,7 @@ class SearchConfig:
     @property
     def examples_per_generation(self) -> int:
         """The number of training examples that each generation is scored on."""
-        by_mean = STRATEGIES[self.strategy].mean_first and self.metric == "logprob"
+        by_mean = STRATEGIES[self.strategy].mean_first and self.metric in _SMOOTH
         return min(self.minibatch or (MINIBATCH if by_mean else self.train), self.train)
 
     def report(self, progress: SearchProgress) -> None:

@@ -76,6 +76,8 @@ class SearchResult:
         settings: task, strategy, seed, … as the profile records them.
         kept: which parts of one validation prompt the profile keeps; see `evolkv.evolution.kept.kept_positions`. None
             after an interruption.
+        train: the chosen allocation on all training examples: ``score, n``. None after an interruption, and in studies
+            from before it was recorded.
         rivals: of a search under several selectors, one row for each: ``selector, chosen, score`` (on the validation
             examples; None after an interruption)``, evaluations, seconds``. `evaluations` and `history` are those of
             the winner alone.
@@ -93,6 +95,14 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     kept: dict[str, Any] | None = field(default=None, repr=False)
     rivals: list[dict[str, Any]] = field(default_factory=list)
+    train: dict[str, Any] | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """How far the chosen allocation's score on the training examples is above that on unseen ones; None without."""
+        if self.train is None or not self.validation:
+            return None
+        return float(self.train["score"] - self.validation[0]["score"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``--json`` file."""
@@ -106,6 +116,8 @@ class SearchResult:
             "best": self.best,
             "settings": self.settings,
             "profile": self.profile.to_dict(),
+            "train": self.train,
+            "gap": self.gap,
             "kept": self.kept,
             "rivals": self.rivals,
             "history": self.history,

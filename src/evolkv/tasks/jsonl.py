@@ -24,6 +24,7 @@ from evolkv.tasks.rows import (
     Text,
     Texts,
     answers_score,
+    check_question,
     checked_rows,
     digest,
     draw,
@@ -159,8 +160,8 @@ class _Fields(Schema):
     def _fits_together(self) -> _Fields:
         if (self.answers is None) == (self.answer is None):
             raise UsageError("expected either 'answers', a list of texts, or 'answer', one text")
-        if self.question is not None and not self.prompt.rstrip().endswith(self.question.rstrip()):
-            raise UsageError("'prompt' does not end with 'question'; give the prompt whole, question included")
+        if self.question is not None:
+            check_question(self.prompt, self.question)
         return self
 
     @property

@@ -34,6 +34,16 @@ class Mixture(Task):
             if task in self.tasks[:index]:
                 raise TaskError(f"task {task.name} is given twice with the same settings; give each once")
 
+    @property
+    def labelled(self) -> bool:
+        """Whether examples of all tasks have reference answers."""
+        return all(task.labelled for task in self.tasks)
+
+    @property
+    def free_text(self) -> bool:
+        """Whether any task's examples are."""
+        return any(task.free_text for task in self.tasks)
+
     def check_files(self) -> None:
         """Check the files of all tasks."""
         for task in self.tasks:

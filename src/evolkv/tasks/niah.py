@@ -89,6 +89,11 @@ class NeedleInHaystack(Task):
             raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
         check_choice(self.name, "template", self.template, get_args(Template))
 
+    @property
+    def free_text(self) -> bool:
+        """False: examples are generated."""
+        return False
+
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, grouped by passage and within a passage by descending depth.
 

@@ -45,6 +45,12 @@ Name = Annotated[Text, BeforeValidator(lambda value: str(value) if is_whole(valu
 AnyFields = TypeVar("AnyFields", bound=Schema)
 
 
+def check_question(prompt: str, question: str) -> None:
+    """Raise UsageError unless a question ends its prompt."""
+    if not prompt.rstrip().endswith(question.rstrip()):
+        raise UsageError("'prompt' does not end with 'question'; give the prompt whole, question included")
+
+
 @dataclass(frozen=True)
 class Row(Generic[AnyFields]):
     """A row of a file.

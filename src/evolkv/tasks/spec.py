@@ -21,11 +21,12 @@ from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.longbench import LongBench
 from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.niah import NeedleInHaystack
+from evolkv.tasks.raw_prompts import RawPrompts
 from evolkv.tasks.ruler import Ruler
 
 TASKS: Registry[type[Task]] = Registry(
     "task",
-    {task.name: task for task in (NeedleInHaystack, JsonLines, LongBench, Ruler, Gsm8k, CodeCompletion)},
+    {task.name: task for task in (NeedleInHaystack, JsonLines, RawPrompts, LongBench, Ruler, Gsm8k, CodeCompletion)},
     "evolkv.tasks",
     Task,
 )

@@ -109,6 +109,11 @@ class Ruler(Task):
         if self.path is None and self.split != "auto":
             raise TaskError(f"ruler: split={self.split} is about the rows of a file; give path=FILE or leave split out")
 
+    @property
+    def free_text(self) -> bool:
+        """False: examples are generated."""
+        return False
+
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, in the order of their prompts' text; fewer, with a warning, if a file has no more.
 
