@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
-from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache
+from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache, from_rankings
 from evolkv.models.forward import input_device
 from evolkv.models.rotary import stretching
 from evolkv.selectors import Selector, get_selector
@@ -124,4 +124,4 @@ def whole_cache(model: PreTrainedModel, recorded: RecordedPrompt, room: int) -> 
     rankings = [each.expand(1, keys.shape[1], -1) for each, (keys, _) in zip(newest, keys_values, strict=True)]
     budgets = np.full((1, len(rankings), rankings[0].shape[1]), recorded.tokens)
     selector = get_selector("streaming_llm")
-    return CompressedCache.from_rankings(model, keys_values, rankings, budgets, selector, room, recorded.state_layers)
+    return from_rankings(model, keys_values, rankings, budgets, selector, room, recorded.state_layers)

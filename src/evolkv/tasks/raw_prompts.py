@@ -11,12 +11,12 @@ from typing import Annotated, Any, ClassVar, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.prompts import cut_middle, encode_text, question_at, render_chat, user_message, uses_chat
 from evolkv.tasks.rows import (
     AnyText,
     Count,
-    Fields,
     Name,
     Row,
     Splitting,
@@ -155,15 +155,15 @@ def _joined(content: Any) -> Any:
     return "".join(map(str, texts))
 
 
-class _Message(Fields):
+class _Message(Schema):
     # What else there is, such as tool_calls, is for the chat template.
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     role: Text
     content: Annotated[AnyText | None, BeforeValidator(_joined)] = None
 
 
-class _Prompt(Fields):
+class _Prompt(Schema):
     prompt: Text | None = None
     messages: Annotated[list[_Message], Field(min_length=1)] | None = None
     tools: list[dict[str, Any]] | None = None
