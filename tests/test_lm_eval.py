@@ -190,7 +190,7 @@ def test_context_of_several_continuations_is_prefilled_once(harness, make, smoll
     lm = make(**SMALL, batch_size=1)
     shapes = []
     handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(args[0].shape), with_kwargs=True
+        lambda module, args, kwargs: shapes.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True
     )
     try:
         harness.score(lm, pairs)
