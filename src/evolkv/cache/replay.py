@@ -216,7 +216,7 @@ class ReplayCache(HookedCache):
                         prompt.tokens,
                     )
                 )
-            layers.append(ReplayLayer(parts, window))
+            layers.append(self._layer(index, parts, window))
         facts = model_facts(model)
         places, others = facts.kv_layers, facts.other_layers
         #: The decoder layer at which a row per prompt becomes a row per candidate.
@@ -226,6 +226,9 @@ class ReplayCache(HookedCache):
             repeats = 1 if shared and place.index < self.fan_at else len(budgets)
             states.append(StateLayer.merge([prompt.states[number] for prompt in prompts for _ in range(repeats)]))
         super().__init__(model, layers, states, fans=shared > 0)
+
+    def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
+        return ReplayLayer(parts, window)
 
     @property
     def num_rows(self) -> int:

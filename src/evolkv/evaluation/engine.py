@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from evolkv.errors import UsageError
+
 #: Called with (done, total) as examples are prepared.
 Progress = Callable[[int, int], None]
 
@@ -25,6 +27,23 @@ class Engine(ABC):
         Returns:
             ``[candidates, examples]`` float64 in [0, 1].
         """
+
+    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the loss on some examples under soft budgets, and the slope of their sum.
+
+        Args:
+            budgets: ``[layers, kv_heads]`` floats, each above 0.
+            sharpness: k of `evolkv.cache.soft`.
+            columns: numbers of the examples, in ascending order.
+
+        Returns:
+            The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.
+
+        Raises:
+            UsageError: if the engine or the metric has no slope.
+            RunError: if memory does not suffice, or what the model computes is not a number.
+        """
+        raise UsageError(f"a {type(self).__name__} has no slope; use engine 'replay'")
 
     @abstractmethod
     def close(self) -> None:

@@ -109,6 +109,16 @@ class ReplayEngine(Engine):
                 scores[np.ix_(part, np.array(places))] = self._score_batch(batch, budgets[part])
         return scores[:, wanted]
 
+    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.slope`."""
+        losses, total = [], np.zeros(budgets.shape)
+        for batch in self._batches(1, columns, _slope_bytes):
+            prompts, questions = [prompt for _, prompt in batch], [self.questions[column] for column, _ in batch]
+            part, slopes = slope(self.model, prompts, questions, budgets, sharpness)
+            losses.append(part)
+            total += slopes
+        return np.concatenate(losses), total
+
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
         prompt = (self._held[column] if self._held is not None else self._rank(self._prefiller(), column)).prompt
