@@ -49,7 +49,7 @@ def search(
         ),
     ] = ["snapkv"],  # noqa: B006
     strategy: Annotated[
-        str, typer.Option("--strategy", metavar="joint|evolkv|random", help="Who proposes the candidates.")
+        str, typer.Option("--strategy", metavar="joint|gradient|evolkv|random", help="Who proposes the candidates.")
     ] = "joint",
     granularity: Granularity = "layer",
     metric: Annotated[
@@ -84,15 +84,23 @@ def search(
         ),
     ] = None,
     start: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--start",
-            metavar="uniform|pyramid|PROFILE.json",
+            metavar="gradient|uniform|pyramid|PROFILE.json",
             callback=to_read,
-            help="What joint starts from.",
+            help="What joint starts from. (default: gradient where the metric has a slope, else uniform)",
             rich_help_panel=_STRATEGY,
         ),
-    ] = "uniform",
+    ] = None,
+    gradient_steps: Annotated[
+        int,
+        typer.Option(
+            "--gradient-steps",
+            help="Steps of the gradient start, of three examples each.",
+            rich_help_panel=_STRATEGY,
+        ),
+    ] = 48,
     first: Annotated[
         str,
         typer.Option(

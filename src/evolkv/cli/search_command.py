@@ -17,6 +17,7 @@ from evolkv.cli.options import ModelOptions, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import UsageError
 from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
+from evolkv.evolution.config import GRADIENT
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
 from evolkv.evolution.run import run_search
@@ -94,9 +95,10 @@ def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, s
     """Return the settings, checked as far as they can be without the model."""
     out, json_out, start = options["out"], options["json_out"], options["start"]
     storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
+    named = (None, GRADIENT, *HEURISTICS)
     task = get_task(options["task"])
     targets = [*outs.values(), *files(json_out)]
-    check_outputs(targets, [*task.files(), *([] if start in HEURISTICS else [start])])
+    check_outputs(targets, [*task.files(), *([] if start in named else [start])])
     for spec in options["selector"]:
         get_selector(spec)
     file = None if storage == "none" else locate(storage).path
@@ -106,7 +108,7 @@ def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, s
     settings: dict[str, Any] = {
         **{field.name: options[field.name] for field in fields(SearchConfig) if options.get(field.name) is not None},
         "task": task,
-        "start": start if start in HEURISTICS else BudgetProfile.load(start),
+        "start": start if start in named else BudgetProfile.load(start),
         "storage": None if storage == "none" else storage,
         "study": options["study"] or os.path.basename(sibling(out, "")),
     }

@@ -11,11 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
-from evolkv.errors import RunError
+from evolkv.cache.soft import BLOCK_BYTES
+from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.scoring import Question, encode_examples, generate
+from evolkv.evaluation.slope import slope
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -111,12 +113,16 @@ class ReplayEngine(Engine):
 
     def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`."""
-        losses, total = [], np.zeros(budgets.shape)
-        for batch in self._batches(1, columns, _slope_bytes):
-            prompts, questions = [prompt for _, prompt in batch], [self.questions[column] for column, _ in batch]
+        if self._held is None:
+            raise UsageError("a slope is asked for many times; make the engine with hold=True")
+        losses, total, left = [], np.zeros(budgets.shape), list(columns)
+        while left:
+            now = left[: self._rows_of_slope(self._held[left[0]])]
+            prompts, questions = zip(*((self._held[i].prompt, self._held[i].question) for i in now), strict=True)
             part, slopes = slope(self.model, prompts, questions, budgets, sharpness)
             losses.append(part)
             total += slopes
+            left = left[len(now) :]
         return np.concatenate(losses), total
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
@@ -217,6 +223,37 @@ class ReplayEngine(Engine):
             )
         return int(min(fitting, _MAX_ROWS, max(1, _MAX_TOKENS // queries)))
 
+    def _rows_of_slope(self, ranked: _Ranked) -> int:
+        """Return how many rows like this example's can go through the model and back at once; at least one.
+
+        Raises:
+            RunError: if not even one fits into memory.
+        """
+        tokens = len(ranked.question.later) + ranked.question.answer_tokens
+        each, shared = slope_bytes(self.model, ranked.prompt, tokens)
+        if each + shared > self.room:
+            raise RunError(
+                f"the way back through example {ranked.question.example.id} needs about {_mib(each + shared)} besides "
+                f"the snapshots, and {_mib(max(self.room, 0))} is left; use fewer or shorter examples, or "
+                "--start uniform"
+            )
+        return int(min((self.room - shared) // each, max(1, _MAX_TOKENS // tokens)))
+
+
+def slope_bytes(model: PreTrainedModel, prompt: RankedPrompt, tokens: int) -> tuple[int, int]:
+    """Return bytes at the peak of a pass through a model and back, from above: for each row, and for all together."""
+    config, element = model.config.get_text_config(decoder=True), prompt.keys[0].element_size()
+    hidden, width = config.hidden_size, _feed_forward_width(model)
+    # What each layer keeps for the way back: inputs of its products and activations, norms in float32.
+    activations = config.num_hidden_layers * tokens * (element * (8 * hidden + 4 * width) + 4 * 4 * hidden)
+    cuts = sum(4 * 4 * key.shape[0] * key.shape[1] for key in prompt.keys)
+    logits = tokens * config.vocab_size * (2 * element + 3 * 4)
+    # One layer's entries in float32, and a few blocks of its attention weights.
+    entries = max(4 * (key.numel() + value.numel()) for key, value in zip(prompt.keys, prompt.values, strict=True))
+    heads = config.num_attention_heads
+    weights = min(BLOCK_BYTES, 4 * heads * tokens * max(key.shape[1] + tokens for key in prompt.keys))
+    return int(activations + cuts + logits), int(2 * entries + 5 * weights)
+
 
 def lowest_changed(budgets: np.ndarray) -> int:
     """Return the lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if none do."""
@@ -232,9 +269,7 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     config = model.config.get_text_config(decoder=True)
     element = prompt.keys[0].element_size()
     logits = queries * config.vocab_size * (element + 2 * 4)
-    # By its name in most models, OPT and GPT-2.
-    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    width = max(filter(None, widths), default=4 * config.hidden_size)
+    width = _feed_forward_width(model)
     hidden = queries * (8 * config.hidden_size + 4 * width) * element
     own = sum(
         key.shape[0] * (key.shape[2] + value.shape[2]) for key, value in zip(prompt.keys, prompt.values, strict=True)
@@ -244,6 +279,13 @@ def _candidate_bytes(model: PreTrainedModel, prompt: RankedPrompt, queries: int,
     states = sum(state.nbytes for state in prompt.states)
     entries = max(key.shape[1] for key in prompt.keys)
     return int(logits + hidden + 2 * own * new * element + mask * entries + states), int(mask * max(1, new))
+
+
+def _feed_forward_width(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    # By its name in most models, OPT and GPT-2.
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    return int(max(filter(None, widths), default=4 * config.hidden_size))
 
 
 def _mib(count: int) -> str:

@@ -326,6 +326,11 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 
 
+def has_slope(metric: str) -> bool:
+    """Return whether a metric changes smoothly with the budgets, so that a search can follow its slope."""
+    return SCORERS.get(metric, TextScorer).loss is not Scorer.loss
+
+
 def encode_examples(
     tokenizer: Any, model: PreTrainedModel, examples: Sequence[Example], metric: str | None = None
 ) -> list[Question]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,19 +65,21 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Request:
-    """A shard to prefill (`budgets` is None) or to score.
+    """A shard to prefill (`budgets` is None), to score, or to take the slope of (there is a `sharpness`).
 
     Args:
         shard: the shard.
         sharing: who shares the memory with it.
-        budgets: the candidates, ``[candidates, layers, kv_heads]``.
+        budgets: the candidates, ``[candidates, layers, kv_heads]``, or the soft budgets, ``[layers, kv_heads]``.
         columns: which of the shard's examples to score on.
+        sharpness: of the soft cuts.
     """
 
     shard: Shard
     sharing: Sharing
     budgets: np.ndarray | None = None
     columns: tuple[int, ...] = ()
+    sharpness: float | None = None
 
 
 class ShardServer:
@@ -96,7 +98,12 @@ class ShardServer:
         self._lock = threading.Lock()
 
     def serve(self, request: Request, step: Callable[[], None]) -> np.ndarray:
-        """Return scores ``[candidates, columns]`` (no candidates if none were sent); call `step` after each prefill."""
+        """Answer a request; call `step` after each prefill.
+
+        Returns:
+            Scores ``[candidates, columns]`` (no candidates if none were sent); of a slope, the losses and then the
+            derivatives, ``[columns + layers * kv_heads]``.
+        """
         shard = request.shard
         engine = self._held.get(shard.key)
         with self._lock:
@@ -124,6 +131,9 @@ class ShardServer:
             return np.empty((0, 0))
         if shard.hold:
             engine.room = self._left(request.sharing)
+        if request.sharpness is not None:
+            losses, slope = engine.slope(request.budgets, request.sharpness, request.columns)
+            return np.concatenate([losses, slope.ravel()])
         return engine.score(request.budgets, request.columns)
 
     def _left(self, sharing: Sharing) -> int:
@@ -206,17 +216,30 @@ class ShardedEngine(Engine):
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
         """See `Engine.score`."""
         wanted = list(range(self._size) if columns is None else columns)
+        scores = np.empty((len(budgets), len(wanted)))
+        for at, answer in self._ask(budgets, wanted, None):
+            scores[:, at] = answer
+        return scores
+
+    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.slope`."""
+        losses, total = np.empty(len(columns)), np.zeros(budgets.shape)
+        for at, answer in self._ask(budgets, list(columns), sharpness):
+            losses[at] = answer[: len(at)]
+            total += answer[len(at) :].reshape(total.shape)
+        return losses, total
+
+    def _ask(
+        self, budgets: np.ndarray, wanted: list[int], sharpness: float | None
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield the answers of the shards that have wanted examples, each with the places of these examples."""
         requests, places = [], []
         for start, shard in zip(range(0, self._size, SHARD_SIZE), self._shards, strict=True):
             inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
             if inside:
-                requests.append(Request(shard, self._sharing, budgets, tuple(inside)))
+                requests.append(Request(shard, self._sharing, budgets, tuple(inside), sharpness))
                 places.append([wanted.index(start + i) for i in inside])
-        scores = np.empty((len(budgets), len(wanted)))
-        answers = self.backend.run(requests, None if self.hold else self._counted())
-        for at, answer in zip(places, answers, strict=True):
-            scores[:, at] = answer
-        return scores
+        return zip(places, self.backend.run(requests, None if self.hold else self._counted()), strict=True)
 
     def close(self) -> None:
         """Free the prefill."""

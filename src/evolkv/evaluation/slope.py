@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt
 from evolkv.cache.soft import SoftReplayCache
+from evolkv.evaluation.decode import not_a_number
 from evolkv.evaluation.scoring import Question
 
 #: Keeps gradients of activations above the smallest numbers that float16 holds.
@@ -37,9 +37,12 @@ def slope(
 
     Returns:
         The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.
+
+    Raises:
+        RunError: if what the model computes is not a number.
     """
     device = prompts[0].next_logits.device
-    texts = [torch.cat([each.later, each.target]).to(device) for each in questions]
+    texts = [torch.cat([each.later, each.target]).to(device) for each in questions if each.target is not None]
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)[:, :-1]
     positions = torch.tensor([each.tokens for each in prompts], device=device)[:, None]
     positions = positions + torch.arange(padded.shape[1], device=device)
@@ -47,20 +50,17 @@ def slope(
     with torch.inference_mode(False), torch.enable_grad():
         soft = torch.tensor(budgets, dtype=torch.float32, device=device, requires_grad=True)
         cache = SoftReplayCache(model, prompts, soft, sharpness)
-        logits = model(padded, **cache.as_argument, position_ids=positions, use_cache=True).logits
+        logits = model(padded, cache=cache, position_ids=positions, use_cache=True).logits
         losses = []
         for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
             first, end = len(question.later), len(texts[row]) - 1
             rows = logits[row, max(0, first - 1) : end].float()
             if first == 0:
                 rows = torch.cat([prompt.next_logits[None], rows])
-            losses.append(_loss(rows, question))
+            losses.append(question.scorer.loss(rows, question))
         scale = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(scale * torch.stack(losses).sum(), soft)
     values = np.array([float(loss.detach()) for loss in losses])
+    if not (np.isfinite(values).all() and bool(gradient.isfinite().all())):
+        raise not_a_number()
     return values, gradient.double().cpu().numpy() / scale
-
-
-def _loss(logits: Tensor, question: Question) -> Tensor:
-    assert question.target is not None
-    return torch.nn.functional.cross_entropy(logits, question.target.to(logits.device))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import BudgetSpec, read_budget, read_budgets
 from evolkv.errors import UsageError
+from evolkv.evaluation.scoring import has_slope
 from evolkv.evaluation.shards import Backend
 from evolkv.evolution.objective import fitness
 from evolkv.evolution.progress import OnProgress, SearchProgress
@@ -35,6 +36,8 @@ _SMOOTH = ("logprob", "fidelity")
 #: with about a quarter of the example evaluations that twelve need (docs/performance.md). Text metrics are coarse:
 #: a few examples would leave most candidates equal.
 MINIBATCH = 2
+#: The start, and the strategy, that follow the slope of the loss.
+GRADIENT = "gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,10 @@ class SearchConfig:
         gamma: discount γ for budgets below the target.
         floor: the least a head may get. Default: one more than the tokens the selector always keeps.
         ceiling: the most a head may get. Default: the longest training prompt.
-        start: allocation that "joint" starts from: "uniform" (the default), "pyramid", or a profile, which is brought
-            to the budget.
+        start: allocation that "joint" starts from: "gradient" (what `gradient_steps` along the slope of the loss come
+            to; see `evolkv.evolution.gradient`), "uniform", "pyramid", or a profile, which is brought to the budget.
+            Default: "gradient" where the metric has a slope and the engine is "replay", else "uniform".
+        gradient_steps: steps of the gradient start, of three training examples each, there and back.
         seed: of the examples and the strategy. The same seed on the same machine gives the same history.
         engine: "replay" (prefill once per example) or "naive" (once per candidate and example).
         prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does:
@@ -103,6 +108,7 @@ class SearchConfig:
     floor: int | None = None
     ceiling: int | None = None
     start: str | BudgetProfile | None = None
+    gradient_steps: int = 48
     seed: int = 0
     engine: EngineName = "replay"
     prefill_chunk: int | None = None
@@ -144,6 +150,16 @@ class SearchConfig:
             raise UsageError(
                 f"strategy {self.strategy!r} starts from uniform budgets; leave --start out, or use 'joint'"
             )
+        if self.metric is None:
+            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
+        check_metric(self.metric)
+        if self.follows_slope and not (has_slope(self.metric) and self.engine == "replay"):
+            raise UsageError(
+                f"{_slope_lacking(self)} for a gradient to follow; use --start uniform with "
+                "--strategy joint, or --metric logprob with --engine replay"
+            )
+        if self.strategy == GRADIENT and not self.follows_slope:
+            raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
         if self.engine == "naive" and self.backend != "local":
             raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
         if self.engine == "replay" and self.prefill_chunk is not None:
@@ -153,9 +169,6 @@ class SearchConfig:
             )
         if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
-        if self.metric is None:
-            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
-        check_metric(self.metric)
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
@@ -164,6 +177,20 @@ class SearchConfig:
         """The selectors by their specs, each once."""
         several = self.selector if isinstance(self.selector, (list, tuple)) else [cast(SelectorSpec, self.selector)]
         return {get_selector(each).spec: each for each in several}
+
+    @property
+    def begins_at(self) -> str | BudgetProfile:
+        """The allocation that the search starts from: `start`, or its default."""
+        if self.start is not None:
+            return self.start
+        starts_anywhere, only = STRATEGIES[self.strategy].starts_anywhere, self.strategy == GRADIENT
+        slope = has_slope(self.metric) and self.engine == "replay"
+        return GRADIENT if only or (starts_anywhere and slope) else "uniform"
+
+    @property
+    def follows_slope(self) -> bool:
+        """Whether the search starts with a descent."""
+        return self.begins_at == GRADIENT
 
     def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
         """Return how many candidates a search evaluates: whole generations, or part of one.
@@ -190,6 +217,11 @@ class SearchConfig:
             self.on_progress(progress)
 
 
+def _slope_lacking(config: SearchConfig) -> str:
+    lacking = f"engine {config.engine!r}" if has_slope(config.metric) else f"metric {config.metric!r}"
+    return f"{lacking} has no slope"
+
+
 #: Settings that are one of a few words, and settings that count something.
 _CHOICES = {
     "granularity": ("layer", "head"),
@@ -200,6 +232,7 @@ _CHOICES = {
 _COUNTS = {
     "minibatch": "example",
     "max_evals": "candidate",
+    "gradient_steps": "step",
     "group_size": "layer",
     "workers": "",
     "train": "example",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evolution.config import SeveralBudgets
+from evolkv.evolution.config import GRADIENT, SeveralBudgets
 from evolkv.evolution.evolve import Evolved
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.rivals import best_of, under_each_selector
@@ -126,7 +126,10 @@ def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: SeveralB
             for budget in order:
                 began = time.perf_counter()
                 if not evolutions:
-                    evolved = run.evolve(budget, config.start)
+                    evolved = run.evolve(budget, config.begins_at)
+                elif config.follows_slope:
+                    # A descent costs little, and does better than a neighbour's budgets.
+                    evolved = run.evolve(budget, GRADIENT, rest)
                 else:
                     evolved = run.evolve(budget, near, rest, 1.0 if near is None else _STEP)
                 evolutions[budget] = evolved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class Evolved:
         mean: the distribution's mean as ``[layers, kv_heads]`` budgets, or None where there is no such candidate.
         interrupted: whether it was stopped before its end.
         recorded_seconds: that earlier runs took for what the study held.
+        descent: the steps of the gradient start that came before.
     """
 
     history: list[Evaluation]
@@ -40,6 +41,7 @@ class Evolved:
     mean: np.ndarray | None
     interrupted: bool
     recorded_seconds: float = 0.0
+    descent: Sequence[Evaluation] = ()
 
 
 class Rotation:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evolkv.allocators import complete
+from evolkv.errors import StudyError
+from evolkv.evaluation.engine import Engine
+from evolkv.evolution.config import SearchConfig
+from evolkv.evolution.evolve import Rotation
+from evolkv.evolution.progress import SearchProgress
+from evolkv.evolution.result import Evaluation, as_lists
+from evolkv.evolution.space import SearchSpace
 from evolkv.evolution.strategies.base import bounds
+
+if TYPE_CHECKING:
+    from evolkv.evolution.study import Study
 
 Floats = NDArray[np.float64]
 
@@ -15,14 +29,20 @@ SHARPNESS = (2.0, 40.0)
 #: Adam's step size in the first and the last step, and its averages of the gradient and its square.
 RATE = (0.25, 0.05)
 BETAS = (0.9, 0.95)
+#: Spread of the noise on the logarithm of each budget, drawn anew for each step. Budgets found so leave a margin beyond
+#: the ranks that the training examples happen to need: of needles that were not trained on, at 24 of 1,600 entries, 24
+#: examples and 48 steps, it raises the probability of the answer from 0.81 to 0.91 (full cache 0.92).
+NOISE = 0.4
+#: Training examples that each step looks at, all of them in turn.
+SLOPE_EXAMPLES = 3
 
 
 class Descent:
     """Adam on the logarithms of all entries, at exactly the target memory.
 
     A budget is its floor and a share of what is left: ``b = floor + min(room, s · exp θ)``, with s such that the mean
-    is exactly the target. Each step asks for the slope of the loss at the current budgets and a sharpness, which grows
-    geometrically from step to step; see `evolkv.cache.soft`.
+    is exactly the target. Each step asks for the slope of the loss at `point`, near the current budgets, and at a
+    sharpness that grows geometrically from step to step; see `evolkv.cache.soft`.
 
     Adam: Kingma & Ba 2014, arXiv 1412.6980.
 
@@ -32,6 +52,7 @@ class Descent:
         steps: how many steps to take.
         floor: the least an entry may get, an int or an array that broadcasts to `shape`.
         ceiling: the most an entry may get, likewise.
+        seed: of the noise.
         x0: budgets to start from, of shape `shape`; default: uniform.
 
     Attributes:
@@ -45,16 +66,18 @@ class Descent:
         steps: int,
         floor: ArrayLike,
         ceiling: ArrayLike,
+        seed: int = 0,
         x0: ArrayLike | None = None,
     ):
         self._floor, self._ceiling = bounds(shape, budget, floor, ceiling)
         self._room = (self._ceiling - self._floor).astype(np.float64)
         self.shape, self.steps, self.step = shape, steps, 0
         self._total = budget * int(np.prod(shape))
-        start = np.ones(shape) if x0 is None else np.asarray(x0, dtype=np.float64)
-        start = complete(start, self._total, self._floor, self._ceiling) - self._floor
+        start = complete(np.ones(shape) if x0 is None else x0, self._total, self._floor, self._ceiling)
         # An entry at its floor would never leave it.
-        self._theta: Floats = np.log(np.maximum(start, 0.5))
+        self._theta: Floats = np.log(np.maximum(start - self._floor, 0.5))
+        self._random = np.random.default_rng(seed)
+        self._noise: Floats = np.exp(NOISE * self._random.standard_normal(shape))
         self._first, self._second = np.zeros(shape), np.zeros(shape)
 
     @property
@@ -68,22 +91,22 @@ class Descent:
         return _between(*SHARPNESS, self.step / max(1, self.steps - 1))
 
     @property
-    def soft_budgets(self) -> Floats:
-        """The current budgets in `shape`, before they are rounded."""
-        return self._floor + self._shares()
+    def point(self) -> Floats:
+        """The soft budgets in `shape` at which the slope is wanted: the current ones with noise."""
+        return (self._floor + self._shares()) * self._noise
 
     @property
     def budgets(self) -> NDArray[np.int64]:
         """The current budgets in `shape`, rounded at the exact total."""
-        return complete(self.soft_budgets, self._total, self._floor, self._ceiling)
+        return complete(self._floor + self._shares(), self._total, self._floor, self._ceiling)
 
     def tell(self, slope: ArrayLike) -> None:
-        """Take a step, given the slope of the loss with respect to each budget, in `shape`."""
+        """Take a step, given the slope of the loss with respect to each budget, in `shape`, at `point`."""
         shares = self._shares()
         full = shares >= self._room
         free = np.where(full, 0.0, shares)
         # One more entry here is one less among all that are free to change, each in its proportion.
-        by_share = np.asarray(slope, dtype=np.float64)
+        by_share = np.asarray(slope, dtype=np.float64) * self._noise
         gradient = shares * (by_share - (free * by_share).sum() / max(free.sum(), 1e-9))
         # One that is full can only come down.
         gradient[full] = np.maximum(gradient[full], 0.0)
@@ -92,6 +115,7 @@ class Descent:
         self._second = BETAS[1] * self._second + (1 - BETAS[1]) * gradient**2
         first, second = self._first / (1 - BETAS[0] ** self.step), self._second / (1 - BETAS[1] ** self.step)
         rate = RATE[0] + (RATE[1] - RATE[0]) * (self.step - 1) / self.steps
+        self._noise = np.exp(NOISE * self._random.standard_normal(self.shape))
         self._theta = np.log(np.maximum(shares, 1e-6)) - rate * first / (np.sqrt(second) + 1e-12)
 
     def _shares(self) -> Floats:
@@ -111,3 +135,76 @@ class Descent:
 
 def _between(first: float, last: float, part: float) -> float:
     return float(first * (last / first) ** part)
+
+
+def descend(
+    budget: int,
+    *,
+    config: SearchConfig,
+    space: SearchSpace,
+    rotation: Rotation,
+    scorer: Callable[[], Engine],
+    study: Study | None = None,
+) -> tuple[list[Evaluation], bool]:
+    """Follow the slope from uniform budgets; steps that the study holds are taken again as they were.
+
+    KeyboardInterrupt ends the descent early.
+
+    Args:
+        budget: the target, in cache entries per KV head.
+        config: the settings of the search.
+        space: the budgets to choose from.
+        rotation: which examples each step looks at.
+        scorer: the engine over the training examples; asked for only if a slope has to be computed.
+        study: where steps are recorded.
+
+    Returns:
+        The steps, each with the budgets that it came to, at exactly the target total; and whether it was interrupted.
+
+    Raises:
+        StudyError: if what the study holds is not what the descent comes to.
+        KeyboardInterrupt: if interrupted before the first step.
+    """
+    stage = f"gradient {budget}"
+    recorded = study.generations(stage) if study is not None else []
+    floor, ceiling = space.bounds
+    descent = Descent(space.shape, budget, config.gradient_steps, floor, ceiling, config.seed)
+    steps: list[Evaluation] = []
+    try:
+        while not descent.done:
+            number = descent.step
+            if number < len(recorded):
+                (entry,) = recorded[number]
+                descent.tell(space.by_variable(np.array(entry.slope)))
+                if entry.budgets != as_lists(space.matrix(descent.budgets)):
+                    raise StudyError(
+                        f"step {number} of {stage} in the study is not what this version comes to; continue with the "
+                        "version that the study was made with, or start another --study"
+                    )
+            else:
+                columns = rotation(number)
+                engine = scorer()
+                started = time.perf_counter()
+                losses, slope = engine.slope(np.asarray(space.matrix(descent.point)), descent.sharpness, columns)
+                slope /= len(columns)
+                descent.tell(space.by_variable(slope))
+                by_example: list[float | None] = [None] * rotation.examples
+                for column, loss in zip(columns, losses.tolist(), strict=True):
+                    by_example[column] = float(np.exp(-loss))
+                score = float(np.exp(-losses).mean())
+                budgets = as_lists(space.matrix(descent.budgets))
+                took = time.perf_counter() - started
+                entry = Evaluation(budgets, score, score, 1.0, number, by_example, took, slope.tolist())
+                if study is not None:
+                    study.record(stage, number, [entry])
+            steps.append(entry)
+            config.report(
+                SearchProgress(
+                    "gradient", number + 1, descent.steps, entry.score, entry.score, entry.budgets, budget=budget
+                )
+            )
+    except KeyboardInterrupt:
+        if not steps:
+            raise
+        return steps, True
+    return steps, False

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prefill", "search", "validation"]
+Stage = Literal["prefill", "gradient", "search", "validation"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class SearchProgress:
 
     Args:
         stage: what it is doing.
-        done: steps done in this stage (examples, candidates, examples).
+        done: steps done in this stage (examples, steps, candidates, examples).
         total: steps of this stage.
         best: highest fitness so far, or None. Where generations are scored on different examples: that of the
             distribution's mean, each example counted as last seen.

@@ -24,6 +24,8 @@ class Evaluation:
         generation: number of the generation, from 0.
         scores: metric on each training example; None for those it was not scored on.
         seconds: its share of the time that scoring its generation took.
+        slope: of a step of a descent, how the loss changes with each budget, ``L × H``. Its scores are those under soft
+            cuts, which cannot be compared with others.
     """
 
     budgets: list[list[int]]
@@ -33,6 +35,7 @@ class Evaluation:
     generation: int
     scores: list[float | None] | None = None
     seconds: float = 0.0
+    slope: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Validated:
     """One allocation on examples that the search never saw.
 
     Args:
-        name: "best" or "mean" of the search, "expanded from …" of one at another budget, the heuristic "uniform" or
-            "pyramid", or "start", the profile that the search started from.
+        name: "best" or "mean" of the search, "gradient", "expanded from …" of one at another budget, the heuristic
+            "uniform" or "pyramid", or "start", the profile that the search started from.
         evolved: whether it comes from the search.
         budgets: ``L × H`` ints, at exactly the target total.
         score: mean metric over the validation examples.
@@ -78,6 +81,7 @@ class SearchResult:
             after an interruption.
         train: the chosen allocation on all training examples: ``score, n``. None after an interruption, and in studies
             from before it was recorded.
+        descent: the steps of the gradient start, in order, as `history`; their scores are those under soft cuts.
         rivals: of a search under several selectors, one row for each: ``selector, chosen, score`` (on the validation
             examples; None after an interruption)``, evaluations, seconds``. `evaluations` and `history` are those of
             the winner alone.
@@ -94,6 +98,7 @@ class SearchResult:
     interrupted: bool
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     kept: dict[str, Any] | None = field(default=None, repr=False)
+    descent: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rivals: list[dict[str, Any]] = field(default_factory=list)
     train: dict[str, Any] | None = None
 
@@ -120,6 +125,7 @@ class SearchResult:
             "gap": self.gap,
             "kept": self.kept,
             "rivals": self.rivals,
+            "descent": self.descent,
             "history": self.history,
             "validation": self.validation,
         }
@@ -135,6 +141,6 @@ def as_lists(budgets: np.ndarray) -> list[list[int]]:
     return [[int(value) for value in row] for row in budgets]
 
 
-def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a history entry without its time, which no two runs have in common."""
-    return {key: value for key, value in row.items() if key != "seconds"}
+def public_row(entry: Evaluation) -> dict[str, Any]:
+    """Return a history entry without its time, which no two runs have in common, and without its slope."""
+    return {key: value for key, value in asdict(entry).items() if key not in ("seconds", "slope")}

@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +23,12 @@ from evolkv.evaluation.records import prompt_digest
 from evolkv.evaluation.shards import Backend, ShardedEngine
 from evolkv.evolution.backends import make_backend
 from evolkv.evolution.choose import choose, rows_from
-from evolkv.evolution.config import OneBudget, SearchConfig
+from evolkv.evolution.config import GRADIENT, OneBudget, SearchConfig
 from evolkv.evolution.evolve import Evolved, Rotation, evolve
+from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.progress import SearchProgress
-from evolkv.evolution.result import SearchResult, Validated, as_lists, as_rows, without_seconds
+from evolkv.evolution.result import Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
 from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES, Strategy
@@ -71,7 +73,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
     with Run(model, tokenizer, config) as run:
         budget = run.space.check(config.target)
         run.open_study([budget])
-        evolved = run.evolve(budget, config.start)
+        evolved = run.evolve(budget, config.begins_at)
         choices = run.choices(budget, evolved)
         validation: list[Validated] = []
         if not evolved.interrupted:
@@ -137,7 +139,7 @@ class Run:
         config, shape = self.config, self.space.shape
         evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
         # Settings that no strategy can use are not put on record.
-        make_strategy(config, self.space, budgets[0], config.start)
+        make_strategy(config, self.space, budgets[0], None if config.follows_slope else config.begins_at)
         if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
             log.warning(
                 "--max-evals %d is less than one generation of %d candidates for each search: nothing can be learned "
@@ -168,8 +170,17 @@ class Run:
     def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
+        descent: list[Evaluation] = []
+        if isinstance(start, str) and start == GRADIENT:
+            turns = Rotation(len(self.train), SLOPE_EXAMPLES, config.seed)
+            descent, interrupted = descend(
+                budget, config=config, space=space, rotation=turns, scorer=self._train_engine, study=self.study
+            )
+            if interrupted:
+                return Evolved([], descent[-1], None, True, descent=descent)
+            start = np.array(descent[-1].budgets)
         total = config.evaluations(space.shape, share)
-        return evolve(
+        evolved = evolve(
             make_strategy(config, space, budget, start, share, step),
             budget,
             total,
@@ -179,12 +190,15 @@ class Run:
             scorer=self._train_engine,
             study=self.study,
         )
+        return replace(evolved, descent=descent)
 
     def choices(self, budget: int, evolved: Evolved) -> dict[str, np.ndarray]:
         """Return the allocations to choose from, each at exactly the target total."""
         allocations = {"best": np.array(evolved.best.budgets)}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
+        if evolved.descent:
+            allocations[GRADIENT] = np.array(evolved.descent[-1].budgets)
         if isinstance(self.config.start, BudgetProfile):
             allocations[START] = self.config.start.budgets
         completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
@@ -264,9 +278,10 @@ class Run:
                 interrupted = True
         return SearchResult(
             profile=profile,
-            history=[without_seconds(row) for row in as_rows(history)],
+            history=[public_row(entry) for entry in history],
             validation=as_rows(validation),
-            best=without_seconds(as_rows([evolved.best])[0]),
+            best=public_row(evolved.best),
+            descent=[public_row(entry) for entry in evolved.descent],
             chosen=chosen,
             improved=bool(validation) and validation[0].evolved,
             evaluations=len(history),
@@ -297,6 +312,7 @@ class Run:
             # Left out where they say nothing: studies from before they existed go on.
             **({"least": int(self.space.floors.min())} if self.space.floors.min() < self.space.floor else {}),
             **({} if config.prefill_chunk is None else {"prefill_chunk": config.prefill_chunk}),
+            **({"gradient_steps": config.gradient_steps} if config.follows_slope else {}),
             "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
             "validation": {"n": len(self.held_out), "fingerprint": fingerprint(self.held_out)},
             **STRATEGIES[config.strategy].identity(config),
@@ -304,10 +320,10 @@ class Run:
 
     @property
     def _start_name(self) -> str:
-        start = self.config.start
+        start = self.config.begins_at
         if isinstance(start, BudgetProfile):
             return f"profile {hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]}"
-        return start or "uniform"
+        return start
 
     def _kept(self, profile: BudgetProfile) -> dict[str, Any]:
         kept = kept_positions(self.model, self.tokenizer, self.held_out[0], profile, self.config.prefill_chunk)
@@ -362,7 +378,7 @@ def make_strategy(
         UsageError: a setting is out of its range.
     """
     strategy = STRATEGIES[config.strategy]
-    floor, ceiling = (each[:, None] if space.by_head else each for each in (space.floors, space.ceilings))
+    floor, ceiling = space.bounds
     arguments = {
         "budget": budget,
         "sigma": step * strategy.default_sigma[space.by_head] if config.sigma is None else config.sigma,

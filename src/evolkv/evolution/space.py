@@ -93,6 +93,16 @@ class SearchSpace:
         column = candidate if candidate.ndim == 2 else candidate[:, None]
         return np.ascontiguousarray(np.broadcast_to(column, (self.layers, self.heads)))
 
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Floor and ceiling of each layer, so that they broadcast to `shape`."""
+        floor, ceiling = (each[:, None] if self.by_head else each for each in (self.floors, self.ceilings))
+        return floor, ceiling
+
+    def by_variable(self, slope: np.ndarray) -> np.ndarray:
+        """Return the derivatives with respect to what is searched, given those of each head, ``[layers, kv_heads]``."""
+        return slope if self.by_head else slope.sum(axis=1)
+
     def completed(self, budgets: np.ndarray, budget: int) -> np.ndarray:
         """Return budgets ``[layers, kv_heads]`` brought to exactly the total of another budget."""
         searched = budgets if self.by_head else budgets.mean(axis=1)
@@ -111,7 +121,7 @@ class SearchSpace:
         Raises:
             UsageError: for an unknown name, or a profile of another model.
         """
-        if start is None:
+        if start is None or (isinstance(start, str) and start == "uniform"):
             return None
         if isinstance(start, str):
             if start not in HEURISTICS:

@@ -1,6 +1,6 @@
 """A generation as an Optuna trial, and back.
 
-- value: the highest fitness of its candidates (to be maximised);
+- value: the highest fitness of its candidates (to be maximised); a step of a descent has none, and is "pruned";
 - params: where that is the highest of its stage so far, the budgets of that candidate, as means per layer, as long as
   recording has taken no more than a hundredth of what scoring has (each parameter is a row, and a slow one);
 - user attributes "stage", "generation", and "candidates_000", …: lists of candidates, as many as go into one
@@ -40,8 +40,9 @@ class _Candidate(BaseModel):
     fitness: float
     score: float
     cache_score: float
-    scores: list[float | None] | None
+    scores: list[float | None] | None = None
     seconds: float
+    slope: list[list[float]] | None = None
 
 
 _CANDIDATE_LIST = TypeAdapter(list[_Candidate])
@@ -74,7 +75,7 @@ def to_trial(
     attributes: dict[str, Any] = {"stage": stage, "generation": generation}
     room = 0
     for i, entry in enumerate(evaluations):
-        row = {key: value for key, value in vars(entry).items() if key != "generation"}
+        row = {key: value for key, value in vars(entry).items() if key != "generation" and value is not None}
         size = len(json.dumps(row, allow_nan=False)) + len(", ")
         if size > room:
             part = attributes[f"{_CANDIDATES}{i:03d}"] = _Written()
@@ -82,13 +83,15 @@ def to_trial(
         part.append(row)
         room -= size
     params: dict[str, int] = {}
+    # The score of a step of a descent is that of soft cuts: Optuna must not take it for the best.
+    soft = fittest.slope is not None
     # Each costs a database three statements; so only what beats all before it has them.
-    if improved:
+    if improved and not soft:
         params = {f"layer_{layer:02d}": round(sum(row) / len(row)) for layer, row in enumerate(fittest.budgets)}
     low, high = min([span[0], *params.values()]), max([span[1], *params.values()])
     trial = create_trial(
-        state=TrialState.COMPLETE,
-        value=fittest.fitness,
+        state=TrialState.PRUNED if soft else TrialState.COMPLETE,
+        value=None if soft else fittest.fitness,
         params=params,
         distributions=dict.fromkeys(params, IntDistribution(low, high)),
         user_attrs=attributes,
@@ -123,6 +126,6 @@ def _evaluations(name: str, trial: FrozenTrial, generation: int) -> list[Evaluat
     except ValidationError as error:
         raise StudyError(f"study {name!r} is damaged: trial {trial.number}, candidates{first_error(error)}") from None
     return [
-        Evaluation(row.budgets, row.fitness, row.score, row.cache_score, generation, row.scores, row.seconds)
+        Evaluation(row.budgets, row.fitness, row.score, row.cache_score, generation, row.scores, row.seconds, row.slope)
         for row in rows
     ]

@@ -36,7 +36,8 @@ def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, li
     records = read_studies(storage, name)
     searches = []
     for record in records:
-        stages = [stage for stage, generations in record.stages.items() if generations]
+        # Steps of a descent have no candidates.
+        stages = [stage for stage, rows in record.stages.items() if rows and rows[0][0].slope is None]
         rival = record.name.rpartition("/")[2] if len(records) > 1 else ""
         searches += [_search(record, stage, len(stages) > 1, rival) for stage in stages]
     names = ", ".join(record.name for record in records)

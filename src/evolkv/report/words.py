@@ -14,7 +14,7 @@ from evolkv.report.schemas import Row
 _OPTIONS = (
     *("task", "budget", "selector", "strategy", "granularity", "metric", "train", "val", "max_evals", "population"),
     *("sigma", "group_size", "lam", "gamma", "floor", "ceiling", "seed", "engine", "prefill_chunk", "minibatch"),
-    *("start", "first", "dtype", "protocol"),
+    *("start", "gradient_steps", "first", "dtype", "protocol"),
 )
 
 
