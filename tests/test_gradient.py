@@ -58,14 +58,16 @@ def test_very_sharp_cuts_give_what_hard_ones_give(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3_next"])
-@pytest.mark.parametrize("protocol", ["aware", "agnostic"])
-def test_the_slope_is_that_of_finite_differences(family, protocol, tokenizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("protocol", "metric"), [("aware", "logprob"), ("agnostic", "logprob"), ("agnostic", "fidelity")]
+)
+def test_the_slope_is_that_of_finite_differences(family, protocol, metric, tokenizer, monkeypatch):
     # Several blocks of queries, the last of them shorter.
     monkeypatch.setattr(soft, "BLOCK_BYTES", 40_000)
     model = tiny_model(family, vocab_size=len(tokenizer), max_position_embeddings=512)
     examples = under_protocol(protocol, get_task("niah:context=120").examples("train", 2, tokenizer))
-    engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv:window=4"))
-    shape = len(engine._held[0].keys), engine._held[0].keys[0].shape[0]
+    engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv:window=4"), metric)
+    shape = len(engine._held[0].prompt.keys), engine._held[0].prompt.keys[0].shape[0]
     budgets = np.random.default_rng(0).uniform(5, 60, shape)
     losses, slope = engine.slope(budgets, 4.0, [0, 1])
     assert losses.shape == (2,)

@@ -23,7 +23,7 @@ from tiny import KV_HEADS, LAYERS, tiny_model
 GENERATION = 8
 #: KV heads of `small`.
 HEADS = LAYERS * KV_HEADS
-SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 24, "seed": 0}
+SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 24, "seed": 0, "start": "uniform"}
 
 
 @pytest.fixture(scope="module")
