@@ -23,7 +23,15 @@ from tiny import KV_HEADS, LAYERS, tiny_model
 GENERATION = 8
 #: KV heads of `small`.
 HEADS = LAYERS * KV_HEADS
-SETTINGS = {"task": "niah:context=200", "budget": 48, "train": 2, "val": 2, "max_evals": 24, "seed": 0, "start": "uniform"}
+SETTINGS = {
+    "task": "niah:context=200",
+    "budget": 48,
+    "train": 2,
+    "val": 2,
+    "max_evals": 24,
+    "seed": 0,
+    "start": "uniform",
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +133,7 @@ def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(sma
 
 def test_a_profile_that_a_search_starts_from_is_among_what_it_has_to_beat(small):
     begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48])
-    found = evolkv.search(*small, **{**SETTINGS, "budget": 60, "max_evals": 14}, start=begun)
+    found = evolkv.search(*small, **{**SETTINGS, "budget": 60, "max_evals": 14, "start": begun})
     rows = {row["name"]: row for row in found.validation}
     assert {"uniform", "pyramid", "start", "best"} <= set(rows)
     assert [name for name, row in rows.items() if not row["evolved"]] == [
