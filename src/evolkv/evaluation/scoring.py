@@ -326,9 +326,9 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 
 
-def has_slope(metric: str) -> bool:
-    """Return whether a metric changes smoothly with the budgets, so that a search can follow its slope."""
-    return SCORERS.get(metric, TextScorer).loss is not Scorer.loss
+def has_slope(metric: str | None) -> bool:
+    """Return whether a search can follow the slope of a metric; None stands for each example's own."""
+    return SCORERS.get(metric or "", TextScorer).loss is not Scorer.loss
 
 
 def encode_examples(
