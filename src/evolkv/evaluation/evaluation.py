@@ -100,7 +100,7 @@ def evaluate(
             profile is expanded to each budget given.
         samples: examples per task.
         seed: of the examples.
-        metric: a text metric or "logprob"; default: the task's own.
+        metric: a text metric, "logprob", "fidelity" or "agreement"; default: the task's own.
         protocol: "aware" (the question is in the prompt that is compressed) or "agnostic" (the context is compressed
             before the question is seen); see `evolkv.tasks.protocol`.
         prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does;

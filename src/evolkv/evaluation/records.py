@@ -109,10 +109,10 @@ class Record(_Checked):
         budget: mean budget; None for the full cache.
         metric: name of the metric.
         protocol: whether the question was seen when the prompt was compressed; see `evolkv.tasks.protocol`.
-        prediction: the text generated; None for the metric logprob.
+        prediction: the text generated; None for metrics that read an answer.
         first_line: whether the metric judges only the first line of the prediction.
         stop: texts that end what the metric judges of the prediction.
-        references: the acceptable answers.
+        references: the acceptable answers; none where the metric needs none.
         score: in [0, 1].
         kv_bytes: what the cache held after prefill.
         mean_budget: the same as entries per KV head.

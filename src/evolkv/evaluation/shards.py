@@ -32,7 +32,7 @@ class Shard:
         key: names the shard among all those that a backend serves; ends in its number.
         examples: what to score on.
         selector: ranks the tokens.
-        metric: "logprob", the name of a text metric, or None for each example's own.
+        metric: of all examples; None for each example's own.
         ceiling: the largest budget that will be asked for.
         hold: whether to keep the prefill for further calls.
         rankings: selectors under which the same examples are searched, one after the other, if there are several: each
@@ -173,7 +173,7 @@ class ShardedEngine(Engine):
         backend: where the shards are computed.
         examples: what to score on.
         selector: ranks the tokens.
-        metric: "logprob", the name of a text metric, or None for each example's own.
+        metric: of all examples; None for each example's own.
         ceiling: the largest budget that will be asked for.
         hold: whether to prefill now and hold the result for any number of `score` calls.
         on_progress: called with (done, total) after each example that was prefilled.
