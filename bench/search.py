@@ -22,6 +22,7 @@ from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
 from evolkv.evolution.evolve import Rotation, evolve
 from evolkv.evolution.study import Study
+from evolkv.methods import Method
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
@@ -404,6 +405,74 @@ def curve(
     }
 
 
+def gradient(
+    bench: Bench,
+    task: str = "niah:context=1600",
+    held_out: str = "niah:context=1600,passages=2",
+    selector: str = "chunkkv:window=2",
+    budgets: list[int] = [16, 24, 40],  # noqa: B006
+    train: int = 24,
+    val: int = 12,
+    samples: int = 24,
+    max_evals: int = 153,
+    seeds: int = 5,
+) -> dict[str, Any]:
+    """Find needles under budgets per head that start from the gradient, at several seeds.
+
+    Each seed has examples of its own for training, choice and comparison. The comparison has the full cache, the same
+    ranking with equal budgets, and SnapKV with its window cut to fit, all judged by the text that they generate.
+
+    Args:
+        task: spec of the task that is searched on.
+        held_out: spec of the task of the comparison, whose examples no search sees.
+        selector: whose ranking is cut.
+        budgets: mean cache entries per KV head.
+        train: training examples.
+        val: examples to choose on.
+        samples: examples of the comparison.
+        max_evals: candidates of evolution at the first budget, and at the others together.
+        seeds: searches.
+    """
+    model, tokenizer = bench.load()
+    rows: list[dict[str, Any]] = []
+    spent: list[dict[str, Any]] = []
+    for seed in seeds_from(bench, seeds):
+        found = search_curve(
+            model,
+            tokenizer,
+            task=task,
+            budgets=budgets,
+            selector=selector,
+            granularity="head",
+            train=train,
+            val=val,
+            max_evals=max_evals,
+            seed=seed,
+        )
+        for result in found.results:
+            budget = result.profile.budget
+            snapkv = f"snapkv:window={min(32, budget // 2)}"
+            methods = ["full", snapkv, selector, Method.of_profile(result.profile, "evolkv")]
+            named = dict(task=held_out, methods=methods, budgets=[budget], samples=samples, seed=seed)
+            rows += [{**row, "at": budget} for row in evolkv.evaluate(model, tokenizer, metric="contains", **named)]
+            spent.append(
+                {
+                    "seed": seed,
+                    "budget": budget,
+                    "seconds": result.seconds,
+                    "chosen": result.chosen,
+                    "validation": {row["name"]: row["score"] for row in result.validation},
+                }
+            )
+            print(spent[-1], [(row["method"], row["score"]) for row in rows[-4:]], file=sys.stderr, flush=True)
+    table = []
+    for budget in budgets:
+        for method in dict.fromkeys(row["method"].partition(":window")[0] for row in rows):
+            scores = [r["score"] for r in rows if r["at"] == budget and r["method"].partition(":window")[0] == method]
+            table.append({"budget": budget, "method": method, **spread(scores), "mean": statistics.mean(scores)})
+    return {"n": samples, "seeds": seeds, "task": task, "table": table, "searches": spent, "rows": rows}
+
+
 def scaling(
     bench: Bench, context: int = 1600, budget: int = 128, train: int = 6, max_evals: int = 340, pairs: int = 3
 ) -> dict[str, Any]:
@@ -466,4 +535,4 @@ def scaling(
 
 
 if __name__ == "__main__":
-    run(__doc__, engine, cost, shared_layers, tokens_at_once, curve, scaling)
+    run(__doc__, engine, cost, gradient, shared_layers, tokens_at_once, curve, scaling)

@@ -25,7 +25,7 @@ from evolkv.evolution.backends import make_backend
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import GRADIENT, OneBudget, SearchConfig
 from evolkv.evolution.evolve import Evolved, Rotation, evolve
-from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
+from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
@@ -178,7 +178,7 @@ class Run:
             )
             if interrupted:
                 return Evolved([], descent[-1], None, True, descent=descent)
-            start = np.array(descent[-1].budgets)
+            start, step = np.array(descent[-1].budgets), step * STEP_AFTER
         total = config.evaluations(space.shape, share)
         evolved = evolve(
             make_strategy(config, space, budget, start, share, step),
