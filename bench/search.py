@@ -453,8 +453,17 @@ def gradient(
             budget = result.profile.budget
             snapkv = f"snapkv:window={min(32, budget // 2)}"
             methods = ["full", snapkv, selector, Method.of_profile(result.profile, "evolkv")]
-            named = dict(task=held_out, methods=methods, budgets=[budget], samples=samples, seed=seed)
-            rows += [{**row, "at": budget} for row in evolkv.evaluate(model, tokenizer, metric="contains", **named)]
+            compared = evolkv.evaluate(
+                model,
+                tokenizer,
+                task=held_out,
+                methods=methods,
+                budgets=[budget],
+                samples=samples,
+                seed=seed,
+                metric="contains",
+            )
+            rows += [{**row, "at": budget} for row in compared]
             spent.append(
                 {
                     "seed": seed,
