@@ -452,7 +452,7 @@ def gradient(
         for result in found.results:
             budget = result.profile.budget
             snapkv = f"snapkv:window={min(32, budget // 2)}"
-            methods = ["full", snapkv, selector, Method.of_profile(result.profile, "evolkv")]
+            methods: list[Any] = ["full", snapkv, selector, Method.of_profile(result.profile, "evolkv")]
             compared = evolkv.evaluate(
                 model,
                 tokenizer,

@@ -666,6 +666,15 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
 
 
+def test_a_preset_fills_in_what_no_option_says(run, tmp_path):
+    run(
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 1, "--quiet"),
+        *("--preset", "paper", "--gamma", 0.5),
+    )
+    search = BudgetProfile.load(tmp_path / "profile.json").search
+    assert {"strategy": "evolkv", "group_size": 8, "sigma": 0.3, "gamma": 0.5}.items() <= search.items()
+
+
 def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
     code, out, err = run(
         *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--log-json")

@@ -361,3 +361,24 @@ def test_validation_on_training_examples_is_refused(small, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UsageError, match="1 of 3 validation examples are training examples too"):
         evolkv.search(*small, **{**SETTINGS, "task": f"jsonl:path={path},split=all", "train": 3, "val": 3})
+
+
+def test_the_preset_best_has_budgets_per_head_and_selectors_that_compete(small):
+    brief = {"task": "niah:context=120", "train": 2, "val": 1, "max_evals": 8, "gradient_steps": 1}
+    found = evolkv.search(*small, budget=12, preset="best", **brief)
+    assert found.profile.granularity == "head"
+    # A window of 32 does not fit a budget of 12.
+    assert [row["selector"]["name"] for row in found.rivals] == ["chunkkv", "snapkv"]
+    assert found.profile.search["start"] == "gradient"
+
+
+def test_the_preset_paper_is_algorithm_1_unless_told_otherwise(small):
+    brief = {"task": "niah:context=120", "budget": 48, "train": 1, "val": 1, "max_evals": 8}
+    found = evolkv.search(*small, preset="paper", gamma=0.5, **brief)
+    of_paper = {"strategy": "evolkv", "start": "uniform", "sigma": 0.3, "group_size": 8, "lam": 0.3}
+    assert of_paper.items() <= found.settings.items()
+    assert found.settings["gamma"] == 0.5
+    assert {"name": "snapkv", "window": 32, "kernel": 7}.items() <= found.profile.selector.items()
+    assert found.profile.granularity == "layer"
+    with pytest.raises(UsageError, match="Did you mean 'paper'"):
+        evolkv.search(*small, preset="papr", **brief)

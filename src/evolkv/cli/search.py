@@ -48,6 +48,15 @@ def search(
             help="Which tokens are kept: snapkv, or snapkv:window=16; of several the best on unseen examples.",
         ),
     ] = ["snapkv"],  # noqa: B006
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="best|paper",
+            help="best: budgets per head, selectors that compete, 24 training examples; paper: its Algorithm 1. "
+            "Other options replace what it says.",
+        ),
+    ] = None,
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="joint|gradient|evolkv|random", help="Who proposes the candidates.")
     ] = "joint",
@@ -237,5 +246,10 @@ def search(
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
     from evolkv.cli.search_command import run
+    from evolkv.evolution.config import preset_settings
 
+    for name, value in preset_settings(preset, budget).items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "DEFAULT":
+            context.params[name] = [value] if name == "selector" and isinstance(value, str) else value
     return run(context.params)
