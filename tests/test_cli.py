@@ -683,7 +683,12 @@ def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
     assert "unseen examples" in out
     events = [json.loads(line) for line in err.splitlines()]
     steps = [event for event in events if event["event"] == "progress"]
-    assert [step["stage"] for step in steps if step["done"] == step["total"]] == ["prefill", "gradient", "search", "validation"]
+    assert [step["stage"] for step in steps if step["done"] == step["total"]] == [
+        "prefill",
+        "gradient",
+        "search",
+        "validation",
+    ]
     assert all(event["time"] for event in events)
 
 
