@@ -120,6 +120,15 @@ def search(
             rich_help_panel=_STRATEGY,
         ),
     ] = "smallest",
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="SECONDS",
+            help="End in about this time, the choice on unseen examples included. (default: none)",
+            rich_help_panel=_STRATEGY,
+        ),
+    ] = None,
     population: Annotated[
         int | None,
         typer.Option(

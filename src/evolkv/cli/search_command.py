@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -15,7 +16,7 @@ from evolkv.cli import console
 from evolkv.cli.arguments import sibling
 from evolkv.cli.options import ModelOptions, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
 from evolkv.evolution.config import GRADIENT
 from evolkv.evolution.curve import run_curve
@@ -43,6 +44,7 @@ def run(options: Mapping[str, Any]) -> int:
     Returns:
         The exit code.
     """
+    started = time.monotonic()
     budgets = read_budgets(options["budget"], "--budget")
     console.keep_stdout_for_json(options["json_out"])
     outs = _outs(options["out"], budgets)
@@ -58,6 +60,9 @@ def run(options: Mapping[str, Any]) -> int:
         seed=config.seed,
     )
     model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check)
+    if config.time_limit is not None:
+        # The limit is for the whole command.
+        config = replace(config, time_limit=_left(config.time_limit, time.monotonic() - started))
     if config.backend == "ray":
         config = replace(config, backend=_ray(model, tokenizer, options))
     with console.Progress() as progress:
@@ -68,6 +73,13 @@ def run(options: Mapping[str, Any]) -> int:
             result = run_curve(model, tokenizer, config)
     write = _write_search if isinstance(result, SearchResult) else _write_curve
     return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+
+
+def _left(limit: float, seconds: float) -> float:
+    """Return what is left of the time limit once the model is there."""
+    if seconds >= limit:
+        raise RunError(f"--time-limit {limit:g} is too short: loading the model took {seconds:.0f} s; allow more")
+    return limit - seconds
 
 
 def _outs(out: str, budgets: list[int]) -> dict[int, str]:
@@ -151,7 +163,8 @@ def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str |
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
-        f"{_candidates(result)} candidates in {duration(result.seconds)}; profile written to {out}{kept}",
+        f"{_stopped(result, storage)}{_candidates(result)} candidates in {duration(result.seconds)}; "
+        f"profile written to {out}{kept}",
         soft_wrap=True,
     )
     return 0
@@ -175,7 +188,7 @@ def _write_curve(curve: CurveResult, outs: Mapping[int, str], json_out: str | No
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
-        f"\n{sum(map(_candidates, curve.results))} candidates in {duration(curve.seconds)}; "
+        f"\n{_stopped(curve, storage)}{sum(map(_candidates, curve.results))} candidates in {duration(curve.seconds)}; "
         f"profiles written to {names}{kept}",
         soft_wrap=True,
     )
@@ -196,6 +209,12 @@ def show_search(progress: console.Progress, step: SearchProgress) -> None:
         budget=step.budget,
         selector=step.selector,
     )
+
+
+def _stopped(result: SearchResult | CurveResult, storage: str | None) -> str:
+    """Say that the time limit ended the search, if it did."""
+    again = "; the same command goes on from there" if storage else ""
+    return f"The {result.stopped} ended the search early{again}.\n" if result.stopped else ""
 
 
 def _candidates(result: SearchResult) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
@@ -73,6 +74,9 @@ class SearchConfig:
             to; see `evolkv.evolution.gradient`), "uniform", "pyramid", or a profile, which is brought to the budget.
             Default: "gradient" where the metric has a slope and the engine is "replay", else "uniform".
         gradient_steps: steps of the gradient start, of three training examples each, there and back.
+        time_limit: seconds after which the search ends with what it has come to. It keeps room for the choice on the
+            validation examples, so that all is done in about that time. Searches at several budgets and under several
+            selectors share it. One that goes on counts anew. Default: none.
         seed: of the examples and the strategy. The same seed on the same machine gives the same history.
         engine: "replay" (prefill once per example) or "naive" (once per candidate and example).
         prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does:
@@ -111,6 +115,7 @@ class SearchConfig:
     ceiling: int | None = None
     start: str | BudgetProfile | None = None
     gradient_steps: int = 48
+    time_limit: float | None = None
     seed: int = 0
     engine: EngineName = "replay"
     prefill_chunk: int | None = None
@@ -132,6 +137,8 @@ class SearchConfig:
             if value is not None and (not is_whole(value) or value < 1):
                 least = f", at least one{noun and f' {noun}'}"
                 raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise UsageError(f"--time-limit is {self.time_limit!r}; use a number of seconds above 0, such as 600")
         if self.population is not None and not is_whole(self.population):
             raise UsageError(f"--population is {self.population!r}; use a whole number of candidates")
         if self.population is not None and self.population > (self.max_evals or MOST_POPULATION):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from evolkv.evolution.config import GRADIENT, SeveralBudgets
 from evolkv.evolution.evolve import Evolved
+from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.run import Run
@@ -47,6 +48,11 @@ class CurveResult:
     seconds: float
     interrupted: bool
 
+    @property
+    def stopped(self) -> str | None:
+        """What ended at least one of the searches early: "time limit", or None."""
+        return next((result.stopped for result in self.results if result.stopped), None)
+
     def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:
         """Return the content of a ``--json`` file; `profiles` are the paths that the profiles were written to."""
         points = [dict(point) for point in self.points]
@@ -56,6 +62,7 @@ class CurveResult:
             "format": FORMAT,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
+            "stopped": self.stopped,
             "points": points,
             "searches": [result.to_dict() for result in self.results],
         }
@@ -79,10 +86,11 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
     selectors = {name: _fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
+    limit = TimeLimit(config.time_limit, len(selectors), len(config.targets), config.val)
+    run = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(selectors) > 1:
-        run = partial(_under_one_selector, model, tokenizer)
         return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run))
-    return _under_one_selector(model, tokenizer, replace(config, selector=[*selectors.values()]))
+    return run(replace(config, selector=[*selectors.values()]))
 
 
 def _fitted(spec: SelectorSpec, smallest: int) -> SelectorSpec:
@@ -111,9 +119,11 @@ def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:
     return CurveResult(results, _with_front(points), sum(curve.seconds for curve in curves), interrupted)
 
 
-def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) -> CurveResult:
+def _under_one_selector(
+    model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets, limit: TimeLimit
+) -> CurveResult:
     started = time.perf_counter()
-    with Run(model, tokenizer, config) as run:
+    with Run(model, tokenizer, config, limit) as run:
         ascending = [run.space.check(budget) for budget in config.targets]
         order = ascending if config.first == "smallest" else ascending[::-1]
         run.open_study(order)
@@ -131,6 +141,7 @@ def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: SeveralB
                     # A descent costs little, and does better than a neighbour's budgets.
                     evolved = run.evolve(budget, GRADIENT, rest)
                 else:
+                    near = None if near is None else run.start_at(budget, near)
                     evolved = run.evolve(budget, near, rest, 1.0 if near is None else _STEP)
                 evolutions[budget] = evolved
                 seconds[budget] = time.perf_counter() - began + evolved.recorded_seconds

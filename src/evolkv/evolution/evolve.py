@@ -13,6 +13,7 @@ from evolkv.errors import StudyError
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.shards import SHARD_SIZE
 from evolkv.evolution.config import SearchConfig
+from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.objective import cache_score, fitness
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, as_lists
@@ -32,6 +33,7 @@ class Evolved:
         best: the candidate to put forward.
         mean: the distribution's mean as ``[layers, kv_heads]`` budgets, or None where there is no such candidate.
         interrupted: whether it was stopped before its end.
+        out_of_time: whether the time limit ended it.
         recorded_seconds: that earlier runs took for what the study held.
         descent: the steps of the gradient start that came before.
     """
@@ -40,6 +42,7 @@ class Evolved:
     best: Evaluation
     mean: np.ndarray | None
     interrupted: bool
+    out_of_time: bool = False
     recorded_seconds: float = 0.0
     descent: Sequence[Evaluation] = ()
 
@@ -89,6 +92,7 @@ def evolve(
     rotation: Rotation,
     scorer: Callable[[], Engine],
     study: Study | None = None,
+    limit: TimeLimit | None = None,
 ) -> Evolved:
     """Run a strategy until it is done, or its next generation would be more than `total` candidates.
 
@@ -105,6 +109,7 @@ def evolve(
         rotation: which examples each generation is scored on.
         scorer: the engine over the training examples; asked for only if something has to be scored.
         study: where generations are recorded.
+        limit: ends the search before the first generation for which there is no time.
 
     Raises:
         StudyError: if what the study holds is not what the strategy proposes.
@@ -113,7 +118,8 @@ def evolve(
     stage = stage_name(budget)
     recorded = study.generations(stage) if study is not None else []
     leader = _Leader(rotation)
-    interrupted = False
+    limit = limit or TimeLimit(None)
+    interrupted = out_of_time = False
     done, recorded_seconds = 0, 0.0
     try:
         while not strategy.done and done < total:
@@ -134,9 +140,14 @@ def evolve(
             else:
                 columns = rotation(generation)
                 engine = scorer()
+                if leader.history and limit.reached():
+                    out_of_time = True
+                    break
                 started = time.perf_counter()
                 scores = engine.score(np.stack(population), columns)
-                took = (time.perf_counter() - started) / len(population)
+                seconds = time.perf_counter() - started
+                limit.scored(len(population) * len(columns), seconds)
+                took = seconds / len(population)
                 evaluations = []
                 for candidate, row in zip(population, scores, strict=True):
                     by_example: list[float | None] = [None] * rotation.examples
@@ -179,7 +190,7 @@ def evolve(
     if not leader.history:
         raise KeyboardInterrupt
     mean = None if strategy.mean is None else space.matrix(strategy.mean)
-    return Evolved(leader.history, leader.finalist(), mean, interrupted, recorded_seconds)
+    return Evolved(leader.history, leader.finalist(), mean, interrupted, out_of_time, recorded_seconds)
 
 
 def stage_name(budget: int) -> str:

@@ -14,6 +14,7 @@ from evolkv.errors import StudyError
 from evolkv.evaluation.engine import Engine
 from evolkv.evolution.config import SearchConfig
 from evolkv.evolution.evolve import Rotation
+from evolkv.evolution.limit import SLOPE_ROWS, TimeLimit
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, as_lists
 from evolkv.evolution.space import SearchSpace
@@ -147,6 +148,7 @@ def descend(
     rotation: Rotation,
     scorer: Callable[[], Engine],
     study: Study | None = None,
+    limit: TimeLimit | None = None,
 ) -> tuple[list[Evaluation], bool]:
     """Follow the slope from uniform budgets; steps that the study holds are taken again as they were.
 
@@ -159,6 +161,7 @@ def descend(
         rotation: which examples each step looks at.
         scorer: the engine over the training examples; asked for only if a slope has to be computed.
         study: where steps are recorded.
+        limit: ends the descent before the first step for which there is no time.
 
     Returns:
         The steps, each with the budgets that it came to, at exactly the target total; and whether it was interrupted.
@@ -171,6 +174,7 @@ def descend(
     recorded = study.generations(stage) if study is not None else []
     floor, ceiling = space.bounds
     descent = Descent(space.shape, budget, config.gradient_steps, floor, ceiling, config.seed)
+    limit = limit or TimeLimit(None)
     steps: list[Evaluation] = []
     try:
         while not descent.done:
@@ -186,6 +190,8 @@ def descend(
             else:
                 columns = rotation(number)
                 engine = scorer()
+                if steps and limit.reached():
+                    break
                 started = time.perf_counter()
                 losses, slope = engine.slope(np.asarray(space.matrix(descent.point)), descent.sharpness, columns)
                 slope /= len(columns)
@@ -196,6 +202,7 @@ def descend(
                 score = float(np.exp(-losses).mean())
                 budgets = as_lists(space.matrix(descent.budgets))
                 took = time.perf_counter() - started
+                limit.scored(SLOPE_ROWS * len(columns), took)
                 entry = Evaluation(budgets, score, score, 1.0, number, by_example, took, slope.tolist())
                 if study is not None:
                     study.record(stage, number, [entry])

@@ -10,6 +10,8 @@ import numpy as np
 from evolkv.profile import BudgetProfile
 
 FORMAT = "evolkv.search/1"
+#: What stopped a search.
+TIME_LIMIT = "time limit"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class SearchResult:
         evaluations: number of candidates evaluated.
         seconds: wall-clock time of the whole search; of one of a curve's, of evolving at its budget.
         interrupted: whether the search was stopped before its end.
+        stopped: "time limit" if that ended the search, which then chose among what it had come to; else None.
         settings: task, strategy, seed, … as the profile records them.
         kept: which parts of one validation prompt the profile keeps; see `evolkv.evolution.kept.kept_positions`. None
             after an interruption.
@@ -97,6 +100,7 @@ class SearchResult:
     seconds: float
     interrupted: bool
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    stopped: str | None = None
     kept: dict[str, Any] | None = field(default=None, repr=False)
     descent: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rivals: list[dict[str, Any]] = field(default_factory=list)
@@ -116,6 +120,7 @@ class SearchResult:
             "evaluations": self.evaluations,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
+            "stopped": self.stopped,
             "chosen": self.chosen,
             "improved": self.improved,
             "best": self.best,

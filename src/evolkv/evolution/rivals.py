@@ -92,6 +92,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
         rivals=rivals,
         seconds=sum(result.seconds for result in results),
         interrupted=interrupted,
+        stopped=next((result.stopped for result in results if result.stopped), None),
     )
 
 

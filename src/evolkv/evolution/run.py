@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -20,15 +21,16 @@ from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.records import prompt_digest
-from evolkv.evaluation.shards import Backend, ShardedEngine
+from evolkv.evaluation.shards import SHARD_SIZE, Backend, ShardedEngine
 from evolkv.evolution.backends import make_backend
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import GRADIENT, OneBudget, SearchConfig
 from evolkv.evolution.evolve import Evolved, Rotation, evolve
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
+from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.progress import SearchProgress
-from evolkv.evolution.result import Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
+from evolkv.evolution.result import TIME_LIMIT, Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
 from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES, Strategy
@@ -66,11 +68,16 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
+    limit = TimeLimit(config.time_limit, len(config.selectors), 1, config.val)
+    search = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(config.selectors) > 1:
-        search = partial(run_search, model, tokenizer)
         return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search))
+    return search(config)
+
+
+def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: OneBudget, limit: TimeLimit) -> SearchResult:
     started = time.perf_counter()
-    with Run(model, tokenizer, config) as run:
+    with Run(model, tokenizer, config, limit) as run:
         budget = run.space.check(config.target)
         run.open_study([budget])
         evolved = run.evolve(budget, config.begins_at)
@@ -91,13 +98,15 @@ class Run:
         model: the model.
         tokenizer: its tokenizer.
         config: the settings.
+        limit: the time that it shares with other searches; None for no limit.
 
     Raises:
         UsageError: for settings that cannot be used with this model, or a task that lacks examples.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: SearchConfig):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: SearchConfig, limit: TimeLimit | None = None):
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.limit = limit or TimeLimit(None)
         self.task = get_task(config.task)
         (self.selector,) = map(get_selector, config.selectors.values())
         if config.prefill_chunk is not None:
@@ -174,11 +183,21 @@ class Run:
         if isinstance(start, str) and start == GRADIENT:
             turns = Rotation(len(self.train), SLOPE_EXAMPLES, config.seed)
             descent, interrupted = descend(
-                budget, config=config, space=space, rotation=turns, scorer=self._train_engine, study=self.study
+                budget,
+                config=config,
+                space=space,
+                rotation=turns,
+                scorer=self._train_engine,
+                study=self.study,
+                limit=self.limit,
             )
             if interrupted:
                 return Evolved([], descent[-1], None, True, descent=descent)
             start, step = np.array(descent[-1].budgets), step * STEP_AFTER
+            if len(descent) < config.gradient_steps:
+                # Nothing evolves from here: a search that goes on ends the descent first.
+                self.limit.next_search()
+                return Evolved([], descent[-1], None, False, out_of_time=True, descent=descent)
         total = config.evaluations(space.shape, share)
         evolved = evolve(
             make_strategy(config, space, budget, start, share, step),
@@ -189,12 +208,28 @@ class Run:
             rotation=self.rotation,
             scorer=self._train_engine,
             study=self.study,
+            limit=self.limit,
         )
+        self.limit.next_search()
         return replace(evolved, descent=descent)
+
+    def start_at(self, budget: int, start: np.ndarray) -> np.ndarray:
+        """Return the budgets that the search at a budget starts from: those on record, else these.
+
+        With a time limit they go on record, because the search that they come from may go on and end elsewhere.
+        """
+        if self.study is None:
+            return start
+        if (recorded := self.study.get(f"start {budget}")) is not None:
+            return np.array(recorded)
+        if self.limit.is_set:
+            self.study.put(f"start {budget}", start.tolist())
+        return start
 
     def choices(self, budget: int, evolved: Evolved) -> dict[str, np.ndarray]:
         """Return the allocations to choose from, each at exactly the target total."""
-        allocations = {"best": np.array(evolved.best.budgets)}
+        # A descent that was stopped stands for itself.
+        allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
         if evolved.descent:
@@ -240,6 +275,7 @@ class Run:
         """Return the profile, and where it comes from. Without validation the evolved budgets are taken as they are."""
         history, metric = evolved.history, self.config.metric
         fallback = "best" if self.rotation.everything or evolved.mean is None else "mean"
+        fallback = fallback if history else GRADIENT
         chosen = validation[0].name if validation else fallback
         budgets = np.array(validation[0].budgets) if validation else choices[fallback]
         interrupted = evolved.interrupted or not validation
@@ -254,11 +290,13 @@ class Run:
             "interrupted": interrupted,
             "versions": versions(),
         }
+        if evolved.out_of_time:
+            settings["stopped"] = TIME_LIMIT
         # The profile says these itself.
         for name in ("model", "granularity", "selector"):
             settings.pop(name)
         train = {}
-        if np.array_equal(budgets, evolved.best.budgets):
+        if history and np.array_equal(budgets, evolved.best.budgets):
             train["train"] = {"score": evolved.best.score, "n": self.rotation.size, "metric": metric}
         profile = BudgetProfile.from_budgets(
             self.model,
@@ -287,6 +325,7 @@ class Run:
             evaluations=len(history),
             seconds=seconds,
             interrupted=interrupted,
+            stopped=TIME_LIMIT if evolved.out_of_time else None,
             settings=settings,
             kept=kept,
             train=None if score is None else {"score": score, "n": len(self.train)},
@@ -340,8 +379,12 @@ class Run:
         """Return an engine over the examples of a split; those of training are held for many calls."""
         config, train = self.config, split == "train"
         examples, stage = (self.train, "prefill") if train else (self.held_out, "validation")
+        started = time.perf_counter()
 
         def on_progress(done: int, total: int) -> None:
+            # Once all workers have read a shard: prompts that go before have neighbours to come that share with them.
+            if train and config.engine == "replay" and done >= min(total, SHARD_SIZE * side_by_side):
+                self.limit.read(done, total, time.perf_counter() - started)
             config.report(SearchProgress(stage, done, total))  # type: ignore[arg-type]
 
         if config.engine == "naive":
@@ -356,6 +399,8 @@ class Run:
             )
         if self._backend is None:
             self._backend = make_backend(self.model, self.tokenizer, config)
+        sharing = self._backend.sharing(math.ceil(len(examples) / SHARD_SIZE))
+        side_by_side = sharing.replicas * sharing.threads
         return ShardedEngine(
             self._backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
         )

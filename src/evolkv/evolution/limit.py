@@ -1,0 +1,76 @@
+"""The time limit of a search, with room for the choice on unseen examples."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from evolkv.errors import RunError
+
+#: Seconds from some moment on; tests put their own here.
+clock = time.perf_counter
+#: By how much the time that is kept for the choice is larger than expected.
+_MARGIN = 1.1
+#: Allocations that a budget's choice is among: two heuristics, two of the search, one to start from, one neighbour.
+CHOICES = 6
+#: Passes of one row that a pass there and back takes as long as.
+SLOPE_ROWS = 3
+
+
+class TimeLimit:
+    """The time that searches share, one for each selector and budget, and what they were measured to need of it.
+
+    Times of scoring and reading are wall-clock seconds as the search itself sees them, with all its workers. Every
+    search makes at least one step, however little time is left.
+
+    Args:
+        seconds: for everything; None for no limit.
+        selectors: searches of the same budgets, each with a choice of its own.
+        budgets: budgets of each.
+        val: unseen examples that are chosen on.
+    """
+
+    def __init__(self, seconds: float | None, selectors: int = 1, budgets: int = 1, val: int = 0):
+        self._end = math.inf if seconds is None else clock() + seconds
+        self._seconds, self._budgets, self._val = seconds, budgets, val
+        self._left = selectors * budgets
+        self._began: float | None = None
+        self._prompt = self._row = self._step = 0.0
+
+    def read(self, done: int, total: int, seconds: float) -> None:
+        """Take in that so many of the training prompts were read in so many seconds.
+
+        Raises:
+            RunError: if the rest, and the choice, cannot be done in time.
+        """
+        self._prompt = seconds / done
+        needed = self._prompt * (total - done + self._val + self._budgets)
+        if clock() + needed > self._end:
+            raise RunError(
+                f"--time-limit leaves {self._seconds:.0f} s for the search, which is too short: to read {total} "
+                f"training and {self._val} validation prompts takes about {seconds + needed:.0f} s, before any "
+                "candidate is scored; allow more, or use a smaller --train or --val"
+            )
+
+    def scored(self, rows: int, seconds: float) -> None:
+        """Take in how long a step took, which scored so many rows: one candidate on one example each."""
+        self._row, self._step = seconds / rows, seconds
+
+    def reached(self) -> bool:
+        """Return True if one more step like the last would leave too little for the choice and other searches."""
+        now = clock()
+        if self._began is None:
+            self._began = now
+        selectors = math.ceil(self._left / self._budgets)
+        prompts, rows = self._val + self._budgets, selectors * self._budgets * CHOICES * self._val
+        kept = _MARGIN * (prompts * self._prompt + rows * self._row)
+        return now + self._step > self._began + (self._end - kept - self._began) / self._left
+
+    @property
+    def is_set(self) -> bool:
+        """True if there is a limit."""
+        return self._seconds is not None
+
+    def next_search(self) -> None:
+        """Begin the share of the next search."""
+        self._left, self._began = max(1, self._left - 1), None
