@@ -39,19 +39,7 @@ def complete(budgets: ArrayLike, target_total: int, floor: ArrayLike, ceiling: A
     shape = w.shape
     w = _checked_weights(w)
     low, high = (bound.ravel() for bound in broadcast_bounds(shape, floor, ceiling))
-    try:
-        target = operator.index(target_total)
-    except TypeError:
-        raise BudgetError(f"the total must be a whole number of cache entries, got {target_total!r}") from None
-    least, most = int(low.sum()), int(high.sum())
-    if not least <= target <= most:
-        side = (
-            f"below the sum of the floors ({least}); raise the budget or lower the floor"
-            if target < least
-            else f"above the sum of the ceilings ({most}); lower the budget or raise the ceiling"
-        )
-        raise BudgetError(f"a total of {target} over {w.size} entries is {side}")
-
+    target = check_total(target_total, low, high)
     real = _water_fill(w, float(target), low.astype(np.float64), high.astype(np.float64))
     whole = np.floor(real).astype(np.int64)
     missing = target - int(whole.sum())
@@ -59,6 +47,27 @@ def complete(budgets: ArrayLike, target_total: int, floor: ArrayLike, ceiling: A
         by_remainder = np.lexsort((-w, whole - real))
         whole[by_remainder[:missing]] += 1
     return whole.reshape(shape)
+
+
+def check_total(total: int, low: NDArray[np.int64], high: NDArray[np.int64]) -> int:
+    """Return a total of budgets as an int.
+
+    Raises:
+        BudgetError: if it is no whole number, or not between the sums of floors and ceilings.
+    """
+    try:
+        target = operator.index(total)
+    except TypeError:
+        raise BudgetError(f"the total must be a whole number of cache entries, got {total!r}") from None
+    least, most = int(low.sum()), int(high.sum())
+    if not least <= target <= most:
+        side = (
+            f"below the sum of the floors ({least}); raise the budget or lower the floor"
+            if target < least
+            else f"above the sum of the ceilings ({most}); lower the budget or raise the ceiling"
+        )
+        raise BudgetError(f"a total of {target} over {low.size} entries is {side}")
+    return target
 
 
 def broadcast_bounds(

@@ -45,6 +45,19 @@ class Engine(ABC):
         """
         raise UsageError(f"a {type(self).__name__} has no slope; use engine 'replay'")
 
+    def utility(self) -> np.ndarray:
+        """Return how useful the entries at each rank are to the answers: LU-KV's calibration.
+
+        Returns:
+            The sum over all examples, ``[layers, kv_heads, ceiling]`` float32; see `evolkv.evaluation.utility`.
+
+        Raises:
+            UsageError: if the engine cannot say, or the metric has no answer that is read.
+            ModelError: if the model's output projections are not found.
+            RunError: if memory does not suffice, or what the model computes is not a number.
+        """
+        raise UsageError(f"a {type(self).__name__} has no calibration; use engine 'replay'")
+
     @abstractmethod
     def close(self) -> None:
         """Free what is held for further calls."""

@@ -18,6 +18,7 @@ from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.scoring import Question, encode_examples, generate
 from evolkv.evaluation.slope import slope
+from evolkv.evaluation.utility import utility
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -124,6 +125,20 @@ class ReplayEngine(Engine):
             total += slopes
             left = left[len(now) :]
         return np.concatenate(losses), total
+
+    def utility(self) -> np.ndarray:
+        """See `Engine.utility`."""
+        if self._held is None:
+            raise UsageError("a calibration goes by prompts that are held; make the engine with hold=True")
+        shape = len(self._held[0].prompt.keys), self._held[0].prompt.keys[0].shape[0], self._ceiling
+        total = np.zeros(shape)
+        for ranked in self._held:
+            if ranked.question.target is None:
+                raise UsageError(f"metric {ranked.question.scorer.metric!r} has no answer that is read; use logprob")
+            self._rows_at_once(ranked)
+            for layer, part in enumerate(utility(self.model, ranked.prompt, ranked.question)):
+                total[layer, :, : part.shape[1]] += part
+        return total.astype(np.float32)
 
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""

@@ -65,7 +65,7 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Request:
-    """A shard to prefill (`budgets` is None), to score, or to take the slope of (there is a `sharpness`).
+    """A shard to prefill (`budgets` is None), to score, to take the slope of (there is a `sharpness`), or to calibrate.
 
     Args:
         shard: the shard.
@@ -73,6 +73,7 @@ class Request:
         budgets: the candidates, ``[candidates, layers, kv_heads]``, or the soft budgets, ``[layers, kv_heads]``.
         columns: which of the shard's examples to score on.
         sharpness: of the soft cuts.
+        utility: whether to return the calibration on all examples, whatever else is said.
     """
 
     shard: Shard
@@ -80,6 +81,7 @@ class Request:
     budgets: np.ndarray | None = None
     columns: tuple[int, ...] = ()
     sharpness: float | None = None
+    utility: bool = False
 
 
 class ShardServer:
@@ -102,7 +104,7 @@ class ShardServer:
 
         Returns:
             Scores ``[candidates, columns]`` (no candidates if none were sent); of a slope, the losses and then the
-            derivatives, ``[columns + layers * kv_heads]``.
+            derivatives, ``[columns + layers * kv_heads]``; of a calibration, ``[layers, kv_heads, ceiling]``.
         """
         shard = request.shard
         engine = self._held.get(shard.key)
@@ -127,10 +129,12 @@ class ShardServer:
             )
             if shard.hold:
                 self._held[shard.key] = engine
+        if shard.hold and (request.utility or request.budgets is not None):
+            engine.room = self._left(request.sharing)
+        if request.utility:
+            return engine.utility()
         if request.budgets is None:
             return np.empty((0, 0))
-        if shard.hold:
-            engine.room = self._left(request.sharing)
         if request.sharpness is not None:
             losses, slope = engine.slope(request.budgets, request.sharpness, request.columns)
             return np.concatenate([losses, slope.ravel()])
@@ -228,6 +232,11 @@ class ShardedEngine(Engine):
             losses[at] = answer[: len(at)]
             total += answer[len(at) :].reshape(total.shape)
         return losses, total
+
+    def utility(self) -> np.ndarray:
+        """See `Engine.utility`. Each shard answers with 4 bytes for each layer, KV head and rank."""
+        requests = [Request(shard, self._sharing, utility=True) for shard in self._shards]
+        return np.sum(self.backend.run(requests), axis=0, dtype=np.float64).astype(np.float32)
 
     def _ask(
         self, budgets: np.ndarray, wanted: list[int], sharpness: float | None
