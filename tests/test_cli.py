@@ -640,8 +640,8 @@ def test_invalid_profile_is_refused_and_named(run, tmp_path):
         ("tasks", ["niah", "jsonl"]),
         ("metrics", ["contains", "logprob"]),
         ("selectors", ["snapkv", "tova"]),
-        ("allocators", ["uniform", "pyramid"]),
-        ("strategies", ["joint", "evolkv", "random"]),
+        ("allocators", ["uniform", "pyramid", "lukv"]),
+        ("strategies", ["joint", "start", "evolkv", "random"]),
     ],
 )
 def test_list_describes_every_name(run, what, names):

@@ -8,16 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evolkv
 from evolkv.allocators import lukv
 from evolkv.allocators.lukv import marginal_utility
 from evolkv.errors import BudgetError, ModelError, UsageError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
+from evolkv.methods import get_method
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.protocol import under_protocol
-from tiny import tiny_model
+from tiny import KV_HEADS, LAYERS, tiny_model
 
 CEILING = 400
 
@@ -234,3 +236,119 @@ def test_a_total_out_of_reach_is_refused():
         lukv(np.ones((2, 4)), 3, 2, 4)
     with pytest.raises(BudgetError, match="above the sum of the ceilings"):
         lukv(np.ones((2, 4)), 9, 2, 4)
+
+
+SEARCH = {
+    "task": "niah:context=200",
+    "budget": 48,
+    "train": 4,
+    "val": 2,
+    "seed": 0,
+    "gradient_steps": 2,
+    "start": "lukv",
+}
+
+
+@pytest.fixture(scope="module")
+def found(small, tmp_path_factory):
+    storage = str(tmp_path_factory.mktemp("studies") / "study.db")
+    return evolkv.search(*small, **SEARCH, max_evals=16, storage=storage), storage
+
+
+def test_a_search_starts_from_lukv_and_has_to_beat_it(found):
+    result, _ = found
+    rows = {row["name"]: row for row in result.validation}
+    assert rows["lukv"]["budgets"] == result.history[0]["budgets"]
+    assert not rows["lukv"]["evolved"]
+    assert rows[result.chosen]["score"] >= rows["lukv"]["score"]
+    assert result.settings["start"] == "lukv"
+    # Layer budgets, at the exact total.
+    assert np.ptp(rows["lukv"]["budgets"], axis=1).tolist() == [0] * LAYERS
+    assert np.sum(rows["lukv"]["budgets"]) == 48 * LAYERS * KV_HEADS
+    assert np.min(rows["lukv"]["budgets"]) >= result.settings["floor"]
+
+
+def test_a_continued_search_takes_the_calibration_from_its_study(small, found, monkeypatch):
+    result, storage = found
+    monkeypatch.setattr(ReplayEngine, "utility", None)
+    again = evolkv.search(*small, **SEARCH, max_evals=24, storage=storage)
+    assert again.history[:16] == result.history
+
+
+def test_a_search_that_never_began_leaves_no_calibration_to_another(small, tmp_path):
+    storage = str(tmp_path / "study.db")
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedEngine, "score", fail)
+        with pytest.raises(KeyboardInterrupt):
+            evolkv.search(*small, **SEARCH, max_evals=8, storage=storage, selector="streaming_llm")
+    other = {**SEARCH, "max_evals": 8, "selector": "knorm"}
+    kept = evolkv.search(*small, **other, storage=storage)
+    assert kept.history[0]["budgets"] == evolkv.search(*small, **other).history[0]["budgets"]
+
+
+def test_the_strategy_start_gives_lukv_as_it_is(small):
+    result = evolkv.search(*small, **SEARCH, strategy="start", granularity="head")
+    assert (result.chosen, result.improved, result.evaluations) == ("lukv", False, 1)
+    assert [row["name"] for row in result.validation] == ["lukv"]
+    assert result.profile.budgets.tolist() == result.history[0]["budgets"]
+    assert np.ptp(result.profile.budgets, axis=1).any()
+    assert result.profile.total == 48 * LAYERS * KV_HEADS
+
+
+def test_one_calibration_serves_every_budget(small, monkeypatch):
+    settings = {key: value for key, value in SEARCH.items() if key != "budget"}
+    calls = []
+    calibrate = ShardedEngine.utility
+    monkeypatch.setattr(ShardedEngine, "utility", lambda engine: calls.append(1) or calibrate(engine))
+    curve = evolkv.evolution.search_curve(*small, **settings, budgets=[40, 48], strategy="start")
+    assert calls == [1]
+    assert [result.chosen for result in curve.results] == ["lukv", "lukv"]
+    assert [point["source"] for point in curve.points] == ["lukv", "lukv"]
+    small_ones, large_ones = (result.profile.budgets for result in curve.results)
+    assert (small_ones <= large_ones).all()
+    assert [small_ones.mean(), large_ones.mean()] == [40, 48]
+
+
+def test_lukv_is_among_the_choices_of_every_search_that_can_calibrate(small):
+    short = {**SEARCH, "start": "uniform", "max_evals": 8, "train": 2}
+    for changes, there in (
+        ({"strategy": "random"}, True),
+        ({"metric": "fidelity"}, True),
+        ({"metric": "contains"}, False),
+    ):
+        names = {row["name"] for row in evolkv.search(*small, **{**short, **changes}).validation}
+        assert ("lukv" in names) == there
+
+
+def test_a_model_without_a_known_projection_is_searched_without_lukv(small, monkeypatch, caplog):
+    monkeypatch.setattr("evolkv.cache.utility._PROJECTIONS", ("other",))
+    short = {**SEARCH, "max_evals": 8, "train": 2}
+    result = evolkv.search(*small, **{**short, "start": "uniform"})
+    assert "lukv" not in {row["name"] for row in result.validation}
+    assert "lukv is not among the allocations" in caplog.text
+    with pytest.raises(ModelError, match="LU-KV"):
+        evolkv.search(*small, **short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metric": "contains"}, "metric 'contains' reads no answer"),
+        ({"engine": "naive"}, "engine 'naive' reads no answer"),
+        ({"strategy": "evolkv"}, "starts from uniform budgets"),
+        ({"start": "lukvv"}, "Did you mean 'lukv'"),
+    ],
+)
+def test_a_start_that_cannot_be_calibrated_is_refused(small, changes, words):
+    with pytest.raises(UsageError, match=words):
+        evolkv.search(*small, **{**SEARCH, **changes})
+
+
+@pytest.mark.parametrize("name", ["lukv+snapkv", "lukv"])
+def test_the_name_alone_is_no_method_and_the_error_says_how_to_get_the_profile(name):
+    with pytest.raises(UsageError, match="--strategy start --start lukv"):
+        get_method(name)

@@ -76,9 +76,11 @@ def test_first_candidate_is_the_uniform_allocation(result):
 def test_result_is_never_worse_on_validation_than_a_heuristic(result):
     found, _ = result
     scores = {entry["name"]: entry["score"] for entry in found.validation}
-    assert set(scores) == {"best", "mean", "uniform", "pyramid"}
+    assert set(scores) == {"best", "mean", "lukv", "uniform", "pyramid"}
     assert scores[found.chosen] == max(scores.values())
-    assert found.improved == (max(scores["best"], scores["mean"]) > max(scores["uniform"], scores["pyramid"]))
+    assert found.improved == (
+        max(scores["best"], scores["mean"]) > max(scores["uniform"], scores["pyramid"], scores["lukv"])
+    )
     chosen = next(entry for entry in found.validation if entry["name"] == found.chosen)
     assert found.profile.budgets.tolist() == chosen["budgets"]
 
@@ -137,7 +139,7 @@ def test_a_profile_that_a_search_starts_from_is_among_what_it_has_to_beat(small)
     rows = {row["name"]: row for row in found.validation}
     assert {"uniform", "pyramid", "start", "best"} <= set(rows)
     assert [name for name, row in rows.items() if not row["evolved"]] == [
-        name for name in rows if name in ("uniform", "pyramid", "start")
+        name for name in rows if name in ("uniform", "pyramid", "lukv", "start")
     ]
     budgets = np.array(rows["start"]["budgets"])
     assert budgets.sum() == 60 * HEADS

@@ -338,4 +338,4 @@ def test_arguments_out_of_range_are_refused(make, message):
 def test_unknown_strategy_suggests_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'evolkv'"):
         STRATEGIES["evolvk"]
-    assert set(STRATEGIES) == {"joint", "gradient", "evolkv", "random"}
+    assert set(STRATEGIES) == {"joint", "gradient", "start", "evolkv", "random"}

@@ -246,6 +246,11 @@ def _of_text(name: str) -> Method:
         return _combined(name, allocators, get_selector(selector))
     if "{}" in spec or os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
         return _of_path(spec)
+    if "lukv" in (*named, alias):
+        raise UsageError(
+            f"method {name!r}: lukv is calibrated on examples; make a profile of it with evolkv search MODEL --task "
+            "TASK --budget C --selector S --strategy start --start lukv -o lukv.json, and give lukv.json as the method"
+        )
     for each in named:
         if each not in every_allocator:
             raise unknown_name("allocator", each, every_allocator)

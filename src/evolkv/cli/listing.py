@@ -68,11 +68,11 @@ def selectors(as_json: bool) -> Rows:
 
 @_command
 def allocators(as_json: bool) -> Rows:
-    """Allocators, and the parameters that may follow their names: uniform and pyramid have none."""
-    from evolkv.allocators import ALLOCATORS
+    """Allocators, and the parameters that may follow their names. lukv is made by a search, with --start lukv."""
+    from evolkv.allocators import ALLOCATORS, lukv
     from evolkv.allocators.adaptive import ADAPTIVE
 
-    fixed = [_row(name, allocator, {}) for name, allocator in ALLOCATORS.items()]
+    fixed = [_row(name, allocator, {}) for name, allocator in {**ALLOCATORS, "lukv": lukv}.items()]
     return [*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())]
 
 

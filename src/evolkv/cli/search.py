@@ -58,7 +58,8 @@ def search(
         ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option("--strategy", metavar="joint|gradient|evolkv|random", help="Who proposes the candidates.")
+        str,
+        typer.Option("--strategy", metavar="joint|gradient|start|evolkv|random", help="Who proposes the candidates."),
     ] = "joint",
     granularity: Granularity = "layer",
     metric: Annotated[
@@ -96,7 +97,7 @@ def search(
         str | None,
         typer.Option(
             "--start",
-            metavar="gradient|uniform|pyramid|PROFILE.json",
+            metavar="gradient|lukv|uniform|pyramid|PROFILE.json",
             callback=to_read,
             help="What joint starts from. (default: gradient where the metric has a slope, else uniform)",
             rich_help_panel=_STRATEGY,

@@ -18,7 +18,7 @@ from evolkv.cli.options import ModelOptions, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
 from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
-from evolkv.evolution.config import GRADIENT
+from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
 from evolkv.evolution.run import run_search
@@ -107,7 +107,7 @@ def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, s
     """Return the settings, checked as far as they can be without the model."""
     out, json_out, start = options["out"], options["json_out"], options["start"]
     storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
-    named = (None, GRADIENT, *HEURISTICS)
+    named = (None, *COMPUTED, *HEURISTICS)
     task = get_task(options["task"])
     targets = [*outs.values(), *files(json_out)]
     check_outputs(targets, [*task.files(), *([] if start in named else [start])])
@@ -247,6 +247,9 @@ def _verdict(result: SearchResult) -> str:
     """Say whether evolution paid, in one line."""
     evolved = next((row for row in result.validation if row["evolved"]), None)
     heuristics = [row for row in result.validation if not row["evolved"]]
+    if len(result.validation) == 1:
+        (only,) = result.validation
+        return f"The profile holds the start, {only['name']!r}: {only['score']:.3f} on {only['n']} unseen examples."
     *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
     others = f"{', '.join(first)} and {last}" if first else last
     if result.improved and evolved is not None:

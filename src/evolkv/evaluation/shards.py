@@ -236,7 +236,8 @@ class ShardedEngine(Engine):
     def utility(self) -> np.ndarray:
         """See `Engine.utility`. Each shard answers with 4 bytes for each layer, KV head and rank."""
         requests = [Request(shard, self._sharing, utility=True) for shard in self._shards]
-        return np.sum(self.backend.run(requests), axis=0, dtype=np.float64).astype(np.float32)
+        total = np.stack(self.backend.run(requests)).sum(axis=0, dtype=np.float64)
+        return total.astype(np.float32)
 
     def _ask(
         self, budgets: np.ndarray, wanted: list[int], sharpness: float | None

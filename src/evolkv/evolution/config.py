@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import BudgetSpec, read_budget, read_budgets
 from evolkv.errors import UsageError
-from evolkv.evaluation.scoring import has_slope
+from evolkv.evaluation.scoring import has_slope, reads_answer
 from evolkv.evaluation.shards import Backend
 from evolkv.evolution.objective import fitness
 from evolkv.evolution.progress import OnProgress, SearchProgress
@@ -39,6 +39,12 @@ _SMOOTH = ("logprob", "fidelity")
 MINIBATCH = 2
 #: The start, and the strategy, that follow the slope of the loss.
 GRADIENT = "gradient"
+#: The start that goes by the utility of each entry; see `evolkv.allocators.lukv`.
+LUKV = "lukv"
+#: Starts that are computed from the training examples, at each budget anew.
+COMPUTED = (GRADIENT, LUKV)
+#: The strategy that takes the start as it is.
+START_ONLY = "start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,8 @@ class SearchConfig:
         task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
             a search of its own, and what does best on the validation examples is returned, with `rivals`.
-        strategy: "joint" (one CMA-ES at exactly the target memory), "evolkv" (the paper's Algorithm 1) or "random".
+        strategy: "joint" (one CMA-ES at exactly the target memory), "gradient" (the gradient start alone), "start"
+            (the `start` as it is, even if a heuristic does better), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
         metric: what to maximise: "logprob" (smooth; the default where the task has answers), "fidelity" (smooth, and
             needs no answers; the default where there are none), "agreement", or a text metric.
@@ -71,7 +78,8 @@ class SearchConfig:
         floor: the least a head may get. Default: one more than the tokens the selector always keeps.
         ceiling: the most a head may get. Default: the longest training prompt.
         start: allocation that "joint" starts from: "gradient" (what `gradient_steps` along the slope of the loss come
-            to; see `evolkv.evolution.gradient`), "uniform", "pyramid", or a profile, which is brought to the budget.
+            to; see `evolkv.evolution.gradient`), "lukv" (LU-KV,
+            calibrated on the training examples), "uniform", "pyramid", or a profile, which is brought to the budget.
             Default: "gradient" where the metric has a slope and the engine is "replay", else "uniform".
         gradient_steps: steps of the gradient start, of three training examples each, there and back.
         time_limit: seconds after which the search ends with what it has come to. It keeps room for the choice on the
@@ -168,6 +176,12 @@ class SearchConfig:
                 f"{_slope_lacking(self)} for a gradient to follow; use --start uniform with "
                 "--strategy joint, or --metric logprob with --engine replay"
             )
+        if self.begins_at == LUKV and not self.calibrates:
+            lacking = f"engine {self.engine!r}" if self.engine != "replay" else f"metric {self.metric!r}"
+            raise UsageError(
+                f"{lacking} reads no answer for lukv to be calibrated on; use --start uniform, or --metric logprob "
+                "with --engine replay"
+            )
         if self.strategy == GRADIENT and not self.follows_slope:
             raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
         if self.engine == "naive" and self.backend != "local":
@@ -201,6 +215,11 @@ class SearchConfig:
     def follows_slope(self) -> bool:
         """Whether the search starts with a descent."""
         return self.begins_at == GRADIENT
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether LU-KV can be calibrated, and so is among what the search chooses from."""
+        return self.engine == "replay" and reads_answer(self.metric)
 
     def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
         """Return how many candidates a search evaluates: whole generations, or part of one.

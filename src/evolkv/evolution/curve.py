@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.evolution.config import GRADIENT, SeveralBudgets
+from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Evolved
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
@@ -137,9 +137,9 @@ def _under_one_selector(
                 began = time.perf_counter()
                 if not evolutions:
                     evolved = run.evolve(budget, config.begins_at)
-                elif config.follows_slope:
+                elif config.begins_at in COMPUTED or config.strategy == START_ONLY:
                     # A descent costs little, and does better than a neighbour's budgets.
-                    evolved = run.evolve(budget, GRADIENT, rest)
+                    evolved = run.evolve(budget, config.begins_at, rest)
                 else:
                     near = None if near is None else run.start_at(budget, near)
                     evolved = run.evolve(budget, near, rest, 1.0 if near is None else _STEP)
@@ -172,6 +172,8 @@ def _evolved(evolved: Evolved) -> np.ndarray:
 def _choices(run: Run, budget: int, evolutions: dict[int, Evolved], ascending: list[int]) -> dict[str, np.ndarray]:
     """Return what a budget chooses from: its own search, the heuristics, its neighbours' budgets expanded to it."""
     choices = run.choices(budget, evolutions[budget])
+    if run.config.strategy == START_ONLY:
+        return choices
     at = ascending.index(budget)
     for near in ascending[max(0, at - 1) : at] + ascending[at + 1 : at + 2]:
         if near in evolutions:

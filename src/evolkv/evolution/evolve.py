@@ -36,6 +36,7 @@ class Evolved:
         out_of_time: whether the time limit ended it.
         recorded_seconds: that earlier runs took for what the study held.
         descent: the steps of the gradient start that came before.
+        lukv: the budgets of LU-KV, ``[layers, kv_heads]``, or None where it cannot be calibrated.
     """
 
     history: list[Evaluation]
@@ -45,6 +46,7 @@ class Evolved:
     out_of_time: bool = False
     recorded_seconds: float = 0.0
     descent: Sequence[Evaluation] = ()
+    lukv: np.ndarray | None = None
 
 
 class Rotation:

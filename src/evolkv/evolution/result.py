@@ -45,8 +45,8 @@ class Validated:
     """One allocation on examples that the search never saw.
 
     Args:
-        name: "best" or "mean" of the search, "gradient", "expanded from …" of one at another budget, the heuristic
-            "uniform" or "pyramid", or "start", the profile that the search started from.
+        name: "best" or "mean" of the search, "gradient", "expanded from …" of one at another budget, "lukv", the
+            heuristic "uniform" or "pyramid", or "start", the profile that the search started from.
         evolved: whether it comes from the search.
         budgets: ``L × H`` ints, at exactly the target total.
         score: mean metric over the validation examples.

@@ -23,8 +23,9 @@ from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.records import prompt_digest
 from evolkv.evaluation.shards import SHARD_SIZE, Backend, ShardedEngine
 from evolkv.evolution.backends import make_backend
+from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import choose, rows_from
-from evolkv.evolution.config import GRADIENT, OneBudget, SearchConfig
+from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
 from evolkv.evolution.evolve import Evolved, Rotation, evolve
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
@@ -133,6 +134,7 @@ class Run:
         self.study: Study | None = None
         self._backend: Backend | None = None
         self._scorer: Engine | None = None
+        self._calibration = Calibration(config, self.space, self._train_engine)
 
     def __enter__(self) -> Run:
         return self
@@ -148,7 +150,7 @@ class Run:
         config, shape = self.config, self.space.shape
         evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
         # Settings that no strategy can use are not put on record.
-        make_strategy(config, self.space, budgets[0], None if config.follows_slope else config.begins_at)
+        make_strategy(config, self.space, budgets[0], None if config.begins_at in COMPUTED else config.begins_at)
         if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
             log.warning(
                 "--max-evals %d is less than one generation of %d candidates for each search: nothing can be learned "
@@ -172,6 +174,7 @@ class Run:
         self.study = Study.open(config.storage, config.study, identity)
         if not self.study.begun:
             self.study.put("versions", versions())
+            self._calibration.forget(self.study)
         # Not part of what identifies a search: one that goes on may have more of them.
         if self.study.get("max_evals") != evaluations:
             self.study.put("max_evals", evaluations)
@@ -180,6 +183,9 @@ class Run:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
         descent: list[Evaluation] = []
+        lukv = self._calibration.budgets(budget, self.study)
+        if isinstance(start, str) and start == LUKV:
+            start = lukv
         if isinstance(start, str) and start == GRADIENT:
             turns = Rotation(len(self.train), SLOPE_EXAMPLES, config.seed)
             descent, interrupted = descend(
@@ -192,12 +198,12 @@ class Run:
                 limit=self.limit,
             )
             if interrupted:
-                return Evolved([], descent[-1], None, True, descent=descent)
+                return Evolved([], descent[-1], None, True, descent=descent, lukv=lukv)
             start, step = np.array(descent[-1].budgets), step * STEP_AFTER
             if len(descent) < config.gradient_steps:
                 # Nothing evolves from here: a search that goes on ends the descent first.
                 self.limit.next_search()
-                return Evolved([], descent[-1], None, False, out_of_time=True, descent=descent)
+                return Evolved([], descent[-1], None, False, out_of_time=True, descent=descent, lukv=lukv)
         total = config.evaluations(space.shape, share)
         evolved = evolve(
             make_strategy(config, space, budget, start, share, step),
@@ -211,7 +217,7 @@ class Run:
             limit=self.limit,
         )
         self.limit.next_search()
-        return replace(evolved, descent=descent)
+        return replace(evolved, descent=descent, lukv=lukv)
 
     def start_at(self, budget: int, start: np.ndarray) -> np.ndarray:
         """Return the budgets that the search at a budget starts from: those on record, else these.
@@ -228,12 +234,17 @@ class Run:
 
     def choices(self, budget: int, evolved: Evolved) -> dict[str, np.ndarray]:
         """Return the allocations to choose from, each at exactly the target total."""
+        if self.config.strategy == START_ONLY:
+            start = self.config.begins_at
+            return {start if isinstance(start, str) else START: np.array(evolved.best.budgets)}
         # A descent that was stopped stands for itself.
         allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
         if evolved.descent:
             allocations[GRADIENT] = np.array(evolved.descent[-1].budgets)
+        if evolved.lukv is not None:
+            allocations[LUKV] = evolved.lukv
         if isinstance(self.config.start, BudgetProfile):
             allocations[START] = self.config.start.budgets
         completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
@@ -276,6 +287,8 @@ class Run:
         history, metric = evolved.history, self.config.metric
         fallback = "best" if self.rotation.everything or evolved.mean is None else "mean"
         fallback = fallback if history else GRADIENT
+        if fallback not in choices:
+            (fallback,) = choices
         chosen = validation[0].name if validation else fallback
         budgets = np.array(validation[0].budgets) if validation else choices[fallback]
         interrupted = evolved.interrupted or not validation

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.allocators import expand, layout
+from evolkv.allocators import expand, layout, lukv
 from evolkv.errors import BudgetError
-from evolkv.evolution.config import SearchConfig
+from evolkv.evolution.config import COMPUTED, LUKV, SearchConfig
 from evolkv.models import describe_model, model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
@@ -18,7 +20,7 @@ HEURISTICS = ("uniform", "pyramid")
 #: Name of the profile that a search started from.
 START = "start"
 #: What a result has to beat.
-NOT_EVOLVED = (*HEURISTICS, START)
+NOT_EVOLVED = (*HEURISTICS, LUKV, START)
 #: Where a search starts: a heuristic's name, a profile, or budgets ``[layers, kv_heads]``; None for uniform.
 Start = str | BudgetProfile | np.ndarray | None
 
@@ -115,6 +117,16 @@ class SearchSpace:
             for name in HEURISTICS
         }
 
+    def by_utility(self, utility: np.ndarray, budget: int) -> np.ndarray:
+        """Return the allocation of LU-KV, ``[layers, kv_heads]``; a layer is worth what its heads are together.
+
+        Args:
+            utility: of the entry at each rank, ``[layers, kv_heads, ranks]``; see `Engine.utility`.
+            budget: the target.
+        """
+        of_variable = utility if self.by_head else utility.sum(axis=1)
+        return self.matrix(lukv(of_variable, budget * math.prod(self.shape), *self.bounds))
+
     def start(self, start: Start, budget: int) -> np.ndarray | None:
         """Return where a search at a budget starts, in `shape` and at the budget's total; None for uniform.
 
@@ -125,7 +137,7 @@ class SearchSpace:
             return None
         if isinstance(start, str):
             if start not in HEURISTICS:
-                raise unknown_name("start", start, HEURISTICS)
+                raise unknown_name("start", start, (*COMPUTED, *HEURISTICS))
             budgets = self.heuristics(budget)[start]
         elif isinstance(start, BudgetProfile):
             start.check_model(self.model)

@@ -1,4 +1,4 @@
-"""Strategy `gradient`: what the descent comes to, and nothing else."""
+"""Strategies `start` and `gradient`: the allocation that a search starts from, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from evolkv.allocators import complete
 from evolkv.evolution.strategies.base import Budgets, Settings, Strategy, bounds, layers_or_heads
 
 
-class GradientOnly(Strategy):
-    """One candidate, the start: where the descent ended, which evolution could go on from.
+class StartOnly(Strategy):
+    """Take what the search starts from, whatever else would do better: an allocation as it was published, for instance.
 
     Args:
         shape: (L,) for layer budgets or (L, H) for head budgets.
@@ -61,3 +61,7 @@ class GradientOnly(Strategy):
 
     def _learn(self, fitness: list[float]) -> None:
         self.done = True
+
+
+class GradientOnly(StartOnly):
+    """Take what the gradient start comes to, or a heuristic where that does better on the validation examples."""
