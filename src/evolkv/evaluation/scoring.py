@@ -331,9 +331,9 @@ def has_slope(metric: str | None) -> bool:
     return SCORERS.get(metric or "", TextScorer).loss is not Scorer.loss
 
 
-def reads_answer(metric: str) -> bool:
+def reads_answer(metric: str | None) -> bool:
     """Return whether a metric has an answer that is read, so that a calibration can see what reads the prompt."""
-    return SCORERS.get(metric, TextScorer).teacher_forced
+    return SCORERS.get(metric or "", TextScorer).teacher_forced
 
 
 def encode_examples(
