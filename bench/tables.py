@@ -270,6 +270,22 @@ def against(record: Record) -> Table:
     return ["work", "before, CPU seconds", "after, CPU seconds", "after over before, in pairs"], rows
 
 
+def gradient(record: Record) -> Table:
+    """Return needles found under each method, over the seeds."""
+    heads = ["mean budget", "method", "found, mean of seeds", "least and most", "n of each seed"]
+    rows = [
+        [
+            row["budget"],
+            row["method"],
+            f"{row['mean']:.2f}",
+            f"{row['min']:.2f}–{row['max']:.2f}",
+            f"{record['n']} × {record['seeds']}",
+        ]
+        for row in record["table"]
+    ]
+    return heads, rows
+
+
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
@@ -320,6 +336,7 @@ BY_BENCHMARK: dict[str, View] = {
     "inference construction": one_by_one(construction),
     "inference layer-step": layer,
     "search engine": engine,
+    "search gradient": one_by_one(gradient),
     "kvpress kept-tokens": one_by_one(kept_tokens),
     "against": one_by_one(against),
 }
