@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 import evolkv
+from evolkv.cache.replay import RankedPrompt
 from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.on_ray import RayBackend
+from evolkv.evaluation.scoring import encode_examples
+from evolkv.evaluation.slope import slope
 from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
 from evolkv.evolution.evolve import Rotation, evolve
 from evolkv.evolution.study import Study
@@ -28,6 +32,7 @@ from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from lib.command import Bench, run, seeds_from
 from lib.common import interval_over_seeds, matrix_rate, ratios, seconds, spread
+from lib.contenders import PeakMemory
 from lib.trials import Trial
 
 #: Candidates of a generation that is timed.
@@ -482,6 +487,49 @@ def gradient(
     return {"n": samples, "seeds": seeds, "task": task, "table": table, "searches": spent, "rows": rows}
 
 
+def way_back(bench: Bench, context: int = 8000, answer: int = 64, runs: int = 3) -> dict[str, Any]:
+    """Measure the memory and the seconds of one slope beyond the recording that it is taken on.
+
+    The prompt's entries are random: what they are changes neither. The estimate is what a search reckons with.
+
+    Args:
+        context: tokens of the prompt.
+        answer: tokens of the answer.
+        runs: slopes.
+    """
+    model, tokenizer = bench.load()
+    config = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(bench.seed)
+    shape = config.num_key_value_heads, context, describe_model(model).head_dim
+
+    def entries() -> list[torch.Tensor]:
+        each = [torch.randn(shape, generator=generator).to(model.dtype) for _ in range(config.num_hidden_layers)]
+        return [part.to(model.device) for part in each]
+
+    positions = torch.arange(context, device=model.device).expand(shape[:2])
+    logits = torch.zeros(config.vocab_size, device=model.device)
+    prompt = RankedPrompt(context, logits, entries(), entries(), [positions] * config.num_hidden_layers)
+    (example,) = get_task("niah:context=200").examples("train", 1, tokenizer, bench.seed)
+    (encoded,) = encode_examples(tokenizer, model, [example], "logprob")
+    question = replace(encoded, target=torch.randint(100, config.vocab_size, (answer,), generator=generator))
+    budgets = np.full((config.num_hidden_layers, shape[0]), 100.0)
+    taken, peaks = [], []
+    for _ in range(runs):
+        with PeakMemory(model.device) as peak:
+            taken.append(seconds(partial(slope, model, [prompt], [question], budgets, 4.0), model.device))
+        peaks.append(peak.bytes / 2**20)
+    each, together = replay_engine.slope_bytes(model, prompt, answer)
+    return {
+        "n": runs,
+        "context": context,
+        "answer": answer,
+        "recording_mebibytes": prompt.nbytes / 2**20,
+        "peak_mebibytes": spread(peaks),
+        "estimate_mebibytes": (each + together) / 2**20,
+        "seconds": spread(taken),
+    }
+
+
 def scaling(
     bench: Bench, context: int = 1600, budget: int = 128, train: int = 6, max_evals: int = 340, pairs: int = 3
 ) -> dict[str, Any]:
@@ -544,4 +592,4 @@ def scaling(
 
 
 if __name__ == "__main__":
-    run(__doc__, engine, cost, gradient, shared_layers, tokens_at_once, curve, scaling)
+    run(__doc__, engine, cost, gradient, way_back, shared_layers, tokens_at_once, curve, scaling)

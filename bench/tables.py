@@ -286,6 +286,20 @@ def gradient(record: Record) -> Table:
     return heads, rows
 
 
+def way_back(record: Record) -> Table:
+    """Return the memory of one slope."""
+    heads = ["prompt", "answer", "recording, MiB", "peak beyond it, MiB", "estimate, MiB", "seconds"]
+    row = [
+        f"{record['context']:,}",
+        record["answer"],
+        f"{record['recording_mebibytes']:,.0f}",
+        _spread(record["peak_mebibytes"], 0),
+        f"{record['estimate_mebibytes']:,.0f}",
+        _spread(record["seconds"]),
+    ]
+    return heads, [row]
+
+
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
@@ -337,6 +351,7 @@ BY_BENCHMARK: dict[str, View] = {
     "inference layer-step": layer,
     "search engine": engine,
     "search gradient": one_by_one(gradient),
+    "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),
     "against": one_by_one(against),
 }
