@@ -19,9 +19,8 @@ from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
-#: What budgets are evolved under. Under it they find nearly twice as many needles at 64 entries as under SnapKV
-#: (docs/results.md); a window of 32 would be half of such a budget.
-SELECTOR = "chunkkv:window=8"
+#: What budgets are evolved under. A window of 32 would be most of a budget of 40 (docs/gradient.md).
+SELECTOR = "chunkkv:window=4"
 RESULTS_FORMAT = "evolkv.results/1"
 SAMPLES = 50
 #: What SnapKV and PyramidKV, which the demo compares with, keep whatever the budget.
@@ -37,11 +36,8 @@ class Effort:
     max_evals: int
 
 
-#: Measured on needles in 1,600 tokens: budgets per head need 280 candidates at 8 % of the prompt and three times as
-#: many at 4 %; budgets per layer need more examples, or they fit the ones they are trained on.
-EFFORT = {"layer": Effort(train=12, val=8, max_evals=420), "head": Effort(train=6, val=6, max_evals=340)}
-EFFORT_WHEN_SCARCE = Effort(train=8, val=10, max_evals=901)
-SCARCE = 0.06
+#: After the gradient start a few generations will do; budgets per layer have less to choose, and need more.
+EFFORT = {"layer": Effort(train=16, val=8, max_evals=112), "head": Effort(train=16, val=8, max_evals=68)}
 #: Haystacks of the comparison. Prompts that share one are prefilled from the needle on, so few are cheap.
 PASSAGES = 2
 
@@ -94,7 +90,7 @@ def run_demo(
     *,
     out: str | Path = "demo",
     context: int = 1600,
-    budget: int = 128,
+    budget: int = 40,
     granularity: Literal["layer", "head"] = "head",
     seed: int = 0,
     samples: int = SAMPLES,
@@ -134,7 +130,7 @@ def run_demo(
         raise unknown_name("granularity", granularity, EFFORT)
     if samples < 1:
         raise UsageError(f"--samples is {samples}; use at least one example")
-    effort = EFFORT_WHEN_SCARCE if budget < SCARCE * context else EFFORT[granularity]
+    effort = EFFORT[granularity]
     files = check_demo(out, budget)
     task = f"niah:context={context}"
     found = search(

@@ -26,7 +26,7 @@ def demo(
         typer.Option("--out", "-o", metavar="DIR", callback=to_write, help="Folder for profile, results and picture."),
     ] = "demo",
     context: Annotated[int, typer.Option("--context", help="Length of the prompts in tokens.")] = _CONTEXT,
-    budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 128,
+    budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 40,
     granularity: Granularity = "head",
     seed: Seed = 0,
     samples: Annotated[int, typer.Option("--samples", help="Held-out examples of the comparison.")] = 50,
