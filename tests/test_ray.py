@@ -146,3 +146,11 @@ def test_what_cannot_be_had_is_one_line(smollm2, without_ray, arguments, error, 
         RayBackend(*smollm2, **arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_workers_make_the_full_caches_answers_for_themselves(small, without_ray):
+    settings = {**SETTINGS, "max_evals": 8, "metric": "fidelity", "selector": "snapkv:window=8"}
+    here = evolkv.search(*small, **settings)
+    there = evolkv.search(*small, backend="ray", workers=1, **settings)
+    assert there.history == here.history
+    assert there.train == pytest.approx(here.train, abs=1e-4)
