@@ -13,8 +13,8 @@ from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution import SearchConfig
 from evolkv.evolution.config import Granularity
-from evolkv.evolution.evolve import Evolved, Rotation, evolve
-from evolkv.evolution.run import Run, make_strategy
+from evolkv.evolution.evolve import Evolved, Rotation, evolve, make_strategy
+from evolkv.evolution.run import Run
 from evolkv.evolution.space import SearchSpace, Start
 from evolkv.evolution.strategies import Strategy
 from evolkv.tasks import get_task

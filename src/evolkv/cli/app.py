@@ -24,6 +24,7 @@ from evolkv.cli.demo import demo
 from evolkv.cli.evaluate import evaluate
 from evolkv.cli.generate import generate
 from evolkv.cli.listing import app as listing
+from evolkv.cli.plan import plan
 from evolkv.cli.profile import app as profile
 from evolkv.cli.report import report
 from evolkv.cli.search import search
@@ -70,6 +71,7 @@ def _globals(
 
 app.command(cls=Command)(demo)
 app.command(cls=Command)(search)
+app.command(cls=Command)(plan)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(compare)
 app.command(cls=Command)(certify)

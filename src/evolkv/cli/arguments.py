@@ -11,6 +11,7 @@ GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
 _SEVERAL_VALUES = {
     "eval": {"--task", "--method", "--budget", "--sample-ids"},
     "search": {"--task", "--selector", "--budget"},
+    "plan": {"--task", "--selector", "--budget"},
 }
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -256,10 +256,17 @@ def search(
 ) -> int:
     """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
     from evolkv.cli.search_command import run
+
+    return run(with_preset(context))
+
+
+def with_preset(context: typer.Context) -> dict[str, Any]:
+    """Return the options of a search, those that were not given as the preset has them."""
     from evolkv.evolution.config import preset_settings
 
-    for name, value in preset_settings(preset, budget).items():
+    options = context.params
+    for name, value in preset_settings(options["preset"], options["budget"]).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
-            context.params[name] = [value] if name == "selector" and isinstance(value, str) else value
-    return run(context.params)
+            options[name] = [value] if name == "selector" and isinstance(value, str) else value
+    return options

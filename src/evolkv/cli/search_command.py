@@ -44,6 +44,23 @@ def run(options: Mapping[str, Any]) -> int:
     Returns:
         The exit code.
     """
+    config, outs, model, tokenizer = prepare(options)
+    with console.Progress() as progress:
+        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        if isinstance(config, OneBudget):
+            result: SearchResult | CurveResult = run_search(model, tokenizer, config)
+        else:
+            result = run_curve(model, tokenizer, config)
+    write = _write_search if isinstance(result, SearchResult) else _write_curve
+    return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+
+
+def prepare(options: Mapping[str, Any]) -> tuple[OneBudget | SeveralBudgets, dict[int, str], Any, Any]:
+    """Check the options of a search, and load the model.
+
+    Returns:
+        The settings, the path of the profile for each budget, the model and its tokenizer.
+    """
     started = time.monotonic()
     budgets = read_budgets(options["budget"], "--budget")
     console.keep_stdout_for_json(options["json_out"])
@@ -65,14 +82,7 @@ def run(options: Mapping[str, Any]) -> int:
         config = replace(config, time_limit=_left(config.time_limit, time.monotonic() - started))
     if config.backend == "ray":
         config = replace(config, backend=_ray(model, tokenizer, options))
-    with console.Progress() as progress:
-        config = replace(config, on_progress=lambda step: show_search(progress, step))
-        if isinstance(config, OneBudget):
-            result: SearchResult | CurveResult = run_search(model, tokenizer, config)
-        else:
-            result = run_curve(model, tokenizer, config)
-    write = _write_search if isinstance(result, SearchResult) else _write_curve
-    return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+    return config, outs, model, tokenizer
 
 
 def _left(limit: float, seconds: float) -> float:

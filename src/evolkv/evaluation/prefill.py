@@ -78,7 +78,7 @@ class Prefiller:
             input_ids: ``[1, tokens]``, at least one token and no more than the model's context.
         """
         ids = input_ids[0].tolist()
-        shared = self._shared_with_last(ids)
+        shared = self._shared(ids)
         if self._cache is None or shared == 0:
             self._cache = RecordingCache(self.model, self.selectors, self.observers)
             shared = 0
@@ -97,7 +97,19 @@ class Prefiller:
         self.tokens_computed += len(ids) - shared
         return self._cache.recorded(output.logits[0, -1].float())
 
-    def _shared_with_last(self, ids: list[int]) -> int:
+    def tokens_to_compute(self, prompts: Sequence[Tensor]) -> int:
+        """Return how many tokens are computed where these prompts, ``[1, tokens]`` each, are all that is prefilled."""
+        cache = RecordingCache(self.model, self.selectors, self.observers)
+        ahead = Prefiller(self.model, self.selectors, self.observers)
+        ahead._cache = cache
+        total = 0
+        for ids in (each[0].tolist() for each in prompts):
+            total += len(ids) - ahead._shared(ids)
+            ahead._last = ids
+        return total
+
+    def _shared(self, ids: list[int]) -> int:
+        """Return how many tokens at its start a prompt takes from the one before."""
         if self._observed is None or (self._cache is not None and self._cache.state_layers):
             return 0
         for kind, longest in stretching(self.model.get_decoder().config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,23 @@ class _Ranked(NamedTuple):
         """Bytes held."""
         reference = self.question.reference
         return self.prompt.nbytes + (0 if reference is None else reference.nbytes)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one example takes, from above.
+
+    Args:
+        tokens: length of its prompt.
+        snapshot: its ranked entries, held all the time.
+        slope: the pass through the model and back; 0 where the metric has no slope.
+        batch: a batch of candidates.
+    """
+
+    tokens: int
+    snapshot: int
+    slope: int
+    batch: int
 
 
 class ReplayEngine(Engine):
@@ -220,13 +238,8 @@ class ReplayEngine(Engine):
         Raises:
             RunError: if not even one does.
         """
-        question, prompt = ranked
-        new = len(question.later) + question.answer_tokens
-        queries = new if question.scorer.teacher_forced else max(1, len(question.later))
-        each, pair = _candidate_bytes(self.model, prompt, queries, new)
-        shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
-        if question.reference is not None:
-            shared += _COMPARING * question.reference.numel()
+        question = ranked.question
+        each, pair, shared = self._batch_bytes(ranked)
         # The most rows for which rows * each + rows² * pair fits.
         room = max(0, self.room - shared)
         fitting = (math.sqrt(each**2 + 4 * pair * room) - each) / (2 * pair)
@@ -236,7 +249,31 @@ class ReplayEngine(Engine):
                 f"the snapshots, and {_mib(max(self.room, 0))} is left; use fewer examples, a lower ceiling, or "
                 "engine 'naive'"
             )
-        return int(min(fitting, _MAX_ROWS, max(1, _MAX_TOKENS // queries)))
+        return int(min(fitting, _MAX_ROWS, max(1, _MAX_TOKENS // _queries(question))))
+
+    def _batch_bytes(self, ranked: _Ranked) -> tuple[int, int, int]:
+        """Return bytes of a batch: for each row, for each pair of rows, and for all rows together."""
+        question, prompt = ranked
+        new = len(question.later) + question.answer_tokens
+        each, pair = _candidate_bytes(self.model, prompt, _queries(question), new)
+        shared = 2 * max(key.nbytes + value.nbytes for key, value in zip(prompt.keys, prompt.values, strict=True))
+        if question.reference is not None:
+            shared += _COMPARING * question.reference.numel()
+        return each, pair, shared
+
+    def needs(self, rows: int) -> Needs:
+        """Return what the first example, which must be held, takes when so many rows like it are scored at once."""
+        assert self._held is not None
+        ranked = self._held[0]
+        rows = min(rows, self._rows_at_once(ranked))
+        each, pair, shared = self._batch_bytes(ranked)
+        tokens = len(ranked.question.later) + ranked.question.answer_tokens
+        return Needs(
+            ranked.question.tokens,
+            ranked.nbytes,
+            sum(slope_bytes(self.model, ranked.prompt, tokens)) if ranked.question.scorer.teacher_forced else 0,
+            rows * each + rows**2 * pair + shared,
+        )
 
     def _rows_of_slope(self, ranked: _Ranked) -> int:
         """Return how many rows like this example's can go through the model and back at once; at least one.
@@ -253,6 +290,12 @@ class ReplayEngine(Engine):
                 "--start uniform"
             )
         return int(min((self.room - shared) // each, max(1, _MAX_TOKENS // tokens)))
+
+
+def _queries(question: Question) -> int:
+    """Return how many tokens a row reads at once."""
+    later = len(question.later)
+    return later + question.answer_tokens if question.scorer.teacher_forced else max(1, later)
 
 
 def slope_bytes(model: PreTrainedModel, prompt: RankedPrompt, tokens: int) -> tuple[int, int]:

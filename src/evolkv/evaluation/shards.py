@@ -181,6 +181,7 @@ class ShardedEngine(Engine):
         ceiling: the largest budget that will be asked for.
         hold: whether to prefill now and hold the result for any number of `score` calls.
         on_progress: called with (done, total) after each example that was prefilled.
+        shard_size: examples of a shard.
 
     Raises:
         UsageError: as `ReplayEngine`.
@@ -198,20 +199,22 @@ class ShardedEngine(Engine):
         ceiling: int,
         hold: bool = True,
         on_progress: Progress | None = None,
+        shard_size: int = SHARD_SIZE,
     ):
         self.backend, self.hold, self._on_progress = backend, hold, on_progress
+        self._shard_size = shard_size
         number = next(self._numbers)
         self._size = len(examples)
         self._shards = [
             Shard(
-                f"{number}/{start // SHARD_SIZE}",
-                tuple(examples[start : start + SHARD_SIZE]),
+                f"{number}/{start // shard_size}",
+                tuple(examples[start : start + shard_size]),
                 selector,
                 metric,
                 ceiling,
                 hold,
             )
-            for start in range(0, len(examples), SHARD_SIZE)
+            for start in range(0, len(examples), shard_size)
         ]
         self._sharing = backend.sharing(len(self._shards))
         if hold:
@@ -244,7 +247,7 @@ class ShardedEngine(Engine):
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the answers of the shards that have wanted examples, each with the places of these examples."""
         requests, places = [], []
-        for start, shard in zip(range(0, self._size, SHARD_SIZE), self._shards, strict=True):
+        for start, shard in zip(range(0, self._size, self._shard_size), self._shards, strict=True):
             inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
             if inside:
                 requests.append(Request(shard, self._sharing, budgets, tuple(inside), sharpness))

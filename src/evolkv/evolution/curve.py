@@ -85,7 +85,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
         RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
-    selectors = {name: _fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
+    selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
     limit = TimeLimit(config.time_limit, len(selectors), len(config.targets), config.val)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(selectors) > 1:
@@ -93,7 +93,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     return run(replace(config, selector=[*selectors.values()]))
 
 
-def _fitted(spec: SelectorSpec, smallest: int) -> SelectorSpec:
+def fitted(spec: SelectorSpec, smallest: int) -> SelectorSpec:
     """Return a selector, if given by name alone with a window that leaves the smallest budget something to choose."""
     selector = get_selector(spec)
     window = selector.window

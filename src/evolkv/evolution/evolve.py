@@ -17,8 +17,8 @@ from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.objective import cache_score, fitness
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, as_lists
-from evolkv.evolution.space import SearchSpace
-from evolkv.evolution.strategies import Strategy
+from evolkv.evolution.space import SearchSpace, Start
+from evolkv.evolution.strategies import STRATEGIES, Strategy
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import Study
@@ -193,6 +193,38 @@ def evolve(
         raise KeyboardInterrupt
     mean = None if strategy.mean is None else space.matrix(strategy.mean)
     return Evolved(leader.history, leader.finalist(), mean, interrupted, out_of_time, recorded_seconds)
+
+
+def make_strategy(
+    config: SearchConfig, space: SearchSpace, budget: int, start: Start, share: int = 1, step: float = 1.0
+) -> Strategy:
+    """Return the strategy of a search at one budget.
+
+    Args:
+        config: the settings of the search.
+        space: the budgets to choose from.
+        budget: the target.
+        start: where to start from, if the strategy `starts_anywhere`.
+        share: searches that divide the candidates, of which this is one.
+        step: factor on the default sigma.
+
+    Raises:
+        UsageError: a setting is out of its range.
+    """
+    strategy = STRATEGIES[config.strategy]
+    floor, ceiling = space.bounds
+    arguments = {
+        "budget": budget,
+        "sigma": step * strategy.default_sigma[space.by_head] if config.sigma is None else config.sigma,
+        "population": config.population,
+        "floor": floor,
+        "ceiling": ceiling,
+        "seed": config.seed,
+        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, share)),
+    }
+    if strategy.starts_anywhere:
+        arguments["x0"] = space.start(start, budget)
+    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)  # type: ignore[call-arg]
 
 
 def stage_name(budget: int) -> str:

@@ -11,8 +11,8 @@ from evolkv.errors import RunError
 clock = time.perf_counter
 #: By how much the time that is kept for the choice is larger than expected.
 _MARGIN = 1.1
-#: Allocations that a budget's choice is among: two heuristics, two of the search, one to start from, one neighbour.
-CHOICES = 6
+#: Allocations that a budget chooses from: two heuristics, two of the search, three to start from or expanded to it.
+CHOICES = 7
 #: Passes of one row that a pass there and back takes as long as.
 SLOPE_ROWS = 3
 

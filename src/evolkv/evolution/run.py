@@ -26,7 +26,7 @@ from evolkv.evolution.backends import make_backend
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
-from evolkv.evolution.evolve import Evolved, Rotation, evolve
+from evolkv.evolution.evolve import Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
@@ -34,7 +34,7 @@ from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import TIME_LIMIT, Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
 from evolkv.evolution.rivals import best_of, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
-from evolkv.evolution.strategies import STRATEGIES, Strategy
+from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -383,6 +383,19 @@ class Run:
             self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): kept})
         return kept
 
+    @property
+    def backend(self) -> Backend:
+        """Where shards are computed; made when it is first asked for."""
+        if self._backend is None:
+            self._backend = make_backend(self.model, self.tokenizer, self.config)
+        return self._backend
+
+    def side_by_side(self, examples: int) -> int:
+        """Return how many shards of so many examples are computed at once."""
+        shards = math.ceil(examples / SHARD_SIZE)
+        sharing = self.backend.sharing(shards)
+        return min(shards, sharing.replicas * sharing.threads)
+
     def _train_engine(self) -> Engine:
         if self._scorer is None:
             self._scorer = self._engine("train")
@@ -410,45 +423,10 @@ class Run:
                 on_progress,
                 config.prefill_chunk,
             )
-        if self._backend is None:
-            self._backend = make_backend(self.model, self.tokenizer, config)
-        sharing = self._backend.sharing(math.ceil(len(examples) / SHARD_SIZE))
-        side_by_side = sharing.replicas * sharing.threads
+        side_by_side = self.side_by_side(len(examples))
         return ShardedEngine(
-            self._backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
+            self.backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
         )
-
-
-def make_strategy(
-    config: SearchConfig, space: SearchSpace, budget: int, start: Start, share: int = 1, step: float = 1.0
-) -> Strategy:
-    """Return the strategy of a search at one budget.
-
-    Args:
-        config: the settings of the search.
-        space: the budgets to choose from.
-        budget: the target.
-        start: where to start from, if the strategy `starts_anywhere`.
-        share: searches that divide the candidates, of which this is one.
-        step: factor on the default sigma.
-
-    Raises:
-        UsageError: a setting is out of its range.
-    """
-    strategy = STRATEGIES[config.strategy]
-    floor, ceiling = space.bounds
-    arguments = {
-        "budget": budget,
-        "sigma": step * strategy.default_sigma[space.by_head] if config.sigma is None else config.sigma,
-        "population": config.population,
-        "floor": floor,
-        "ceiling": ceiling,
-        "seed": config.seed,
-        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, share)),
-    }
-    if strategy.starts_anywhere:
-        arguments["x0"] = space.start(start, budget)
-    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)  # type: ignore[call-arg]
 
 
 def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:

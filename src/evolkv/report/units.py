@@ -21,6 +21,11 @@ def mebibytes(count: float) -> str:
     return f"{size:,.2f}" if size < 10 else f"{size:,.1f}"
 
 
+def gibibytes(count: float) -> str:
+    """A number of bytes in GiB, without the unit."""
+    return f"{count / 2**30:,.2f}"
+
+
 def with_interval(score: float, interval: Sequence[float]) -> str:
     """A score with its 95 % interval."""
     return f"{score:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
