@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 @functools.wraps(search)
 def plan(**options: Any) -> int:
     from evolkv.cli.search_command import prepare
+    from evolkv.evolution import OneBudget, SeveralBudgets
+    from evolkv.evolution.auto import several
     from evolkv.evolution.plan import make_plan
 
     given = with_preset(options["context"])
     config, _, model, tokenizer = prepare(given)
+    if not isinstance(config, (OneBudget, SeveralBudgets)):
+        config = several(tokenizer, config)
     with console.busy("measuring on one or two examples"):
         found = make_plan(model, tokenizer, config)
     try:

@@ -38,7 +38,11 @@ def search(
     ],
     budget: Annotated[
         list[str],
-        typer.Option("--budget", metavar="C[,C...]", help="Mean cache entries per KV head; several make a curve."),
+        typer.Option(
+            "--budget",
+            metavar="C[,C...]",
+            help="Mean cache entries per KV head; several make a curve; auto: the smallest that is safe.",
+        ),
     ],
     selector: Annotated[
         list[str],
@@ -172,6 +176,26 @@ def search(
             rich_help_panel=_STRATEGY,
         ),
     ] = None,
+    loss: Annotated[
+        float,
+        typer.Option(
+            "--loss",
+            help="With --budget auto: how much score may be lost against the full cache.",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = 0.05,
+    confidence: Annotated[
+        float, typer.Option("--confidence", help="With --budget auto: that it is not more.", rich_help_panel=_OBJECTIVE)
+    ] = 0.95,
+    certify: Annotated[
+        int | None,
+        typer.Option(
+            "--certify",
+            metavar="N",
+            help="With --budget auto: examples to certify on. (default: enough for a quarter of --loss)",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = None,
     seed: Seed = 0,
     engine: Annotated[
         str,
@@ -262,10 +286,13 @@ def search(
 
 def with_preset(context: typer.Context) -> dict[str, Any]:
     """Return the options of a search, those that were not given as the preset has them."""
+    from evolkv.budgets import MAX_BUDGET
     from evolkv.evolution.config import preset_settings
 
     options = context.params
-    for name, value in preset_settings(options["preset"], options["budget"]).items():
+    # Which budgets auto tries depends on the selectors.
+    budget = MAX_BUDGET if options["budget"] == ["auto"] else options["budget"]
+    for name, value in preset_settings(options["preset"], budget).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
             options[name] = [value] if name == "selector" and isinstance(value, str) else value

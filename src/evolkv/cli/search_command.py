@@ -17,6 +17,7 @@ from evolkv.cli.arguments import sibling
 from evolkv.cli.options import ModelOptions, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
+from evolkv.evaluation.certify import check_bounds
 from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
 from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
@@ -32,6 +33,7 @@ from evolkv.tasks.check import check_examples
 from evolkv.whole_files import check_outputs
 
 if TYPE_CHECKING:
+    from evolkv.evaluation import EvaluationProgress
     from evolkv.evaluation.shards import Backend
 
 
@@ -45,6 +47,8 @@ def run(options: Mapping[str, Any]) -> int:
         The exit code.
     """
     config, outs, model, tokenizer = prepare(options)
+    if not isinstance(config, (OneBudget, SeveralBudgets)):
+        return _auto(config, options, model, tokenizer)
     with console.Progress() as progress:
         config = replace(config, on_progress=lambda step: show_search(progress, step))
         if isinstance(config, OneBudget):
@@ -55,23 +59,65 @@ def run(options: Mapping[str, Any]) -> int:
     return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
 
 
-def prepare(options: Mapping[str, Any]) -> tuple[OneBudget | SeveralBudgets, dict[int, str], Any, Any]:
+def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenizer: Any) -> int:
+    """Search for the smallest safe budget, write its profile, and say what was tried."""
+    from evolkv.evolution.auto import run_auto
+    from evolkv.report.tables import next_budget
+
+    loss, confidence, out = options["loss"], options["confidence"], options["out"]
+    with console.Progress() as progress:
+        config = replace(config, on_progress=lambda step: show_search(progress, step))
+
+        def show(step: EvaluationProgress) -> None:
+            progress("certification", step.done, step.total)
+
+        found = run_auto(model, tokenizer, config, loss, confidence, options["certify"], show)
+    curve, certificate = found.curve, found.certificate
+    try:
+        found.profile.save(out)
+        console.write_json(options["json_out"], found.to_dict(out))
+    finally:
+        if not curve.interrupted:
+            print_whole(curve_table(curve.points))
+    if certificate is None:
+        again = "; the same command goes on from there" if config.storage else ""
+        console.say(f"evolkv: interrupted; the best so far is in {out}{again}")
+        return 130
+    tested = ", ".join(f"{each.budget} (loss {each.loss:.3f})" for each in certificate.tested)
+    failed = f" {next_budget(certificate, loss)}." if not certificate.tested[-1].certified else ""
+    verdict = (
+        f"No budget is certified to lose less than {loss:g}; {out} holds the largest tried, {found.profile.budget}."
+        if certificate.budget is None
+        else f"{certificate.budget} is the smallest budget certified to lose less than {loss:g}, with confidence "
+        f"{confidence:g}; its profile is in {out}."
+    )
+    console.OUT.print(
+        f"\n{_stopped(curve, config.storage)}On {certificate.n} examples that no search saw: {tested}.\n"
+        f"{verdict}{failed}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[int, str], Any, Any]:
     """Check the options of a search, and load the model.
 
     Returns:
-        The settings, the path of the profile for each budget, the model and its tokenizer.
+        The settings, which say no budgets where these are to be found; the path of the profile for each budget; the
+        model and its tokenizer.
     """
     started = time.monotonic()
-    budgets = read_budgets(options["budget"], "--budget")
+    auto = options["budget"] == ["auto"]
+    budgets = [] if auto else read_budgets(options["budget"], "--budget")
     console.keep_stdout_for_json(options["json_out"])
-    outs = _outs(options["out"], budgets)
+    outs = {0: options["out"]} if auto else _outs(options["out"], budgets)
     _check_together(options, budgets)
     config = _config(options, budgets, outs)
     names = ("dtype", "device", "attn_implementation", "trust_remote_code")
     check = partial(
         check_examples,
         [get_task(config.task)],
-        ["train", "validation"],
+        ["train", "validation", "report"] if auto else ["train", "validation"],
         metric=config.metric,
         protocol=config.protocol,
         seed=config.seed,
@@ -107,14 +153,16 @@ def _check_together(options: Mapping[str, Any], budgets: list[int]) -> None:
         raise UsageError(
             f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}"
         )
+    if budgets and (options["loss"] != 0.05 or options["confidence"] != 0.95 or options["certify"] is not None):
+        raise UsageError("--loss, --confidence and --certify are for --budget auto")
     if options["group_size"] is not None and options["strategy"] != "evolkv":
         raise UsageError("--group-size is for --strategy evolkv")
     if options["storage"] == "none" and options["study"] is not None:
         raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
 
 
-def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, str]) -> OneBudget | SeveralBudgets:
-    """Return the settings, checked as far as they can be without the model."""
+def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, str]) -> SearchConfig:
+    """Return the settings, checked as far as they can be without the model; without budgets if none are given."""
     out, json_out, start = options["out"], options["json_out"], options["start"]
     storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
     named = (None, *COMPUTED, *HEURISTICS)
@@ -134,6 +182,9 @@ def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, s
         "storage": None if storage == "none" else storage,
         "study": options["study"] or os.path.basename(sibling(out, "")),
     }
+    if not budgets:
+        check_bounds(options["loss"], options["confidence"])
+        return SearchConfig(**settings)
     if len(budgets) == 1:
         return OneBudget(budget=budgets[0], **settings)
     return SeveralBudgets(budgets=budgets, first=options["first"], **settings)

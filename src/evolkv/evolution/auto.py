@@ -1,0 +1,123 @@
+"""The smallest budget that is safe: a curve over several budgets, certified on examples that no search saw."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from evolkv.errors import BudgetError
+from evolkv.evaluation.certify import Certificate, certify_records, check_bounds, examples_needed
+from evolkv.evaluation.evaluation import EvaluationProgress, evaluate
+from evolkv.evolution.config import SearchConfig, SeveralBudgets
+from evolkv.evolution.curve import CurveResult, run_curve
+from evolkv.methods import Method, get_method
+from evolkv.profile import BudgetProfile
+from evolkv.selectors import get_selector
+from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks.protocol import under_protocol
+
+#: The budgets that are tried, as shares of the longest training prompt.
+GRID = (0.025, 0.05, 0.1, 0.2, 0.4)
+#: Mean loss, as a share of the bound, that the examples suffice to certify by default.
+_CERTIFIABLE = 0.25
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """A search for the smallest safe budget.
+
+    Args:
+        curve: the searches at all budgets that were tried.
+        certificate: of their profiles; None if the searches were interrupted.
+        profile: the one certified, with the certificate among its scores, or, if none is, that of the largest budget.
+    """
+
+    curve: CurveResult
+    certificate: Certificate | None
+    profile: BudgetProfile
+
+    def to_dict(self, path: str) -> dict[str, Any]:
+        """Return the content of a ``--json`` file; `path` is that of the profile."""
+        certificate = None if self.certificate is None else self.certificate.to_dict()
+        return {**self.curve.to_dict(), "certificate": certificate, "profile": path}
+
+
+def run_auto(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: SearchConfig,
+    loss: float = 0.05,
+    confidence: float = 0.95,
+    samples: int | None = None,
+    on_example: Callable[[EvaluationProgress], None] | None = None,
+) -> AutoResult:
+    """Find the smallest budget whose expected loss against the full cache is below a bound; see `certify`.
+
+    Profiles for 2.5, 5, 10, 20 and 40 % of the longest training prompt are evolved as one search. Then all of them and
+    the full cache answer examples of the split "report", which no search sees and nothing is chosen on.
+
+    Args:
+        model: a transformers decoder-only model.
+        tokenizer: its tokenizer.
+        config: the settings of the search.
+        loss: the bound, in the task's own metric, or in `config.metric` if that is not logprob.
+        confidence: of the certificate.
+        samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound.
+        on_example: called as these are evaluated.
+
+    Raises:
+        UsageError: for settings that cannot be used.
+        RunError: if memory does not suffice, or what was found cannot be recorded.
+        KeyboardInterrupt: if interrupted before the first generation was scored.
+    """
+    check_bounds(loss, confidence)
+    curve = run_curve(model, tokenizer, several(tokenizer, config))
+    profiles = {result.profile.budget: result.profile for result in curve.results}
+    if curve.interrupted:
+        return AutoResult(curve, None, profiles[max(profiles)])
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records.jsonl"
+        evaluate(
+            model,
+            tokenizer,
+            task=get_task(config.task),
+            methods=[get_method("full"), *(Method.of_profile(each, "evolved") for each in profiles.values())],
+            samples=samples or examples_needed(_CERTIFIABLE * loss, loss, confidence, exact=True) or 1,
+            seed=config.seed,
+            metric=None if config.metric == "logprob" else config.metric,
+            protocol=config.protocol,
+            prefill_chunk=config.prefill_chunk,
+            records=records,
+            on_progress=on_example,
+        )
+        ((*_, certificate),) = certify_records(records, loss, confidence).rows
+    if certificate.budget is None:
+        return AutoResult(curve, certificate, profiles[max(profiles)])
+    profile = profiles[certificate.budget]
+    passed = next(test for test in certificate.tested if test.budget == certificate.budget)
+    said = {"loss": loss, "confidence": confidence, "n": certificate.n, "observed": passed.loss, "p": passed.p}
+    return AutoResult(curve, certificate, replace(profile, scores={**profile.scores, "certified": said}))
+
+
+def several(tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
+    """Return the settings with the budgets to try: those of `GRID` that leave every selector something to choose.
+
+    Raises:
+        BudgetError: fewer than two do.
+    """
+    drawn = get_task(config.task).examples("train", config.train, tokenizer, config.seed)
+    longest = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
+    floor = config.floor or 1 + max(get_selector(each).min_budget for each in config.selectors.values())
+    budgets = [budget for budget in (round(share * longest) for share in GRID) if budget > floor]
+    if len(set(budgets)) < 2:
+        raise BudgetError(
+            f"the longest prompt has {longest} tokens and no head may get less than {floor}, which leaves --budget "
+            "auto less than two budgets to try; give a selector with a smaller window, or the budgets"
+        )
+    settings = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
+    return SeveralBudgets(budgets=budgets, **settings)
