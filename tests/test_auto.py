@@ -85,9 +85,7 @@ def test_without_enough_examples_the_largest_budget_is_written_and_the_line_says
         (["--budget", "auto", "--loss", "2"], "--loss is 2.0; expected a number above 0 and below 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_the_model_is_loaded(
-    options, message, tmp_path, monkeypatch, capsys
-):
+def test_options_that_make_no_sense_are_refused_first(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["search", "smollm2-135m", "--task", "niah", *options]) == 2
     assert message in capsys.readouterr().err
