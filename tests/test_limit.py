@@ -102,7 +102,7 @@ def test_a_search_out_of_time_chooses_among_what_it_has(small, ticking):
     assert found.evaluations % GENERATION == 0
     # Only where it stops is new.
     assert found.history == whole.history[: found.evaluations]
-    assert {row["name"] for row in found.validation} == {"best", "mean", "uniform", "pyramid"}
+    assert {row["name"] for row in found.validation} == {"best", "mean", "lukv", "uniform", "pyramid"}
     assert found.kept is not None
     assert json.loads(json.dumps(found.to_dict()))["stopped"] == "time limit"
     assert found.profile.search["stopped"] == "time limit"
@@ -130,7 +130,7 @@ def test_a_descent_out_of_time_goes_on_too(small, ticking, tmp_path):
     short = evolkv.search(*small, storage=storage, time_limit=5, **settings)
     assert 0 < len(short.descent) < 8
     assert (short.evaluations, short.stopped) == (0, "time limit")
-    assert {row["name"] for row in short.validation} == {"gradient", "uniform", "pyramid"}
+    assert {row["name"] for row in short.validation} == {"gradient", "lukv", "uniform", "pyramid"}
     whole, again = evolkv.search(*small, **settings), evolkv.search(*small, storage=storage, **settings)
     assert (again.descent, again.history, again.stopped) == (whole.descent, whole.history, None)
 
