@@ -84,7 +84,7 @@ class Trial:
             config.evaluations(space.shape),
             config=config,
             space=space,
-            rotation=Rotation(config.train, config.examples_per_generation, config.seed),
+            rotation=Rotation(config.num_train, config.examples_per_generation, config.seed),
             scorer=lambda: self.train,
         )
 

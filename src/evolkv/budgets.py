@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,82 @@ import numpy as np
 from evolkv.errors import BudgetError
 from evolkv.numbers import is_whole
 
-#: One budget: a whole number, or the text of one.
-BudgetSpec = int | np.integer[Any] | str
 #: No prompt is longer: a larger budget is a mistake.
 MAX_BUDGET = 2**31
+# Ten digits are more than a prompt can tell apart, and few enough for a float to hold.
+_SHARE = r"[0-9]{1,2}(\.[0-9]{1,8})?%"
 
 
-def read_budget(spec: BudgetSpec, name: str = "the budget") -> int:
-    """Return one budget, in cache entries per KV head; `name` is for messages.
+class Share(str):
+    """A budget as a share of each prompt, such as ``10%`` or ``2.5%``. It is a text, in its shortest form.
+
+    For a prompt of T tokens it stands for round(share · T) cache entries per KV head (halves go to the even number).
 
     Raises:
-        BudgetError: anything but a whole number from 1 to 2³¹.
+        BudgetError: anything but a percentage above 0% and below 100%.
     """
+
+    def __new__(cls, text: str) -> Share:
+        if not re.fullmatch(_SHARE, text) or Decimal(text[:-1]) == 0:
+            raise _wrong_share("the share", text)
+        return super().__new__(cls, f"{Decimal(text[:-1]).normalize():f}%")
+
+    @classmethod
+    def of_fraction(cls, fraction: float | str | Decimal) -> Share:
+        """Return the share that a fraction of 1 is: of 0.1 it is ``10%``.
+
+        Raises:
+            BudgetError: as for the class.
+        """
+        return cls(f"{100 * Decimal(str(fraction)):f}%")
+
+    @property
+    def fraction(self) -> float:
+        """The share as a number between 0 and 1."""
+        return float(self._percent / 100)
+
+    def of(self, tokens: int) -> int:
+        """Return the budget for a prompt, in cache entries per KV head."""
+        return round(self._percent * tokens / 100)
+
+    @property
+    def _percent(self) -> Decimal:
+        return Decimal(self[:-1])
+
+
+#: A budget: cache entries per KV head, or a share of each prompt.
+Budget = int | Share
+#: One budget as it is given: a whole number, a share, or the text of either.
+BudgetSpec = int | np.integer[Any] | str
+
+
+def read_budget(spec: BudgetSpec, name: str = "the budget") -> Budget:
+    """Return one budget: cache entries per KV head, or a share of each prompt; `name` is for messages.
+
+    Raises:
+        BudgetError: anything but a whole number from 1 to 2³¹, or a percentage above 0% and below 100%.
+    """
+    if not (isinstance(spec, str) and spec.strip().endswith("%")):
+        return read_entries(spec, name)
+    try:
+        return Share(spec.strip())
+    except BudgetError:
+        raise _wrong_share(name, spec.strip()) from None
+
+
+def read_entries(spec: BudgetSpec, name: str = "the budget") -> int:
+    """Return one budget where only a number of cache entries per KV head will do; see `read_budget`."""
     whole = int(spec) if is_whole(spec) or (isinstance(spec, str) and re.fullmatch(r"\s*[0-9]{1,12}\s*", spec)) else 0
     if not 1 <= whole <= MAX_BUDGET:
         shown = spec.strip() if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() else repr(spec)
-        shown = shown if len(shown) <= 40 else shown[:37] + "…"
         raise BudgetError(
-            f"{name} is {shown}; expected a whole number of cache entries per KV head, at least 1, such as 64 "
-            "(several: 64,128)"
+            f"{name} is {_short(shown)}; expected a whole number of cache entries per KV head, at least 1, such as 64 "
+            "(several: 64,128), or a share of each prompt, such as 10%"
         )
     return whole
 
 
-def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budget") -> list[int]:
+def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budget") -> list[Budget]:
     """Return budgets, each once, in their order.
 
     Args:
@@ -47,3 +100,19 @@ def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budg
     several: Iterable[Any] = specs if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)) else [specs]
     parts = [part for spec in several for part in (spec.split(",") if isinstance(spec, str) else [spec])]
     return list(dict.fromkeys(read_budget(part, name) for part in parts))
+
+
+def size_of(budget: Budget | str) -> float:
+    """Return what budgets are put in order by, numbers among numbers and shares among shares."""
+    return float(str(budget).rstrip("%"))
+
+
+def _wrong_share(name: str, text: str) -> BudgetError:
+    return BudgetError(
+        f"{name} is {_short(text)}; expected a share of each prompt above 0% and below 100%, without spaces, such as "
+        "10% or 2.5%"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "…"

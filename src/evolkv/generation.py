@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StopStringCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
+from evolkv.budgets import BudgetSpec
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.reeviction import Reeviction
 from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
@@ -79,7 +80,7 @@ def save_document(
     tokenizer: Any,
     document: str,
     method: Method,
-    budget: int | None,
+    budget: BudgetSpec | None,
     path: str,
     *,
     raw: bool = False,
@@ -123,7 +124,7 @@ def generate_text(
     tokenizer: Any,
     prompt: str,
     method: Method | None = None,
-    budget: int | None = None,
+    budget: BudgetSpec | None = None,
     *,
     max_new_tokens: int = 64,
     raw: bool = False,
@@ -141,7 +142,7 @@ def generate_text(
         tokenizer: its tokenizer.
         prompt: the user's message; put in the tokenizer's chat template where there is one.
         method: what to keep of the prompt; None for all of it.
-        budget: mean cache entries per KV head; None for that of the method's profile.
+        budget: mean cache entries per KV head, or a share of the prompt; None for that of the method's profile.
         max_new_tokens: most tokens to generate.
         raw: take the prompt as it is, without chat template.
         temperature: 0 for greedy, above 0 to sample.
@@ -230,7 +231,7 @@ def _prompt_inputs(
     tokenizer: Any,
     prompt: str,
     method: Method | None,
-    budget: int | None,
+    budget: BudgetSpec | None,
     raw: bool,
     prefill_chunk: int | None,
     evict_every: int | None,

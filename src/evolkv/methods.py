@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,14 @@ from evolkv.allocators.adaptive import (
     Observer,
     get_adaptive,
 )
+from evolkv.budgets import Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, UsageError
 from evolkv.models import model_facts
+from evolkv.models.facts import ModelFacts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import SELECTORS, Selector, get_selector
+from evolkv.specs import format_spec, parse_spec
 
 _ALIASES = {"pyramidkv": "pyramid+snapkv"}
 
@@ -41,6 +45,7 @@ class Method:
         profiles: path of the profiles of several budgets, with ``{}`` where the budget stands, or None; see `at`.
         layers: an allocator that does it for each prompt instead, starting from nothing.
         heads: an allocator that shares each layer's budget out among its heads, for each prompt.
+        share: the mean budget as a share of each prompt, where it is one; see `budgets_at`.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Method:
     profiles: str | None = None
     layers: LayerAllocator | None = None
     heads: HeadAllocator | None = None
+    share: Share | None = None
 
     @classmethod
     def of_profile(cls, profile: BudgetProfile | str | os.PathLike[str], name: str | None = None) -> Method:
@@ -63,24 +69,38 @@ class Method:
             ProfileError: for a file that is no profile.
         """
         if isinstance(profile, BudgetProfile):
-            return cls(name or "profile", get_selector(profile.selector), profile=profile)
+            return cls(name or "profile", get_selector(profile.selector), profile=profile, share=profile.share)
         return cls.of_profile(BudgetProfile.load(profile), name or os.fspath(profile))
 
-    def at(self, budget: int) -> Method:
+    @property
+    def target(self) -> Budget | None:
+        """The budget that the method brings itself: a profile's, or the share that its name gives; else None."""
+        return self.share if self.profile is None else self.profile.target
+
+    def at(self, budget: Budget) -> Method:
         """Return the method at a budget: where there is a profile for each budget, with that of this one.
 
         Raises:
             ProfileError: if there is none, or it is no profile.
-            UsageError: if it was made for another budget.
+            UsageError: if it was made for another budget, or its name gives another.
             BudgetError: a budget that the selector cannot serve.
         """
         method = self
         if self.profiles is not None:
             path = self.profiles.replace("{}", str(budget))
             profile = BudgetProfile.load(path)
-            if profile.budget != budget:
-                raise UsageError(f"method {self.name!r}: {path} has the budget {profile.budget}, not {budget}")
+            if profile.target != budget:
+                raise UsageError(f"method {self.name!r}: {path} has the budget {profile.target}, not {budget}")
             method = Method.of_profile(profile, self.name)
+        if method.profile is None and method.share not in (None, budget):
+            raise UsageError(
+                f"method {self.name!r} keeps {method.share} of each prompt, but the budget is {budget}; leave out one "
+                "of them"
+            )
+        if isinstance(budget, Share):
+            return method if method.is_full else replace(method, share=budget)
+        if method.share is not None:
+            method = replace(method, share=None)
         if method.selector is not None and budget < method.selector.min_budget:
             raise BudgetError(
                 f"the budget is {budget}, but {self.name} always keeps {method.selector.min_budget} tokens; "
@@ -88,7 +108,7 @@ class Method:
             )
         return method
 
-    def files(self, budgets: Sequence[int]) -> list[str]:
+    def files(self, budgets: Sequence[Budget]) -> list[str]:
         """Return the paths of the profiles that the method reads at some budgets."""
         if self.profiles is not None:
             return [self.profiles.replace("{}", str(budget)) for budget in budgets]
@@ -130,16 +150,36 @@ class Method:
             budgets = self.heads.heads(seen, budgets[:, 0], floor, ceilings)
         return budgets
 
-    def resolve(self, model: PreTrainedModel, budget: int | None = None) -> tuple[Method, np.ndarray]:
+    def budgets_at(self, facts: ModelFacts, tokens: int) -> np.ndarray:
+        """Return the budgets of a prompt of so many tokens, at the method's `share`: ``[layers, kv_heads]``.
+
+        Their total is exactly round(share · tokens) · L · H, as far as the prompt and the model's windows can hold
+        that, and no head gets less than the selector always keeps. These budgets are what `budgets_for` starts from.
+
+        Args:
+            facts: of the model.
+            tokens: length of the prompt.
+        """
+        assert self.selector is not None
+        assert self.share is not None
+        windows = np.array([tokens if window is None else window for window in facts.sliding_windows])
+        if self.profile is not None:
+            return self.profile.budgets_at(tokens, windows, self.share)
+        budget = max(self.share.of(tokens), self.selector.min_budget)
+        by_layer = self._by_layer(self.selector, budget, np.minimum(windows, tokens))
+        return np.repeat(by_layer[:, None], facts.num_kv_heads, axis=1)
+
+    def resolve(self, model: PreTrainedModel, budget: Budget | None = None) -> tuple[Method, np.ndarray]:
         """Return the method at a budget, and its budgets for a model, ``[layers, kv_heads]``.
 
         These budgets are what `budgets_for` starts from. A profile that was found at another budget is expanded to this
         one. Entries that a sliding-window layer cannot hold go to the others, as far as these can hold them, so that
-        the memory is the same.
+        the memory is the same. Where the method that is returned has a `share`, the budgets are those of a prompt that
+        fills the model's context, and `budgets_at` has those of others.
 
         Args:
             model: the model that is to run under them.
-            budget: mean cache entries per KV head. Default: a profile's own.
+            budget: mean cache entries per KV head, or a share of each prompt. Default: the method's own.
 
         Raises:
             UsageError: no budget for a method that has none of its own, or one that it evicts nothing at.
@@ -150,14 +190,17 @@ class Method:
         profile, selector = method.profile, method.selector
         if selector is None and self.profiles is None:
             raise UsageError(f"method {self.name!r} evicts nothing; call the model without a compressed cache")
+        facts = model_facts(model)
         if profile is not None:
             profile.check_model(model)
-            budget = profile.budget if budget is None else budget
-        if budget is None or selector is None:
+        if method.share is not None:
+            return method, method.budgets_at(facts, facts.max_context)
+        if budget is None and profile is not None:
+            budget = profile.budget
+        if not isinstance(budget, int) or selector is None:
             raise UsageError(f"method {self.name!r} needs a budget; add budget=128")
         if profile is not None and budget == profile.budget:
             return method, profile.budgets
-        facts = model_facts(model)
         ceilings = np.array([facts.max_context if w is None else w for w in facts.sliding_windows])
         if profile is not None:
             return method, profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
@@ -179,8 +222,9 @@ def get_method(spec: MethodSpec) -> Method:
     Args:
         spec: a text: ``full``; a selector, alone (uniform budgets) or with parameters (``snapkv:gqa=max``); allocators
             and a selector (``pyramid+snapkv``, ``cake+chunkkv``, ``cake:window=8+adakv+snapkv``); ``pyramidkv``
-            (= ``pyramid+snapkv``, whose parameters may follow); the path of a profile, or its address on the Hub
-            (``hf://org/name``); or, with ``{}`` in place of the budget, that of one profile for each budget
+            (= ``pyramid+snapkv``, whose parameters may follow); any of these with kvpress's compression ratio among
+            the parameters (``snapkv:ratio=0.9``: a budget of 10% of each prompt); the path of a profile, or its address
+            on the Hub (``hf://org/name``); or, with ``{}`` in place of the budget, that of one profile for each budget
             (``profile-{}.json``). Or a profile, its path, a selector, or a selector's name and parameters as a mapping;
             a method is returned as it is.
 
@@ -193,8 +237,11 @@ def get_method(spec: MethodSpec) -> Method:
     if isinstance(spec, BudgetProfile):
         return Method.of_profile(spec)
     if isinstance(spec, (Selector, Mapping)):
+        ratio = spec.get("ratio") if isinstance(spec, Mapping) else None
+        if isinstance(spec, Mapping) and ratio is not None:
+            spec = {key: value for key, value in spec.items() if key != "ratio"}
         selector = get_selector(spec)
-        return Method(selector.spec, selector, "uniform")
+        return Method(selector.spec, selector, "uniform", share=None if ratio is None else _kept(str(ratio)))
     if isinstance(spec, os.PathLike):
         return _of_path(os.fspath(spec))
     if isinstance(spec, str):
@@ -203,7 +250,7 @@ def get_method(spec: MethodSpec) -> Method:
 
 
 def chosen_method(
-    profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: int | None
+    profile: str | os.PathLike[str] | BudgetProfile | None, method: str | None, budget: BudgetSpec | None
 ) -> Method:
     """Return the method that a profile, or else a method's name, stands for at a budget; "full" where neither is given.
 
@@ -215,12 +262,12 @@ def chosen_method(
         raise UsageError(f"profile {profile} and method {method} are both given; give one of them")
     chosen = get_method(method or "full") if profile is None else Method.of_profile(profile)
     if budget is None:
-        if not chosen.is_full and chosen.profile is None:
+        if not chosen.is_full and chosen.target is None:
             raise UsageError(f"method {chosen.name!r} needs a budget; add a budget, such as 128")
         return chosen
     if chosen.is_full:
         raise UsageError(f"budget {budget} says nothing about what to keep; add a profile, or a method such as snapkv")
-    return chosen.at(budget)
+    return chosen.at(read_budget(budget))
 
 
 def get_methods(specs: MethodSpec | Iterable[MethodSpec]) -> list[Method]:
@@ -243,7 +290,9 @@ def _of_text(name: str) -> Method:
     every_allocator = {*ALLOCATORS, *ADAPTIVE}
     named = [each.partition(":")[0] for each in allocators]
     if selector.partition(":")[0] in SELECTORS and every_allocator.issuperset(named):
-        return _combined(name, allocators, get_selector(selector))
+        plain, ratio = _without_ratio(selector)
+        combined = _combined(name, allocators, get_selector(plain))
+        return combined if ratio is None else replace(combined, share=_kept(ratio))
     if "{}" in spec or os.sep in spec or spec.endswith(".json") or os.path.exists(spec):
         return _of_path(spec)
     if "lukv" in (*named, alias):
@@ -260,6 +309,25 @@ def _of_text(name: str) -> Method:
         raise UsageError(f"{alias!r} is an allocator, which needs a selector; write for example {name}+snapkv")
     names = ["full", *SELECTORS, *_ALIASES]
     raise UsageError(f"{unknown_name('method', name, names)}; ALLOCATOR+SELECTOR, or the path of a profile")
+
+
+def _without_ratio(selector: str) -> tuple[str, str | None]:
+    """Return the spec of a selector without kvpress's compression ratio, and that ratio if it is there."""
+    if "ratio" not in selector:
+        return selector, None
+    name, values = parse_spec(selector, "selector")
+    ratio = values.pop("ratio", None)
+    return (selector, None) if ratio is None else (format_spec(name, values), ratio)
+
+
+def _kept(ratio: str) -> Share:
+    """Return the share of a prompt that is left after a ratio of it, such as ``0.9``, was evicted."""
+    try:
+        return Share.of_fraction(1 - Decimal(ratio.strip()))
+    except (ArithmeticError, BudgetError):
+        raise UsageError(
+            f"ratio is {ratio}; expected the share of each prompt to evict, above 0 and below 1: ratio=0.9 keeps 10%"
+        ) from None
 
 
 def _combined(name: str, allocators: list[str], selector: Selector) -> Method:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evolkv import allocators, hub
-from evolkv.budgets import MAX_BUDGET, BudgetSpec, read_budget
+from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.json_files import read_json
 from evolkv.models import ModelInfo, describe_model, is_quantized, model_facts
@@ -41,10 +41,12 @@ class BudgetProfile:
             layer's sliding window is smaller than what the selector always keeps, the `"sliding_windows"` of all.
         budget: c, the mean budget that was aimed at, in cache entries per KV head.
         granularity: "layer" (all heads of a layer keep the same number) or "head".
-        budgets: the whole allocation, (L, H) ints; kept as a read-only int64 array.
+        budgets: the whole allocation, (L, H) ints; kept as a read-only int64 array. With a `share` they are those of
+            one length of prompt, and give the proportions for all others: see `budgets_at`.
         selector: `{"name": ..., **parameters}`; parameters left out get their defaults.
         search: where the budgets come from (task, strategy, seed, evaluations, library versions, …).
         scores: what was measured with them.
+        share: the mean budget as a share of each prompt, or None where budgets are the same for every prompt.
 
     Raises:
         ProfileError: budgets that are not (L, H) whole numbers between what the selector always keeps (or a layer's
@@ -59,6 +61,7 @@ class BudgetProfile:
     selector: dict[str, Any]
     search: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "search", "scores"):
@@ -73,6 +76,7 @@ class BudgetProfile:
         check_budgets(self.budget, budgets, self.granularity, selector.min_budget, self._floors(selector), because)
         budgets.flags.writeable = False
         object.__setattr__(self, "budgets", budgets)
+        object.__setattr__(self, "share", None if self.share is None else Share(self.share))
 
     def _floors(self, selector: Selector) -> list[int]:
         """Return the least that a head of each layer may get, ``[layers]``."""
@@ -95,6 +99,11 @@ class BudgetProfile:
         return int(self.budgets.sum())
 
     @property
+    def target(self) -> Budget:
+        """The mean budget that was aimed at: the share of each prompt if there is one, else the number of entries."""
+        return self.budget if self.share is None else self.share
+
+    @property
     def mean_budget(self) -> float:
         """Mean over layers and heads, in cache entries."""
         return self.total / self.budgets.size
@@ -113,14 +122,17 @@ class BudgetProfile:
 
         Args:
             model: a transformers model, or the `ModelInfo` of one.
-            budget: cache entries per KV head.
+            budget: cache entries per KV head, or a share of each prompt, such as ``"10%"``.
             selector: as `evolkv.selectors.get_selector` takes it: a name, `"name:parameter=value"`, or a mapping.
 
         Raises:
             BudgetError, ProfileError: a budget out of range or an unknown selector.
         """
-        info = _info(model)
-        return cls.from_budgets(info, allocators.uniform(info.num_layers, read_budget(budget)), selector)
+        info, target = _info(model), read_budget(budget)
+        if not isinstance(target, Share):
+            return cls.from_budgets(info, allocators.uniform(info.num_layers, target), selector)
+        most = max(target.of(info.max_context), get_selector(selector).min_budget)
+        return cls.from_budgets(info, allocators.uniform(info.num_layers, most), selector, share=target)
 
     @classmethod
     def from_budgets(
@@ -133,6 +145,7 @@ class BudgetProfile:
         granularity: Granularity | None = None,
         search: Mapping[str, Any] | None = None,
         scores: Mapping[str, Any] | None = None,
+        share: str | None = None,
     ) -> BudgetProfile:
         """Return the profile with the given budgets.
 
@@ -144,9 +157,12 @@ class BudgetProfile:
             granularity: default "layer" if every row is constant, else "head".
             search: provenance, JSON values.
             scores: measurements, JSON values.
+            share: the mean budget as a share of each prompt, such as ``"10%"``, for which `budgets` give the
+                proportions. Default: budgets are the same for every prompt.
 
         Raises:
             ProfileError: as for the class.
+            BudgetError: for what is no share.
         """
         info, chosen = _info(model), get_selector(selector)
         matrix = as_matrix(budgets, info.num_layers, info.num_kv_heads)
@@ -164,7 +180,32 @@ class BudgetProfile:
             selector=chosen.to_dict(),
             search=dict(search or {}),
             scores=dict(scores or {}),
+            share=share,  # type: ignore[arg-type]
         )
+
+    def budgets_at(
+        self, tokens: int, ceiling: ArrayLike | None = None, share: Share | None = None
+    ) -> NDArray[np.int64]:
+        """Return the budgets of a prompt, (L, H).
+
+        Without a share they are `budgets`. With one, the proportions of `budgets` are brought to the total
+        round(share · tokens) · L · H by the rule of `complete`, as far as this allows: no head gets less than the
+        selector always keeps, and none more than it can hold.
+
+        Args:
+            tokens: length of the prompt.
+            ceiling: the most an entry can hold besides the prompt's length: an int, or L ints, such as sliding windows.
+            share: the share, if it is another than the profile's own.
+        """
+        share = share or self.share
+        if share is None:
+            return self.budgets
+        by_head = self.granularity == "head"
+        budgets = self.budgets if by_head else self.budgets[:, 0]
+        limit = np.minimum(tokens, MAX_BUDGET if ceiling is None else ceiling)
+        total = share.of(tokens) * budgets.size
+        fitted = allocators.fit(budgets, total, self._floors(get_selector(self.selector)), limit)
+        return as_matrix(fitted, self.num_layers, self.num_kv_heads)
 
     def expand(self, budget: BudgetSpec, ceiling: ArrayLike | None = None) -> BudgetProfile:
         """Carry the allocation to another mean budget, larger or smaller (arXiv 2509.08315, sec. 3).
@@ -173,7 +214,8 @@ class BudgetProfile:
         the budget they were found at; `scores` is empty, for it belongs to the old budgets.
 
         Args:
-            budget: the new mean budget c′, in cache entries.
+            budget: the new mean budget c′, in cache entries; or a share of each prompt, for which `budgets` stay as
+                they are and give the proportions.
             ceiling: the most an entry may get: an int, or L ints, or (L, H) ints. Default: no limit.
 
         Returns:
@@ -184,6 +226,10 @@ class BudgetProfile:
         """
         selector = get_selector(self.selector)
         budget = read_budget(budget)
+        found_at = self.search.get("expanded_from", self.target)
+        search: dict[str, Any] = {**self.search, "expanded_from": found_at}
+        if isinstance(budget, Share):
+            return replace(self, share=budget, search=search, scores={})
         if budget < selector.min_budget:
             raise BudgetError(
                 f"the budget is {budget}; expected at least {selector.min_budget} entries per head, which "
@@ -194,14 +240,8 @@ class BudgetProfile:
         if self.granularity == "layer":
             budgets, limit = budgets[:, 0], limit.min(axis=1) if limit.ndim == 2 else limit
         budgets = allocators.expand(budgets, budget, self._floors(selector), limit)
-        found_at = self.search.get("expanded_from", self.budget)
-        return replace(
-            self,
-            budget=budget,
-            budgets=as_matrix(budgets, self.num_layers, self.num_kv_heads),
-            search={**self.search, "expanded_from": found_at},
-            scores={},
-        )
+        matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
+        return replace(self, budget=budget, budgets=matrix, search=search, scores={}, share=None)
 
     def check_model(self, model: Any) -> None:
         """Check that the profile belongs to a model.
@@ -243,6 +283,7 @@ class BudgetProfile:
             "format": FORMAT,
             "model": deepcopy(self.model),
             "budget": int(self.budget),
+            **({} if self.share is None else {"share": self.share.fraction}),
             "granularity": self.granularity,
             "budgets": self.budgets.tolist(),
             "selector": dict(self.selector),
@@ -267,6 +308,7 @@ class BudgetProfile:
             selector=parsed.selector,
             search=parsed.search,
             scores=parsed.scores,
+            share=None if parsed.share is None else Share.of_fraction(parsed.share),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -368,7 +410,7 @@ class BudgetProfile:
             ProfileError: a name that is not valid, or provenance that JSON cannot hold.
             RunError: if the Hub cannot be reached, or refuses.
         """
-        what = f"EvolKV profile of {self.model['name']} at mean budget {self.budget}"
+        what = f"EvolKV profile of {self.model['name']} at mean budget {self.target}"
         return hub.upload(
             hub.HubAddress(repo_id, filename, revision),
             profile_text(self.to_dict()).encode(),

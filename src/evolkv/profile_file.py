@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from evolkv.budgets import MAX_BUDGET
+from evolkv.budgets import MAX_BUDGET, Budget, Share
 from evolkv.errors import ProfileError
 from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
-from evolkv.schemas import first_error
+from evolkv.schemas import RecordedBudget, first_error
 
 FORMAT = "evolkv.profile/1"
 #: A profile of a thousand layers with a thousand heads stays below it: a larger file is something else.
@@ -51,7 +51,7 @@ class _Search(_Section):
     chosen: str | None = None
     seed: int | None = None
     evaluations: Count | None = None
-    expanded_from: Count | None = None
+    expanded_from: RecordedBudget | None = None
     interrupted: bool | None = None
     versions: dict[str, str] | None = None
     seen: list[str] | None = None
@@ -78,6 +78,8 @@ class ProfileFile(_Section):
     format: str
     model: ProfileModel
     budget: int
+    #: Where the budgets are in proportion to the prompt: the part of it that is kept on average.
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
     granularity: Granularity
     budgets: list[list[int]]
     selector: dict[str, Any]
@@ -89,6 +91,11 @@ class ProfileFile(_Section):
     def _is_profile(cls, data: Any) -> Any:
         _check_format(data)
         return data
+
+    @field_validator("share")
+    @classmethod
+    def _is_share(cls, share: float | None) -> float | None:
+        return None if share is None else Share.of_fraction(share).fraction
 
     @model_validator(mode="after")
     def _fits_together(self) -> ProfileFile:
@@ -103,6 +110,11 @@ class ProfileFile(_Section):
             except ValidationError as error:
                 raise ProfileError(f"{name}.{first_error(error)}") from None
         return self
+
+    @property
+    def target(self) -> Budget:
+        """The mean budget that was aimed at, as `BudgetProfile.target`."""
+        return self.budget if self.share is None else Share.of_fraction(self.share)
 
     @classmethod
     def parse(cls, data: Any) -> ProfileFile:

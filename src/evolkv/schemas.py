@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
+from evolkv.budgets import MAX_BUDGET, Share
 from evolkv.errors import UsageError
+from evolkv.numbers import is_whole
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -17,6 +19,18 @@ class Schema(BaseModel):
     """Part of such a file, checked without any conversion; what it has besides is ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def _recorded_budget(value: Any) -> int | str:
+    if isinstance(value, str):
+        return str(Share(value))
+    if not is_whole(value) or not 1 <= value <= MAX_BUDGET:
+        raise ValueError(f"a whole number from 1 to {MAX_BUDGET}, or a share such as 10%")
+    return int(value)
+
+
+#: A budget as files hold it: a number of entries, or the text of a share.
+RecordedBudget = Annotated[int | str, PlainValidator(_recorded_budget)]
 
 
 def checked(kind: type[M], where: object, data: Any, refusal: type[UsageError] = UsageError) -> M:

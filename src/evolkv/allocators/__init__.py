@@ -1,7 +1,7 @@
 """How many entries each layer (and KV head) keeps, decided without search.
 
 `ALLOCATORS` maps a name to the function that lays out budgets under a mean budget, the same for every prompt. `layout`
-runs one within what a model's layers can hold; `expand` and `complete` bring budgets that are already there, or
+runs one within what a model's layers can hold; `expand`, `fit` and `complete` bring budgets that are already there, or
 weights, to an exact mean or total. `lukv` lays out what a calibration on examples has found. Allocators that decide for
 each prompt anew are in `evolkv.allocators.adaptive`.
 """
@@ -9,9 +9,9 @@ each prompt anew are in `evolkv.allocators.adaptive`.
 from __future__ import annotations
 
 from evolkv.allocators.complete import complete
-from evolkv.allocators.layout import ALLOCATORS, expand, layout
+from evolkv.allocators.layout import ALLOCATORS, expand, fit, layout
 from evolkv.allocators.lukv import lukv
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
 
-__all__ = ["ALLOCATORS", "complete", "expand", "layout", "lukv", "pyramid", "uniform"]
+__all__ = ["ALLOCATORS", "complete", "expand", "fit", "layout", "lukv", "pyramid", "uniform"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators.complete import complete
+from evolkv.allocators.complete import broadcast_bounds, complete
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
-from evolkv.budgets import read_budget
+from evolkv.budgets import read_entries
 from evolkv.errors import UsageError
 from evolkv.registry import Registry
 from evolkv.selectors.base import Selector
@@ -81,10 +81,27 @@ def expand(budgets: ArrayLike, budget: int, floor: ArrayLike, ceiling: ArrayLike
     Raises:
         BudgetError: as for `complete`.
     """
+    return complete(budgets, read_entries(budget) * np.size(budgets), *_bounds(budgets, floor, ceiling))
+
+
+def fit(budgets: ArrayLike, total: int, floor: ArrayLike, ceiling: ArrayLike) -> NDArray[np.int64]:
+    """Bring budgets to a total as `expand` does, or as near to it as floors and ceilings allow.
+
+    Args:
+        budgets, floor, ceiling: as for `expand`.
+        total: the total to reach, in cache entries. One below the sum of the floors becomes that, and one above the sum
+            of the ceilings becomes that.
+
+    Raises:
+        BudgetError: budgets or bounds that `complete` cannot use.
+    """
+    low, high = broadcast_bounds(np.shape(budgets), *_bounds(budgets, floor, ceiling))
+    return complete(budgets, min(max(total, int(low.sum())), int(high.sum())), low, high)
+
+
+def _bounds(budgets: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     most = _by_entry(ceiling, np.ndim(budgets))
-    return complete(
-        budgets, read_budget(budget) * np.size(budgets), np.minimum(_by_entry(floor, np.ndim(budgets)), most), most
-    )
+    return np.minimum(_by_entry(floor, np.ndim(budgets)), most), most
 
 
 def _by_entry(bound: ArrayLike, dimensions: int) -> NDArray[Any]:

@@ -104,6 +104,13 @@ class AdaptiveLayer(CompressedLayer):
         rankings, observed = [ranking for ranking, _ in seen], [noted for _, noted in seen]
         return _Waiting(prompt.key, prompt.value, rankings, observed, [each.most_held for each in prompts], real)
 
+    def start_at(self, tokens: int) -> np.ndarray:
+        """Return what the method starts from for a prompt of so many tokens, ``[kv_heads]``."""
+        return self.start if self.by_length is None else self.by_length(tokens)
+
+    def _lay_out(self, lengths: list[int]) -> None:
+        """Nothing: the method has laid out budgets for each prompt."""
+
     def waiting(self) -> _Waiting:
         """Return the prompts that await their budgets."""
         assert self._waiting is not None
@@ -119,12 +126,13 @@ class AdaptiveLayer(CompressedLayer):
 def _decide(method: Method, layers: Sequence[AdaptiveLayer]) -> None:
     """Lays out the budgets of layers that are decided together, and cuts these down."""
     waiting = [layer.waiting() for layer in layers]
-    start = np.stack([layer.start for layer in layers])
     budgets = [
         method.budgets_for(
-            [held.observed[i] for held in waiting], start, np.array([held.ceilings[i] for held in waiting])
+            [held.observed[i] for held in waiting],
+            np.stack([layer.start_at(ranking.shape[-1]) for layer in layers]),
+            np.array([held.ceilings[i] for held in waiting]),
         )
-        for i in range(len(waiting[0].rankings))
+        for i, ranking in enumerate(waiting[0].rankings)
     ]
     for number, layer in enumerate(layers):
         layer.cut(np.stack([rows[number] for rows in budgets]))

@@ -46,7 +46,9 @@ class CompressedCache(HookedCache):
         model: a transformers decoder-only model.
         profile: budgets and selector, belonging to the model; or another method, in any form that
             `evolkv.methods.get_method` takes, such as ``"adakv+snapkv"``.
-        budget: mean cache entries per KV head of a method; a profile is expanded to it. Default: the profile's own.
+        budget: mean cache entries per KV head of a method, or a share of each prompt, such as ``"10%"``; a profile is
+            expanded to it. Default: the profile's own. Each sequence of a batch gets the share of its own length. Where
+            the cache evicts again, the share is of all that the sequence has read when it is cut.
         prefill_chunk: tokens of the chunks in which a prompt is read, evicting after each, so that a head never holds
             more than its budget and a chunk. The prompt may come in several forward calls; it goes on until the first
             call of a single token, or `end_prompt`. None (default) for all at once, in the first call.

@@ -116,6 +116,11 @@ def write_cache(
         raise UsageError("the cache holds nothing yet; have the model read a prompt with it before it is saved")
     if any(group.keys.dtype != model.dtype for layer in layers for group in layer.groups):
         raise UsageError(f"the cache does not hold {model.dtype}, as the model does; read the prompt without autocast")
+    if first.by_length is not None and isinstance(first, ReevictingLayer) and first.evicts_later:
+        raise UsageError(
+            "the cache keeps a share of all that it reads and would cut it again, which a file cannot say; give it a "
+            "budget in entries, or leave out evict and evict_every"
+        )
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
     tensors = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,8 @@ class CompressedLayer(CacheLayerMixin):
 
     # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
     is_sliding = False
+    #: Where budgets are a share of the text: those of a text of so many tokens, ``[kv_heads]``.
+    by_length: Callable[[int], np.ndarray] | None = None
 
     def __init__(
         self,
@@ -260,8 +262,6 @@ class CompressedLayer(CacheLayerMixin):
         merged.is_initialized = True
         return merged
 
-    # Attention.
-
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -328,14 +328,20 @@ class CompressedLayer(CacheLayerMixin):
 
     def _rank(self, prompt: PromptAttention) -> Tensor | None:
         """Return the selector's ranking ``[batch, kv_heads, tokens]``, or None where every token is kept anyway."""
-        covered = min(int(self.budgets.min()), self.sliding_window or prompt.num_tokens) >= prompt.num_tokens
+        least = int(self.budgets.min()) if self.by_length is None else 0
+        covered = min(least, self.sliding_window or prompt.num_tokens) >= prompt.num_tokens
         # A layer that keeps everything may still have to tell the others what to keep.
         if covered and not self.selector.looks_at_other_layers:
             return None
         return self.selector.rank(prompt)
 
+    def _lay_out(self, lengths: list[int]) -> None:
+        if self.by_length is not None:
+            self.budgets = np.stack([self.by_length(tokens) for tokens in lengths])
+
     def _counts(self, lengths: list[int]) -> np.ndarray:
         """Return the entries that each row keeps, ``[batch * kv_heads]``."""
+        self._lay_out(lengths)
         if self.budgets.ndim == 2 and len(self.budgets) != len(lengths):
             raise UsageError(
                 f"the cache has budgets for {len(self.budgets)} sequences, but this prompt has {len(lengths)}; make a "
@@ -347,12 +353,7 @@ class CompressedLayer(CacheLayerMixin):
         return np.minimum(np.broadcast_to(self.budgets, (len(lengths), self.num_kv_heads)), limit).reshape(-1)
 
     def _store(
-        self,
-        key: Tensor,
-        value: Tensor,
-        rankings: Sequence[Tensor | None],
-        real: list[Tensor] | None = None,
-        room: int = 0,
+        self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any = None, room: int = 0
     ) -> None:
         """Keep of prompts what the budgets allow; see `cut_rows`."""
         width = key.shape[2]

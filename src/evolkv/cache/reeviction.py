@@ -295,6 +295,7 @@ class ReevictingLayer(CompressedLayer):
 
     def _counts_of_held(self, places: list[tuple[RowGroup, int]], seen: list[int]) -> np.ndarray:
         """Entries that each row is to keep, ``[batch * kv_heads]``."""
+        self._lay_out(seen)
         held = np.array([group.keys.shape[1] for group, _ in places])
         if self.sliding_window is not None:
             for row, (group, slot) in enumerate(places):

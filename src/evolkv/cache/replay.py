@@ -188,8 +188,8 @@ class ReplayCache(HookedCache):
     Args:
         model: the model.
         prompts: the ranked prompts.
-        budgets: ``[candidates, layers, kv_heads]``; must not exceed the ceiling that the prompts were ranked to, unless
-            the prompt is shorter.
+        budgets: ``[candidates, layers, kv_heads]``, or ``[prompts, candidates, layers, kv_heads]``; must not exceed the
+            ceiling that the prompts were ranked to, unless the prompt is shorter.
         shared: rows of the budgets below which all candidates are alike; the decoder runs with one row per prompt up to
             that layer, where each row becomes a row per candidate.
     """
@@ -199,12 +199,14 @@ class ReplayCache(HookedCache):
     def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray, shared: int = 0):
         layers = []
         self.shared = shared
+        candidates = budgets.shape[-3]
+        by_prompt = np.broadcast_to(budgets, (len(prompts), *budgets.shape[-3:]))
         #: Rows that come out of the model for each row that goes in.
-        self.fan = len(budgets) if shared else 1
+        self.fan = candidates if shared else 1
         for index, window in enumerate(model_facts(model).sliding_windows):
             parts = []
-            rows = budgets[:1] if index < shared else budgets
-            for prompt in prompts:
+            for prompt, rows in zip(prompts, by_prompt, strict=True):
+                rows = rows[:1] if index < shared else rows
                 counts = np.minimum(rows[:, index], prompt.keys[index].shape[1])
                 longest = int(counts.max())
                 parts.append(
@@ -223,7 +225,7 @@ class ReplayCache(HookedCache):
         self.fan_at = places[shared].index
         states = []
         for number, place in enumerate(place for place in others if place.states):
-            repeats = 1 if shared and place.index < self.fan_at else len(budgets)
+            repeats = 1 if shared and place.index < self.fan_at else candidates
             states.append(StateLayer.merge([prompt.states[number] for prompt in prompts for _ in range(repeats)]))
         super().__init__(model, layers, states, fans=shared > 0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from evolkv.methods import MethodSpec, get_method
 from evolkv.models import model_facts
 from evolkv.models.layers import continues_by_token
 from evolkv.selectors import LayerContext, Selector
+
+#: Lengths of text whose budgets a maker of layers remembers: each layer of a cache asks for the same.
+_LENGTHS = 64
 
 
 def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, int | None, LayerContext]]:
@@ -53,6 +58,9 @@ class LayerMaker:
         at = None if budget is None else read_budget(budget)
         method, self.budgets = get_method(profile).resolve(model, at)
         assert method.selector is not None
+        self._at: Callable[[int], np.ndarray] | None = None
+        if method.share is not None:
+            self._at = functools.lru_cache(_LENGTHS)(partial(method.budgets_at, model_facts(model)))
         self.method, self.selector = method, method.selector
         if reeviction.wanted and method.observers:
             raise UsageError(
@@ -69,9 +77,17 @@ class LayerMaker:
 
     def __call__(self) -> list[Any]:
         """Return the empty layers of one cache."""
-        if not self.method.observers:
-            return make_layers(self.model, self.budgets, self.selector, self.reeviction)
-        layers: list[AdaptiveLayer] = []
-        for row, window, context in _places(self.model, self.budgets):
-            layers.append(AdaptiveLayer(self.method, row, layers, window, context))
+        layers: list[Any] = []
+        if self.method.observers:
+            for row, window, context in _places(self.model, self.budgets):
+                layers.append(AdaptiveLayer(self.method, row, layers, window, context))
+        else:
+            layers = make_layers(self.model, self.budgets, self.selector, self.reeviction)
+        if self._at is not None:
+            for number, layer in enumerate(layers):
+                layer.by_length = partial(_of_layer, self._at, number)
         return layers
+
+
+def _of_layer(budgets_at: Callable[[int], np.ndarray], number: int, tokens: int) -> np.ndarray:
+    return budgets_at(tokens)[number]

@@ -25,7 +25,7 @@ def compare(
         str | None, typer.Option("--b", metavar="METHOD[@C]", callback=to_read, help="The one to compare it with.")
     ] = None,
     budget: Annotated[
-        int | None,
+        str | None,
         typer.Option("--budget", metavar="C", help="Which budget, where the records have several."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other resamples.")] = 0,

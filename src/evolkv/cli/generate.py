@@ -51,8 +51,12 @@ def generate(
         ),
     ] = None,
     budget: Annotated[
-        int | None,
-        typer.Option("--budget", metavar="C", help="Mean cache entries per KV head; a profile has its own."),
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="C",
+            help="Mean cache entries per KV head, or a share of the prompt (10%); a profile has its own.",
+        ),
     ] = None,
     prefill_chunk: PrefillChunk = None,
     evict_every: Annotated[

@@ -11,7 +11,6 @@ from evolkv.cli import console
 from evolkv.cli.command import Command, Group
 from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of, to_read, to_write
 from evolkv.cli.tables import budgets_picture
-from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
@@ -52,8 +51,7 @@ def validate(
         profile.check_model(loaded)
     where = f"fits {model}" if model is not None else f"for {profile.model['name']}"
     console.OUT.print(
-        f"ok: {where}, {profile.num_layers} layers × {profile.num_kv_heads} KV heads, "
-        f"mean budget {profile.mean_budget:,.6g}",
+        f"ok: {where}, {profile.num_layers} layers × {profile.num_kv_heads} KV heads, mean budget {_mean(profile)}",
         soft_wrap=True,
     )
 
@@ -61,20 +59,24 @@ def validate(
 @app.command(cls=Command)
 def expand(
     path: Path,
-    budget: Annotated[int, typer.Option("--budget", help="The new mean budget; may be smaller, too.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", metavar="C", help="The new mean budget, which may be smaller, or a share of each prompt (10%)."
+        ),
+    ],
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
     ],
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
+    from evolkv.budgets import read_budget
     from evolkv.whole_files import check_outputs
 
     check_outputs([out], [path])
-    if budget < 1:
-        raise UsageError(f"--budget is {budget}; expected a whole number of cache entries per KV head")
-    profile = _load(path).expand(budget)
+    profile = _load(path).expand(read_budget(budget, "--budget"))
     profile.save(out)
-    console.OUT.print(f"mean budget {profile.mean_budget:,.6g}; profile written to {out}", soft_wrap=True)
+    console.OUT.print(f"mean budget {_mean(profile)}; profile written to {out}", soft_wrap=True)
 
 
 @app.command(cls=Command)
@@ -130,13 +132,18 @@ def _load(path: str) -> BudgetProfile:
     return BudgetProfile.load(path)
 
 
+def _mean(profile: BudgetProfile) -> str:
+    return f"{profile.mean_budget:,.6g}" if profile.share is None else f"{profile.share} of each prompt"
+
+
 def _facts(profile: BudgetProfile) -> dict[str, str]:
     """Return the facts that a profile records about itself, in words."""
     search, model = profile.search, profile.model
     parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
     facts = {
         "model": f"{model['name']} ({model['num_layers']} layers × {model['num_kv_heads']} KV heads)",
-        "budget": f"mean {profile.mean_budget:,.6g}, from {profile.budgets.min():,} to {profile.budgets.max():,} "
+        "budget": ("" if profile.share is None else f"{profile.share} of each prompt, in the proportions of ")
+        + f"mean {profile.mean_budget:,.6g}, from {profile.budgets.min():,} to {profile.budgets.max():,} "
         f"cache entries, by {profile.granularity}",
         "selector": profile.selector["name"] + (f" ({parameters})" if parameters else ""),
     }

@@ -41,7 +41,8 @@ def search(
         typer.Option(
             "--budget",
             metavar="C[,C...]",
-            help="Mean cache entries per KV head; several make a curve; auto: the smallest that is safe.",
+            help="Mean cache entries per KV head, or a share of each prompt (10%); several make a curve; auto: the "
+            "smallest that is safe.",
         ),
     ],
     selector: Annotated[
@@ -76,8 +77,13 @@ def search(
     ] = None,
     protocol: Protocol = "aware",
     train: Annotated[
-        int, typer.Option("--train", help="Examples that candidates are scored on.", rich_help_panel=_OBJECTIVE)
-    ] = 12,
+        int | None,
+        typer.Option(
+            "--train",
+            help="Examples that candidates are scored on. (default: 12; of task general 24)",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = None,
     val: Annotated[
         int, typer.Option("--val", help="Unseen examples that the result is chosen on.", rich_help_panel=_OBJECTIVE)
     ] = 24,

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evolkv.budgets import read_budgets
+from evolkv.budgets import Budget, Share, read_budgets
 from evolkv.cli import console
 from evolkv.cli.arguments import sibling
 from evolkv.cli.options import ModelOptions, files
@@ -99,7 +99,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
     return 0
 
 
-def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[int, str], Any, Any]:
+def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[Budget, str], Any, Any]:
     """Check the options of a search, and load the model.
 
     Returns:
@@ -110,7 +110,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[int, str], A
     auto = options["budget"] == ["auto"]
     budgets = [] if auto else read_budgets(options["budget"], "--budget")
     console.keep_stdout_for_json(options["json_out"])
-    outs = {0: options["out"]} if auto else _outs(options["out"], budgets)
+    outs: dict[Budget, str] = {0: options["out"]} if auto else _outs(options["out"], budgets)
     _check_together(options, budgets)
     config = _config(options, budgets, outs)
     names = ("dtype", "device", "attn_implementation", "trust_remote_code")
@@ -138,21 +138,20 @@ def _left(limit: float, seconds: float) -> float:
     return limit - seconds
 
 
-def _outs(out: str, budgets: list[int]) -> dict[int, str]:
+def _outs(out: str, budgets: list[Budget]) -> dict[Budget, str]:
     """Return the path of the profile for each budget."""
     ending = ".json" if out.endswith(".json") else ""
     return {budget: out if len(budgets) == 1 else sibling(out, f"-{budget}{ending}") for budget in budgets}
 
 
-def _check_together(options: Mapping[str, Any], budgets: list[int]) -> None:
+def _check_together(options: Mapping[str, Any], budgets: list[Budget]) -> None:
     """Refuse options that do not go together, where the configuration cannot know that they were given."""
     of_ray = options["ray_address"] is not None or options["worker_gpus"] is not None or options["worker_cpus"] != 1
     if options["backend"] == "local" and of_ray:
         raise UsageError("--ray-address, --worker-cpus and --worker-gpus are for --backend ray")
     if options["first"] != "smallest" and len(budgets) == 1:
-        raise UsageError(
-            f"--first says where a curve begins; give --budget several, such as {budgets[0] // 2},{budgets[0]}"
-        )
+        several = "5%,10%" if isinstance(budgets[0], Share) else f"{budgets[0] // 2},{budgets[0]}"
+        raise UsageError(f"--first says where a curve begins; give --budget several, such as {several}")
     if budgets and (options["loss"] != 0.05 or options["confidence"] != 0.95 or options["certify"] is not None):
         raise UsageError("--loss, --confidence and --certify are for --budget auto")
     if options["group_size"] is not None and options["strategy"] != "evolkv":
@@ -161,7 +160,7 @@ def _check_together(options: Mapping[str, Any], budgets: list[int]) -> None:
         raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")
 
 
-def _config(options: Mapping[str, Any], budgets: list[int], outs: Mapping[int, str]) -> SearchConfig:
+def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Budget, str]) -> SearchConfig:
     """Return the settings, checked as far as they can be without the model; without budgets if none are given."""
     out, json_out, start = options["out"], options["json_out"], options["start"]
     storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
@@ -206,7 +205,7 @@ def _ray(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Callable[[],
     return start
 
 
-def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str | None, storage: str | None) -> int:
+def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: str | None, storage: str | None) -> int:
     (out,) = outs.values()
     try:
         result.profile.save(out)
@@ -216,6 +215,7 @@ def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str |
         if not result.interrupted:
             print_whole(validation_table(result.validation, result.chosen))
             console.OUT.print(f"\n{_verdict(result)}{_among_rivals(result)}", soft_wrap=True)
+            console.OUT.print(_balance(result.settings), end="", soft_wrap=True)
             if result.train is not None:
                 console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
@@ -231,8 +231,8 @@ def _write_search(result: SearchResult, outs: Mapping[int, str], json_out: str |
     return 0
 
 
-def _write_curve(curve: CurveResult, outs: Mapping[int, str], json_out: str | None, storage: str | None) -> int:
-    written = [outs[each.profile.budget] for each in curve.results]
+def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str | None, storage: str | None) -> int:
+    written = [outs[each.profile.target] for each in curve.results]
     try:
         for each, path in zip(curve.results, written, strict=True):
             each.profile.save(path)
@@ -240,6 +240,7 @@ def _write_curve(curve: CurveResult, outs: Mapping[int, str], json_out: str | No
     finally:
         if not curve.interrupted:
             print_whole(curve_table(curve.points))
+            console.OUT.print(_balance(curve.results[0].settings), end="", soft_wrap=True)
             if all(each.train is not None for each in curve.results):
                 console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
     names = ", ".join(written)
@@ -302,6 +303,13 @@ def _gaps(results: Sequence[SearchResult]) -> str:
     ]
     n = next(each.train["n"] for each in results if each.train is not None)
     return f"Gap between the {n} training examples and the unseen ones: {', '.join(gaps)}."
+
+
+def _balance(settings: Mapping[str, Any]) -> str:
+    """Say what balanced scores mean, in one line, where they are; see `evolkv.evaluation.balance`."""
+    if not settings.get("balanced"):
+        return ""
+    return "Scores are balanced: on each example 0.5 is what uniform budgets do, and 1 what the full cache does.\n"
 
 
 def _verdict(result: SearchResult) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from evolkv.budgets import size_of
 from evolkv.errors import UsageError
 from evolkv.evaluation.records import Records, metrics_of, read_records
 
@@ -34,14 +35,14 @@ class Tested:
     """The test of one budget.
 
     Args:
-        budget: mean cache entries per KV head.
+        budget: mean cache entries per KV head, or a share of each prompt, such as ``10%``.
         loss: mean of ``max(0, full − score)`` over the examples.
         difference: mean of ``full − score``; gains on some examples make up for losses on others here.
         p: chance of a loss so small, if the expected loss were above the bound.
         certified: whether this budget, and all larger ones, passed.
     """
 
-    budget: int
+    budget: int | str
     loss: float
     difference: float
     p: float
@@ -63,7 +64,7 @@ class Certificate:
     """
 
     n: int
-    budget: int | None
+    budget: int | str | None
     tested: list[Tested]
     needed: int | None
     exact: bool
@@ -105,7 +106,10 @@ class RecordsCertificate:
 
 
 def certify(
-    full: ArrayLike, scores: Mapping[int, ArrayLike], loss: float = 0.05, confidence: float = 0.95
+    full: ArrayLike,
+    scores: Mapping[int, ArrayLike] | Mapping[int | str, ArrayLike],
+    loss: float = 0.05,
+    confidence: float = 0.95,
 ) -> Certificate:
     """Find the smallest budget whose expected loss against the full cache is below a bound.
 
@@ -127,7 +131,9 @@ def certify(
     """
     check_bounds(loss, confidence)
     whole = np.asarray(full, dtype=np.float64)
-    by_budget = {budget: np.asarray(each, dtype=np.float64) for budget, each in scores.items()}
+    by_budget: dict[int | str, NDArray[np.float64]] = {
+        budget: np.asarray(each, dtype=np.float64) for budget, each in scores.items()
+    }
     for each in (whole, *by_budget.values()):
         if each.ndim != 1 or each.shape != whole.shape or not len(each):
             raise UsageError(f"scores have the shapes {whole.shape} and {each.shape}; give one per example for each")
@@ -136,7 +142,7 @@ def certify(
     n = len(whole)
     exact = all(np.isin(each, (0.0, 1.0)).all() for each in (whole, *by_budget.values()))
     tested: list[Tested] = []
-    for budget in sorted(by_budget, reverse=True):
+    for budget in sorted(by_budget, key=size_of, reverse=True):
         difference = whole - by_budget[budget]
         mean = float(np.maximum(difference, 0.0).mean())
         p = float(p_value(mean, n, loss, exact))
@@ -146,7 +152,7 @@ def certify(
     passed = [each.budget for each in tested if each.certified]
     failed = [each for each in tested if not each.certified]
     needed = examples_needed(failed[0].loss, loss, confidence, exact) if failed else None
-    return Certificate(n, min(passed, default=None), tested, needed, exact)
+    return Certificate(n, passed[-1] if passed else None, tested, needed, exact)
 
 
 def check_bounds(loss: float, confidence: float) -> None:
@@ -251,6 +257,11 @@ def _certificate(
     path: str | os.PathLike[str], records: Records, task: str, name: str, loss: float, confidence: float
 ) -> Certificate:
     at = {each.budget: label for label, each in records.settings.methods.items() if each.method == name}
+    if len({isinstance(budget, str) for budget in at}) > 1:
+        raise UsageError(
+            f"{path}: {name} has budgets in entries and in shares of each prompt, which have no order among them; "
+            "evaluate it with one kind"
+        )
     seen = {one for label in at.values() for one in records.settings.methods[label].seen.get(task, ())}
     finished = records.complete(task)
     fresh = [by_method for by_method in finished if by_method[FULL].example not in seen]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evolkv.budgets import Budget, BudgetSpec, read_budget
 from evolkv.errors import UsageError
 from evolkv.evaluation.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
 from evolkv.evaluation.significance import PairedComparison, paired_comparison
@@ -55,7 +56,7 @@ def compare_records(
     paths: Sequence[str | os.PathLike[str]],
     a: str | None = None,
     b: str | None = None,
-    budget: int | None = None,
+    budget: BudgetSpec | None = None,
     seed: int = 0,
 ) -> MethodComparison:
     """Compare two methods on the same examples.
@@ -64,16 +65,17 @@ def compare_records(
         paths: files of records, of one model and protocol.
         a: name of a method, or ``METHOD@BUDGET``. May be left out, as `b`, where only one choice is left.
         b: the other one.
-        budget: of methods that are on record at several.
+        budget: of methods that are on record at several, such as 128 or ``"10%"``.
         seed: of resamples and flips; see `paired_comparison`.
 
     Raises:
+        BudgetError: what is no budget.
         UsageError: files that do not belong together, an unknown or ambiguous method, or no examples in common.
     """
     if not paths:
         raise UsageError("nothing to compare; give at least one file of records")
     methods, examples, model = _merged(paths)
-    first, second = _pair(methods, a, b, budget)
+    first, second = _pair(methods, a, b, None if budget is None else read_budget(budget))
     by_task: dict[str, list[tuple[Record | None, Record | None]]] = {}
     for (task, _), by_method in examples.items():
         if first in by_method or second in by_method:
@@ -148,7 +150,7 @@ def _merge(path: str | os.PathLike[str], records: Records, examples: dict[tuple[
                 )
 
 
-def _pair(methods: dict[str, MethodSettings], a: str | None, b: str | None, budget: int | None) -> tuple[str, str]:
+def _pair(methods: dict[str, MethodSettings], a: str | None, b: str | None, budget: Budget | None) -> tuple[str, str]:
     """Labels of the two methods that are meant."""
     at = {label: each for label, each in methods.items() if budget is None or each.budget in (budget, None)}
     first = None if a is None else _label(methods, at, a)

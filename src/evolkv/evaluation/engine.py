@@ -28,13 +28,20 @@ class Engine(ABC):
             ``[candidates, examples]`` float64 in [0, 1].
         """
 
-    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def slope(
+        self,
+        budgets: np.ndarray,
+        sharpness: float,
+        columns: Sequence[int],
+        weights: Sequence[float] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the loss on some examples under soft budgets, and the slope of their sum.
 
         Args:
             budgets: ``[layers, kv_heads]`` floats, each above 0.
             sharpness: k of `evolkv.cache.soft`.
             columns: numbers of the examples, in ascending order.
+            weights: factors on the losses in the sum, one for each example. Default: 1 each.
 
         Returns:
             The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.budgets import BudgetSpec, read_budgets
+from evolkv.budgets import Budget, BudgetSpec, Share, read_budgets
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.intervals import ci95
@@ -96,8 +96,9 @@ def evaluate(
         tokenizer: its tokenizer.
         task: one or more tasks or specs; examples come from their "report" split.
         methods: one or more, as `evolkv.methods.get_method` takes them: names, profiles, paths of profiles, ….
-        budgets: one mean budget or more. Needed for every method but ``full`` and profiles, which have their own; a
-            profile is expanded to each budget given.
+        budgets: one mean budget or more: cache entries per KV head, or shares of each prompt, such as ``"10%"``. Needed
+            for every method but ``full``, profiles and names with a ratio, which have their own; a profile is expanded
+            to each budget given.
         samples: examples per task.
         seed: of the examples.
         metric: a text metric, "logprob", "fidelity" or "agreement"; default: the task's own.
@@ -192,15 +193,17 @@ def evaluate(
     return summarise(log.records)
 
 
-def check_request(methods: Sequence[Method], budgets: Sequence[int], samples: int, metric: str | None) -> None:
+def check_request(methods: Sequence[Method], budgets: Sequence[Budget], samples: int, metric: str | None) -> None:
     """Raise `UsageError` for a request that is seen to be wrong before there is a model."""
     if metric is not None:
         check_metric(metric)
     if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
         raise UsageError(f"--samples is {samples!r}; expected 1 to {MOST_SAMPLES:,} examples per task")
     for method in methods:
-        if not (method.is_full or method.profile or budgets):
+        if not (method.is_full or method.target or budgets):
             raise UsageError(f"method {method.name!r} needs a budget; give one with --budget")
+        for budget in budgets:
+            method.at(budget)
 
 
 def summarise(records: Records) -> list[dict[str, Any]]:
@@ -247,7 +250,7 @@ def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return {name: {"n": len(each), "score": float(np.mean(each))} for name, each in sorted(scores.items())}
 
 
-def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[int]) -> list[Row]:
+def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[Budget]) -> list[Row]:
     info = describe_model(model)
     everything = np.full((info.num_layers, info.num_kv_heads), np.iinfo(np.int32).max, dtype=np.int64)
     rows: dict[str, Row] = {}
@@ -255,8 +258,8 @@ def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[i
         if method.is_full:
             _add(rows, Row(method, None, everything, get_selector("streaming_llm")))
             continue
-        for budget in budgets or ([method.profile.budget] if method.profile is not None else []):
-            if budget > info.max_context:
+        for budget in budgets or ([method.target] if method.target is not None else []):
+            if isinstance(budget, int) and budget > info.max_context:
                 raise BudgetError(
                     f"the budget is {budget}, above the model's context of {info.max_context} tokens; use a smaller one"
                 )
@@ -325,7 +328,14 @@ def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[
 
 def _check_budgets(questions: TaskQuestions, rows: Sequence[Row]) -> None:
     for row in rows:
-        if row.budget is not None and row.budget >= questions.longest:
+        if isinstance(row.budget, Share):
+            least, kept = row.selector.min_budget, row.budget.of(questions.shortest)
+            if kept < least:
+                logger.warning(
+                    "%s of the shortest prompt of %s is %d of %d tokens; %s always keeps %d, and so holds more there",
+                    *(row.budget, questions.task, kept, questions.shortest, row.method.name, least),
+                )
+        elif row.budget is not None and row.budget >= questions.longest:
             raise BudgetError(
                 f"the budget is {row.budget}, but the longest prompt of {questions.task} has {questions.longest} "
                 f"tokens: nothing would be evicted; use a --budget below {questions.longest}"

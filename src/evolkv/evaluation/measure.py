@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import RecordedPrompt, from_rankings
 from evolkv.evaluation.memory import free_memory
@@ -50,11 +51,12 @@ _SHARD_SIZE = 8
 class Row:
     """One line of the result: a method at a budget.
 
-    `budgets` are ``[layers, kv_heads]``, before any allocator that goes by the prompt.
+    `budgets` are ``[layers, kv_heads]``, before any allocator that goes by the prompt; where the budget is a share of
+    the prompt, those of the longest that the model can read.
     """
 
     method: Method
-    budget: int | None
+    budget: Budget | None
     budgets: np.ndarray
     selector: Selector
 
@@ -93,7 +95,7 @@ class Row:
             budget=self.budget,
             budgets_sha256=sha256(json.dumps(self.budgets.tolist())),
             selector=self.selector.to_dict(),
-            expanded_from=profile.budget if profile is not None and profile.budget != self.budget else None,
+            expanded_from=profile.target if profile is not None and profile.target != self.budget else None,
             seen=seen,
         )
 
@@ -116,6 +118,11 @@ class TaskQuestions:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(each.tokens for each in self.questions)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return min(each.tokens for each in self.questions)
 
 
 def measure(
@@ -181,8 +188,8 @@ class _Shard:
     ):
         self.model, self.asked, self.rows = model, asked, rows
         self.settings, self.log, self.side_by_side = settings, log, side_by_side
-        facts = model_facts(model)
-        self.heads = facts.num_layers * facts.num_kv_heads
+        self.facts = model_facts(model)
+        self.heads = self.facts.num_layers * self.facts.num_kv_heads
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
         """Put the examples `columns` on record, calling `step` after each that was not yet."""
@@ -256,13 +263,13 @@ class _Shard:
         logits = recorded.next_logits.expand(len(self.rows), -1)
         return cache, _entry_bytes(*keys_values[0]), logits
 
-    @staticmethod
-    def _budgets(row: Row, recorded: RecordedPrompt) -> np.ndarray:
+    def _budgets(self, row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None:
             return row.budgets
+        start = row.budgets if row.method.share is None else row.method.budgets_at(self.facts, recorded.tokens)
         layers = recorded.kv_layers
         ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
-        return row.method.budgets_for([layer.observations for layer in layers], row.budgets, ceilings)
+        return row.method.budgets_for([layer.observations for layer in layers], start, ceilings)
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
         """Return whether what waits should be decoded now.

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.scoring import encode_examples, generate
+from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
@@ -33,6 +35,7 @@ class NaiveEngine(Engine):
         metric: "logprob" or another of `SCORERS`, the name of a text metric, or None for each example's own.
         on_progress: called with (done, total) once, since no prompt is held.
         prefill_chunk: tokens of the chunks in which prompts are read; None for all at once.
+        lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
 
     Raises:
         UsageError: for no examples, or a prompt that does not fit the model.
@@ -47,7 +50,9 @@ class NaiveEngine(Engine):
         metric: str | None = "logprob",
         on_progress: Progress | None = None,
         prefill_chunk: int | None = None,
+        lengths: ByLength | None = None,
     ):
+        self.lengths = lengths
         self.model, self.tokenizer, self.selector, self.prefill_chunk = model, tokenizer, selector, prefill_chunk
         self.questions = [
             each.scorer.refer(each, Prefiller(model, [])(each.prompt)) if each.scorer.label_free else each
@@ -72,6 +77,12 @@ class NaiveEngine(Engine):
         return text
 
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
+        if self.lengths is not None:
+            tokens = self.questions[column].tokens
+            windows = [
+                tokens if each is None else min(each, tokens) for each in model_facts(self.model).sliding_windows
+            ]
+            (budgets,) = self.lengths.carry(budgets[None], tokens, windows)
         profile = BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
         cache = CompressedCache(self.model, profile, prefill_chunk=self.prefill_chunk)
         with torch.inference_mode():

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evolkv.claims import ClaimedError, FileClaim
 from evolkv.errors import RunError, UsageError
-from evolkv.schemas import checked, differences
+from evolkv.schemas import RecordedBudget, checked, differences
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _START = f'{{"format": "{FORMAT}"'.encode()
 _MOST_DIFFERENCES = 3
 
 Name = Annotated[str, Field(min_length=1)]
-Budget = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class _Checked(BaseModel):
@@ -56,18 +55,19 @@ class MethodSettings(_Checked):
 
     Args:
         method: its name.
-        budget: mean budget; None for the full cache.
-        budgets_sha256: of the allocation, as JSON; None for the full cache.
+        budget: mean budget in entries, or as a share of each prompt, such as "10%"; None for the full cache.
+        budgets_sha256: of the allocation, as JSON; None for the full cache. Of a share: of that for a prompt which
+            fills the model's context.
         selector: name and parameters; None for the full cache.
         expanded_from: the budget that a profile was found at, if it is another.
         seen: by task, names of the examples that a profile was evolved or chosen on, as far as the profile says so.
     """
 
     method: Name
-    budget: Budget | None
+    budget: RecordedBudget | None
     budgets_sha256: str | None
     selector: dict[str, Any] | None
-    expanded_from: Budget | None
+    expanded_from: RecordedBudget | None
     seen: dict[str, list[str]] = {}
 
 
@@ -106,7 +106,7 @@ class Record(_Checked):
         prompt_sha256: of the prompt's text, the question included.
         prompt_tokens: length of what was compressed.
         method: name of the method.
-        budget: mean budget; None for the full cache.
+        budget: mean budget in entries, or as a share of each prompt; None for the full cache.
         metric: name of the metric.
         protocol: whether the question was seen when the prompt was compressed; see `evolkv.tasks.protocol`.
         prediction: the text generated; None for metrics that read an answer.
@@ -124,7 +124,7 @@ class Record(_Checked):
     prompt_sha256: str
     prompt_tokens: Annotated[int, Field(ge=1)]
     method: Name
-    budget: Budget | None
+    budget: RecordedBudget | None
     metric: Name
     protocol: Name
     prediction: str | None
@@ -250,8 +250,8 @@ class RecordLog:
             data = data[os.write(self._file, data) :]
 
 
-def label(method: str, budget: int | None) -> str:
-    """A method at a budget in one word: ``snapkv@64``; the full cache has no budget."""
+def label(method: str, budget: int | str | None) -> str:
+    """A method at a budget in one word: ``snapkv@64``, ``snapkv@10%``; the full cache has no budget."""
     return method if budget is None else f"{method}@{budget}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from evolkv.cache.replay import RankedPrompt, ReplayCache
 from evolkv.cache.soft import BLOCK_BYTES
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.scoring import Question, encode_examples, generate
@@ -84,6 +86,7 @@ class ReplayEngine(Engine):
             one example at a time: right for scoring once.
         on_progress: called with (done, total) after each example that was prefilled.
         rankings: selectors that come after this one on the same examples: their rankings are recorded as well.
+        lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
         store: where recorded prompts are looked for before they are prefilled, and left for those who come after, each
             under this key with the number of the example behind it; None for nowhere.
 
@@ -105,6 +108,7 @@ class ReplayEngine(Engine):
         on_progress: Progress | None = None,
         rankings: Sequence[Selector] = (),
         store: tuple[RecordingStore, str] | None = None,
+        lengths: ByLength | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.questions = encode_examples(tokenizer, model, examples, metric)
@@ -113,7 +117,7 @@ class ReplayEngine(Engine):
         #: Bytes of the snapshots.
         self.held_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(question.tokens for question in self.questions)
-        self._rankings, self._store = [selector, *rankings], store
+        self._rankings, self._store, self._lengths = [selector, *rankings], store, lengths
         self._on_progress = on_progress
         self._held: list[_Ranked] | None = self._prefill_all() if hold else None
 
@@ -130,17 +134,31 @@ class ReplayEngine(Engine):
                 scores[np.ix_(part, np.array(places))] = self._score_batch(batch, budgets[part])
         return scores[:, wanted]
 
-    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def slope(
+        self,
+        budgets: np.ndarray,
+        sharpness: float,
+        columns: Sequence[int],
+        weights: Sequence[float] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`."""
-        if self._held is None:
+        held = self._held
+        if held is None:
             raise UsageError("a slope is asked for many times; make the engine with hold=True")
         losses, total, left = [], np.zeros(budgets.shape), list(columns)
         while left:
-            now = left[: self._rows_of_slope(self._held[left[0]])]
-            prompts, questions = zip(*((self._held[i].prompt, self._held[i].question) for i in now), strict=True)
-            part, slopes = slope(self.model, prompts, questions, budgets, sharpness)
+            now = left[: self._rows_of_slope(held[left[0]])]
+            carried, by_carried = budgets, np.ones(budgets.shape)
+            if self._lengths is not None:
+                # Together only with what has the same length, and so the same budgets.
+                _, alike = next(groupby(now, key=lambda i: held[i].prompt.tokens))
+                now, tokens = list(alike), held[now[0]].prompt.tokens
+                carried, by_carried = self._lengths.carry_soft(budgets, tokens)
+            prompts, questions = zip(*((held[i].prompt, held[i].question) for i in now), strict=True)
+            own = None if weights is None else [weights[columns.index(i)] for i in now]
+            part, slopes = slope(self.model, prompts, questions, carried, sharpness, own)
             losses.append(part)
-            total += slopes
+            total += slopes * by_carried
             left = left[len(now) :]
         return np.concatenate(losses), total
 
@@ -161,7 +179,7 @@ class ReplayEngine(Engine):
     def generate(self, column: int, budgets: np.ndarray) -> list[str]:
         """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
         prompt = (self._held[column] if self._held is not None else self._rank(self._prefiller(), column)).prompt
-        cache = ReplayCache(self.model, [prompt], np.asarray(budgets, dtype=np.int64))
+        cache = ReplayCache(self.model, [prompt], self._carried(np.asarray(budgets, dtype=np.int64), [prompt]))
         logits = prompt.next_logits.expand(len(budgets), -1)
         return generate(self.model, self.tokenizer, cache, logits, [self.questions[column]] * len(budgets))
 
@@ -223,14 +241,24 @@ class ReplayEngine(Engine):
 
     def _score_batch(self, batch: list[_Ranked], budgets: np.ndarray) -> np.ndarray:
         """Return scores ``[candidates, examples of the batch]``."""
-        scorer = batch[0].question.scorer
-        shared = lowest_changed(budgets) if scorer.teacher_forced and hasattr(self.model.get_decoder(), "layers") else 0
+        scorer, prompts = batch[0].question.scorer, [each.prompt for each in batch]
+        carried = self._carried(budgets, prompts)
+        shared = lowest_changed(carried) if scorer.teacher_forced and hasattr(self.model.get_decoder(), "layers") else 0
         shared = shared if shared >= _LEAST_SHARED else 0
-        cache = ReplayCache(self.model, [each.prompt for each in batch], budgets, shared)
+        cache = ReplayCache(self.model, prompts, carried, shared)
         logits = torch.cat([each.prompt.next_logits.expand(len(budgets), -1) for each in batch])
         questions = [each.question for each in batch for _ in budgets]
         scores = [answer.score for answer in scorer.score(cache, logits, questions)]
         return np.array(scores).reshape(len(batch), len(budgets)).T
+
+    def _carried(self, budgets: np.ndarray, prompts: Sequence[RankedPrompt]) -> np.ndarray:
+        """Return candidates for each prompt, ``[prompts, candidates, layers, kv_heads]``."""
+        if self._lengths is None:
+            return np.broadcast_to(budgets, (len(prompts), *budgets.shape))
+        held = [[key.shape[1] for key in prompt.keys] for prompt in prompts]
+        return np.stack(
+            [self._lengths.carry(budgets, prompt.tokens, most) for prompt, most in zip(prompts, held, strict=True)]
+        )
 
     def _rows_at_once(self, ranked: _Ranked) -> int:
         """Return how many rows like this example's are worth computing as one batch, and fit into memory; at least one.
@@ -314,8 +342,8 @@ def slope_bytes(model: PreTrainedModel, prompt: RankedPrompt, tokens: int) -> tu
 
 
 def lowest_changed(budgets: np.ndarray) -> int:
-    """Return the lowest layer on which candidates ``[candidates, layers, kv_heads]`` differ; 0 if none do."""
-    differs = (budgets != budgets[:1]).any(axis=(0, 2))
+    """Return the lowest layer on which candidates ``[…, candidates, layers, kv_heads]`` differ; 0 if none do."""
+    differs = (budgets != budgets[..., :1, :, :]).any(axis=-1).reshape(-1, budgets.shape[-2]).any(axis=0)
     return int(differs.argmax())
 
 

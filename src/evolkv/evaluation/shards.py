@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.evaluation.engine import Engine, Progress
+from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.memory import free_memory
 from evolkv.evaluation.prefill import RecordingStore
 from evolkv.evaluation.replay_engine import ReplayEngine
@@ -37,6 +38,7 @@ class Shard:
         hold: whether to keep the prefill for further calls.
         rankings: selectors under which the same examples are searched, one after the other, if there are several: each
             prompt is then prefilled once for all of them.
+        lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Shard:
     ceiling: int
     hold: bool
     rankings: tuple[Selector, ...] = ()
+    lengths: ByLength | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Request:
         columns: which of the shard's examples to score on.
         sharpness: of the soft cuts.
         utility: whether to return the calibration on all examples, whatever else is said.
+        weights: of the losses on these examples in the sum that the slope is of.
     """
 
     shard: Shard
@@ -82,6 +86,7 @@ class Request:
     columns: tuple[int, ...] = ()
     sharpness: float | None = None
     utility: bool = False
+    weights: tuple[float, ...] | None = None
 
 
 class ShardServer:
@@ -126,6 +131,7 @@ class ShardServer:
                 on_progress=lambda done, total: step(),
                 rankings=shard.rankings,
                 store=None if self._store is None else (self._store, fingerprint(shard.examples)),
+                lengths=shard.lengths,
             )
             if shard.hold:
                 self._held[shard.key] = engine
@@ -136,7 +142,7 @@ class ShardServer:
         if request.budgets is None:
             return np.empty((0, 0))
         if request.sharpness is not None:
-            losses, slope = engine.slope(request.budgets, request.sharpness, request.columns)
+            losses, slope = engine.slope(request.budgets, request.sharpness, request.columns, request.weights)
             return np.concatenate([losses, slope.ravel()])
         return engine.score(request.budgets, request.columns)
 
@@ -182,6 +188,7 @@ class ShardedEngine(Engine):
         hold: whether to prefill now and hold the result for any number of `score` calls.
         on_progress: called with (done, total) after each example that was prefilled.
         shard_size: examples of a shard.
+        lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
 
     Raises:
         UsageError: as `ReplayEngine`.
@@ -200,6 +207,7 @@ class ShardedEngine(Engine):
         hold: bool = True,
         on_progress: Progress | None = None,
         shard_size: int = SHARD_SIZE,
+        lengths: ByLength | None = None,
     ):
         self.backend, self.hold, self._on_progress = backend, hold, on_progress
         self._shard_size = shard_size
@@ -213,6 +221,7 @@ class ShardedEngine(Engine):
                 metric,
                 ceiling,
                 hold,
+                lengths=lengths,
             )
             for start in range(0, len(examples), shard_size)
         ]
@@ -228,10 +237,16 @@ class ShardedEngine(Engine):
             scores[:, at] = answer
         return scores
 
-    def slope(self, budgets: np.ndarray, sharpness: float, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def slope(
+        self,
+        budgets: np.ndarray,
+        sharpness: float,
+        columns: Sequence[int],
+        weights: Sequence[float] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`."""
         losses, total = np.empty(len(columns)), np.zeros(budgets.shape)
-        for at, answer in self._ask(budgets, list(columns), sharpness):
+        for at, answer in self._ask(budgets, list(columns), sharpness, weights):
             losses[at] = answer[: len(at)]
             total += answer[len(at) :].reshape(total.shape)
         return losses, total
@@ -243,15 +258,20 @@ class ShardedEngine(Engine):
         return total.astype(np.float32)
 
     def _ask(
-        self, budgets: np.ndarray, wanted: list[int], sharpness: float | None
+        self,
+        budgets: np.ndarray,
+        wanted: list[int],
+        sharpness: float | None,
+        weights: Sequence[float] | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the answers of the shards that have wanted examples, each with the places of these examples."""
         requests, places = [], []
         for start, shard in zip(range(0, self._size, self._shard_size), self._shards, strict=True):
             inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
             if inside:
-                requests.append(Request(shard, self._sharing, budgets, tuple(inside), sharpness))
                 places.append([wanted.index(start + i) for i in inside])
+                own = None if weights is None else tuple(weights[place] for place in places[-1])
+                requests.append(Request(shard, self._sharing, budgets, tuple(inside), sharpness, weights=own))
         return zip(places, self.backend.run(requests, None if self.hold else self._counted()), strict=True)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ def slope(
     questions: Sequence[Question],
     budgets: np.ndarray,
     sharpness: float,
+    weights: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the loss on each example under soft budgets, and the slope of their sum.
 
@@ -34,6 +35,7 @@ def slope(
         questions: theirs, each with a target.
         budgets: ``[layers, kv_heads]`` floats, each above 0.
         sharpness: k.
+        weights: factors on the losses in the sum, one for each example. Default: 1 each.
 
     Returns:
         The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.
@@ -46,6 +48,12 @@ def slope(
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)[:, :-1]
     positions = torch.tensor([each.tokens for each in prompts], device=device)[:, None]
     positions = positions + torch.arange(padded.shape[1], device=device)
+    if not padded.shape[1]:
+        # What follows from the prompt alone does not depend on the budgets.
+        losses = [
+            each.scorer.loss(prompt.next_logits[None], each) for prompt, each in zip(prompts, questions, strict=True)
+        ]
+        return np.array([float(loss) for loss in losses]), np.zeros(budgets.shape)
     # Tensors made in inference mode cannot take part in what is differentiated.
     with torch.inference_mode(False), torch.enable_grad():
         soft = torch.tensor(budgets, dtype=torch.float32, device=device, requires_grad=True)
@@ -59,7 +67,10 @@ def slope(
                 rows = torch.cat([prompt.next_logits[None], rows])
             losses.append(question.scorer.loss(rows, question))
         scale = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-        (gradient,) = torch.autograd.grad(scale * torch.stack(losses).sum(), soft)
+        total = torch.stack(losses)
+        if weights is not None:
+            total = total * torch.tensor(weights, device=device)
+        (gradient,) = torch.autograd.grad(scale * total.sum(), soft)
     values = np.array([float(loss.detach()) for loss in losses])
     if not (np.isfinite(values).all() and bool(gradient.isfinite().all())):
         raise not_a_number()

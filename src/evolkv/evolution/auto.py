@@ -77,7 +77,7 @@ def run_auto(
     """
     check_bounds(loss, confidence)
     curve = run_curve(model, tokenizer, several(tokenizer, config))
-    profiles = {result.profile.budget: result.profile for result in curve.results}
+    profiles: dict[Any, BudgetProfile] = {result.profile.budget: result.profile for result in curve.results}
     if curve.interrupted:
         return AutoResult(curve, None, profiles[max(profiles)])
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def several(tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
     Raises:
         BudgetError: fewer than two do.
     """
-    drawn = get_task(config.task).examples("train", config.train, tokenizer, config.seed)
+    drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
     longest = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
     floor = config.floor or 1 + max(get_selector(each).min_budget for each in config.selectors.values())
     budgets = [budget for budget in (round(share * longest) for share in GRID) if budget > floor]

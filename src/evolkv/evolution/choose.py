@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from evolkv.evaluation.balance import BalancedEngine
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.intervals import ci95
 from evolkv.evolution.result import Validated, as_lists
@@ -23,19 +25,24 @@ def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[st
         choices: by name of the choice, allocations ``[layers, kv_heads]`` by name.
     """
     scores = engine.score(np.stack([budgets for part in choices.values() for budgets in part.values()]))
+    retained = engine.retained.tolist() if isinstance(engine, BalancedEngine) else [None] * len(scores)
     validated, start = {}, 0
     for name, part in choices.items():
-        validated[name] = ranked(part, scores[start : start + len(part)])
+        own = slice(start, start + len(part))
+        validated[name] = ranked(part, scores[own], retained[own])
         start += len(part)
     return validated
 
 
-def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated]:
+def ranked(
+    choices: dict[str, np.ndarray], scores: np.ndarray, retained: Sequence[float | None] | None = None
+) -> list[Validated]:
     """Return allocations with their scores, best first; on a tie the one that needed no search comes first.
 
     Args:
         choices: allocations by name.
         scores: theirs, ``[choices, examples]``.
+        retained: see `Validated`; default: None for each.
     """
     rows = [
         Validated(
@@ -46,6 +53,7 @@ def ranked(choices: dict[str, np.ndarray], scores: np.ndarray) -> list[Validated
             ci95(scores[i]),
             scores.shape[1],
             scores[i].tolist(),
+            None if retained is None else retained[i],
         )
         for i, (name, budgets) in enumerate(choices.items())
     ]

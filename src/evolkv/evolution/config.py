@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from transformers import PreTrainedModel
 
-from evolkv.budgets import BudgetSpec, read_budget, read_budgets
+from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget, read_budgets, size_of
 from evolkv.errors import UsageError
 from evolkv.evaluation.scoring import has_slope, reads_answer
 from evolkv.evaluation.shards import Backend
@@ -62,7 +62,7 @@ class SearchConfig:
             needs no answers; the default where there are none), "agreement", or a text metric.
         protocol: "aware" (the question is in the prompt that is compressed; the default) or "agnostic" (the context is
             compressed before the question is seen); see `evolkv.tasks.protocol`.
-        train: examples that candidates are scored on.
+        train: examples that candidates are scored on. Default: 12, or what the task says (`Task.train_examples`).
         val: examples, none of them seen in training, that the result is chosen on.
         max_evals: candidates to evaluate at most. A search ends with its last whole generation; if it may not evaluate
             a whole one, it evaluates part of the first. Default: the generations that 16 candidates per variable take,
@@ -110,7 +110,7 @@ class SearchConfig:
     granularity: Granularity = "layer"
     metric: str | None = None
     protocol: str = AWARE
-    train: int = 12
+    train: int | None = None
     val: int = 24
     max_evals: int | None = None
     minibatch: int | None = None
@@ -235,10 +235,15 @@ class SearchConfig:
         return asked // whole * whole or max(1, asked)
 
     @property
+    def num_train(self) -> int:
+        """The number of training examples."""
+        return self.train or get_task(self.task).train_examples
+
+    @property
     def examples_per_generation(self) -> int:
         """The number of training examples that each generation is scored on."""
         by_mean = STRATEGIES[self.strategy].mean_first and self.metric in _SMOOTH
-        return min(self.minibatch or (MINIBATCH if by_mean else self.train), self.train)
+        return min(self.minibatch or (MINIBATCH if by_mean else self.num_train), self.num_train)
 
     def report(self, progress: SearchProgress) -> None:
         """Say how the search goes on, if anyone listens."""
@@ -274,7 +279,9 @@ class OneBudget(SearchConfig):
     """A search at one budget.
 
     Args:
-        budget: target, in cache entries per KV head, averaged over layers and heads.
+        budget: target, in cache entries per KV head, averaged over layers and heads; or a share of each prompt, such as
+            ``"10%"``. At a share, candidates are the budgets of the longest training prompt, and every other example is
+            scored at its own share, in the same proportions.
     """
 
     budget: BudgetSpec
@@ -284,8 +291,8 @@ class OneBudget(SearchConfig):
         _ = self.target
 
     @property
-    def target(self) -> int:
-        """The budget as a number."""
+    def target(self) -> Budget:
+        """The budget as a number or a share."""
         return read_budget(self.budget)
 
 
@@ -298,7 +305,7 @@ class SeveralBudgets(SearchConfig):
     to choose.
 
     Args:
-        budgets: the targets, at least two.
+        budgets: the targets, at least two; all of them numbers, or all of them shares.
         first: whether to begin with the "smallest" or the "largest" budget.
     """
 
@@ -311,13 +318,19 @@ class SeveralBudgets(SearchConfig):
             raise unknown_name("order", self.first, ("smallest", "largest"))
         # What can be read only once is read here.
         object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
+        kinds = {type(each) for each in self.targets}
+        if len(kinds) > 1:
+            raise UsageError(
+                f"budgets are {', '.join(map(str, self.targets))}; give numbers of cache entries, or shares of each "
+                "prompt, not both"
+            )
         if len(self.targets) < 2:
             raise UsageError(f"a curve needs at least two budgets, got {self.targets}; use evolkv.search for one")
 
     @property
-    def targets(self) -> list[int]:
-        """The budgets as numbers, smallest first."""
-        return sorted(read_budgets(self.budgets))
+    def targets(self) -> list[Budget]:
+        """The budgets as numbers or shares, smallest first."""
+        return sorted(read_budgets(self.budgets), key=size_of)
 
 
 #: Settings by the name of a preset. The paper's hyper-parameters are those of its section 4.1.
@@ -357,8 +370,9 @@ def preset_settings(name: str | None, budget: Any) -> dict[str, Any]:
         raise unknown_name("preset", name, PRESETS)
     settings = dict(PRESETS[name])
     if isinstance(settings["selector"], tuple):
-        smallest = min(read_budgets(budget))
-        fitting = [each for each in settings["selector"] if get_selector(each).min_budget < smallest]
+        # How many entries a share is depends on the prompts.
+        entries = [each for each in read_budgets(budget) if not isinstance(each, Share)] or [MAX_BUDGET]
+        fitting = [each for each in settings["selector"] if get_selector(each).min_budget < min(entries)]
         settings["selector"] = fitting or settings["selector"][:1]
     return settings
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from evolkv.budgets import Budget, Share
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Evolved
 from evolkv.evolution.limit import TimeLimit
@@ -93,8 +94,10 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     return run(replace(config, selector=[*selectors.values()]))
 
 
-def fitted(spec: SelectorSpec, smallest: int) -> SelectorSpec:
+def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
     """Return a selector, if given by name alone with a window that leaves the smallest budget something to choose."""
+    if isinstance(smallest, Share):
+        return spec
     selector = get_selector(spec)
     window = selector.window
     if not isinstance(spec, str) or ":" in spec or not window or selector.min_budget < smallest:
@@ -124,9 +127,9 @@ def _under_one_selector(
 ) -> CurveResult:
     started = time.perf_counter()
     with Run(model, tokenizer, config, limit) as run:
-        ascending = [run.space.check(budget) for budget in config.targets]
-        order = ascending if config.first == "smallest" else ascending[::-1]
-        run.open_study(order)
+        targets = config.targets if config.first == "smallest" else config.targets[::-1]
+        order = run.open_study(targets)
+        ascending = sorted(order)
         evolutions: dict[int, Evolved] = {}
         seconds: dict[int, float] = {}
         # All budgets after the first share as many candidates as that one had.
@@ -177,7 +180,9 @@ def _choices(run: Run, budget: int, evolutions: dict[int, Evolved], ascending: l
     at = ascending.index(budget)
     for near in ascending[max(0, at - 1) : at] + ascending[at + 1 : at + 2]:
         if near in evolutions:
-            choices[f"expanded from {near}"] = run.space.completed(_evolved(evolutions[near]), budget)
+            choices[f"expanded from {run.space.shares.get(near, near)}"] = run.space.completed(
+                _evolved(evolutions[near]), budget
+            )
     return choices
 
 
@@ -188,7 +193,7 @@ def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
     for result in results:
         row = result.validation[0] if result.validation else None
         point = {
-            "budget": result.profile.budget,
+            "budget": result.profile.target,
             "score": row["score"] if row else None,
             "ci95": list(row["ci95"]) if row else None,
             "n": row["n"] if row else 0,

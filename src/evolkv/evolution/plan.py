@@ -113,13 +113,12 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice for one example.
     """
-    budgets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
+    targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
     selectors = list(config.selectors.values())
-    one = replace(config, selector=[fitted(selectors[0], budgets[0])], storage=None, time_limit=None)
+    one = replace(config, selector=[fitted(selectors[0], targets[0])], storage=None, time_limit=None)
     process, free = _in_use(model), free_memory(model)
     with Run(model, tokenizer, one) as run:
-        for budget in budgets:
-            run.space.check(budget)
+        budgets = run.space.aim(targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
         searches = len(budgets) * len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * len(selectors)
@@ -277,21 +276,14 @@ def _in_use(model: PreTrainedModel) -> int:
 
 def _advice(run: Run, memory: Memory, usable: float) -> list[str]:
     """Return changes with each of which the search would fit."""
-    config, advice = run.config, []
+    advice = []
     working = memory.needed - memory.recordings
     if memory.recordings and (left := usable - working) > 0:
         share = left / memory.recordings
         if (train := int(len(run.train) * share)) >= 1:
             advice.append(f"--train {train} (now {len(run.train)})")
-        if (ceiling := int(run.space.ceiling * share)) > max(run.space.floor, _largest(config)):
+        if (ceiling := int(run.space.ceiling * share)) > max(run.space.floor, *run.space.budgets):
             advice.append(f"--ceiling {ceiling} (now {run.space.ceiling})")
     if run.model.dtype == torch.float32 and memory.needed / 2 <= usable + memory.weights / 2:
         advice.append("--dtype bfloat16 (now float32)")
     return advice
-
-
-def _largest(config: SearchConfig) -> int:
-    if isinstance(config, SeveralBudgets):
-        return config.targets[-1]
-    assert isinstance(config, OneBudget)
-    return config.target

@@ -53,6 +53,8 @@ class Validated:
         ci95: 95 % interval of the score.
         n: number of validation examples.
         scores: the metric on each of them.
+        retained: where scores are balanced, and so relative to uniform budgets under the same selector: the mean over
+            the examples of the plain score as a share of the full cache's, at most 1. By it selectors are compared.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Validated:
     ci95: tuple[float, float]
     n: int
     scores: list[float] = field(default_factory=list)
+    retained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ class SearchResult:
 
 
 def as_rows(entries: list[Any]) -> list[dict[str, Any]]:
-    """Return dataclasses as plain dictionaries that JSON can hold."""
-    return [asdict(entry) for entry in entries]
+    """Return dataclasses as plain dictionaries that JSON can hold; without `retained` where that says nothing."""
+    rows = [asdict(entry) for entry in entries]
+    return [{key: value for key, value in row.items() if key != "retained" or value is not None} for row in rows]
 
 
 def as_lists(budgets: np.ndarray) -> list[list[int]]:

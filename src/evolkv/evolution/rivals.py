@@ -75,7 +75,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
         {
             "selector": result.profile.selector,
             "chosen": result.chosen,
-            "score": result.validation[0]["score"] if result.validation else None,
+            "score": _comparable(result),
             "evaluations": result.evaluations,
             "seconds": result.seconds,
         }
@@ -83,7 +83,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     ]
     complete = [result for result in results if result.validation] or results[:1]
     # On a tie, prefer the allocation that needed no search, as within a search.
-    winner = max(complete, key=lambda it: (it.validation[0]["score"] if it.validation else 0.0, not it.improved))
+    winner = max(complete, key=lambda it: (_comparable(it) or 0.0, not it.improved))
     settings = {**winner.settings, "rivals": rivals}
     return replace(
         winner,
@@ -94,6 +94,14 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
         interrupted=interrupted,
         stopped=next((result.stopped for result in results if result.stopped), None),
     )
+
+
+def _comparable(result: SearchResult) -> float | None:
+    """Return a result's validation score as it compares with other selectors'; None after an interruption."""
+    if not result.validation:
+        return None
+    chosen = result.validation[0]
+    return float(chosen.get("retained", chosen["score"]))
 
 
 def _naming(name: str, report: OnProgress | None) -> OnProgress | None:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
+from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import UsageError
 from evolkv.evaluation import records
+from evolkv.evaluation.balance import BalancedEngine
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.records import prompt_digest
@@ -79,8 +81,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
 def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: OneBudget, limit: TimeLimit) -> SearchResult:
     started = time.perf_counter()
     with Run(model, tokenizer, config, limit) as run:
-        budget = run.space.check(config.target)
-        run.open_study([budget])
+        (budget,) = run.open_study([config.target])
         evolved = run.evolve(budget, config.begins_at)
         choices = run.choices(budget, evolved)
         validation: list[Validated] = []
@@ -115,7 +116,7 @@ class Run:
             some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
             CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
         draw, seed = self.task.examples, config.seed
-        self.train = under_protocol(config.protocol, draw("train", config.train, tokenizer, seed))
+        self.train = under_protocol(config.protocol, draw("train", config.num_train, tokenizer, seed))
         self.held_out = under_protocol(config.protocol, draw("validation", config.val, tokenizer, seed))
         _check_unseen(self.train, self.held_out)
         if self.task.free_text and len(self.train) < _FEW:
@@ -126,8 +127,8 @@ class Run:
                 len(self.train),
                 _FEW,
             )
-        longest = max(encode_prompt(tokenizer, example).shape[1] for example in self.train)
-        self.space = SearchSpace(model, self.selector, config, longest)
+        lengths = [encode_prompt(tokenizer, example).shape[1] for example in self.train]
+        self.space = SearchSpace(model, self.selector, config, max(lengths), min(lengths))
         self.rotation = Rotation(len(self.train), config.examples_per_generation, config.seed)
         #: Scores of the allocations that stood for choice on all training examples, by choice, then by name.
         self.trained: dict[str, dict[str, float]] = {}
@@ -145,9 +146,20 @@ class Run:
         if self.study is not None:
             self.study.close()
 
-    def open_study(self, budgets: Sequence[int]) -> None:
-        """Create a study, or continue one with the same settings; without a storage nothing is recorded."""
+    def open_study(self, targets: Sequence[Budget]) -> list[int]:
+        """Create a study, or continue one with the same settings; without a storage nothing is recorded.
+
+        Args:
+            targets: the budgets of the search, or the shares of each prompt.
+
+        Returns:
+            The budgets of the longest training prompt, at which candidates are proposed.
+
+        Raises:
+            BudgetError: one that cannot be searched at.
+        """
         config, shape = self.config, self.space.shape
+        budgets = self.space.aim(targets)
         evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
         # Settings that no strategy can use are not put on record.
         make_strategy(config, self.space, budgets[0], None if config.begins_at in COMPUTED else config.begins_at)
@@ -159,13 +171,14 @@ class Run:
                 whole,
             )
         if config.storage is None:
-            return
+            return budgets
         from evolkv.evolution.study import Study
 
         identity = {
             **self.describe(),
             "minibatch": self.rotation.size,
             "budgets": list(budgets),
+            **({"shares": [*self.space.shares.values()]} if self.space.shares else {}),
             "start": self._start_name,
         }
         # Where it decides what the generations are.
@@ -178,6 +191,7 @@ class Run:
         # Not part of what identifies a search: one that goes on may have more of them.
         if self.study.get("max_evals") != evaluations:
             self.study.put("max_evals", evaluations)
+        return budgets
 
     def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
@@ -302,6 +316,7 @@ class Run:
             "chosen": chosen,
             "interrupted": interrupted,
             "versions": versions(),
+            **({"prompt_tokens": self.space.longest} if self.space.shares else {}),
         }
         if evolved.out_of_time:
             settings["stopped"] = TIME_LIMIT
@@ -316,6 +331,7 @@ class Run:
             budgets,
             selector=self.selector.to_dict(),
             budget=budget,
+            share=self.space.shares.get(budget),
             granularity=self.config.granularity,
             search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
             scores={**train, "validation": {entry.name: entry.score for entry in validation}},
@@ -363,6 +379,7 @@ class Run:
             "engine": config.engine,
             # Left out where they say nothing: studies from before they existed go on.
             **({"least": int(self.space.floors.min())} if self.space.floors.min() < self.space.floor else {}),
+            **({"balanced": True} if self.task.balanced else {}),
             **({} if config.prefill_chunk is None else {"prefill_chunk": config.prefill_chunk}),
             **({"gradient_steps": config.gradient_steps} if config.follows_slope else {}),
             "train": {"n": len(self.train), "fingerprint": fingerprint(self.train)},
@@ -403,9 +420,16 @@ class Run:
 
     def _engine(self, split: Literal["train", "validation"]) -> Engine:
         """Return an engine over the examples of a split; those of training are held for many calls."""
+        engine = self._plain_engine(split)
+        if not self.task.balanced:
+            return engine
+        return BalancedEngine(engine, self.space.heuristics(min(self.space.budgets))["uniform"])
+
+    def _plain_engine(self, split: Literal["train", "validation"]) -> Engine:
         config, train = self.config, split == "train"
         examples, stage = (self.train, "prefill") if train else (self.held_out, "validation")
         started = time.perf_counter()
+        lengths = self.space.by_length
 
         def on_progress(done: int, total: int) -> None:
             # Once all workers have read a shard: prompts that go before have neighbours to come that share with them.
@@ -422,10 +446,15 @@ class Run:
                 config.metric,
                 on_progress,
                 config.prefill_chunk,
+                lengths,
             )
         side_by_side = self.side_by_side(len(examples))
+        ceiling = self.space.ceiling
+        if lengths is not None:
+            # Of each prompt every head may get all.
+            ceiling = max(encode_prompt(self.tokenizer, example).shape[1] for example in examples)
         return ShardedEngine(
-            self.backend, examples, self.selector, config.metric, self.space.ceiling, train, on_progress
+            self.backend, examples, self.selector, config.metric, ceiling, train, on_progress, lengths=lengths
         )
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import expand, layout, lukv
+from evolkv.budgets import Budget, Share
 from evolkv.errors import BudgetError
+from evolkv.evaluation.lengths import ByLength
 from evolkv.evolution.config import COMPUTED, LUKV, SearchConfig
 from evolkv.models import describe_model, model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector
+
+log = logging.getLogger(__name__)
 
 #: Allocations that need no search.
 HEURISTICS = ("uniform", "pyramid")
@@ -33,11 +39,20 @@ class SearchSpace:
         selector: which tokens a budget keeps.
         config: the settings of the search.
         longest: tokens of the longest training prompt.
+        shortest: tokens of the shortest. Default: all are as long.
     """
 
-    def __init__(self, model: PreTrainedModel, selector: Selector, config: SearchConfig, longest: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selector: Selector,
+        config: SearchConfig,
+        longest: int,
+        shortest: int | None = None,
+    ):
         info = describe_model(model)
         self.model, self.selector, self.longest = model, selector, longest
+        self.shortest = longest if shortest is None else shortest
         self.layers, self.heads = info.num_layers, info.num_kv_heads
         self.by_head = config.granularity == "head"
         self.floor = config.floor if config.floor is not None else selector.min_budget + 1
@@ -47,18 +62,58 @@ class SearchSpace:
         #: Of each layer: one whose window is below the floor holds its window.
         self.floors = np.minimum(self.floor, self.ceilings)
 
+        #: The budgets of the longest training prompt that are searched at, and of which share each is; see `aim`.
+        self.budgets: list[int] = []
+        self.shares: dict[int, Share] = {}
+
+    def aim(self, targets: Sequence[Budget]) -> list[int]:
+        """Take what is searched at, and return the budgets of the longest training prompt, each checked.
+
+        Raises:
+            BudgetError: one that cannot be searched at, or two shares that come to the same.
+        """
+        self.budgets = [self.check(target) for target in targets]
+        self.shares = {at: each for at, each in zip(self.budgets, targets, strict=True) if isinstance(each, Share)}
+        if len(set(self.budgets)) < len(self.budgets):
+            raise BudgetError(
+                f"budgets {', '.join(map(str, targets))} of the longest prompt are {', '.join(map(str, self.budgets))} "
+                "entries, of which some are the same; give shares further apart"
+            )
+        return self.budgets
+
+    @property
+    def by_length(self) -> ByLength | None:
+        """Carries candidates to prompts of other lengths; None where budgets are the same for every prompt."""
+        if not self.shares:
+            return None
+        return ByLength(tuple(self.shares.values()), self.longest, self.selector.min_budget, self.by_head)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what is searched, ``(layers,)`` or ``(layers, kv_heads)``."""
         return (self.layers, self.heads) if self.by_head else (self.layers,)
 
-    def check(self, budget: int) -> int:
-        """Return a budget, checked against the examples and the bounds.
+    def check(self, target: Budget) -> int:
+        """Return the mean budget of the longest training prompt, checked against the examples and the bounds.
+
+        Args:
+            target: the same number for every prompt, or a share of each.
 
         Raises:
             BudgetError: if it cannot be searched at.
         """
         least, most, selector = self.floor, self.ceiling, self.selector
+        at_share = ""
+        if isinstance(target, Share):
+            budget, at_share = target.of(self.longest), f"{target} of the {self.longest} tokens of the longest prompt, "
+            if target.of(self.shortest) < selector.min_budget < budget:
+                log.warning(
+                    "%s of the shortest training prompt is %d of %d tokens; %s always keeps %d, so such prompts teach "
+                    "nothing; a smaller window may help",
+                    *(target, target.of(self.shortest), self.shortest, selector.name, selector.min_budget),
+                )
+        else:
+            budget = target
         if least < selector.min_budget:
             raise BudgetError(
                 f"the floor is {least}, but {selector.name} always keeps {selector.min_budget} tokens; "
@@ -68,16 +123,15 @@ class SearchSpace:
             other = "a selector with a smaller window, such as --selector snapkv:window=16"
             if least > selector.min_budget + 1:
                 other = f"a lower --floor ({selector.name} always keeps {selector.min_budget})"
-            raise BudgetError(
-                f"the budget is {budget}, below the floor of {least}; use --budget {least} or more, or {other}"
-            )
+            enough = f"--budget {least} or more" if not at_share else "a larger share"
+            raise BudgetError(f"the budget is {at_share}{budget}, below the floor of {least}; use {enough}, or {other}")
         if budget >= self.longest:
             raise BudgetError(
                 f"the budget is {budget}, but the longest prompt of the task has {self.longest} tokens: nothing "
                 f"would be evicted; use a --budget below {self.longest}"
             )
         if most < budget:
-            raise BudgetError(f"the ceiling is {most}, below the budget of {budget}; raise --ceiling")
+            raise BudgetError(f"the ceiling is {most}, below the budget of {at_share}{budget}; raise --ceiling")
         if self.ceilings.mean() < budget:
             raise BudgetError(
                 f"the budget is {budget}, but with its sliding windows this model holds at most "

@@ -142,6 +142,11 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
     """
     if not module.isidentifier() or iskeyword(module):
         raise UsageError(f"Python cannot import a file called {module}.py; use letters, digits and underscores")
+    if profile.share is not None:
+        raise UsageError(
+            f"the profile keeps {profile.share} of each prompt, and the exported press has the same budgets for "
+            "all; carry it to a number first: evolkv profile expand PROFILE.json --budget 160 --out FIXED.json"
+        )
     name = profile.selector["name"]
     if name not in _PRESSES:
         raise UsageError(

@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evolkv
+from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache import CompressedCache, compress
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.decode import target_log_probs
 from evolkv.methods import chosen_method
 from evolkv.models import ALIASES, gguf
-from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.tasks.prompts import encode_text
 
@@ -69,7 +69,8 @@ class EvolKVLM(HFLM):
             converted as in `evolkv.load_model`.
         profile: path of a profile, or the profile.
         method: instead of a profile, a method of `evolkv eval`: a selector, ``allocator+selector``, ``pyramidkv``.
-        budget: mean cache entries per KV head. Needed with a heuristic `method`; a profile is expanded to it.
+        budget: mean cache entries per KV head, or a share of each prompt, such as ``10%``. Needed with a heuristic
+            `method`; a profile is expanded to it.
         device: default: "cuda" if there is one, else "cpu".
         kwargs: everything else that ``hf`` takes.
 
@@ -84,12 +85,11 @@ class EvolKVLM(HFLM):
         pretrained: Any,
         profile: str | os.PathLike[str] | BudgetProfile | None = None,
         method: str | None = None,
-        budget: int | None = None,
+        budget: BudgetSpec | None = None,
         device: str | None = None,
         **kwargs: Any,
     ):
-        if budget is not None and not is_whole(budget):
-            raise UsageError(f"budget is {budget!r}, expected a whole number of cache entries per KV head")
+        budget = None if budget is None else read_budget(budget)
         # The harness makes a number of a name that looks like one.
         named = profile if profile is None or isinstance(profile, BudgetProfile) else str(profile)
         chosen = chosen_method(named, None if method is None else str(method), budget)
@@ -162,7 +162,7 @@ class EvolKVLM(HFLM):
             "version": evolkv.__version__,
             "method": self.method.name,
             "selector": self.method.selector.to_dict(),
-            "mean_budget": self.budget if self.budget is not None or profile is None else profile.mean_budget,
+            "mean_budget": self.budget or self.method.share or (profile and profile.mean_budget),
         }
         return {**info, "evolkv": compression}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from evolkv.budgets import size_of
 from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
@@ -197,14 +198,14 @@ def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
         "task": task if isinstance(task, str) else "task",
     }
     entries = []
-    for point in sorted(curve.points, key=lambda point: point.budget):
+    for point in sorted(curve.points, key=lambda point: size_of(point.budget)):
         row = Row(
             **common,
             **point.model_dump(include={"score", "ci95", "n", "metric", "budget", "kv_bytes", "mean_budget"}),
             method=EVOLVED,
         )
         entries.append(Entry(row, EVOLVED, point.source, point.on_front))
-        for other in _heuristics(curve.searches, point.budget, point.n):
+        for other in _heuristics(curve.searches, round(point.mean_budget), point.n):
             scores = {"score": other.score, "ci95": other.ci95, "method": other.name}
             entries.append(Entry(row.model_copy(update=scores), other.name))
     return Comparison(_ordered(entries), of_curve=True)

@@ -48,8 +48,8 @@ def recipes(sources: Sources, groups: Sequence[Comparison], model: str) -> list[
             found.append(Recipe(search_title(search), [], _facts(own, search.seconds)))
     for profile in sources.profiles if not sources.searches else []:
         found_in = {"granularity": profile.granularity, "selector": profile.selector}
-        settings = {"model": profile.model.name, "budget": profile.budget, **found_in}
-        recipe = _recipe(f"Profile, budget {profile.budget}", {**settings, **profile.search})
+        settings = {"model": profile.model.name, "budget": profile.target, **found_in}
+        recipe = _recipe(f"Profile, budget {profile.target}", {**settings, **profile.search})
         found.append(recipe if "strategy" in profile.search else replace(recipe, command=[]))
     for group in groups:
         if not group.of_curve:
@@ -66,7 +66,7 @@ def _settings(search: Search, profiles: Sequence[ProfileFile], model: str) -> di
         by_layer = all(value == row[0] for row in chosen.budgets for value in row)
         known |= {"budget": round(mean_of(chosen.budgets)), "granularity": "layer" if by_layer else "head"}
     if profile is not None:
-        known |= {"budget": profile.budget, "granularity": profile.granularity, "selector": profile.selector}
+        known |= {"budget": profile.target, "granularity": profile.granularity, "selector": profile.selector}
     # A study names all of its budgets, in their order; a search has one of them.
     if isinstance(order := search.settings.get("budgets"), list) and len(order) > 1:
         known["first"] = "largest" if order[0] > order[-1] else "smallest"

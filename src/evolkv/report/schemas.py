@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from evolkv.profile_file import ProfileFile
-from evolkv.schemas import Schema
+from evolkv.schemas import RecordedBudget, Schema
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -151,7 +151,7 @@ class Row(_Measured):
     model: str
     task: str
     method: str
-    budget: Count | None = None
+    budget: RecordedBudget | None = None
     seed: int | None = None
     protocol: str = ""
     prefill_chunk: Count | None = None
@@ -161,7 +161,7 @@ class Row(_Measured):
 class Point(_Measured):
     """One budget of a curve."""
 
-    budget: Count
+    budget: RecordedBudget
     profile: str = ""
     source: str = "search"
     evaluations: Count | None = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from evolkv.budgets import size_of
 from evolkv.report.schemas import Row
 
 #: The settings that are options of `evolkv search`, in the order in which a command gives them.
@@ -18,8 +19,10 @@ _OPTIONS = (
 )
 
 
-def number(value: float) -> str:
-    """A number with its thousands apart."""
+def number(value: float | str) -> str:
+    """A number with its thousands apart; a share as it is."""
+    if isinstance(value, str):
+        return value
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -134,7 +137,7 @@ def selector_spec(selector: Mapping[str, Any]) -> str | None:
 def eval_command(rows: Sequence[Row]) -> list[str]:
     """The command that scores the methods of one comparison's rows, in pieces."""
     methods = list(dict.fromkeys("profile.json" if row.method == "evolkv" else row.method for row in rows))
-    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    budgets = sorted({row.budget for row in rows if row.budget is not None}, key=size_of)
     words = ["evolkv", "eval", rows[0].model, "--task", rows[0].task, "--method", *methods]
     words += ["--budget", *map(str, budgets)] if budgets else []
     words += ["--samples", str(rows[0].n)]

@@ -73,6 +73,10 @@ class Task(ABC):
     default_metric: ClassVar[str] = "contains"
     #: The setting whose key may be left out of a spec, at its beginning: `ruler:vt` is `ruler:task=vt`.
     main_setting: ClassVar[str | None] = None
+    #: Whether a search weighs the examples by what budgets can gain on each; see `evolkv.evaluation.balance`.
+    balanced: ClassVar[bool] = False
+    #: Training examples of a search, where it does not say how many.
+    train_examples: ClassVar[int] = 12
 
     @abstractmethod
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:

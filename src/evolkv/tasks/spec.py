@@ -16,6 +16,7 @@ from evolkv.errors import TaskError, UsageError
 from evolkv.registry import Registry, unknown_name
 from evolkv.tasks.base import Task
 from evolkv.tasks.code import CodeCompletion
+from evolkv.tasks.general import General
 from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.longbench import LongBench
@@ -26,7 +27,10 @@ from evolkv.tasks.ruler import Ruler
 
 TASKS: Registry[type[Task]] = Registry(
     "task",
-    {task.name: task for task in (NeedleInHaystack, JsonLines, RawPrompts, LongBench, Ruler, Gsm8k, CodeCompletion)},
+    {
+        task.name: task
+        for task in (NeedleInHaystack, General, JsonLines, RawPrompts, LongBench, Ruler, Gsm8k, CodeCompletion)
+    },
     "evolkv.tasks",
     Task,
 )
