@@ -75,14 +75,14 @@ def variables(rng: random.Random, split: Split) -> Puzzle:
 def counting(rng: random.Random, split: Split) -> Puzzle:
     """Return a puzzle of a list of words, of which the one that occurs most often is asked for.
 
-    After RULER's common words (arXiv 2404.06654, sec. 3.3). Size: words of the list; every sixth is the common one.
+    After RULER's common words (arXiv 2404.06654, sec. 3.3). Size: words of the list; every fourth is the common one.
     """
     common = fresh(lambda: rng.choice(words()), split, set())
     others = [word for word in rng.sample(words(), len(words())) if word != common]
     name, question = rng.random(), "Question: Which word occurs most often in the list above?"
 
     def turns(size: int) -> list[str]:
-        often = max(3, size // 6)
+        often = max(3, size // 4)
         listed = [common] * often + [others[i % len(others)] for i in range(size - often)]
         random.Random(f"{name}/{size}").shuffle(listed)
         return [f"One word occurs far more often than the others in this list:\n\n{', '.join(listed)}.\n\n{question}"]
