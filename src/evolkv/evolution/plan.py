@@ -41,7 +41,7 @@ class Memory:
     """Bytes at the peak of a search, where the model computes.
 
     Args:
-        process: what is in use once the model is loaded: weights, and on a CPU the libraries too.
+        process: what is in use besides: weights, and on a CPU the libraries too.
         weights: the model's part of it.
         recordings: ranked entries of all training examples.
         reading: prompts while they are prefilled.
@@ -116,7 +116,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
     targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
     selectors = list(config.selectors.values())
     one = replace(config, selector=[fitted(selectors[0], targets[0])], storage=None, time_limit=None)
-    process, free = _in_use(model), free_memory(model)
+    free = free_memory(model)
     with Run(model, tokenizer, one) as run:
         budgets = run.space.aim(targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
@@ -131,7 +131,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
             "evolution": evaluations * measured.candidate,
             "validation": measured.read(run.held_out) + chosen * measured.row + len(budgets) * measured.prompt,
         }
-        memory = measured.memory(process, free, len(selectors))
+        memory = measured.memory(free, len(selectors))
         usable = _USABLE * free / (2 if len(selectors) > 1 else 1)
         fits = memory.needed <= usable
         advice = [] if fits else _advice(run, memory, usable)
@@ -160,7 +160,8 @@ class _Replay:
         started = time.perf_counter()
         engine = ShardedEngine(run.backend, sample, run.selector, config.metric, space.ceiling, shard_size=1)
         took = time.perf_counter() - started
-        self.per_token = took / sum(_lengths(run, sample))
+        self.sampled = _lengths(run, sample)
+        self.per_token = took / sum(self.sampled)
         self.prompt = took / len(sample)
         self.step = self.calibration = 0.0
         if config.calibrates:
@@ -180,6 +181,8 @@ class _Replay:
         scored = _fastest(lambda: engine.score(population, columns))
         self.candidate = scored * math.ceil(run.rotation.size / len(columns)) / len(population)
         self.row = scored / (len(population) * len(columns))
+        #: Bytes in use besides what the sample holds. Not before: weights and libraries come as they are first used.
+        self.in_use = _in_use(run.model)
         engine.close()
         # Rows of a shard's examples are one batch.
         self.rows = len(population) * math.ceil(run.rotation.size / math.ceil(len(run.train) / SHARD_SIZE))
@@ -195,8 +198,8 @@ class _Replay:
     def _encoded(self, example: Example) -> torch.Tensor:
         return encode_prompt(self.run.tokenizer, example)
 
-    def memory(self, process: int, free: int, selectors: int) -> Memory:
-        """Return what the search takes; `process` and `free` are bytes in use and free."""
+    def memory(self, free: int, selectors: int) -> Memory:
+        """Return what the search takes; `free` are the bytes that were free before."""
         run, config = self.run, self.run.config
         longest = run.train[int(np.argmax(self.tokens))]
         engine = ReplayEngine(run.model, run.tokenizer, [longest], run.selector, config.metric, run.space.ceiling)
@@ -209,9 +212,10 @@ class _Replay:
         if selectors > 1:
             # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
             recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(_USABLE * free / 2))
+        held_then = int(needs.snapshot * np.minimum(self.sampled, run.space.ceiling).sum() / held.max())
         passes = min(self.side_by_side, SLOPE_EXAMPLES)
         return Memory(
-            process,
+            self.in_use - held_then,
             _weights(run.model),
             recordings,
             2 * self.side_by_side * whole,
@@ -234,18 +238,19 @@ class _Naive:
         self.row = _fastest(lambda: engine.score(uniform)) * float(np.mean(self.tokens)) / self.tokens[0]
         self.candidate, self.prompt = self.row * run.rotation.size, self.row
         self.step = self.calibration = 0.0
+        self.in_use = _in_use(run.model)
 
     def read(self, examples: Sequence[Example]) -> float:
         """Return 0: no prompt is read once for all candidates."""
         return 0.0
 
-    def memory(self, process: int, free: int, selectors: int) -> Memory:
+    def memory(self, free: int, selectors: int) -> Memory:
         """Return what the search takes: one prompt at a time."""
         from evolkv.models import model_facts
 
         facts, model = model_facts(self.run.model), self.run.model
         entry = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * model.dtype.itemsize
-        return Memory(process, _weights(model), 0, int(2 * entry * max(self.tokens)), 0, 0, free)
+        return Memory(self.in_use, _weights(model), 0, int(2 * entry * max(self.tokens)), 0, 0, free)
 
 
 def _lengths(run: Run, examples: Sequence[Example]) -> list[int]:
