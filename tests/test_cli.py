@@ -304,7 +304,7 @@ def test_demo_writes_the_contracts_results(demo):
     results = json.loads((demo / "results.json").read_text())
     assert results["format"] == "evolkv.results/1"
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["full", "snapkv", "pyramidkv", "chunkkv:window=8", "evolkv"]
+    assert list(rows) == ["full", "snapkv", "pyramidkv", "chunkkv:window=4", "evolkv"]
     for row in rows.values():
         assert {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"} <= set(
             row
@@ -441,7 +441,8 @@ def test_generate_reports_what_the_profile_saved(run_smollm2, demo):
     )
     assert code == 0
     answer = json.loads(out)
-    assert answer["kv_bytes"] == 64 * 30 * 3 * 2 * 64 * 4
+    # A head may have more than this prompt, which is shorter than those of the search.
+    assert 0.95 < answer["kv_bytes"] / (64 * 30 * 3 * 2 * 64 * 4) <= 1
     assert answer["full_kv_bytes"] == answer["prompt_tokens"] * 30 * 3 * 2 * 64 * 4
     assert 1 <= answer["new_tokens"] <= 4
 

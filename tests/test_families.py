@@ -260,7 +260,7 @@ def test_search_and_evaluation_run_on_hybrids_and_on_attention_sinks(tokenizer, 
     results = [
         evolkv.search(
             model, tokenizer, task=task, budget=budget, train=2, val=2, max_evals=4, metric="logprob", engine=engine,
-            selector={"name": "snapkv", "window": 4}, granularity="head", seed=1,
+            selector={"name": "snapkv", "window": 4}, granularity="head", seed=1, start="uniform",
         )
         for engine in ("replay", "naive")
     ]  # fmt: skip

@@ -66,6 +66,7 @@ def test_very_sharp_cuts_give_what_hard_ones_give(family):
         ("gemma2", "aware", "logprob"),
         ("gpt_oss", "aware", "fidelity"),
         ("qwen3_next", "agnostic", "logprob"),
+        ("bamba", "aware", "logprob"),
     ],
 )
 def test_the_slope_is_that_of_finite_differences(family, protocol, metric, tokenizer, monkeypatch):

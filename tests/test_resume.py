@@ -117,7 +117,7 @@ def test_a_finished_search_is_not_searched_again(small, finished):
     storage, settings, result = finished
     stages = []
     again = evolkv.search(*small, storage=storage, on_progress=lambda step: stages.append(step.stage), **settings)
-    assert set(stages) == {"search"}
+    assert set(stages) == {"gradient", "search"}
     assert again.history == result.history
     assert again.validation == result.validation
     assert again.profile == result.profile
@@ -187,7 +187,16 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(small, tmp_path):
     assert [result.profile.total for result in curve.results] == [budget * LAYERS * KV_HEADS for budget in (36, 40, 48)]
     assert [result.evaluations for result in curve.results] == [8, 4, 4]
     names = [{row["name"] for row in result.validation} for result in curve.results]
-    assert names[1] == {"uniform", "pyramid", "lukv", "best", "mean", "expanded from 36", "expanded from 48"}
+    assert names[1] == {
+        "uniform",
+        "pyramid",
+        "lukv",
+        "gradient",
+        "best",
+        "mean",
+        "expanded from 36",
+        "expanded from 48",
+    }
     for result, point in zip(curve.results, curve.points, strict=True):
         assert point["score"] == max(row["score"] for row in result.validation)
     assert curve.points[0]["on_front"]

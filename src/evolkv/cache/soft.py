@@ -180,7 +180,3 @@ class SoftReplayCache(ReplayCache):
     def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
         budgets, sharpness = self._soft
         return SoftReplayLayer(parts, window, budgets[index], sharpness)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return a state that a hybrid model has come to. No call follows; writing it would break the way back."""
-        return recurrent_states

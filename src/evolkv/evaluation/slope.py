@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -54,8 +55,10 @@ def slope(
             each.scorer.loss(prompt.next_logits[None], each) for prompt, each in zip(prompts, questions, strict=True)
         ]
         return np.array([float(loss) for loss in losses]), np.zeros(budgets.shape)
+    # Recurrent states are overwritten token by token, and the way back needs each of them.
+    states = torch.autograd.graph.allow_mutation_on_saved_tensors() if prompts[0].states else nullcontext()
     # Tensors made in inference mode cannot take part in what is differentiated.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), states:
         soft = torch.tensor(budgets, dtype=torch.float32, device=device, requires_grad=True)
         cache = SoftReplayCache(model, prompts, soft, sharpness)
         logits = model(padded, cache=cache, position_ids=positions, use_cache=True).logits
