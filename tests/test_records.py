@@ -598,14 +598,14 @@ def test_a_profile_evolved_on_rows_that_all_serve_is_pointed_out(tiny, task, tmp
     assert "p.json@40 was evolved on rows of jsonl" in caplog.text
 
 
-def test_examples_that_a_search_saw_are_on_record_as_such(tiny, task, caplog):
+def test_examples_that_a_search_saw_are_on_record_as_such(tiny, task, tmp_path, caplog):
     settings = {"task": task, "budget": 56, "train": 3, "val": 2, "max_evals": 6, "start": "uniform"}
     found = evolkv.search(*tiny, selector="streaming_llm", **settings)
     _, tokenizer = tiny
     examples = get_task(task).examples("report", EXAMPLES, tokenizer, 0)
     saw = {sha256(each.prompt)[:16] for each in examples} & set(found.profile.search["seen"])
-    evolkv.evaluate(*tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records="seen.jsonl")
-    methods = read_records("seen.jsonl").settings.methods
+    evolkv.evaluate(*tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records=tmp_path / "seen.jsonl")
+    methods = read_records(tmp_path / "seen.jsonl").settings.methods
     (names,) = next(each.seen for label, each in methods.items() if label != "full").values()
     assert names == [each.id for each in examples if sha256(each.prompt)[:16] in saw]
     assert f"was evolved or chosen on {len(saw)} of the {EXAMPLES} examples" in caplog.text
