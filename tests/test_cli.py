@@ -314,7 +314,10 @@ def test_demo_writes_the_contracts_results(demo):
         low, high = row["ci95"]
         assert 0 <= low <= row["score"] <= high <= 1
     assert rows["full"]["score"] == 1
-    assert {row["kv_bytes"] for name, row in rows.items() if name != "full"} == {64 * 30 * 3 * 2 * 64 * 4}
+    held = {name: row["kv_bytes"] / (64 * 30 * 3 * 2 * 64 * 4) for name, row in rows.items() if name != "full"}
+    # An evolved head may have more than a prompt has tokens, where it is shorter than those of the search.
+    assert 0.99 < held.pop("evolkv") <= 1
+    assert set(held.values()) == {1}
     assert rows["full"]["kv_bytes"] > 4 * rows["evolkv"]["kv_bytes"]
 
 
