@@ -338,8 +338,8 @@ def slope_bytes(model: PreTrainedModel, prompt: RankedPrompt, tokens: int) -> tu
     entries = max(4 * (key.numel() + value.numel()) for key, value in zip(prompt.keys, prompt.values, strict=True))
     heads = config.num_attention_heads
     weights = min(BLOCK_BYTES, 4 * heads * tokens * max(key.shape[1] + tokens for key in prompt.keys))
-    # Twice, and a dozen blocks: what has been freed is not at once given back, or used again.
-    return int(2 * activations + cuts + logits), int(2 * entries + 12 * weights)
+    # Twice, and sixteen blocks: what has been freed is not at once given back, or used again.
+    return int(2 * activations + cuts + logits), int(2 * entries + 16 * weights)
 
 
 def lowest_changed(budgets: np.ndarray) -> int:
