@@ -22,6 +22,7 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 6, "val": 2, "population": 4, "max_evals": 24, "seed": 0}
+SETTINGS |= {"gradient_steps": 6}
 
 
 @pytest.fixture(scope="module")

@@ -604,7 +604,9 @@ def test_examples_that_a_search_saw_are_on_record_as_such(tiny, task, tmp_path, 
     _, tokenizer = tiny
     examples = get_task(task).examples("report", EXAMPLES, tokenizer, 0)
     saw = {sha256(each.prompt)[:16] for each in examples} & set(found.profile.search["seen"])
-    evolkv.evaluate(*tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records=tmp_path / "seen.jsonl")
+    evolkv.evaluate(
+        *tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records=tmp_path / "seen.jsonl"
+    )
     methods = read_records(tmp_path / "seen.jsonl").settings.methods
     (names,) = next(each.seen for label, each in methods.items() if label != "full").values()
     assert names == [each.id for each in examples if sha256(each.prompt)[:16] in saw]

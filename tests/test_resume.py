@@ -19,6 +19,7 @@ from evolkv.evolution.study import Study, read_studies
 from tiny import KV_HEADS, LAYERS
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
+SETTINGS |= {"gradient_steps": 6}
 KILLS = 20
 #: A search at a time on each.
 CORES = (0, 1)
