@@ -8,7 +8,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.options import Markdown, files, to_read, to_write_or_print
-from evolkv.cli.tables import print_table
+from evolkv.cli.tables import print_result
 
 
 def certify(
@@ -46,11 +46,4 @@ def certify(
         from evolkv.report.tables import certificates_note, certificates_table
 
         found = certify_records(records, loss, confidence)
-    table = certificates_table(found)
-    try:
-        console.write_json(json_out, found.to_dict())
-    finally:
-        # A file that cannot be written must not take the numbers with it.
-        if markdown != "-":
-            console.OUT.print(f"{table.caption}\n", soft_wrap=True)
-        print_table(table, markdown, certificates_note(found))
+    print_result(found.to_dict(), certificates_table(found), certificates_note(found), json_out, markdown)

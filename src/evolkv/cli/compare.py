@@ -8,7 +8,7 @@ import typer
 
 from evolkv.cli import console
 from evolkv.cli.options import Markdown, files, to_read, to_write_or_print, valid_seed
-from evolkv.cli.tables import print_table
+from evolkv.cli.tables import print_result
 
 
 def compare(
@@ -50,11 +50,4 @@ def compare(
         from evolkv.report.tables import comparison_note, comparison_table
 
         found = compare_records(records, a, b, budget, seed)
-    table = comparison_table(found)
-    try:
-        console.write_json(json_out, found.to_dict())
-    finally:
-        # A file that cannot be written must not take the numbers with it.
-        if markdown != "-":
-            console.OUT.print(f"{table.caption}\n", soft_wrap=True)
-        print_table(table, markdown, comparison_note(found))
+    print_result(found.to_dict(), comparison_table(found), comparison_note(found), json_out, markdown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,19 @@ def print_table(table: TextTable, markdown: str | None = None, note: str = "") -
         from evolkv.whole_files import write_text
 
         write_text(markdown, text)
+
+
+def print_result(
+    data: Mapping[str, Any], table: TextTable, note: str, json_out: str | None, markdown: str | None
+) -> None:
+    """Write the numbers of a result as JSON where that is wanted, and print its table under the table's caption."""
+    try:
+        console.write_json(json_out, data)
+    finally:
+        # A file that cannot be written must not take the numbers with it.
+        if markdown != "-":
+            console.OUT.print(f"{table.caption}\n", soft_wrap=True)
+        print_table(table, markdown, note)
 
 
 def print_whole(table: Table) -> None:

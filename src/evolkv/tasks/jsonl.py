@@ -6,19 +6,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.schemas import Schema
-from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
+from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
-from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
+from evolkv.tasks.prompts import cut_middle, question_at, user_message
 from evolkv.tasks.rows import (
     AnyText,
     Count,
     Name,
+    PromptRows,
     Row,
     Splitting,
     Text,
@@ -27,13 +28,12 @@ from evolkv.tasks.rows import (
     check_question,
     checked_rows,
     digest,
-    draw,
     parse_rows,
 )
 
 
 @dataclass(frozen=True)
-class JsonLines(Task):
+class JsonLines(PromptRows):
     """Prompts and answers from a JSON Lines file.
 
     A row is an object with `prompt` (text) and `answers` (a list of texts) or `answer` (one text), and optionally
@@ -76,36 +76,7 @@ class JsonLines(Task):
     def __post_init__(self) -> None:
         if self.metric is not None:
             check_metric(self.metric)
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise TaskError(f"jsonl: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
-        if self.context is not None and self.context < 2:
-            raise TaskError(f"jsonl: context={self.context} is out of range; expected at least 2 tokens")
-        check_choice(self.name, "split", self.split, get_args(Splitting))
-
-    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
-        """Draw n rows of the split in the seed's order; all of them, with a warning, if there are fewer.
-
-        Raises:
-            TaskError: the file cannot be read, a row is malformed (the message names file and line), the
-                split has no rows, or chat=true and the tokenizer has no chat template.
-        """
-        check_request(split, n)
-        uses_chat(tokenizer, self.chat, self.name)
-        drawn = draw(
-            self._rows(),
-            split,
-            n,
-            splitting=self.split,
-            seed=f"jsonl/{seed}",
-            source=self.path,
-            groups="prompts",
-        )
-        return [self._example(row, tokenizer) for row in drawn]
-
-    def check_files(self) -> None:
-        """Read all rows."""
-        for _ in self._rows():
-            pass
+        self._check_settings()
 
     def _rows(self) -> Iterator[Row[_Fields]]:
         for (number, where), fields in checked_rows(_Fields, parse_rows(read_text(self.path), self.path)):

@@ -6,31 +6,31 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.schemas import Schema
-from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
+from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.prompts import cut_middle, encode_text, question_at, render_chat, user_message, uses_chat
 from evolkv.tasks.rows import (
     AnyText,
     Count,
     Name,
+    PromptRows,
     Row,
     Splitting,
     Text,
     check_question,
     checked_rows,
     digest,
-    draw,
     parse_rows,
 )
 
 
 @dataclass(frozen=True)
-class RawPrompts(Task):
+class RawPrompts(PromptRows):
     """Your own prompts, without answers: text files, JSON Lines or chat logs.
 
     The metric is `fidelity`, which compares with the model's own greedy continuation under the full cache. The path is
@@ -64,6 +64,7 @@ class RawPrompts(Task):
     name: ClassVar[str] = "prompts"
     default_metric: ClassVar[str] = "fidelity"
     main_setting: ClassVar[str] = "path"
+    groups: ClassVar[str] = "prompts (a text file is one prompt, and a chat's first message tells it apart)"
 
     path: str
     max_new_tokens: int | None = None
@@ -72,36 +73,7 @@ class RawPrompts(Task):
     context: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise TaskError(f"prompts: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
-        if self.context is not None and self.context < 2:
-            raise TaskError(f"prompts: context={self.context} is out of range; expected at least 2 tokens")
-        check_choice(self.name, "split", self.split, get_args(Splitting))
-
-    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
-        """Draw n prompts of the split in the seed's order; all of them, with a warning, if there are fewer.
-
-        Raises:
-            TaskError: a file cannot be read, a row is malformed (the message names file and line), the split has no
-                prompts, or the tokenizer has no chat template, or one that does not take the messages.
-        """
-        check_request(split, n)
-        uses_chat(tokenizer, self.chat, self.name)
-        drawn = draw(
-            self._rows(),
-            split,
-            n,
-            splitting=self.split,
-            seed=f"prompts/{seed}",
-            source=self.path,
-            groups="prompts (a text file is one prompt, and a chat's first message tells it apart)",
-        )
-        return [self._example(row, tokenizer) for row in drawn]
-
-    def check_files(self) -> None:
-        """Read all prompts."""
-        for _ in self._rows():
-            pass
+        self._check_settings()
 
     def _rows(self) -> Iterator[Row[_Prompt]]:
         root = Path(self.path).expanduser()

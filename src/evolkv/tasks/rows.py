@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import random
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -19,8 +20,9 @@ from evolkv.errors import TaskError, UsageError
 from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
 from evolkv.schemas import Schema, checked
-from evolkv.tasks.base import Split, partition
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, partition
 from evolkv.tasks.metrics import MODEL_METRICS, get_metric
+from evolkv.tasks.prompts import uses_chat
 
 logger = logging.getLogger(__name__)
 
@@ -210,3 +212,61 @@ def draw(
 def digest(text: str) -> str:
     """Return a hash of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class PromptRows(Task):
+    """What tasks share whose rows hold a whole prompt each. They are dataclasses with these settings.
+
+    A subclass reads the rows in `_rows` and makes an example of one in `_example`.
+
+    Attributes:
+        groups: what stands together in one split, in the words of a message.
+    """
+
+    groups: ClassVar[str] = "prompts"
+
+    path: str
+    max_new_tokens: int | None
+    split: Splitting
+    chat: bool
+    context: int | None
+
+    def _check_settings(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise TaskError(f"{self.name}: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
+        if self.context is not None and self.context < 2:
+            raise TaskError(f"{self.name}: context={self.context} is out of range; expected at least 2 tokens")
+        check_choice(self.name, "split", self.split, get_args(Splitting))
+
+    def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
+        """Draw n rows of the split in the seed's order; all of them, with a warning, if there are fewer.
+
+        Raises:
+            TaskError: a file cannot be read, a row is malformed (the message names file and line), the split has no
+                rows, or the tokenizer has no chat template where one is asked for, or one that does not take the row.
+        """
+        check_request(split, n)
+        uses_chat(tokenizer, self.chat, self.name)
+        drawn = draw(
+            self._rows(),
+            split,
+            n,
+            splitting=self.split,
+            seed=f"{self.name}/{seed}",
+            source=self.path,
+            groups=self.groups,
+        )
+        return [self._example(row, tokenizer) for row in drawn]
+
+    def check_files(self) -> None:
+        """Read all rows."""
+        for _ in self._rows():
+            pass
+
+    @abstractmethod
+    def _rows(self) -> Iterator[Row[Any]]:
+        """Yield the rows of the file."""
+
+    @abstractmethod
+    def _example(self, row: Row[Any], tokenizer: Any) -> Example:
+        """Return a row as an example."""
