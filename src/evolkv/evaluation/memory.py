@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from evolkv.models.forward import execution_device
 
+#: The part of free memory that engines use.
+USABLE = 0.9
 _PROCESS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 #: Files of a control group of version 2 and 1: its limit, what it uses, and the field of memory.stat for file pages
 #: that the kernel gives up first.

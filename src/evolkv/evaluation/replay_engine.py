@@ -17,7 +17,7 @@ from evolkv.cache.soft import BLOCK_BYTES
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.lengths import ByLength
-from evolkv.evaluation.memory import free_memory
+from evolkv.evaluation.memory import USABLE, free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.scoring import Question, encode_examples, generate
 from evolkv.evaluation.slope import slope
@@ -113,7 +113,7 @@ class ReplayEngine(Engine):
         self.model, self.tokenizer = model, tokenizer
         self.questions = encode_examples(tokenizer, model, examples, metric)
         #: Bytes that one batch of candidates may take.
-        self.room = memory_limit if memory_limit is not None else int(0.9 * free_memory(model))
+        self.room = memory_limit if memory_limit is not None else int(USABLE * free_memory(model))
         #: Bytes of the snapshots.
         self.held_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(question.tokens for question in self.questions)

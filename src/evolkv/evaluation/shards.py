@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.lengths import ByLength
-from evolkv.evaluation.memory import free_memory
+from evolkv.evaluation.memory import USABLE, free_memory
 from evolkv.evaluation.prefill import RecordingStore
 from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.selectors import Selector
@@ -99,7 +99,7 @@ class ShardServer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
-        self._memory = int(0.9 * free_memory(model))
+        self._memory = int(USABLE * free_memory(model))
         self._held: dict[str, ReplayEngine] = {}
         self._store: RecordingStore | None = None
         self._lock = threading.Lock()

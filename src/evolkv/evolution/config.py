@@ -171,9 +171,10 @@ class SearchConfig:
         if self.metric is None:
             object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
         check_metric(self.metric)
-        if self.follows_slope and not (has_slope(self.metric) and self.engine == "replay"):
+        if self.follows_slope and not self.has_slope:
+            lacking = f"engine {self.engine!r}" if has_slope(self.metric) else f"metric {self.metric!r}"
             raise UsageError(
-                f"{_slope_lacking(self)} for a gradient to follow; use --start uniform with "
+                f"{lacking} has no slope for a gradient to follow; use --start uniform with "
                 "--strategy joint, or --metric logprob with --engine replay"
             )
         if self.begins_at == LUKV and not self.calibrates:
@@ -207,9 +208,13 @@ class SearchConfig:
         """The allocation that the search starts from: `start`, or its default."""
         if self.start is not None:
             return self.start
-        starts_anywhere, only = STRATEGIES[self.strategy].starts_anywhere, self.strategy == GRADIENT
-        slope = has_slope(self.metric) and self.engine == "replay"
-        return GRADIENT if only or (starts_anywhere and slope) else "uniform"
+        by_default = STRATEGIES[self.strategy].starts_anywhere and self.has_slope
+        return GRADIENT if by_default or self.strategy == GRADIENT else "uniform"
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether there is a slope that a search could follow."""
+        return self.engine == "replay" and has_slope(self.metric)
 
     @property
     def follows_slope(self) -> bool:
@@ -249,11 +254,6 @@ class SearchConfig:
         """Say how the search goes on, if anyone listens."""
         if self.on_progress is not None:
             self.on_progress(progress)
-
-
-def _slope_lacking(config: SearchConfig) -> str:
-    lacking = f"engine {config.engine!r}" if has_slope(config.metric) else f"metric {config.metric!r}"
-    return f"{lacking} has no slope"
 
 
 #: Settings that are one of a few words, and settings that count something.

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from evolkv.errors import ModelError
-from evolkv.evaluation.memory import free_memory
+from evolkv.evaluation.memory import USABLE, free_memory
 from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.replay_engine import ReplayEngine
@@ -32,8 +32,6 @@ from evolkv.evolution.run import Run
 from evolkv.tasks import Example, encode_prompt
 
 FORMAT = "evolkv.plan/1"
-#: The part of free memory that an engine uses.
-_USABLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
             "validation": measured.read(run.held_out) + chosen * measured.row + len(budgets) * measured.prompt,
         }
         memory = measured.memory(free, len(selectors))
-        usable = _USABLE * free / (2 if len(selectors) > 1 else 1)
+        usable = USABLE * free / (2 if len(selectors) > 1 else 1)
         fits = memory.needed <= usable
         advice = [] if fits else _advice(run, memory, usable)
     return Plan(seconds, memory, evaluations, fits, advice)
@@ -211,7 +209,7 @@ class _Replay:
         whole = int(needs.snapshot * needs.tokens / min(needs.tokens, run.space.ceiling))
         if selectors > 1:
             # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
-            recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(_USABLE * free / 2))
+            recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(USABLE * free / 2))
         held_then = int(needs.snapshot * np.minimum(self.sampled, run.space.ceiling).sum() / held.max())
         passes = min(self.side_by_side, SLOPE_EXAMPLES)
         return Memory(
