@@ -220,7 +220,8 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
                 console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
         again = "; the same command goes on from there" if storage else ""
-        console.say(f"evolkv: interrupted after {result.evaluations} candidates; the best so far is in {out}{again}")
+        done = f"{result.evaluations} candidates" if result.evaluations else f"{len(result.descent)} gradient steps"
+        console.say(f"evolkv: interrupted after {done}; the best so far is in {out}{again}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
