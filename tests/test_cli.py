@@ -304,7 +304,7 @@ def test_demo_writes_the_contracts_results(demo):
     results = json.loads((demo / "results.json").read_text())
     assert results["format"] == "evolkv.results/1"
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["full", "snapkv", "pyramidkv", "chunkkv:window=4", "evolkv"]
+    assert list(rows) == ["full", "snapkv", "pyramidkv", "chunkkv:window=2", "evolkv"]
     for row in rows.values():
         assert {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"} <= set(
             row
