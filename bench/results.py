@@ -3,9 +3,9 @@
     python bench/results.py --out DIR [--table NAME ...] [--record NAME] [--model smollm2-135m] [--data DIR]
 
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
-examples), then these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored
-on the same held-out examples. The difference is paired with the method that scores best on those very examples at
-that budget and task, which favours the methods that are not evolved.
+examples), and LU-KV's are calibrated on the same examples. Then these, published methods, and the rankings that budgets
+were evolved under, at equal budgets, are scored on the same held-out examples. The difference is paired with LU-KV, and
+with the method that scores best on those very examples at that budget and task, which favours what is not evolved.
 
 Profiles, studies and the records of every example are kept in DIR. Given again, the same command goes on where it was
 stopped.
@@ -27,7 +27,7 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
-from evolkv.evolution.config import Granularity
+from evolkv.evolution.config import COMPETING, Granularity
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
@@ -50,8 +50,8 @@ PUBLISHED = (
     "keydiff",
     "expected_attention",
 )
-#: What budgets are evolved under unless said otherwise. A window of 32 would be half of a budget of 64.
-SELECTORS = {"aware": "snapkv:window=8", "agnostic": "keydiff"}
+#: Budgets that LU-KV allocates, calibrated on the examples that budgets are evolved on, under the same selector.
+LUKV = "lukv"
 SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3")
 MULTIKEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
@@ -112,6 +112,23 @@ TABLES = {
         val=3,
         protocols=("aware",),
     ),
+    # Needles and what has little in common with them, one profile for all.
+    "workloads": Table(
+        (
+            "niah:context=1600",
+            "ruler:task=niah_multikey_1,context=2048",
+            "ruler:task=vt,context=2048",
+            "code:context=1600",
+            "gsm8k:path={data}/gsm8k_test.jsonl",
+            "jsonl:path={data}/minilongbench/multi_news.jsonl,context=2000",
+        ),
+        ("logprob",),
+        24,
+        together=True,
+        train=4,
+        val=4,
+        protocols=("aware",),
+    ),
     "code": Table(("code:context=1600",), ("logprob", None), 64, train=12, val=24, protocols=("aware",)),
     "gsm8k": Table(("gsm8k:path={data}/gsm8k_test.jsonl",), ("logprob",), 64, train=12, val=24),
 }
@@ -149,7 +166,12 @@ class Runner:
         return [spec.format(data=self.arguments.data) for spec in specs]
 
     def _group(self, stem: str, table: Table, tasks: list[str], protocol: str) -> tuple[list[Any], list[Any]]:
-        profiles = self._evolve(stem, table, self._paths(table.evolve_on) or tasks, protocol)
+        evolve_on = self._paths(table.evolve_on) or tasks
+        profiles = {"evolved": self._evolve(stem, table, evolve_on, protocol)}
+        under = self._evolved_under(stem, protocol)
+        profiles[LUKV] = self._evolve(
+            f"{stem}-{LUKV}", table, evolve_on, protocol, selector=under, strategy="start", start=LUKV
+        )
         found: tuple[list[Any], list[Any]] = ([], [])
         for metric in table.metrics:
             for part, more in zip(found, self._scored(stem, table, tasks, protocol, profiles, metric), strict=True):
@@ -157,14 +179,16 @@ class Runner:
         return found
 
     def _scored(
-        self, stem: str, table: Table, tasks: list[str], protocol: str, profiles: str, metric: str | None
+        self, stem: str, table: Table, tasks: list[str], protocol: str, profiles: dict[str, str], metric: str | None
     ) -> tuple[list[Any], list[Any]]:
         records = self.arguments.out / f"{stem}-{metric or 'text'}.records.jsonl"
         rows = evolkv.evaluate(
             self.model,
             self.tokenizer,
             task=tasks,
-            methods=list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), profiles])),
+            methods=list(
+                dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), *profiles.values()])
+            ),
             budgets=self.budgets,
             samples=table.samples,
             seed=self.seed,
@@ -173,23 +197,31 @@ class Runner:
             records=records,
         )
         comparisons = []
+        names = {path: name for name, path in profiles.items()}
+        evolved, lukv = profiles["evolved"], profiles[LUKV]
         metrics = {row["task"]: row["metric"] for row in rows}
         if len(metrics) > 1 and len(set(metrics.values())) == 1:
             metrics[ALL] = rows[0]["metric"]
         for task, its_metric in metrics.items():
             for budget in self.budgets:
-                at = [row for row in rows if row["budget"] == budget and row["method"] != profiles]
+                at = [row for row in rows if row["budget"] == budget and row["method"] != evolved]
                 best = _best(at if task == ALL else [row for row in at if row["task"] == task])
-                compared = compare_records([records], label(profiles, budget), label(best, budget))
-                pairs = {each.task: each.result for each in compared.tasks} | {ALL: compared.overall}
+                pairs = []
+                for other in (best, lukv):
+                    compared = compare_records([records], label(evolved, budget), label(other, budget))
+                    by_task = {each.task: each.result for each in compared.tasks} | {ALL: compared.overall}
+                    pairs.append(by_task[task].to_dict())
                 about = {"task": task, "protocol": protocol, "metric": its_metric, "budget": budget}
-                comparisons.append({**about, "best": best, **pairs[task].to_dict()})
+                comparisons.append({**about, "best": names.get(best, best), **pairs[0], LUKV: pairs[1]})
         for row in rows:
-            row["method"] = "evolved" if row["method"] == profiles else row["method"]
+            row["method"] = names.get(row["method"], row["method"])
         return rows, comparisons
 
     def _selectors(self, protocol: str) -> list[str]:
-        return self.arguments.selector or [SELECTORS[protocol]]
+        """Return what budgets are evolved under: unless said otherwise, what `evolkv search` takes."""
+        least = min(self.budgets)
+        known = [get_selector(each).spec for each in self.arguments.selector or COMPETING[protocol]]
+        return [each for each in known if get_selector(each).min_budget + 1 < least]
 
     def _evolved_under(self, stem: str, protocol: str) -> list[str]:
         """Return the selectors of the profiles, by budget and, where each task has its own, by task."""
@@ -197,12 +229,11 @@ class Runner:
             name
             for budget in self.budgets
             for name in sorted(self.arguments.out.glob(f"{stem}*-{budget}.profile.json"))
+            if f"-{LUKV}-" not in name.name
         ]
-        chosen = [evolkv.BudgetProfile.load(name).selector["name"] for name in names]
-        specs = {spec.partition(":")[0]: spec for spec in self._selectors(protocol)}
-        return [specs[name] for name in chosen]
+        return [get_selector(evolkv.BudgetProfile.load(name).selector).spec for name in names]
 
-    def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str) -> str:
+    def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str, **settings: Any) -> str:
         """Profiles for all budgets, made unless they are there; the method that stands for them."""
         pattern = str(self.arguments.out / f"{stem}-{{}}.profile.json")
         paths = [Path(pattern.replace("{}", str(budget))) for budget in self.budgets]
@@ -213,7 +244,6 @@ class Runner:
             self.tokenizer,
             task=get_task(tasks),
             budgets=self.budgets,
-            selector=[get_selector(each) for each in self._selectors(protocol)],
             granularity=self.granularity,
             protocol=protocol,
             train=table.train * len(tasks),
@@ -222,6 +252,7 @@ class Runner:
             first=self.arguments.first,
             seed=self.seed,
             storage=str(self.arguments.out / f"{stem}.study.db"),
+            **{"selector": self._selectors(protocol), **settings},
         )
         for path, found in zip(paths, curve.results, strict=True):
             found.profile.save(path)
@@ -248,7 +279,7 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
     for task in dict.fromkeys(pair["task"] for pair in pairs):
         scores, counts = zip(*([full[task]] if task in full else full.values()), strict=True)
         cells = [
-            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95")}
+            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95", LUKV)}
             for pair in pairs
             if pair["task"] == task
         ]
@@ -299,7 +330,7 @@ def main(
         budgets: mean cache entries per KV head.
         protocol: whether the question is compressed with the context (aware) or comes later (agnostic).
         methods: published methods to compare with.
-        selector: what budgets are evolved under, the best on validation; default: by protocol.
+        selector: what budgets are evolved under, the best on validation; default: what `evolkv search` takes.
         max_evals: candidates at the first budget.
         first: where curves begin.
         samples: held-out examples per task; default: the table's.

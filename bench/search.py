@@ -19,12 +19,15 @@ import torch
 import evolkv
 from evolkv.cache.replay import RankedPrompt
 from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
+from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.on_ray import RayBackend
+from evolkv.evaluation.records import label
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.slope import slope
 from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
 from evolkv.evolution.evolve import Rotation, evolve
+from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.study import Study
 from evolkv.methods import Method
 from evolkv.models import describe_model
@@ -487,6 +490,146 @@ def gradient(
     return {"n": samples, "seeds": seeds, "task": task, "table": table, "searches": spent, "rows": rows}
 
 
+def descent(
+    bench: Bench,
+    task: list[str],
+    budget: int,
+    selector: str,
+    train: int = 24,
+    val: int = 24,
+    seeds: int = 3,
+) -> dict[str, Any]:
+    """Hold a descent against evolution from uniform budgets with its default candidates: held-out score and cost.
+
+    Both have the same training examples, prefilled once, which is not counted. Cost is counted in forward passes of one
+    example under one allocation, a pass there and back as three, and in seconds on one thread per core. Evolution's
+    score is that of the better of what it puts forward and its mean. The descent is also judged after each step, at no
+    cost to it: `reached` is the first one that is as good as evolution's end.
+
+    Args:
+        task: specs of the tasks.
+        budget: mean cache entries per KV head.
+        selector: whose ranking is cut.
+        train: training examples.
+        val: held-out examples.
+        seeds: pairs, each with examples of its own.
+    """
+    model, tokenizer = bench.load()
+    rows: list[dict[str, Any]] = []
+    for seed in seeds_from(bench, seeds):
+        trial = Trial(
+            model, tokenizer, task=task, selector=selector, train=train, held_out=val, seed=seed, split="validation"
+        )
+        config = replace(trial.config, granularity="head")
+        space = trial.space("head")
+
+        def judged(allocations: Sequence[Any], trial: Any = trial) -> float:
+            return float(trial.held_out.score(np.stack([np.array(each) for each in allocations])).mean(axis=1).max())
+
+        _ = trial.train
+        started = time.perf_counter()
+        steps, _ = descend(
+            budget,
+            config=config,
+            space=space,
+            rotation=Rotation(train, SLOPE_EXAMPLES, seed),
+            scorer=lambda trial=trial: trial.train,  # type: ignore[misc]
+        )
+        of_descent = time.perf_counter() - started
+        started = time.perf_counter()
+        evolved = trial.evolve(replace(config, start="uniform"), budget)
+        of_evolution = time.perf_counter() - started
+        ends = [evolved.best.budgets] if evolved.mean is None else [evolved.best.budgets, evolved.mean]
+        scores = {"evolution": judged(ends), "uniform": judged([space.heuristics(budget)["uniform"]])}
+        by_step = [judged([step.budgets]) for step in steps]
+        reached = next((i for i, score in enumerate(by_step, 1) if score >= scores["evolution"]), None)
+        passes = config.examples_per_generation * len(evolved.history)
+        row = {
+            "seed": seed,
+            **scores,
+            "descent": by_step[-1],
+            "steps": len(steps),
+            "reached": reached,
+            "passes": {"descent": 3 * SLOPE_EXAMPLES * len(steps), "evolution": passes},
+            "seconds": {"descent": of_descent, "evolution": of_evolution},
+            "by_step": by_step,
+        }
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "by_step"}, file=sys.stderr, flush=True)
+        trial.close()
+    return {"n": val, "seeds": seeds, "task": task, "budget": budget, "selector": selector, "rows": rows}
+
+
+def label_free(
+    bench: Bench,
+    task: list[str] = ["niah:context=1600,passages=2", "code:context=1600"],  # noqa: B006
+    budgets: list[int] = [40, 128],  # noqa: B006
+    selector: list[str] = ["chunkkv:window=2", "snapkv:window=32"],  # noqa: B006
+    samples: int = 32,
+    max_evals: int = 340,
+) -> dict[str, Any]:
+    """Hold budgets that were evolved without answers against those evolved with them, on the same prompts.
+
+    One search has the metric `logprob`, the other `fidelity`, which compares with what the full cache itself would say.
+    Both profiles are then scored on held-out examples, by the answers' probability and by the task's own metric.
+
+    Args:
+        task: specs of the tasks, each with searches of its own.
+        budgets: mean cache entries per KV head, of each task.
+        selector: whose ranking is cut, of each task.
+        samples: held-out examples.
+        max_evals: candidates of each search.
+    """
+    model, tokenizer = bench.load()
+    rows: list[dict[str, Any]] = []
+    for spec, budget, ranking in zip(task, budgets, selector, strict=True):
+        methods: list[Any] = ["full", ranking]
+        seconds = {}
+        for followed in ("logprob", "fidelity"):
+            found = evolkv.search(
+                model,
+                tokenizer,
+                task=spec,
+                budget=budget,
+                selector=ranking,
+                metric=followed,
+                max_evals=max_evals,
+                seed=bench.seed,
+            )
+            seconds[followed] = found.seconds
+            methods.append(Method.of_profile(found.profile, followed))
+        with tempfile.TemporaryDirectory() as folder:
+            for metric in ("logprob", None):
+                records = Path(folder) / f"{metric}.jsonl"
+                compared = evolkv.evaluate(
+                    model,
+                    tokenizer,
+                    task=spec,
+                    methods=methods,
+                    budgets=[budget],
+                    samples=samples,
+                    seed=bench.seed,
+                    metric=metric,
+                    records=records,
+                )
+                pair = compare_records([records], label("fidelity", budget), label("logprob", budget)).overall
+                scores = {row["method"]: row["score"] for row in compared}
+                rows.append(
+                    {
+                        "task": spec,
+                        "budget": budget,
+                        "selector": ranking,
+                        "metric": compared[0]["metric"],
+                        "scores": scores,
+                        "difference": pair.difference,
+                        "ci95": list(pair.ci95),
+                        "seconds": seconds,
+                    }
+                )
+                print(rows[-1], file=sys.stderr, flush=True)
+    return {"n": samples, "rows": rows}
+
+
 def way_back(bench: Bench, context: int = 8000, answer: int = 64, runs: int = 3) -> dict[str, Any]:
     """Measure the memory and the seconds of one slope beyond the recording that it is taken on.
 
@@ -592,4 +735,4 @@ def scaling(
 
 
 if __name__ == "__main__":
-    run(__doc__, engine, cost, gradient, way_back, shared_layers, tokens_at_once, curve, scaling)
+    run(__doc__, engine, cost, gradient, descent, label_free, way_back, shared_layers, tokens_at_once, curve, scaling)

@@ -98,13 +98,13 @@ def methods(records: Sequence[Record]) -> Lines:
         yield from table(["method", *record.table["budgets"]], rows)
 
 
-def tasks(records: Sequence[Record]) -> Lines:
-    """Yield the best published method → evolved budgets, by task and budget, with the paired difference."""
+def tasks(records: Sequence[Record], rival: str | None = None) -> Lines:
+    """Yield the best other method, or one, → evolved budgets, by task and budget, with the paired difference."""
     rows = []
     for record in records:
         for compared in record.table["comparisons"]:
             n = record["n"] if compared["n"] is None else compared["n"]
-            cells = [_compared(cell) for cell in compared["cells"]]
+            cells = [_compared(cell if rival is None else {"best": rival, **cell[rival]}) for cell in compared["cells"]]
             rows.append([compared["task"], f"{compared['full']:.3f}", *cells, n, record.setting])
     yield from table(["task", "full", *records[0].table["budgets"], "n", "measured on"], rows)
     yield from _dagger(records)
@@ -128,6 +128,9 @@ def results(records: Sequence[Record]) -> Lines:
         yield from methods([record])
         yield from ("", "<details><summary>By task, with paired differences</summary>", "")
         yield from tasks([record])
+        if all("lukv" in cell for compared in record.table["comparisons"] for cell in compared["cells"]):
+            yield from ("", "The same with LU-KV, calibrated on the examples that budgets were evolved on:", "")
+            yield from tasks([record], "lukv")
         yield from ("", "</details>")
 
 
@@ -138,7 +141,7 @@ def headline(records: Sequence[Record]) -> Lines:
         scores = {method: values[0] for method, values in record.table["scores"].items()}
         under = record.table["evolved_under"][0]
         published = {
-            name: value for name, value in scores.items() if name not in ("full", "evolved") and ":" not in name
+            name: value for name, value in scores.items() if name not in ("full", "evolved", "lukv") and ":" not in name
         }
         best = max(published, key=lambda name: published[name])
         rows.append(
@@ -286,6 +289,53 @@ def gradient(record: Record) -> Table:
     return heads, rows
 
 
+def descent(record: Record) -> Table:
+    """Return what a descent and evolution from uniform budgets come to, and what they cost."""
+    rows = [
+        [
+            row["seed"],
+            *(f"{row[name]:.3f}" for name in ("uniform", "evolution", "descent")),
+            f"step {row['reached']} of {row['steps']}" if row["reached"] else "not reached",
+            *(f"{row['passes'][name]:,} ({row['seconds'][name]:.0f} s)" for name in ("evolution", "descent")),
+        ]
+        for row in record["rows"]
+    ]
+    heads = ["seed", "equal budgets", "evolution alone", "descent", "as good as evolution"]
+    return [*heads, "passes of evolution", "passes of the descent"], rows
+
+
+def label_free(record: Record) -> Table:
+    """Return scores of budgets that were evolved with and without answers."""
+    rows = []
+    for row in record["rows"]:
+        scores = row["scores"]
+        low, high = row["ci95"]
+        shown = [f"{scores[name]:.3f}" for name in ("full", row["selector"], "logprob", "fidelity")]
+        difference = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+        rows.append([row["task"], row["budget"], row["metric"], *shown, difference])
+    heads = ["task", "budget", "metric", "full", "equal budgets", "evolved with answers", "without", "difference"]
+    return heads, rows
+
+
+def plan(record: Record) -> Table:
+    """Return what was planned beside what was taken."""
+    mib = 2**20
+    rows = [
+        [
+            row["setting"],
+            f"{row['planned_seconds']:.0f}",
+            f"{row['seconds']:.0f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['planned_bytes'] / mib:,.0f}",
+            f"{row['bytes'] / mib:,.0f}",
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    heads = ["search", "planned, s", "took, s", "ratio", "planned peak, MiB", "peak, MiB", "ratio"]
+    return heads, rows
+
+
 def way_back(record: Record) -> Table:
     """Return the memory of one slope."""
     heads = ["prompt", "answer", "recording, MiB", "peak beyond it, MiB", "estimate, MiB", "seconds"]
@@ -351,6 +401,9 @@ BY_BENCHMARK: dict[str, View] = {
     "inference layer-step": layer,
     "search engine": engine,
     "search gradient": one_by_one(gradient),
+    "search descent": one_by_one(descent),
+    "search label-free": one_by_one(label_free),
+    "plan": one_by_one(plan),
     "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),
     "against": one_by_one(against),

@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(run, tmp_path, command, ta
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     (tmp_path / "profile.json").write_text("precious")
     (tmp_path / "rows.json").write_text("precious")
-    method = ["--method", "snapkv"] if command == "eval" else ["--train", "1", "--val", "1"]
+    method = ["--method", "snapkv"] if command == "eval" else ["--selector", "snapkv", "--train", "1", "--val", "1"]
     code, out, err = run(command, MODEL, "--task", task, "--budget", budget, *method, "--json", "rows.json")
     assert code == 2
     said = one_line(err)
@@ -681,7 +681,8 @@ def test_a_preset_fills_in_what_no_option_says(run, tmp_path):
 
 def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
     code, out, err = run(
-        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--log-json")
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--log-json"),
+        *("--selector", "snapkv"),
     )
     assert code == 0
     assert "unseen examples" in out
@@ -732,6 +733,7 @@ def test_selector_parameters_reach_the_profile(run, tmp_path):
 
 SIGNALS = pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 ENDLESS = ["--task", TASK, "--budget", 64, "--max-evals", 100000, "--train", 1, "--val", 1, "--json", "found.json"]
+ENDLESS += ["--selector", "snapkv"]
 
 
 def check_its_best_is_kept(folder):

@@ -279,6 +279,7 @@ def test_a_search_gives_layers_whose_window_is_below_the_selectors_their_window(
         "gemma3", vocab_size=len(tokenizer), pad_token_id=None, layer_types=None, sliding_window_pattern=2
     )
     settings = {"task": "niah:context=120", "budget": 40, "train": 2, "val": 2, "max_evals": 8, "population": 4}
+    settings["selector"] = "snapkv"
     found = evolkv.search(model, tokenizer, **settings, granularity="head", storage=str(tmp_path / "study.db"))
     held = np.array([entry["budgets"] for entry in found.history])
     assert (held[:, ::2] == WINDOW).all()

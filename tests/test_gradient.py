@@ -32,6 +32,8 @@ SETTINGS = {
     "seed": 0,
     "start": "gradient",
     "gradient_steps": 5,
+    "granularity": "layer",
+    "selector": "snapkv",
 }
 
 
@@ -194,7 +196,7 @@ def test_a_descent_is_on_record_and_a_killed_one_comes_to_the_same(small, found,
 
 def test_the_strategy_gradient_is_the_descent_alone(small):
     settings = {key: value for key, value in SETTINGS.items() if key not in ("start", "max_evals")}
-    result = evolkv.search(*small, **settings, strategy="gradient", granularity="head")
+    result = evolkv.search(*small, **{**settings, "granularity": "head"}, strategy="gradient")
     assert result.evaluations == 1
     assert result.history[0]["budgets"] == result.descent[-1]["budgets"]
 

@@ -22,6 +22,7 @@ SETTINGS = {
     "max_evals": 80,
     "seed": 0,
     "start": "uniform",
+    "granularity": "layer",
 }
 #: Candidates of a generation.
 GENERATION = 8
@@ -125,7 +126,7 @@ def test_it_goes_on_to_the_same_history(small, ticking, tmp_path):
 
 
 def test_a_descent_out_of_time_goes_on_too(small, ticking, tmp_path):
-    settings = {**SETTINGS, "start": "gradient", "gradient_steps": 8, "max_evals": 2 * GENERATION}
+    settings = {**SETTINGS, "start": "gradient", "gradient_steps": 8, "max_evals": 2 * GENERATION, "selector": "snapkv"}
     storage = str(tmp_path / "study.db")
     short = evolkv.search(*small, storage=storage, time_limit=5, **settings)
     assert 0 < len(short.descent) < 8

@@ -246,6 +246,7 @@ SEARCH = {
     "seed": 0,
     "gradient_steps": 2,
     "start": "lukv",
+    "granularity": "layer",
 }
 
 
@@ -291,7 +292,7 @@ def test_a_search_that_never_began_leaves_no_calibration_to_another(small, tmp_p
 
 
 def test_the_strategy_start_gives_lukv_as_it_is(small):
-    result = evolkv.search(*small, **SEARCH, strategy="start", granularity="head")
+    result = evolkv.search(*small, **{**SEARCH, "granularity": "head"}, strategy="start")
     assert (result.chosen, result.improved, result.evaluations) == ("lukv", False, 1)
     assert [row["name"] for row in result.validation] == ["lukv"]
     assert result.profile.budgets.tolist() == result.history[0]["budgets"]

@@ -17,6 +17,7 @@ from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 
 SETTINGS = {"task": "niah:context=200", "train": 4, "val": 2, "max_evals": 24, "gradient_steps": 4}
+SETTINGS |= {"granularity": "layer", "selector": "snapkv"}
 
 
 def test_every_stage_of_a_search_has_its_time(small):
@@ -56,10 +57,11 @@ def test_the_naive_engine_reads_for_every_candidate(small):
 
 def test_budgets_and_selectors_are_searched_one_after_the_other(small):
     one = make_plan(*small, OneBudget(budget=48, **SETTINGS))
-    curve = SeveralBudgets(budgets=[40, 48, 56], selector=["snapkv", "keydiff"], **SETTINGS)
+    curve = SeveralBudgets(budgets=[40, 48, 56], **{**SETTINGS, "selector": ["snapkv", "keydiff"]})
     found = make_plan(*small, curve)
-    # The first budget has all candidates that were asked for, the others together as many again.
-    assert found.candidates == 2 * (one.candidates + 2 * (one.candidates // 2 // 8 * 8))
+    # The first budget has all candidates that were asked for, the others together as many again; one selector evolves.
+    assert found.candidates == one.candidates + 2 * (one.candidates // 2 // 8 * 8)
+    assert found.seconds["gradient"] > 3 * one.seconds["gradient"]
     assert found.memory.recordings == pytest.approx(2 * one.memory.recordings, rel=0.2)
 
 

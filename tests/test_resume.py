@@ -19,7 +19,7 @@ from evolkv.evolution.study import Study, read_studies
 from tiny import KV_HEADS, LAYERS
 
 SETTINGS = {"task": "niah:context=120", "budget": 40, "train": 3, "val": 1, "population": 4, "max_evals": 40, "seed": 0}
-SETTINGS |= {"gradient_steps": 6}
+SETTINGS |= {"gradient_steps": 6, "granularity": "layer", "selector": "snapkv"}
 KILLS = 20
 #: A search at a time on each.
 CORES = (0, 1)
@@ -215,7 +215,7 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(small, tmp_path):
 
 def test_a_curve_takes_for_each_budget_the_selector_that_does_best(small, tmp_path):
     settings = {**SETTINGS, "budgets": [36, 48], "max_evals": 8, "storage": str(tmp_path / "curve.db")}
-    del settings["budget"]
+    del settings["budget"], settings["selector"]
     curve = search_curve(*small, selector=["knorm", "keydiff"], **settings)
     scores = [{row["selector"]["name"]: row["score"] for row in result.rivals} for result in curve.results]
     for result, point, row in zip(curve.results, curve.points, scores, strict=True):

@@ -12,6 +12,7 @@ import evolkv
 from evolkv.errors import BudgetError, StudyError, UsageError
 from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
+from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
@@ -31,6 +32,7 @@ SETTINGS = {
     "max_evals": 24,
     "seed": 0,
     "start": "uniform",
+    "granularity": "layer",
 }
 
 
@@ -301,7 +303,8 @@ def test_of_several_selectors_the_best_on_unseen_examples_wins(small, tmp_path):
     best = max(found.rivals, key=lambda row: row["score"])
     assert found.profile.selector == best["selector"]
     assert found.validation[0]["score"] == best["score"]
-    assert found.profile.search["rivals"] == found.rivals
+    rivals = [{key: row[key] for key in row if key != "seconds"} for row in found.rivals]
+    assert found.profile.search["rivals"] == rivals
     assert {step.selector for step in progress} == {"knorm", "snapkv:window=8"}
     alone = evolkv.search(*small, **SETTINGS, selector=best["selector"])
     assert alone.history == found.history
@@ -365,13 +368,72 @@ def test_validation_on_training_examples_is_refused(small, tmp_path):
         evolkv.search(*small, **{**SETTINGS, "task": f"jsonl:path={path},split=all", "train": 3, "val": 3})
 
 
-def test_the_preset_best_has_budgets_per_head_and_selectors_that_compete(small):
-    brief = {"task": "niah:context=120", "train": 2, "val": 1, "max_evals": 8, "gradient_steps": 1}
-    found = evolkv.search(*small, budget=12, preset="best", **brief)
+#: Of a search in which selectors compete.
+CONTEST = {"task": "niah:context=120", "train": 2, "val": 2, "max_evals": 20, "gradient_steps": 2}
+
+
+def test_by_default_selectors_compete_for_budgets_per_head(small):
+    found = evolkv.search(*small, budget=12, **CONTEST)
     assert found.profile.granularity == "head"
     # A window of 32 does not fit a budget of 12.
-    assert [row["selector"]["name"] for row in found.rivals] == ["chunkkv", "snapkv"]
+    assert [get_selector(row["selector"]).spec for row in found.rivals] == ["chunkkv:window=2", "snapkv:window=8"]
     assert found.profile.search["start"] == "gradient"
+    assert found.settings["train"]["n"] == 2
+    small_share = evolkv.search(*small, budget="15%", **CONTEST)
+    assert [row["selector"]["window"] for row in small_share.rivals] == [2, 8]
+    assert not evolkv.search(*small, budget=12, **CONTEST, selector="knorm").rivals
+    assert not evolkv.search(*small, budget=48, **CONTEST, start="uniform").rivals
+
+
+def test_of_competing_selectors_the_best_descent_evolves(small, tmp_path):
+    selectors = ["knorm", "keydiff", "snapkv:window=8"]
+    settings = {**CONTEST, "budget": 24, "selector": selectors, "storage": str(tmp_path / "s.db")}
+    found = evolkv.search(*small, **settings)
+    evolved = [row["evaluations"] for row in found.rivals]
+    assert sorted(evolved) == [0, 0, 20]
+    # It is the search that this selector has alone, from its descent on.
+    winner = found.rivals[evolved.index(20)]["selector"]
+    alone = evolkv.search(*small, **{**settings, "selector": winner, "storage": None})
+    first = evolkv.search(*small, **{**settings, "selector": winner, "storage": None, "strategy": "gradient"})
+    assert alone.descent == first.descent
+    if found.profile.selector == winner:
+        assert (found.descent, found.history, found.validation) == (alone.descent, alone.history, alone.validation)
+    descents = {row["selector"]["name"]: row["score"] for row in found.rivals}
+    before = evolkv.search(*small, **{**settings, "storage": None, "strategy": "gradient"}).rivals
+    assert all(row["score"] <= descents[row["selector"]["name"]] + 1e-4 for row in before)
+    assert winner == max(before, key=lambda row: row["score"])["selector"]
+    again = evolkv.search(*small, **settings)
+    assert (again.rivals[0]["score"], again.history) == (found.rivals[0]["score"], found.history)
+
+
+def test_an_interrupted_evolution_of_the_winner_leaves_what_was_chosen_among_descents(small, tmp_path):
+    def stop(event: SearchProgress):
+        if event.stage == "search":
+            raise KeyboardInterrupt
+
+    settings = {**CONTEST, "budget": 24, "selector": ["knorm", "keydiff"], "storage": str(tmp_path / "s.db")}
+    found = evolkv.search(*small, **settings, on_progress=stop)
+    assert found.interrupted
+    assert found.validation
+    assert all(row["score"] is not None for row in found.rivals)
+    scored = []
+    score = ShardedEngine.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedEngine, "score", lambda *given: scored.append(given[1]) or score(*given))
+        again = evolkv.search(*small, **settings)
+    whole = evolkv.search(*small, **{**settings, "storage": None})
+    assert again.history == whole.history
+    assert again.rivals[0]["score"] == whole.rivals[0]["score"]
+    # The generations that were left, and the choice on training and validation examples: nothing of the contest.
+    assert len(scored) == 20 // 10 - 1 + 2
+
+
+def test_a_curve_evolves_under_the_best_descent_too(small):
+    settings = {**CONTEST, "budgets": [20, 28], "selector": ["knorm", "keydiff"]}
+    curve = search_curve(*small, **settings)
+    evolved = [[row["evaluations"] for row in result.rivals] for result in curve.results]
+    assert evolved in ([[20, 0], [20, 0]], [[0, 20], [0, 20]])
+    assert [result.evaluations > 0 for result in curve.results]
 
 
 def test_the_preset_paper_is_algorithm_1_unless_told_otherwise(small):

@@ -27,7 +27,7 @@ class Trial:
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        task: spec of the task.
+        task: spec of the task, or those of several.
         selector: spec of the selector.
         train: training examples.
         held_out: examples that no search sees.
@@ -40,7 +40,7 @@ class Trial:
         model: Any,
         tokenizer: Any,
         *,
-        task: str,
+        task: str | list[str],
         train: int,
         held_out: int,
         seed: int,

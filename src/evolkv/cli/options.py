@@ -15,11 +15,11 @@ from evolkv.registry import unknown_name
 from evolkv.whole_files import output_path
 
 
-def one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
-    """Return a check that an option has one of these values, for Typer's `callback`."""
+def one_of(kind: str, names: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Return a check that an option, if given, has one of these values, for Typer's `callback`."""
 
-    def check(value: str) -> str:
-        if value not in names:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
             raise unknown_name(kind, value, names)
         return value
 

@@ -10,7 +10,6 @@ from evolkv.cli.options import (
     Attention,
     Device,
     Dtype,
-    Granularity,
     Model,
     PrefillChunk,
     Protocol,
@@ -46,27 +45,35 @@ def search(
         ),
     ],
     selector: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--selector",
             metavar="S...",
-            help="Which tokens are kept: snapkv, or snapkv:window=16; of several the best on unseen examples.",
+            help="Which tokens are kept: snapkv, or snapkv:window=16; of several the best on unseen examples. "
+            "(default: three compete; without a slope snapkv)",
         ),
-    ] = ["snapkv"],  # noqa: B006
+    ] = None,
     preset: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--preset",
             metavar="best|paper",
-            help="best: budgets per head, selectors that compete, 24 training examples; paper: its Algorithm 1. "
-            "Other options replace what it says.",
+            help="best: the defaults; paper: its Algorithm 1. Other options replace what it says.",
         ),
-    ] = None,
+    ] = "best",
     strategy: Annotated[
         str,
         typer.Option("--strategy", metavar="joint|gradient|start|evolkv|random", help="Who proposes the candidates."),
     ] = "joint",
-    granularity: Granularity = "layer",
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            "--granularity",
+            metavar="layer|head",
+            callback=one_of("granularity", ("layer", "head")),
+            help="One budget per layer, or per KV head. (default: head; of strategy evolkv layer)",
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +87,7 @@ def search(
         int | None,
         typer.Option(
             "--train",
-            help="Examples that candidates are scored on. (default: 12; of task general 24)",
+            help="Examples that candidates are scored on. (default: 24)",
             rich_help_panel=_OBJECTIVE,
         ),
     ] = None,
@@ -292,13 +299,10 @@ def search(
 
 def with_preset(context: typer.Context) -> dict[str, Any]:
     """Return the options of a search, those that were not given as the preset has them."""
-    from evolkv.budgets import MAX_BUDGET
     from evolkv.evolution.config import preset_settings
 
     options = context.params
-    # Which budgets auto tries depends on the selectors.
-    budget = MAX_BUDGET if options["budget"] == ["auto"] else options["budget"]
-    for name, value in preset_settings(options["preset"], budget).items():
+    for name, value in preset_settings(options["preset"]).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
             options[name] = [value] if name == "selector" and isinstance(value, str) else value

@@ -168,7 +168,7 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
     task = get_task(options["task"])
     targets = [*outs.values(), *files(json_out)]
     check_outputs(targets, [*task.files(), *([] if start in named else [start])])
-    for spec in options["selector"]:
+    for spec in options["selector"] or []:
         get_selector(spec)
     file = None if storage == "none" else locate(storage).path
     if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
@@ -177,6 +177,8 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
     settings: dict[str, Any] = {
         **{field.name: options[field.name] for field in fields(SearchConfig) if options.get(field.name) is not None},
         "task": task,
+        # What Typer has for a list that was not given.
+        "selector": options["selector"] or None,
         "start": start if start in named else BudgetProfile.load(start),
         "storage": None if storage == "none" else storage,
         "study": options["study"] or os.path.basename(sibling(out, "")),

@@ -112,7 +112,10 @@ def several(tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
     """
     drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
     longest = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
-    floor = config.floor or 1 + max(get_selector(each).min_budget for each in config.selectors.values())
+    # Of those that compete by default, the ones that do not fit stay out.
+    selectors = [get_selector(each) for each in config.selectors.values()]
+    choose = min if config.selector is None else max
+    floor = config.floor or 1 + choose(selector.min_budget for selector in selectors)
     budgets = [budget for budget in (round(share * longest) for share in GRID) if budget > floor]
     if len(set(budgets)) < 2:
         raise BudgetError(

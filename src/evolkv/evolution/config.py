@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from transformers import PreTrainedModel
 
-from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget, read_budgets, size_of
+from evolkv.budgets import Budget, BudgetSpec, read_budget, read_budgets, size_of
 from evolkv.errors import UsageError
 from evolkv.evaluation.scoring import has_slope, reads_answer
 from evolkv.evaluation.shards import Backend
@@ -24,7 +24,7 @@ from evolkv.registry import unknown_name
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import Task, get_task
 from evolkv.tasks.metrics import check_metric
-from evolkv.tasks.protocol import AWARE, PROTOCOLS
+from evolkv.tasks.protocol import AGNOSTIC, AWARE, PROTOCOLS
 
 BackendName = Literal["local", "ray"]
 EngineName = Literal["replay", "naive"]
@@ -45,6 +45,14 @@ LUKV = "lukv"
 COMPUTED = (GRADIENT, LUKV)
 #: The strategy that takes the start as it is.
 START_ONLY = "start"
+#: Selectors that compete where none is given, by protocol. Small windows leave small budgets most to choose; on code
+#: the larger one is ahead; and where the question is not known, no window says what it will ask (docs/results.md).
+COMPETING = {
+    AWARE: ("chunkkv:window=2", "snapkv:window=8", "snapkv:window=32"),
+    AGNOSTIC: ("keydiff", "chunkkv:window=8", "snapkv:window=32"),
+}
+#: The selector where none is given and each would get a whole search.
+ALONE = "snapkv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +62,19 @@ class SearchConfig:
     Args:
         task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
-            a search of its own, and what does best on the validation examples is returned, with `rivals`.
+            a descent, and evolution goes on under the one that does best on the validation examples; each gets a whole
+            search where there is no descent. The result lists them as `rivals`. Default: `COMPETING`, those that fit
+            the budget, where there is a descent, else `ALONE`.
         strategy: "joint" (one CMA-ES at exactly the target memory), "gradient" (the gradient start alone), "start"
             (the `start` as it is, even if a heuristic does better), "evolkv" (the paper's Algorithm 1) or "random".
-        granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv").
+        granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv"). Default: "head" where
+            the strategy can.
         metric: what to maximise: "logprob" (smooth; the default where the task has answers), "fidelity" (smooth, and
             needs no answers; the default where there are none), "agreement", or a text metric.
         protocol: "aware" (the question is in the prompt that is compressed; the default) or "agnostic" (the context is
             compressed before the question is seen); see `evolkv.tasks.protocol`.
-        train: examples that candidates are scored on. Default: 12, or what the task says (`Task.train_examples`).
+        train: examples that candidates are scored on. Default: what the task says (`Task.train_examples`), 24
+            of most.
         val: examples, none of them seen in training, that the result is chosen on.
         max_evals: candidates to evaluate at most. A search ends with its last whole generation; if it may not evaluate
             a whole one, it evaluates part of the first. Default: the generations that 16 candidates per variable take,
@@ -97,17 +109,17 @@ class SearchConfig:
             study is there already goes on where it was left, and comes to the same result. Default: none.
         study: name of the study in the storage.
         on_progress: called as the search goes on.
-        preset: what settings are that are not given: "best" (budgets per head, selectors that compete, more examples)
-            or "paper" (Algorithm 1 with the paper's hyper-parameters); see `PRESETS`. Default: the defaults here.
+        preset: what settings are that are not given: "best" (the defaults here) or "paper" (Algorithm 1 with the
+            paper's hyper-parameters); see `PRESETS`.
 
     Raises:
         UsageError: a setting that no search can use, or two that do not go together.
     """
 
     task: str | Task | Sequence[str | Task]
-    selector: SelectorSpec | Sequence[SelectorSpec] = "snapkv"
+    selector: SelectorSpec | Sequence[SelectorSpec] | None = None
     strategy: str = "joint"
-    granularity: Granularity = "layer"
+    granularity: Granularity | None = None
     metric: str | None = None
     protocol: str = AWARE
     train: int | None = None
@@ -132,10 +144,12 @@ class SearchConfig:
     storage: str | None = None
     study: str = "search"
     on_progress: OnProgress | None = field(default=None, repr=False)
-    preset: str | None = None
+    preset: str = "best"
 
     def __post_init__(self) -> None:
         strategy = STRATEGIES[self.strategy]
+        if self.granularity is None:
+            object.__setattr__(self, "granularity", "layer" if strategy.layers_only else "head")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "backend" and callable(value)):
@@ -192,15 +206,17 @@ class SearchConfig:
                 "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
                 "add --engine naive, which reads each prompt for each candidate"
             )
-        if not self.selectors:
+        if self.selector is not None and not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     @property
     def selectors(self) -> dict[str, SelectorSpec]:
-        """The selectors by their specs, each once."""
-        several = self.selector if isinstance(self.selector, (list, tuple)) else [cast(SelectorSpec, self.selector)]
+        """The selectors by their specs, each once; those that compete by default all, whether or not they fit."""
+        by_default = COMPETING[self.protocol] if self.follows_slope else ALONE
+        given = by_default if self.selector is None else self.selector
+        several = given if isinstance(given, (list, tuple)) else [cast(SelectorSpec, given)]
         return {get_selector(each).spec: each for each in several}
 
     @property
@@ -220,6 +236,11 @@ class SearchConfig:
     def follows_slope(self) -> bool:
         """Whether the search starts with a descent."""
         return self.begins_at == GRADIENT
+
+    @property
+    def competes(self) -> bool:
+        """Whether of several selectors only the one whose descent does best goes on to evolve."""
+        return self.follows_slope and self.strategy not in (GRADIENT, START_ONLY)
 
     @property
     def calibrates(self) -> bool:
@@ -335,12 +356,7 @@ class SeveralBudgets(SearchConfig):
 
 #: Settings by the name of a preset. The paper's hyper-parameters are those of its section 4.1.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "best": {
-        "granularity": "head",
-        # Small windows leave small budgets most to choose; on code the larger one is ahead (docs/results.md).
-        "selector": ("chunkkv:window=4", "snapkv:window=8", "snapkv:window=32"),
-        "train": 24,
-    },
+    "best": {},
     "paper": {
         "strategy": "evolkv",
         "granularity": "layer",
@@ -354,27 +370,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def preset_settings(name: str | None, budget: Any) -> dict[str, Any]:
-    """Return the settings of a preset, without selectors whose window is too large for the smallest budget.
-
-    Args:
-        name: in `PRESETS`, or None for no settings.
-        budget: one budget, or several.
+def preset_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a preset that are not the defaults.
 
     Raises:
-        UsageError: for an unknown name, or budgets that are none.
+        UsageError: for an unknown name.
     """
-    if name is None:
-        return {}
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
-    settings = dict(PRESETS[name])
-    if isinstance(settings["selector"], tuple):
-        # How many entries a share is depends on the prompts.
-        entries = [each for each in read_budgets(budget) if not isinstance(each, Share)] or [MAX_BUDGET]
-        fitting = [each for each in settings["selector"] if get_selector(each).min_budget < min(entries)]
-        settings["selector"] = fitting or settings["selector"][:1]
-    return settings
+    return dict(PRESETS[name])
 
 
 P = ParamSpec("P")
@@ -404,8 +408,7 @@ def by_keyword(
 
     @functools.wraps(run)
     def search(model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result:
-        budget = settings.get("budget", settings.get("budgets"))
-        given: dict[str, Any] = {**preset_settings(cast(Any, settings.get("preset")), budget), **settings}
+        given: dict[str, Any] = {**preset_settings(str(settings.get("preset", "best"))), **settings}
         try:
             checked = config(*args, **given)
         except TypeError as error:

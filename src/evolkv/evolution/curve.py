@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import Budget, Share
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
-from evolkv.evolution.evolve import Evolved
+from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
-from evolkv.evolution.rivals import best_of, under_each_selector
+from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
 from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
@@ -86,11 +86,12 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
         RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
+    config = settled(tokenizer, config, config.targets)
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
-    limit = TimeLimit(config.time_limit, len(selectors), len(config.targets), config.val)
+    limit = TimeLimit(config.time_limit, searches(config), len(config.targets), config.val)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(selectors) > 1:
-        return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run))
+        return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
     return run(replace(config, selector=[*selectors.values()]))
 
 
@@ -110,6 +111,10 @@ def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
     return {**selector.to_dict(), "window": window}
 
 
+def _mean_score(curve: CurveResult) -> float:
+    return float(np.mean([score_of(result) for result in curve.results]))
+
+
 def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:
     """Return for each budget the best of several selectors' results."""
     complete = [curve for curve in curves if not curve.interrupted] or curves[:1]
@@ -123,10 +128,15 @@ def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:
 
 
 def _under_one_selector(
-    model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets, limit: TimeLimit
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: SeveralBudgets,
+    limit: TimeLimit,
+    begun: dict[int, Beginning] | None = None,
+    evolves: bool = True,
 ) -> CurveResult:
     started = time.perf_counter()
-    with Run(model, tokenizer, config, limit) as run:
+    with Run(model, tokenizer, config, limit, begun, evolves) as run:
         targets = config.targets if config.first == "smallest" else config.targets[::-1]
         order = run.open_study(targets)
         ascending = sorted(order)

@@ -25,6 +25,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """What is computed at a budget before evolution.
+
+    Args:
+        descent: the steps of the gradient start; none of a search that starts elsewhere.
+        lukv: the budgets of LU-KV, ``[layers, kv_heads]``, or None where it cannot be calibrated.
+        interrupted: whether the descent was stopped before its end.
+        out_of_time: whether the time limit ended it.
+    """
+
+    descent: Sequence[Evaluation]
+    lukv: np.ndarray | None
+    interrupted: bool = False
+    out_of_time: bool = False
+
+
+@dataclass(frozen=True)
 class Evolved:
     """The outcome of one search, before the choice on unseen examples.
 

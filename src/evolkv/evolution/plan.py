@@ -28,6 +28,7 @@ from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
 from evolkv.evolution.limit import CHOICES
+from evolkv.evolution.rivals import searches, settled
 from evolkv.evolution.run import Run
 from evolkv.tasks import Example, encode_prompt
 
@@ -112,16 +113,18 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         RunError: if memory does not suffice for one example.
     """
     targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
+    config = settled(tokenizer, config, targets)
     selectors = list(config.selectors.values())
     one = replace(config, selector=[fitted(selectors[0], targets[0])], storage=None, time_limit=None)
     free = free_memory(model)
     with Run(model, tokenizer, one) as run:
         budgets = run.space.aim(targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
-        searches = len(budgets) * len(selectors)
-        evaluations = _evaluations(config, run.space.shape, len(budgets)) * len(selectors)
-        chosen = CHOICES * len(budgets) * len(selectors) * len(run.held_out)
-        descents = config.gradient_steps * searches if config.follows_slope else 0
+        # Where they compete, one of them evolves.
+        evolving = 1 if config.competes else len(selectors)
+        evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
+        chosen = CHOICES * len(budgets) * searches(config) * len(run.held_out)
+        descents = config.gradient_steps * len(budgets) * len(selectors) if config.follows_slope else 0
         seconds = {
             "prefill": measured.read(run.train),
             "calibration": measured.calibration * len(selectors),

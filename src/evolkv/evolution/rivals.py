@@ -1,22 +1,27 @@
-"""Several selectors, each with a search of its own: what does best on the validation examples is returned.
+"""Several selectors in one search: each gets a descent, and evolution goes on under the one that did best.
 
 How far budgets can go depends on the selector whose ranking they cut (docs/results.md), and which selector suits a task
-is seldom known beforehand. All are validated on the same examples, so their scores compare.
+is seldom known beforehand. All are validated on the same examples, so their scores compare. Where the metric has no
+slope there is no descent, and each selector gets a whole search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedModel
 
+from evolkv.budgets import Budget, Share
 from evolkv.evolution.backends import SharedBackend, make_backend
-from evolkv.evolution.config import SearchConfig
+from evolkv.evolution.config import ALONE, COMPETING, SearchConfig
+from evolkv.evolution.evolve import Beginning
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
 from evolkv.selectors import SelectorSpec, get_selector
+from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks.protocol import under_protocol
 
 
 class _Result(Protocol):
@@ -26,6 +31,47 @@ class _Result(Protocol):
 
 Config = TypeVar("Config", bound=SearchConfig)
 Result = TypeVar("Result", bound=_Result)
+Result_co = TypeVar("Result_co", bound=_Result, covariant=True)
+_Config = TypeVar("_Config", bound=SearchConfig, contravariant=True)
+
+
+class _Run(Protocol[_Config, Result_co]):
+    """Runs a search under one selector; see `Run` for `begun` and `evolves`."""
+
+    def __call__(
+        self, config: _Config, *, begun: dict[int, Beginning] | None = None, evolves: bool = True
+    ) -> Result_co: ...
+
+
+def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config:
+    """Return the settings with selectors: where none is given, those that compete by default and fit the budgets.
+
+    Args:
+        tokenizer: of the model.
+        config: the settings.
+        targets: the budgets.
+    """
+    if config.selector is not None:
+        return config
+    if not config.follows_slope:
+        return replace(config, selector=ALONE)
+    of = 1
+    if any(isinstance(target, Share) for target in targets):
+        drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
+        of = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
+    least = min(target.of(of) if isinstance(target, Share) else target for target in targets)
+    if config.floor is not None:
+        least = min(least, config.floor + 2)
+    # One more than it always keeps is the default floor, and at the floor nothing is left to search.
+    known = COMPETING[config.protocol]
+    fitting = [each for each in known if get_selector(each).min_budget + 1 < least]
+    return replace(config, selector=fitting or known[:1])
+
+
+def searches(config: SearchConfig) -> int:
+    """Return how many searches there are at each budget, one after the other."""
+    several = len(config.selectors)
+    return several + (several > 1 and config.competes)
 
 
 def under_each_selector(
@@ -33,9 +79,10 @@ def under_each_selector(
     tokenizer: Any,
     config: Config,
     selectors: Mapping[str, SelectorSpec],
-    run: Callable[[Config], Result],
+    run: _Run[Config, Result],
+    score: Callable[[Result], float],
 ) -> tuple[list[Result], bool]:
-    """Run a search under each of several selectors in turn.
+    """Run a search under each of several selectors in turn; of searches with a descent only the best one evolves.
 
     Prompts are prefilled once for all of them. Each search records to a study of its own, named ``STUDY/SELECTOR``.
     KeyboardInterrupt ends the search that runs, and those after it do not begin.
@@ -46,27 +93,42 @@ def under_each_selector(
         config: the settings of the searches.
         selectors: by the names that their studies get.
         run: runs the search under one selector.
+        score: by which results are compared.
 
     Returns:
         The results, in the order of the selectors, and whether some selector's search did not come to its end.
     """
     backend = SharedBackend(lambda: make_backend(model, tokenizer, config), [*map(get_selector, selectors.values())])
-    results: list[Result] = []
+    contest = config.competes
+    begun: dict[str, dict[int, Beginning]] = {name: {} for name in selectors}
+    results: dict[str, Result] = {}
+
+    def search(name: str, evolves: bool) -> Result:
+        study, report = f"{config.study}/{name}", _naming(name, config.on_progress)
+        own = replace(config, selector=selectors[name], study=study, on_progress=report)
+        if config.engine != "naive":
+            own = replace(own, backend=lambda: backend)
+        return run(own, begun=begun[name], evolves=evolves)
+
     try:
-        for name, selector in selectors.items():
-            study, report = f"{config.study}/{name}", _naming(name, config.on_progress)
-            own = replace(config, selector=selector, study=study, on_progress=report)
-            try:
-                results.append(run(own if config.engine == "naive" else replace(own, backend=lambda: backend)))
-            except KeyboardInterrupt:
-                if not results:
-                    raise
-                break
-            if results[-1].interrupted:
-                break
+        for name in selectors:
+            results[name] = search(name, not contest)
+            if results[name].interrupted:
+                return [*results.values()], True
+        if contest:
+            winner = max(results, key=lambda name: score(results[name]))
+            evolved = search(winner, True)
+            if evolved.interrupted:
+                # What was chosen on unseen examples stands.
+                return [*results.values()], True
+            results[winner] = evolved
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        return [*results.values()], True
     finally:
         backend.end()
-    return results, len(results) < len(selectors) or results[-1].interrupted
+    return [*results.values()], False
 
 
 def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
@@ -83,17 +145,24 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     ]
     complete = [result for result in results if result.validation] or results[:1]
     # On a tie, prefer the allocation that needed no search, as within a search.
-    winner = max(complete, key=lambda it: (_comparable(it) or 0.0, not it.improved))
-    settings = {**winner.settings, "rivals": rivals}
+    winner = max(complete, key=lambda it: (score_of(it), not it.improved))
+    # Without times, which no two runs have in common: a search that goes on comes to the same profile.
+    known: dict[str, Any] = {"rivals": [{key: row[key] for key in row if key != "seconds"} for row in rivals]}
+    known["interrupted"] = interrupted
     return replace(
         winner,
-        profile=replace(winner.profile, search={**winner.profile.search, "rivals": rivals}),
-        settings=settings,
+        profile=replace(winner.profile, search={**winner.profile.search, **known}),
+        settings={**winner.settings, **known},
         rivals=rivals,
         seconds=sum(result.seconds for result in results),
         interrupted=interrupted,
         stopped=next((result.stopped for result in results if result.stopped), None),
     )
+
+
+def score_of(result: SearchResult) -> float:
+    """Return a result's validation score as it compares with other selectors'; 0 after an interruption."""
+    return _comparable(result) or 0.0
 
 
 def _comparable(result: SearchResult) -> float | None:

@@ -28,13 +28,13 @@ from evolkv.evolution.backends import make_backend
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
-from evolkv.evolution.evolve import Evolved, Rotation, evolve, make_strategy
+from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.progress import SearchProgress
-from evolkv.evolution.result import TIME_LIMIT, Evaluation, SearchResult, Validated, as_lists, as_rows, public_row
-from evolkv.evolution.rivals import best_of, under_each_selector
+from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
+from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
@@ -71,16 +71,24 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first generation was scored.
     """
-    limit = TimeLimit(config.time_limit, len(config.selectors), 1, config.val)
+    config = settled(tokenizer, config, [config.target])
+    limit = TimeLimit(config.time_limit, searches(config), 1, config.val)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(config.selectors) > 1:
-        return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search))
+        return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
     return search(config)
 
 
-def _under_one_selector(model: PreTrainedModel, tokenizer: Any, config: OneBudget, limit: TimeLimit) -> SearchResult:
+def _under_one_selector(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: OneBudget,
+    limit: TimeLimit,
+    begun: dict[int, Beginning] | None = None,
+    evolves: bool = True,
+) -> SearchResult:
     started = time.perf_counter()
-    with Run(model, tokenizer, config, limit) as run:
+    with Run(model, tokenizer, config, limit, begun, evolves) as run:
         (budget,) = run.open_study([config.target])
         evolved = run.evolve(budget, config.begins_at)
         choices = run.choices(budget, evolved)
@@ -101,14 +109,25 @@ class Run:
         tokenizer: its tokenizer.
         config: the settings.
         limit: the time that it shares with other searches; None for no limit.
+        begun: what was computed before evolution, by budget; what is computed now is added.
+        evolves: whether evolution goes on from there.
 
     Raises:
         UsageError: for settings that cannot be used with this model, or a task that lacks examples.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: SearchConfig, limit: TimeLimit | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: SearchConfig,
+        limit: TimeLimit | None = None,
+        begun: dict[int, Beginning] | None = None,
+        evolves: bool = True,
+    ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.limit = limit or TimeLimit(None)
+        self._begun, self._evolves = {} if begun is None else begun, evolves
         self.task = get_task(config.task)
         (self.selector,) = map(get_selector, config.selectors.values())
         if config.prefill_chunk is not None:
@@ -196,33 +215,22 @@ class Run:
     def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
-        descent: list[Evaluation] = []
-        lukv = self._calibration.budgets(budget, self.study)
-        if isinstance(start, str) and start == LUKV:
-            start = lukv
-        if isinstance(start, str) and start == GRADIENT:
-            turns = Rotation(len(self.train), SLOPE_EXAMPLES, config.seed)
-            descent, interrupted = descend(
-                budget,
-                config=config,
-                space=space,
-                rotation=turns,
-                scorer=self._train_engine,
-                study=self.study,
-                limit=self.limit,
-            )
-            if interrupted:
-                return Evolved([], descent[-1], None, True, descent=descent, lukv=lukv)
-            start, step = np.array(descent[-1].budgets), step * STEP_AFTER
-            if len(descent) < config.gradient_steps:
-                # Nothing evolves from here: a search that goes on ends the descent first.
+        if budget not in self._begun:
+            self._begun[budget] = self._begin(budget, start)
+        before = self._begun[budget]
+        if before.descent:
+            last = before.descent[-1]
+            # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
+            if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
-                return Evolved([], descent[-1], None, False, out_of_time=True, descent=descent, lukv=lukv)
-        total = config.evaluations(space.shape, share)
+                return Evolved([], last, None, before.interrupted, before.out_of_time, 0.0, before.descent, before.lukv)
+            start, step = np.array(last.budgets), step * STEP_AFTER
+        elif isinstance(start, str) and start == LUKV:
+            start = before.lukv
         evolved = evolve(
             make_strategy(config, space, budget, start, share, step),
             budget,
-            total,
+            config.evaluations(space.shape, share),
             config=config,
             space=space,
             rotation=self.rotation,
@@ -231,7 +239,23 @@ class Run:
             limit=self.limit,
         )
         self.limit.next_search()
-        return replace(evolved, descent=descent, lukv=lukv)
+        return replace(evolved, descent=before.descent, lukv=before.lukv)
+
+    def _begin(self, budget: int, start: Start) -> Beginning:
+        lukv = self._calibration.budgets(budget, self.study)
+        if not (isinstance(start, str) and start == GRADIENT):
+            return Beginning([], lukv)
+        descent, interrupted = descend(
+            budget,
+            config=self.config,
+            space=self.space,
+            rotation=Rotation(len(self.train), SLOPE_EXAMPLES, self.config.seed),
+            scorer=self._train_engine,
+            study=self.study,
+            limit=self.limit,
+        )
+        cut = not interrupted and len(descent) < self.config.gradient_steps
+        return Beginning(descent, lukv, interrupted, cut)
 
     def start_at(self, budget: int, start: np.ndarray) -> np.ndarray:
         """Return the budgets that the search at a budget starts from: those on record, else these.
@@ -269,8 +293,10 @@ class Run:
 
         On all training examples, too, so that the gap can be told. Returns nothing if interrupted.
         """
+        # What has evolved is chosen from anew: a search that goes on finds both again.
+        fact = "validation" if self._evolves else "contest"
         asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
-        if self.study is not None and (recorded := self.study.get("validation")) is not None:
+        if self.study is not None and (recorded := self.study.get(fact)) is not None:
             validated = {name: rows_from(rows) for name, rows in recorded.items()}
             if asked == {name: {row.name: row.budgets for row in rows} for name, rows in validated.items()}:
                 self.trained = self.study.get("trained", {})
@@ -286,7 +312,7 @@ class Run:
             return {}
         if self.study is not None:
             self.study.put("trained", self.trained)
-            self.study.put("validation", {name: as_rows(rows) for name, rows in validated.items()})
+            self.study.put(fact, {name: as_rows(rows) for name, rows in validated.items()})
         return validated
 
     def result(

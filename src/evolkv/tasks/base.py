@@ -76,7 +76,7 @@ class Task(ABC):
     #: Whether a search weighs the examples by what budgets can gain on each; see `evolkv.evaluation.balance`.
     balanced: ClassVar[bool] = False
     #: Training examples of a search, where it does not say how many.
-    train_examples: ClassVar[int] = 12
+    train_examples: ClassVar[int] = 24
 
     @abstractmethod
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
