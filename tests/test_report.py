@@ -456,6 +456,21 @@ def test_the_headline_counts_the_candidates_of_all_selectors(write):
     assert "evaluated 96 candidates" in text
 
 
+def test_a_gradient_start_is_drawn_before_evolution(write, tmp_path):
+    found = search()
+    steps = [
+        {**entry, "generation": i, "scores": [entry["score"] if i % 2 == j else None for j in range(2)]}
+        for i, entry in enumerate(found["history"][:4])
+    ]
+    text = page(write("s.json", {**found, "descent": steps})).text
+    assert "4 steps along the slope of the loss, each on 1 of 2 training examples in turn" in text
+    assert text.index("Gradient start") < text.index("Fitness over evaluations")
+    assert "after 4 steps along the slope" in text
+    assert "Gradient start" not in page(write("t.json", found)).text
+    write_studies(tmp_path / "s.db", "search")
+    assert "2 steps along the slope of the loss" in page(tmp_path / "s.db").text
+
+
 def test_how_prompts_were_read_is_named(write):
     rows = [row("full", None, 1.0, prefill_chunk=512), row("snapkv", 128, 0.1, prefill_chunk=512)]
     text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
@@ -600,6 +615,10 @@ def write_studies(storage, *names, budgets=(64,)):
             study.put("max_evals", 12)
             validation = {}
             for place, budget in enumerate(budgets):
+                for step in range(2):
+                    slope = [[0.1] * len(each) for each in allocation(budget, step)]
+                    taken = Evaluation(allocation(budget, step), 0.3, 0.3, 1.0, step, [0.3], 0.5, slope)
+                    study.record(f"gradient {budget}", step, [taken])
                 for generation in range(3):
                     entries = [
                         Evaluation(allocation(budget, i + number), 0.5, 0.4, 1.0, generation, [0.4], 0.5)

@@ -26,6 +26,7 @@ class FitnessChart:
     x: Axis
     y: Axis
     dots: str
+    dot_label: str
     best: str
     best_label: str
     mean: str
@@ -87,13 +88,34 @@ class Scored:
     hollow: bool = False
 
 
-def fitness_chart(search: Search, caption: str) -> FitnessChart:
+def fitness_chart(search: Search) -> FitnessChart:
     """Fitness over evaluations.
 
     Args:
         search: with at least one candidate.
-        caption: of the table.
     """
+    rows = [
+        [str(i), number(e.generation), f"{e.fitness:.4f}", score(e.score), f"{e.cache_score:.3f}"]
+        for i, e in enumerate(search.history, 1)
+    ]
+    table = Table("Candidates", ["candidate", "generation", "fitness", "score", "cache score"], rows)
+    leader = "mean of the distribution, all examples as last seen" if search.rotating else "best so far"
+    return _course_chart(search, "candidates evaluated", "fitness", "candidate", leader, table)
+
+
+def descent_chart(search: Search) -> FitnessChart:
+    """Scores under soft cuts over the steps of a descent.
+
+    Args:
+        search: with at least one step.
+    """
+    steps = search.model_copy(update={"history": search.descent})
+    rows = [[str(i), score(e.score)] for i, e in enumerate(search.descent, 1)]
+    table = Table("Steps", ["step", "score under soft cuts"], rows)
+    return _course_chart(steps, "steps", "score under soft cuts", "step", "all examples as last seen", table)
+
+
+def _course_chart(search: Search, x_title: str, y_title: str, dot: str, leader: str, table: Table) -> FitnessChart:
     history, course = search.history, search.course()
     values = [*(entry.fitness for entry in history), *(fitness for _, fitness, _ in course)]
     low, high = min(values), max(values)
@@ -112,18 +134,17 @@ def fitness_chart(search: Search, caption: str) -> FitnessChart:
         generation = [entry.fitness for entry in members]
         means.append(place(start + len(generation) / 2, _mean(generation)))
         start += len(generation)
-    rows = [
-        [str(i), number(e.generation), f"{e.fitness:.4f}", score(e.score), f"{e.cache_score:.3f}"]
-        for i, e in enumerate(history, 1)
-    ]
+    # Generations of one candidate are their own mean.
+    several = len(history) > len(means) > 1
     return FitnessChart(
-        Axis("candidates evaluated", linear_ticks(x, least_step=1)),
-        Axis.upwards("fitness", linear_ticks(y)),
+        Axis(x_title, linear_ticks(x, least_step=1)),
+        Axis.upwards(y_title, linear_ticks(y)),
         "".join(f"M{place(i + 0.5, entry.fitness)}h0" for i, entry in enumerate(history)),
+        dot,
         f"{best}H{UNIT}",
-        "mean of the distribution, all examples as last seen" if search.rotating else "best so far",
-        "M" + "L".join(means) if len(means) > 1 else "",
-        Table(caption, ["candidate", "generation", "fitness", "score", "cache score"], rows),
+        leader,
+        "M" + "L".join(means) if several else "",
+        table,
     )
 
 

@@ -163,7 +163,8 @@ def _search_sentences(search: Search, count: int) -> list[str]:
     took = f" in {duration(search.seconds)}" if search.seconds else ""
     if search.history:
         tried = counted(candidates(search.evaluations, settings), "candidate")
-        said.append(f"{how} evaluated {tried}{took}{metric}{on}.")
+        first = f" after {counted(len(search.descent), 'step')} along the slope" if search.descent else ""
+        said.append(f"{how} evaluated {tried}{first}{took}{metric}{on}.")
     if search.interrupted:
         said.append("The search was interrupted: the budgets are what it had come to.")
     elif search.result is not None:

@@ -43,6 +43,7 @@ def render(sources: Sources) -> str:
         ("needles", "Needles found, by depth and context", needle_grids(sources.records)),
         ("budgets", "Budgets by layer" + " and head" * any(item.by_head for item in budgets), budgets),
         ("kept", "Prompt positions that are kept", [views.positions(s) for s in sources.searches if s.kept]),
+        ("descent", "Gradient start", [views.descent(s) for s in sources.searches if s.descent]),
         ("fitness", "Fitness over evaluations", [views.evolution(s) for s in sources.searches if s.history]),
         ("validation", "Choice on unseen examples", [views.validation(s) for s in sources.searches if s.validation]),
         ("reproduce", "Settings, and how to reproduce", recipes(sources, groups, model)),

@@ -78,7 +78,7 @@ class Search(Schema):
     """One search: an ``evolkv.search/1`` file, or a stage of a study.
 
     `origin` is what it was read from; the searches of one curve or study share it. `rival` is the selector of one of
-    several searches under different ones.
+    several searches under different ones. `descent` are the steps of a gradient start.
     """
 
     evaluations: Count
@@ -88,6 +88,7 @@ class Search(Schema):
     improved: bool = False
     settings: dict[str, Any] = Field({})
     history: list[Candidate] = Field([])
+    descent: list[Candidate] = Field([])
     validation: list[Validated] = Field([])
     best: Candidate | None = None
     profile: ProfileFile | None = None

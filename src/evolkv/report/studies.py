@@ -48,11 +48,14 @@ def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, li
 
 def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Search:
     generations = record.stages[stage]
-    history = [
-        {**{key: getattr(entry, key) for key in _CANDIDATE}, "generation": number}
-        for number, generation in enumerate(generations)
-        for entry in generation
-    ]
+    history, descent = (
+        [
+            {**{key: getattr(entry, key) for key in _CANDIDATE}, "generation": number}
+            for number, generation in enumerate(part)
+            for entry in generation
+        ]
+        for part in (generations, record.stages.get(f"gradient {stage.rpartition(' ')[2]}", []))
+    )
     settings = dict(record.settings)
     if settings.get("max_evals") is None and "max_evals" in record.facts:
         settings["max_evals"] = record.facts["max_evals"]
@@ -63,6 +66,7 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         "seconds": float(sum(entry.seconds for generation in generations for entry in generation)),
         "settings": settings,
         "history": history,
+        "descent": descent,
         "stage": stage if several else "",
         "rival": rival,
         "origin": f"study {record.name.removesuffix(f'/{rival}') if rival else record.name}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from evolkv.report.axes import Table
-from evolkv.report.charts import FitnessChart, ScoreChart, fitness_chart
+from evolkv.report.charts import FitnessChart, ScoreChart, descent_chart, fitness_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.schemas import Search, mean_of
@@ -115,7 +115,21 @@ def evolution(search: Search) -> Panel:
     lam = search.settings.get("lam")
     if isinstance(lam, (int, float)) and all(entry.cache_score == 1 for entry in search.history):
         finding += f" All have exactly the target memory, so fitness is {1 + lam:.4g}\u00a0×\u00a0score."
-    return Panel(search_title(search), finding, fitness_chart(search, "Candidates"))
+    return Panel(search_title(search), finding, fitness_chart(search))
+
+
+def descent(search: Search) -> Panel:
+    """The steps of a search's gradient start, at least one."""
+    first = search.descent[0]
+    few = sum(score is not None for score in first.scores or [])
+    finding = (
+        f"{counted(len(search.descent), 'step')} along the slope of the loss, each on {few} of "
+        f"{counted(len(first.scores or []), 'training example')} in turn. Cuts are soft at first and nearly hard in "
+        "the end, and the budgets of each step carry noise, so scores rise and fall."
+    )
+    if search.history:
+        finding += " Evolution goes on from the last step."
+    return Panel(search_title(search), finding, descent_chart(search))
 
 
 def validation(search: Search) -> Panel:
