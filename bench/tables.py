@@ -289,6 +289,19 @@ def gradient(record: Record) -> Table:
     return heads, rows
 
 
+def found(record: Record) -> Table:
+    """Return needles found at each budget, a row for each, under what a reader would compare."""
+    rows = []
+    for budget in dict.fromkeys(row["budget"] for row in record["table"]):
+        at = {row["method"]: row for row in record["table"] if row["budget"] == budget}
+        shown = [f"{100 * at[method]['mean']:.0f} %" for method in ("full", "snapkv", "chunkkv")]
+        evolved = at["evolkv"]
+        mine = f"**{100 * evolved['mean']:.0f} %** ({100 * evolved['min']:.0f}–{100 * evolved['max']:.0f} %)"
+        rows.append([budget, f"{budget / 16:.1f} %", *shown, mine, f"{record['n']} × {record['seeds']} searches"])
+    heads = ["entries per head", "of the prompt", "full cache", "SnapKV", "same selector, equal budgets"]
+    return [*heads, "evolved, mean (least–most)", "n"], rows
+
+
 def descent(record: Record) -> Table:
     """Return what a descent and evolution from uniform budgets come to, and what they cost."""
     rows = [
@@ -409,6 +422,7 @@ BY_BENCHMARK: dict[str, View] = {
     "against": one_by_one(against),
 }
 VIEWS: dict[str, View] = {
+    "found": one_by_one(found),
     "scoring-memory": one_by_one(scoring_memory),
     "methods": methods,
     "tasks": tasks,
