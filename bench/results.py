@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -27,7 +28,8 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
 from evolkv.evolution import search_curve
-from evolkv.evolution.config import COMPETING, Granularity
+from evolkv.evolution.config import Granularity
+from evolkv.evolution.rivals import competing
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
@@ -199,6 +201,12 @@ class Runner:
         comparisons = []
         names = {path: name for name, path in profiles.items()}
         evolved, lukv = profiles["evolved"], profiles[LUKV]
+
+        @cache
+        def paired(budget: int, other: str) -> dict[str, dict[str, Any]]:
+            compared = compare_records([records], label(evolved, budget), label(other, budget))
+            return {**{each.task: each.result.to_dict() for each in compared.tasks}, ALL: compared.overall.to_dict()}
+
         metrics = {row["task"]: row["metric"] for row in rows}
         if len(metrics) > 1 and len(set(metrics.values())) == 1:
             metrics[ALL] = rows[0]["metric"]
@@ -206,22 +214,17 @@ class Runner:
             for budget in self.budgets:
                 at = [row for row in rows if row["budget"] == budget and row["method"] != evolved]
                 best = _best(at if task == ALL else [row for row in at if row["task"] == task])
-                pairs = []
-                for other in (best, lukv):
-                    compared = compare_records([records], label(evolved, budget), label(other, budget))
-                    by_task = {each.task: each.result for each in compared.tasks} | {ALL: compared.overall}
-                    pairs.append(by_task[task].to_dict())
+                with_best, with_lukv = (paired(budget, other)[task] for other in (best, lukv))
                 about = {"task": task, "protocol": protocol, "metric": its_metric, "budget": budget}
-                comparisons.append({**about, "best": names.get(best, best), **pairs[0], LUKV: pairs[1]})
+                comparisons.append({**about, "best": names.get(best, best), **with_best, LUKV: with_lukv})
         for row in rows:
             row["method"] = names.get(row["method"], row["method"])
         return rows, comparisons
 
     def _selectors(self, protocol: str) -> list[str]:
         """Return what budgets are evolved under: unless said otherwise, what `evolkv search` takes."""
-        least = min(self.budgets)
-        known = [get_selector(each).spec for each in self.arguments.selector or COMPETING[protocol]]
-        return [each for each in known if get_selector(each).min_budget + 1 < least]
+        chosen = self.arguments.selector or competing(protocol, min(self.budgets))
+        return [get_selector(each).spec for each in chosen]
 
     def _evolved_under(self, stem: str, protocol: str) -> list[str]:
         """Return the selectors of the profiles, by budget and, where each task has its own, by task."""

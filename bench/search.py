@@ -565,6 +565,8 @@ def label_free(
     task: list[str] = ["niah:context=1600,passages=2", "code:context=1600"],  # noqa: B006
     budgets: list[int] = [40, 128],  # noqa: B006
     selector: list[str] = ["chunkkv:window=2", "snapkv:window=32"],  # noqa: B006
+    train: int = 24,
+    val: int = 24,
     samples: int = 32,
     max_evals: int = 340,
 ) -> dict[str, Any]:
@@ -577,6 +579,8 @@ def label_free(
         task: specs of the tasks, each with searches of its own.
         budgets: mean cache entries per KV head, of each task.
         selector: whose ranking is cut, of each task.
+        train: training examples.
+        val: examples to choose on.
         samples: held-out examples.
         max_evals: candidates of each search.
     """
@@ -593,6 +597,8 @@ def label_free(
                 budget=budget,
                 selector=ranking,
                 metric=followed,
+                train=train,
+                val=val,
                 max_evals=max_evals,
                 seed=bench.seed,
             )

@@ -396,12 +396,16 @@ def test_of_competing_selectors_the_best_descent_evolves(small, tmp_path):
     alone = evolkv.search(*small, **{**settings, "selector": winner, "storage": None})
     first = evolkv.search(*small, **{**settings, "selector": winner, "storage": None, "strategy": "gradient"})
     assert alone.descent == first.descent
-    if found.profile.selector == winner:
-        assert (found.descent, found.history, found.validation) == (alone.descent, alone.history, alone.validation)
+    assert found.profile.selector == winner
+    assert (found.descent, found.history, found.validation) == (alone.descent, alone.history, alone.validation)
     descents = {row["selector"]["name"]: row["score"] for row in found.rivals}
     before = evolkv.search(*small, **{**settings, "storage": None, "strategy": "gradient"}).rivals
     assert all(row["score"] <= descents[row["selector"]["name"]] + 1e-4 for row in before)
     assert winner == max(before, key=lambda row: row["score"])["selector"]
+    # The time of the winner's descent counts, too.
+    (record,) = [each for each in read_studies(settings["storage"], "search") if "budget 24" in each.stages]
+    recorded = sum(entry.seconds for part in record.stages.values() for entries in part for entry in entries)
+    assert found.rivals[evolved.index(20)]["seconds"] >= recorded
     again = evolkv.search(*small, **settings)
     assert (again.rivals[0]["score"], again.history) == (found.rivals[0]["score"], found.history)
 
@@ -433,7 +437,6 @@ def test_a_curve_evolves_under_the_best_descent_too(small):
     curve = search_curve(*small, **settings)
     evolved = [[row["evaluations"] for row in result.rivals] for result in curve.results]
     assert evolved in ([[20, 0], [20, 0]], [[0, 20], [0, 20]])
-    assert [result.evaluations > 0 for result in curve.results]
 
 
 def test_the_preset_paper_is_algorithm_1_unless_told_otherwise(small):

@@ -15,11 +15,11 @@ from evolkv.evaluation.certify import Certificate, certify_records, check_bounds
 from evolkv.evaluation.evaluation import EvaluationProgress, evaluate
 from evolkv.evolution.config import SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
+from evolkv.evolution.rivals import longest_prompt
 from evolkv.methods import Method, get_method
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, get_task
-from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks import get_task
 
 #: The budgets that are tried, as shares of the longest training prompt.
 GRID = (0.025, 0.05, 0.1, 0.2, 0.4)
@@ -110,8 +110,7 @@ def several(tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
     Raises:
         BudgetError: fewer than two do.
     """
-    drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
-    longest = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
+    longest = longest_prompt(tokenizer, config)
     # Of those that compete by default, the ones that do not fit stay out.
     selectors = [get_selector(each) for each in config.selectors.values()]
     choose = min if config.selector is None else max

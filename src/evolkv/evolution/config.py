@@ -206,7 +206,7 @@ class SearchConfig:
                 "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
                 "add --engine naive, which reads each prompt for each candidate"
             )
-        if self.selector is not None and not self.selectors:
+        if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)

@@ -148,9 +148,10 @@ def examples_of_step(step: int, examples: int, seed: int) -> list[int]:
         examples: number of training examples.
         seed: of the order, which is drawn anew for every round.
     """
-    turn, place = divmod(step, math.ceil(examples / SHARD_SIZE))
-    shard = int(np.random.default_rng([seed, turn]).permutation(math.ceil(examples / SHARD_SIZE))[place])
-    return list(range(shard * SHARD_SIZE, min(examples, (shard + 1) * SHARD_SIZE)))
+    shards = math.ceil(examples / SHARD_SIZE)
+    turn, place = divmod(step, shards)
+    first = SHARD_SIZE * int(np.random.default_rng([seed, turn]).permutation(shards)[place])
+    return list(range(first, min(examples, first + SHARD_SIZE)))
 
 
 def _between(first: float, last: float, part: float) -> float:

@@ -28,6 +28,9 @@ class _Result(Protocol):
     @property
     def interrupted(self) -> bool: ...
 
+    @property
+    def seconds(self) -> float: ...
+
 
 Config = TypeVar("Config", bound=SearchConfig)
 Result = TypeVar("Result", bound=_Result)
@@ -55,17 +58,30 @@ def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config
         return config
     if not config.follows_slope:
         return replace(config, selector=ALONE)
-    of = 1
-    if any(isinstance(target, Share) for target in targets):
-        drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
-        of = max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
-    least = min(target.of(of) if isinstance(target, Share) else target for target in targets)
+    # How many entries a share is depends on the prompts.
+    tokens = longest_prompt(tokenizer, config) if any(isinstance(target, Share) for target in targets) else 0
+    least = min(target.of(tokens) if isinstance(target, Share) else target for target in targets)
     if config.floor is not None:
         least = min(least, config.floor + 2)
+    return replace(config, selector=competing(config.protocol, least))
+
+
+def competing(protocol: str, least: int) -> list[str]:
+    """Return the selectors that compete by default and leave the smallest budget something to choose, or the first.
+
+    Args:
+        protocol: of the search.
+        least: the smallest budget, in cache entries.
+    """
+    known = COMPETING[protocol]
     # One more than it always keeps is the default floor, and at the floor nothing is left to search.
-    known = COMPETING[config.protocol]
-    fitting = [each for each in known if get_selector(each).min_budget + 1 < least]
-    return replace(config, selector=fitting or known[:1])
+    return [each for each in known if get_selector(each).min_budget + 1 < least] or [known[0]]
+
+
+def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
+    """Return the tokens of the longest training prompt."""
+    drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
+    return max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
 
 
 def searches(config: SearchConfig) -> int:
@@ -121,7 +137,9 @@ def under_each_selector(
             if evolved.interrupted:
                 # What was chosen on unseen examples stands.
                 return [*results.values()], True
-            results[winner] = evolved
+            # Two parts of one search.
+            took = results[winner].seconds + evolved.seconds
+            results[winner] = replace(evolved, seconds=took)  # type: ignore[type-var]
     except KeyboardInterrupt:
         if not results:
             raise

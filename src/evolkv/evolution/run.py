@@ -223,7 +223,15 @@ class Run:
             # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
             if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
-                return Evolved([], last, None, before.interrupted, before.out_of_time, 0.0, before.descent, before.lukv)
+                return Evolved(
+                    [],
+                    last,
+                    None,
+                    before.interrupted,
+                    before.out_of_time,
+                    descent=before.descent,
+                    lukv=before.lukv,
+                )
             start, step = np.array(last.budgets), step * STEP_AFTER
         elif isinstance(start, str) and start == LUKV:
             start = before.lukv
@@ -293,7 +301,7 @@ class Run:
 
         On all training examples, too, so that the gap can be told. Returns nothing if interrupted.
         """
-        # What has evolved is chosen from anew: a search that goes on finds both again.
+        # The choice among descents does not stand in the way of the one after evolution; a study keeps both.
         fact = "validation" if self._evolves else "contest"
         asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
         if self.study is not None and (recorded := self.study.get(fact)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from evolkv.report.schemas import Search
 from evolkv.schemas import checked
 
 if TYPE_CHECKING:
+    from evolkv.evolution.result import Evaluation
     from evolkv.evolution.study import StudyRecord
 
 _CANDIDATE = ("budgets", "fitness", "score", "cache_score", "scores")
@@ -48,14 +49,8 @@ def study_searches(storage: str, name: str | None) -> tuple[str, Path | None, li
 
 def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Search:
     generations = record.stages[stage]
-    history, descent = (
-        [
-            {**{key: getattr(entry, key) for key in _CANDIDATE}, "generation": number}
-            for number, generation in enumerate(part)
-            for entry in generation
-        ]
-        for part in (generations, record.stages.get(f"gradient {stage.rpartition(' ')[2]}", []))
-    )
+    budget = stage.rpartition(" ")[2]
+    history, descent = _entries(generations), _entries(record.stages.get(f"gradient {budget}", []))
     settings = dict(record.settings)
     if settings.get("max_evals") is None and "max_evals" in record.facts:
         settings["max_evals"] = record.facts["max_evals"]
@@ -71,13 +66,21 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         "rival": rival,
         "origin": f"study {record.name.removesuffix(f'/{rival}') if rival else record.name}",
     }
-    budget = stage.rpartition(" ")[2]
     rows, kept = (_of_budget(record, fact, budget) for fact in ("validation", "kept"))
     data["kept"] = kept
     if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
         data |= {"validation": rows, "chosen": rows[0].get("name", ""), "improved": bool(rows[0].get("evolved"))}
     found: Search = checked(Search, record.storage, data)
     return found
+
+
+def _entries(generations: Sequence[Sequence[Evaluation]]) -> list[dict[str, Any]]:
+    """Return candidates, or the steps of a descent, as the entries of a result file."""
+    return [
+        {**{key: getattr(entry, key) for key in _CANDIDATE}, "generation": number}
+        for number, generation in enumerate(generations)
+        for entry in generation
+    ]
 
 
 def _of_budget(record: StudyRecord, name: str, budget: str) -> Any:
