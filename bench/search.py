@@ -532,7 +532,7 @@ def descent(
             budget,
             config=config,
             space=space,
-            examples=train,
+            rotation=Rotation(train, SLOPE_EXAMPLES, seed),
             scorer=lambda trial=trial: trial.train,  # type: ignore[misc]
         )
         of_descent = time.perf_counter() - started

@@ -170,9 +170,8 @@ def test_evolution_goes_on_from_where_the_descent_ended(found):
 def test_each_step_looks_at_some_examples_and_all_have_their_turn(found):
     result, _ = found
     seen = [[i for i, score in enumerate(step["scores"]) if score is not None] for step in result.descent]
-    # Those of one shard together.
-    assert {tuple(each) for each in seen} == {(0, 1, 2), (3,)}
-    assert all(set(map(tuple, seen[i : i + 2])) == {(0, 1, 2), (3,)} for i in (0, 2))
+    assert all(len(each) == 3 for each in seen)
+    assert set().union(*seen) == {0, 1, 2, 3}
 
 
 def test_a_descent_is_on_record_and_a_killed_one_comes_to_the_same(small, found, tmp_path):

@@ -29,7 +29,7 @@ def demo(
     budget: Annotated[int, typer.Option("--budget", help="Mean cache entries per KV head.")] = 40,
     granularity: Granularity = "head",
     seed: Seed = 0,
-    samples: Annotated[int, typer.Option("--samples", help="Held-out examples of the comparison.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", help="Held-out examples of the comparison.")] = 24,
     train: Annotated[int | None, typer.Option("--train", help="Examples that candidates are scored on.")] = None,
     val: Annotated[int | None, typer.Option("--val", help="Examples that the result is chosen on.")] = None,
     max_evals: Annotated[int | None, typer.Option("--max-evals", help="Candidates to evaluate.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from evolkv.allocators import complete
 from evolkv.errors import StudyError
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.shards import SHARD_SIZE
 from evolkv.evolution.config import SearchConfig
+from evolkv.evolution.evolve import Rotation
 from evolkv.evolution.limit import SLOPE_ROWS, TimeLimit
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import Evaluation, as_lists
@@ -37,8 +36,10 @@ BETAS = (0.9, 0.95)
 NOISE = 0.4
 #: Factor on the first step of the evolution that goes on from a descent: its start is good already.
 STEP_AFTER = 0.35
-#: Training examples that each step looks at: a whole shard, so that they go through the model together.
-SLOPE_EXAMPLES = SHARD_SIZE
+#: Training examples that each step looks at, all of them in turn. They come from different shards. Those of
+#: one shard go through the model together, in two thirds of the time; but of five descents so, on needles at 40 of
+#: 1,600 entries, two came to 0.73 and 0.76 on unseen examples, and the second comes to 0.92 with examples of all.
+SLOPE_EXAMPLES = 3
 
 
 class Descent:
@@ -137,23 +138,6 @@ class Descent:
         return np.where(full, self._room, shares * scale)
 
 
-def examples_of_step(step: int, examples: int, seed: int) -> list[int]:
-    """Return the numbers of the training examples that a step looks at: those of one shard, all shards in turn.
-
-    What takes time is to read the weights, there and back, and to start thousands of small operations. Both are done
-    once for the examples of a shard; spread over threads, three examples took half as long again, and twice the work.
-
-    Args:
-        step: its number.
-        examples: number of training examples.
-        seed: of the order, which is drawn anew for every round.
-    """
-    shards = math.ceil(examples / SHARD_SIZE)
-    turn, place = divmod(step, shards)
-    first = SHARD_SIZE * int(np.random.default_rng([seed, turn]).permutation(shards)[place])
-    return list(range(first, min(examples, first + SHARD_SIZE)))
-
-
 def _between(first: float, last: float, part: float) -> float:
     return float(first * (last / first) ** part)
 
@@ -163,7 +147,7 @@ def descend(
     *,
     config: SearchConfig,
     space: SearchSpace,
-    examples: int,
+    rotation: Rotation,
     scorer: Callable[[], Engine],
     study: Study | None = None,
     limit: TimeLimit | None = None,
@@ -176,7 +160,7 @@ def descend(
         budget: the target, in cache entries per KV head.
         config: the settings of the search.
         space: the budgets to choose from.
-        examples: number of training examples.
+        rotation: which examples each step looks at.
         scorer: the engine over the training examples; asked for only if a slope has to be computed.
         study: where steps are recorded.
         limit: ends the descent before the first step for which there is no time.
@@ -206,7 +190,7 @@ def descend(
                         "version that the study was made with, or start another --study"
                     )
             else:
-                columns = examples_of_step(number, examples, config.seed)
+                columns = rotation(number)
                 engine = scorer()
                 if steps and limit.reached():
                     break
@@ -214,7 +198,7 @@ def descend(
                 losses, slope = engine.slope(np.asarray(space.matrix(descent.point)), descent.sharpness, columns)
                 slope /= len(columns)
                 descent.tell(space.by_variable(slope))
-                by_example: list[float | None] = [None] * examples
+                by_example: list[float | None] = [None] * rotation.examples
                 for column, loss in zip(columns, losses.tolist(), strict=True):
                     by_example[column] = float(np.exp(-loss))
                 score = float(np.exp(-losses).mean())

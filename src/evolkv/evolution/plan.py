@@ -155,17 +155,15 @@ class _Replay:
         self.run = run
         config, space = run.config, run.space
         self.side_by_side = run.side_by_side(len(run.train))
-        # One of each shard, as many as run at once; each as often as a shard has examples, which costs nothing: what
-        # prompts share is read once.
-        different = run.train[::SHARD_SIZE][: self.side_by_side]
-        sample = [each for each in different for _ in range(SHARD_SIZE)]
+        # One of each shard, as many as run at once.
+        sample = run.train[::SHARD_SIZE][: self.side_by_side]
         self.tokens = _lengths(run, run.train)
         started = time.perf_counter()
-        engine = ShardedEngine(run.backend, sample, run.selector, config.metric, space.ceiling)
+        engine = ShardedEngine(run.backend, sample, run.selector, config.metric, space.ceiling, shard_size=1)
         took = time.perf_counter() - started
         self.sampled = _lengths(run, sample)
-        self.per_token = took / sum(_lengths(run, different))
-        self.prompt = took / len(different)
+        self.per_token = took / sum(self.sampled)
+        self.prompt = took / len(sample)
         self.step = self.calibration = 0.0
         if config.calibrates:
             started = time.perf_counter()
@@ -173,13 +171,14 @@ class _Replay:
                 engine.utility()
             self.calibration = (time.perf_counter() - started) * len(run.train) / len(sample)
         if config.follows_slope:
-            columns = list(range(min(len(run.train), SLOPE_EXAMPLES)))
+            columns = list(range(min(len(sample), SLOPE_EXAMPLES)))
             uniform = space.matrix(np.full(space.shape, float(budgets[0])))
-            self.step = _fastest(lambda: engine.slope(uniform, 2.0, columns))
+            rounds = math.ceil(min(SLOPE_EXAMPLES, len(run.train)) / len(columns))
+            self.step = rounds * _fastest(lambda: engine.slope(uniform, 2.0, columns))
         start = None if config.begins_at in COMPUTED else config.begins_at
         strategy = make_strategy(config, space, budgets[0], start)
         population = np.stack([space.matrix(each) for each in strategy.ask()])
-        columns = [shard * SHARD_SIZE for shard in range(min(len(different), run.rotation.size))]
+        columns = list(range(min(len(sample), run.rotation.size)))
         scored = _fastest(lambda: engine.score(population, columns))
         self.candidate = scored * math.ceil(run.rotation.size / len(columns)) / len(population)
         self.row = scored / (len(population) * len(columns))
@@ -215,7 +214,7 @@ class _Replay:
             # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
             recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(USABLE * free / 2))
         held_then = int(needs.snapshot * np.minimum(self.sampled, run.space.ceiling).sum() / held.max())
-        passes = min(len(run.train), SLOPE_EXAMPLES)
+        passes = min(self.side_by_side, SLOPE_EXAMPLES)
         return Memory(
             self.in_use - held_then,
             _weights(run.model),

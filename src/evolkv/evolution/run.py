@@ -29,7 +29,7 @@ from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
-from evolkv.evolution.gradient import STEP_AFTER, descend
+from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.progress import SearchProgress
@@ -257,7 +257,7 @@ class Run:
             budget,
             config=self.config,
             space=self.space,
-            examples=len(self.train),
+            rotation=Rotation(len(self.train), SLOPE_EXAMPLES, self.config.seed),
             scorer=self._train_engine,
             study=self.study,
             limit=self.limit,
