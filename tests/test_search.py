@@ -225,7 +225,9 @@ def test_interruption_before_the_first_score_is_passed_on(small):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"budget": 20}, BudgetError, "below the floor of 33"),
+        ({"budget": 20}, BudgetError, "below the floor of 33; use --budget 33 or more, or a smaller window, such as"),
+        ({"budget": 20}, BudgetError, "--selector snapkv:window=10"),
+        ({"budget": 2, "selector": "chunkkv:window=2"}, BudgetError, "or a selector that always keeps fewer"),
         ({"budget": 200}, BudgetError, "nothing would be evicted"),
         ({"budget": 0}, BudgetError, "whole number"),
         ({"floor": 8}, BudgetError, "always keeps 32"),

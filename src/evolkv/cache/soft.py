@@ -30,12 +30,12 @@ BLOCK_BYTES = 2**26
 
 
 class SoftReplayLayer(ReplayLayer):
-    """One layer of a model that reads on under soft budgets, the same for all prompts.
+    """One layer of a model that reads on under soft budgets, those of each prompt.
 
     Args:
         prompts: one row for each prompt, all of whose ranked entries are held.
         sliding_window: how many tokens a query sees, or None for all.
-        budgets: of each KV head, ``[kv_heads]`` float32.
+        budgets: of each prompt's KV heads, ``[prompts, kv_heads]`` float32.
         sharpness: k.
     """
 
@@ -50,7 +50,7 @@ class SoftReplayLayer(ReplayLayer):
         heads, held = part.keys.shape[:2]
         fold = query_heads // heads
         rank = torch.arange(held, device=query.device) + 0.5
-        log_weights = -F.softplus(self.sharpness * (rank.log() - self.budgets[:, None].log()))
+        log_weights = -F.softplus(self.sharpness * (rank.log() - self.budgets[at.start, :, None].log()))
         output = _SoftAttention.apply(
             query[0].reshape(heads, fold * queries, -1),
             self.new_keys[:, at].flatten(1, 2),
@@ -163,20 +163,20 @@ def _blocks(
 
 
 class SoftReplayCache(ReplayCache):
-    """Ranked prompts, a row each, under soft budgets.
+    """Ranked prompts, a row each, under soft budgets of their own.
 
     Args:
         model: the model.
         prompts: the ranked prompts.
-        budgets: ``[layers, kv_heads]`` float32, each above 0.
+        budgets: ``[prompts, layers, kv_heads]`` float32, each above 0.
         sharpness: k.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: Tensor, sharpness: float):
         self._soft = budgets, sharpness
-        everything = np.full((1, *budgets.shape), np.iinfo(np.int64).max)
+        everything = np.full((1, *budgets.shape[1:]), np.iinfo(np.int64).max)
         super().__init__(model, prompts, everything)
 
     def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
         budgets, sharpness = self._soft
-        return SoftReplayLayer(parts, window, budgets[index], sharpness)
+        return SoftReplayLayer(parts, window, budgets[:, index], sharpness)

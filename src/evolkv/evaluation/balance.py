@@ -61,14 +61,13 @@ class BalancedEngine(Engine):
         budgets: np.ndarray,
         sharpness: float,
         columns: Sequence[int],
-        weights: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`; each loss counts by what the full cache takes off the loss of uniform budgets."""
         uniform, full = -np.log(np.maximum(self._bounds(columns), _LEAST_SCORE))
         own = 1 / np.maximum(uniform - full, LEAST_LOSS)
         # Of the size of plain losses, so that steps are, too.
-        own = own / own.mean() * (1.0 if weights is None else np.asarray(weights))
-        return self.engine.slope(budgets, sharpness, columns, own.tolist())
+        losses, slopes = self.engine.slope(budgets, sharpness, columns)
+        return losses, slopes * (own / own.mean())[:, None, None]
 
     def utility(self) -> np.ndarray:
         """See `Engine.utility`."""

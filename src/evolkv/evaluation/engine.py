@@ -33,18 +33,16 @@ class Engine(ABC):
         budgets: np.ndarray,
         sharpness: float,
         columns: Sequence[int],
-        weights: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss on some examples under soft budgets, and the slope of their sum.
+        """Return the loss on some examples, each under soft budgets of its own, and the slope of each.
 
         Args:
-            budgets: ``[layers, kv_heads]`` floats, each above 0.
+            budgets: ``[columns, layers, kv_heads]`` floats, each above 0.
             sharpness: k of `evolkv.cache.soft`.
             columns: numbers of the examples, in ascending order.
-            weights: factors on the losses in the sum, one for each example. Default: 1 each.
 
         Returns:
-            The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.
+            The losses ``[columns]``, and the derivatives of each, ``[columns, layers, kv_heads]`` float64.
 
         Raises:
             UsageError: if the engine or the metric has no slope.

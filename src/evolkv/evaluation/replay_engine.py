@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,28 +138,26 @@ class ReplayEngine(Engine):
         budgets: np.ndarray,
         sharpness: float,
         columns: Sequence[int],
-        weights: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`."""
         held = self._held
         if held is None:
             raise UsageError("a slope is asked for many times; make the engine with hold=True")
-        losses, total, left = [], np.zeros(budgets.shape), list(columns)
-        while left:
-            now = left[: self._rows_of_slope(held[left[0]])]
-            carried, by_carried = budgets, np.ones(budgets.shape)
-            if self._lengths is not None:
-                # Together only with what has the same length, and so the same budgets.
-                _, alike = next(groupby(now, key=lambda i: held[i].prompt.tokens))
-                now, tokens = list(alike), held[now[0]].prompt.tokens
-                carried, by_carried = self._lengths.carry_soft(budgets, tokens)
-            prompts, questions = zip(*((held[i].prompt, held[i].question) for i in now), strict=True)
-            own = None if weights is None else [weights[columns.index(i)] for i in now]
-            part, slopes = slope(self.model, prompts, questions, carried, sharpness, own)
+        asked = [held[column] for column in columns]
+        carried, by_carried = budgets, np.ones(budgets.shape)
+        if self._lengths is not None:
+            lengths = [each.prompt.tokens for each in asked]
+            pairs = map(self._lengths.carry_soft, budgets, lengths)
+            carried, by_carried = (np.stack(each) for each in zip(*pairs, strict=True))
+        losses, slopes, start = [], [], 0
+        while start < len(asked):
+            now = slice(start, start + self._rows_of_slope(asked[start]))
+            prompts, questions = zip(*((each.prompt, each.question) for each in asked[now]), strict=True)
+            part, by_row = slope(self.model, prompts, questions, carried[now], sharpness)
             losses.append(part)
-            total += slopes * by_carried
-            left = left[len(now) :]
-        return np.concatenate(losses), total
+            slopes.append(by_row)
+            start = now.stop
+        return np.concatenate(losses), np.concatenate(slopes) * by_carried
 
     def utility(self) -> np.ndarray:
         """See `Engine.utility`."""

@@ -73,11 +73,11 @@ class Request:
     Args:
         shard: the shard.
         sharing: who shares the memory with it.
-        budgets: the candidates, ``[candidates, layers, kv_heads]``, or the soft budgets, ``[layers, kv_heads]``.
+        budgets: the candidates, ``[candidates, layers, kv_heads]``, or the soft budgets of each column,
+            ``[columns, layers, kv_heads]``.
         columns: which of the shard's examples to score on.
         sharpness: of the soft cuts.
         utility: whether to return the calibration on all examples, whatever else is said.
-        weights: of the losses on these examples in the sum that the slope is of.
     """
 
     shard: Shard
@@ -86,7 +86,6 @@ class Request:
     columns: tuple[int, ...] = ()
     sharpness: float | None = None
     utility: bool = False
-    weights: tuple[float, ...] | None = None
 
 
 class ShardServer:
@@ -108,8 +107,8 @@ class ShardServer:
         """Answer a request; call `step` after each prefill.
 
         Returns:
-            Scores ``[candidates, columns]`` (no candidates if none were sent); of a slope, the losses and then the
-            derivatives, ``[columns + layers * kv_heads]``; of a calibration, ``[layers, kv_heads, ceiling]``.
+            Scores ``[candidates, columns]`` (no candidates if none were sent); of a slope, each column's loss and
+            derivatives, ``[columns, 1 + layers * kv_heads]``; of a calibration, ``[layers, kv_heads, ceiling]``.
         """
         shard = request.shard
         engine = self._held.get(shard.key)
@@ -142,8 +141,8 @@ class ShardServer:
         if request.budgets is None:
             return np.empty((0, 0))
         if request.sharpness is not None:
-            losses, slope = engine.slope(request.budgets, request.sharpness, request.columns, request.weights)
-            return np.concatenate([losses, slope.ravel()])
+            losses, slopes = engine.slope(request.budgets, request.sharpness, request.columns)
+            return np.column_stack([losses, slopes.reshape(len(losses), -1)])
         return engine.score(request.budgets, request.columns)
 
     def _left(self, sharing: Sharing) -> int:
@@ -242,14 +241,13 @@ class ShardedEngine(Engine):
         budgets: np.ndarray,
         sharpness: float,
         columns: Sequence[int],
-        weights: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`."""
-        losses, total = np.empty(len(columns)), np.zeros(budgets.shape)
-        for at, answer in self._ask(budgets, list(columns), sharpness, weights):
-            losses[at] = answer[: len(at)]
-            total += answer[len(at) :].reshape(total.shape)
-        return losses, total
+        losses, slopes = np.empty(len(columns)), np.empty(budgets.shape)
+        for at, answer in self._ask(budgets, list(columns), sharpness):
+            losses[at] = answer[:, 0]
+            slopes[at] = answer[:, 1:].reshape(len(at), *slopes.shape[1:])
+        return losses, slopes
 
     def utility(self) -> np.ndarray:
         """See `Engine.utility`. Each shard answers with 4 bytes for each layer, KV head and rank."""
@@ -262,7 +260,6 @@ class ShardedEngine(Engine):
         budgets: np.ndarray,
         wanted: list[int],
         sharpness: float | None,
-        weights: Sequence[float] | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the answers of the shards that have wanted examples, each with the places of these examples."""
         requests, places = [], []
@@ -270,8 +267,8 @@ class ShardedEngine(Engine):
             inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
             if inside:
                 places.append([wanted.index(start + i) for i in inside])
-                own = None if weights is None else tuple(weights[place] for place in places[-1])
-                requests.append(Request(shard, self._sharing, budgets, tuple(inside), sharpness, weights=own))
+                own = budgets if sharpness is None else budgets[places[-1]]
+                requests.append(Request(shard, self._sharing, own, tuple(inside), sharpness))
         return zip(places, self.backend.run(requests, None if self.hold else self._counted()), strict=True)
 
     def close(self) -> None:

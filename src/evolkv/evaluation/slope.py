@@ -24,9 +24,8 @@ def slope(
     questions: Sequence[Question],
     budgets: np.ndarray,
     sharpness: float,
-    weights: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss on each example under soft budgets, and the slope of their sum.
+    """Return the loss on each example under soft budgets of its own, and the slope of each.
 
     The answers' tokens go through the model and back; prompts are constants. See `evolkv.cache.soft`.
 
@@ -34,12 +33,11 @@ def slope(
         model: the model.
         prompts: ranked prompts.
         questions: theirs, each with a target.
-        budgets: ``[layers, kv_heads]`` floats, each above 0.
+        budgets: ``[examples, layers, kv_heads]`` floats, each above 0.
         sharpness: k.
-        weights: factors on the losses in the sum, one for each example. Default: 1 each.
 
     Returns:
-        The losses ``[examples]``, and the derivatives ``[layers, kv_heads]``, float64.
+        The losses ``[examples]``, and the derivatives of each, ``[examples, layers, kv_heads]`` float64.
 
     Raises:
         RunError: if what the model computes is not a number.
@@ -70,10 +68,8 @@ def slope(
                 rows = torch.cat([prompt.next_logits[None], rows])
             losses.append(question.scorer.loss(rows, question))
         scale = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-        total = torch.stack(losses)
-        if weights is not None:
-            total = total * torch.tensor(weights, device=device)
-        (gradient,) = torch.autograd.grad(scale * total.sum(), soft)
+        # Rows do not meet, so the slope of the sum at a row's budgets is that of its own loss.
+        (gradient,) = torch.autograd.grad(scale * torch.stack(losses).sum(), soft)
     values = np.array([float(loss.detach()) for loss in losses])
     if not (np.isfinite(values).all() and bool(gradient.isfinite().all())):
         raise not_a_number()

@@ -25,29 +25,31 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-#: Sharpness of the first and the last step. What leaks through a soft cut is not there in the end.
-SHARPNESS = (2.0, 40.0)
+#: Sharpness of the first step and the last. What leaks through a soft cut is not there in the end.
+SHARPNESS = (4.0, 40.0)
+#: Share of the steps after which the cuts are at their sharpest. Where they sharpen to the very end, budgets that are
+#: good under soft cuts lose under hard ones for most of the descent, and what they come to differs more between seeds.
+SHARPENED = 0.5
 #: Adam's step size in the first and the last step, and its averages of the gradient and its square.
 RATE = (0.25, 0.05)
 BETAS = (0.9, 0.95)
-#: Spread of the noise on the logarithm of each budget, drawn anew for each step. Budgets found so leave a margin beyond
-#: the ranks that the training examples happen to need: of needles that were not trained on, at 24 of 1,600 entries, 24
-#: examples and 48 steps, it raises the probability of the answer from 0.81 to 0.91 (full cache 0.92).
+#: Spread of the noise on the logarithm of each budget, drawn anew for each step and example. Budgets found so leave a
+#: margin beyond the ranks that the training examples happen to need. Of needles that were not trained on, at 24 of
+#: 1,600 entries, 24 examples and 48 steps, it raises the answer's probability from 0.81 to 0.91 (full cache 0.92).
 NOISE = 0.4
 #: Factor on the first step of the evolution that goes on from a descent: its start is good already.
 STEP_AFTER = 0.35
-#: Training examples that each step looks at, all of them in turn. They come from different shards. Those of
-#: one shard go through the model together, in two thirds of the time; but of five descents so, on needles at 40 of
-#: 1,600 entries, two came to 0.73 and 0.76 on unseen examples, and the second comes to 0.92 with examples of all.
-SLOPE_EXAMPLES = 3
+#: Training examples that each step looks at, all of them in turn. They come from different shards, since those of one
+#: shard are alike: needles at neighbouring depths. Three or four take up to twice as long, and find no more.
+SLOPE_EXAMPLES = 2
 
 
 class Descent:
     """Adam on the logarithms of all entries, at exactly the target memory.
 
     A budget is its floor and a share of what is left: ``b = floor + min(room, s · exp θ)``, with s such that the mean
-    is exactly the target. Each step asks for the slope of the loss at `point`, near the current budgets, and at a
-    sharpness that grows geometrically from step to step; see `evolkv.cache.soft`.
+    is exactly the target. Each step asks for the slopes of a few losses, each at one of the `points` near the current
+    budgets, and at a sharpness that grows geometrically from step to step; see `evolkv.cache.soft`.
 
     Adam: Kingma & Ba 2014, arXiv 1412.6980.
 
@@ -57,6 +59,7 @@ class Descent:
         steps: how many steps to take.
         floor: the least an entry may get, an int or an array that broadcasts to `shape`.
         ceiling: the most an entry may get, likewise.
+        points: how many losses a step looks at.
         seed: of the noise.
         x0: budgets to start from, of shape `shape`; default: uniform.
 
@@ -71,6 +74,7 @@ class Descent:
         steps: int,
         floor: ArrayLike,
         ceiling: ArrayLike,
+        points: int = 1,
         seed: int = 0,
         x0: ArrayLike | None = None,
     ):
@@ -82,7 +86,7 @@ class Descent:
         # An entry at its floor would never leave it.
         self._theta: Floats = np.log(np.maximum(start - self._floor, 0.5))
         self._random = np.random.default_rng(seed)
-        self._noise: Floats = np.exp(NOISE * self._random.standard_normal(shape))
+        self._noise: Floats = np.exp(NOISE * self._random.standard_normal((points, *shape)))
         self._first, self._second = np.zeros(shape), np.zeros(shape)
 
     @property
@@ -93,11 +97,12 @@ class Descent:
     @property
     def sharpness(self) -> float:
         """The sharpness of the cuts at the current step."""
-        return _between(*SHARPNESS, self.step / max(1, self.steps - 1))
+        first, last = SHARPNESS
+        return float(first * (last / first) ** min(1.0, self.step / max(1.0, SHARPENED * (self.steps - 1))))
 
     @property
-    def point(self) -> Floats:
-        """The soft budgets in `shape` at which the slope is wanted: the current ones with noise."""
+    def points(self) -> Floats:
+        """The soft budgets at which slopes are wanted, ``[points, *shape]``: the current ones with noise."""
         return (self._floor + self._shares()) * self._noise
 
     @property
@@ -105,13 +110,17 @@ class Descent:
         """The current budgets in `shape`, rounded at the exact total."""
         return complete(self._floor + self._shares(), self._total, self._floor, self._ceiling)
 
+    def folded(self, slopes: Floats) -> Floats:
+        """Return the slope of the mean loss with respect to the current budgets, given those at `points`."""
+        return np.asarray((slopes * self._noise).mean(axis=0))
+
     def tell(self, slope: ArrayLike) -> None:
-        """Take a step, given the slope of the loss with respect to each budget, in `shape`, at `point`."""
+        """Take a step, given the slope of the mean loss with respect to the current budgets, in `shape`."""
         shares = self._shares()
         full = shares >= self._room
         free = np.where(full, 0.0, shares)
         # One more entry here is one less among all that are free to change, each in its proportion.
-        by_share = np.asarray(slope, dtype=np.float64) * self._noise
+        by_share = np.asarray(slope, dtype=np.float64)
         gradient = shares * (by_share - (free * by_share).sum() / max(free.sum(), 1e-9))
         # One that is full can only come down.
         gradient[full] = np.maximum(gradient[full], 0.0)
@@ -120,7 +129,7 @@ class Descent:
         self._second = BETAS[1] * self._second + (1 - BETAS[1]) * gradient**2
         first, second = self._first / (1 - BETAS[0] ** self.step), self._second / (1 - BETAS[1] ** self.step)
         rate = RATE[0] + (RATE[1] - RATE[0]) * (self.step - 1) / self.steps
-        self._noise = np.exp(NOISE * self._random.standard_normal(self.shape))
+        self._noise = np.exp(NOISE * self._random.standard_normal(self._noise.shape))
         self._theta = np.log(np.maximum(shares, 1e-6)) - rate * first / (np.sqrt(second) + 1e-12)
 
     def _shares(self) -> Floats:
@@ -136,10 +145,6 @@ class Descent:
                 break
             full |= more
         return np.where(full, self._room, shares * scale)
-
-
-def _between(first: float, last: float, part: float) -> float:
-    return float(first * (last / first) ** part)
 
 
 def descend(
@@ -175,7 +180,7 @@ def descend(
     stage = f"gradient {budget}"
     recorded = study.generations(stage) if study is not None else []
     floor, ceiling = space.bounds
-    descent = Descent(space.shape, budget, config.gradient_steps, floor, ceiling, config.seed)
+    descent = Descent(space.shape, budget, config.gradient_steps, floor, ceiling, rotation.size, config.seed)
     limit = limit or TimeLimit(None)
     steps: list[Evaluation] = []
     try:
@@ -183,7 +188,7 @@ def descend(
             number = descent.step
             if number < len(recorded):
                 (entry,) = recorded[number]
-                descent.tell(space.by_variable(np.array(entry.slope)))
+                descent.tell(np.array(entry.slope).reshape(space.shape))
                 if entry.budgets != as_lists(space.matrix(descent.budgets)):
                     raise StudyError(
                         f"step {number} of {stage} in the study is not what this version comes to; continue with the "
@@ -195,9 +200,10 @@ def descend(
                 if steps and limit.reached():
                     break
                 started = time.perf_counter()
-                losses, slope = engine.slope(np.asarray(space.matrix(descent.point)), descent.sharpness, columns)
-                slope /= len(columns)
-                descent.tell(space.by_variable(slope))
+                points = np.stack([space.matrix(point) for point in descent.points])
+                losses, slopes = engine.slope(points, descent.sharpness, columns)
+                slope = descent.folded(space.by_variable(slopes))
+                descent.tell(slope)
                 by_example: list[float | None] = [None] * rotation.examples
                 for column, loss in zip(columns, losses.tolist(), strict=True):
                     by_example[column] = float(np.exp(-loss))
@@ -205,7 +211,8 @@ def descend(
                 budgets = as_lists(space.matrix(descent.budgets))
                 took = time.perf_counter() - started
                 limit.scored(SLOPE_ROWS * len(columns), took)
-                entry = Evaluation(budgets, score, score, 1.0, number, by_example, took, slope.tolist())
+                by_layer = slope.reshape(space.layers, -1).tolist()
+                entry = Evaluation(budgets, score, score, 1.0, number, by_example, took, by_layer)
                 if study is not None:
                     study.record(stage, number, [entry])
             steps.append(entry)

@@ -174,7 +174,8 @@ class _Replay:
             columns = list(range(min(len(sample), SLOPE_EXAMPLES)))
             uniform = space.matrix(np.full(space.shape, float(budgets[0])))
             rounds = math.ceil(min(SLOPE_EXAMPLES, len(run.train)) / len(columns))
-            self.step = rounds * _fastest(lambda: engine.slope(uniform, 2.0, columns))
+            points = np.stack([uniform] * len(columns))
+            self.step = rounds * _fastest(lambda: engine.slope(points, 2.0, columns))
         start = None if config.begins_at in COMPUTED else config.begins_at
         strategy = make_strategy(config, space, budgets[0], start)
         population = np.stack([space.matrix(each) for each in strategy.ask()])

@@ -26,8 +26,8 @@ class Evaluation:
         generation: number of the generation, from 0.
         scores: metric on each training example; None for those it was not scored on.
         seconds: its share of the time that scoring its generation took.
-        slope: of a step of a descent, how the loss changes with each budget, ``L × H``. Its scores are those under soft
-            cuts, which cannot be compared with others.
+        slope: of a step of a descent, how the loss changes with each budget, ``L × H`` (``L × 1`` of layers).
+            Its scores are those under soft cuts, which cannot be compared with others.
     """
 
     budgets: list[list[int]]

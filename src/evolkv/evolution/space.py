@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -120,7 +121,11 @@ class SearchSpace:
                 f"use --floor {selector.min_budget} or more"
             )
         if budget < least:
-            other = "a selector with a smaller window, such as --selector snapkv:window=16"
+            other = "a selector that always keeps fewer"
+            window = min(selector.window, budget) // 2
+            # The floor is one more than the window.
+            if 0 < window < budget - 1 and "window" in selector.parameters():
+                other = f"a smaller window, such as --selector {replace(selector, window=window).spec}"
             if least > selector.min_budget + 1:
                 other = f"a lower --floor ({selector.name} always keeps {selector.min_budget})"
             enough = f"--budget {least} or more" if not at_share else "a larger share"
@@ -156,8 +161,8 @@ class SearchSpace:
         return floor, ceiling
 
     def by_variable(self, slope: np.ndarray) -> np.ndarray:
-        """Return the derivatives with respect to what is searched, given those of each head, ``[layers, kv_heads]``."""
-        return slope if self.by_head else slope.sum(axis=1)
+        """Return the derivatives with respect to what is searched, given those of heads, ``[…, layers, kv_heads]``."""
+        return slope if self.by_head else slope.sum(axis=-1)
 
     def completed(self, budgets: np.ndarray, budget: int) -> np.ndarray:
         """Return budgets ``[layers, kv_heads]`` brought to exactly the total of another budget."""
