@@ -124,7 +124,7 @@ def search(
         int,
         typer.Option(
             "--gradient-steps",
-            help="Steps of the gradient start, of three examples each.",
+            help="Steps of the gradient start, of two examples each.",
             rich_help_panel=_STRATEGY,
         ),
     ] = 48,
