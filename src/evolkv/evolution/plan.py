@@ -154,12 +154,12 @@ class _Replay:
     def __init__(self, run: Run, budgets: Sequence[int]):
         self.run = run
         config, space = run.config, run.space
-        self.side_by_side = run.side_by_side(len(run.train))
+        self.side_by_side = run.engines.side_by_side(len(run.train))
         # One of each shard, as many as run at once.
         sample = run.train[::SHARD_SIZE][: self.side_by_side]
         self.tokens = _lengths(run, run.train)
         started = time.perf_counter()
-        engine = ShardedEngine(run.backend, sample, run.selector, config.metric, space.ceiling, shard_size=1)
+        engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, space.ceiling, shard_size=1)
         took = time.perf_counter() - started
         self.sampled = _lengths(run, sample)
         self.per_token = took / sum(self.sampled)

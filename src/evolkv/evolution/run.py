@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -19,20 +18,16 @@ from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.errors import UsageError
 from evolkv.evaluation import records
-from evolkv.evaluation.balance import BalancedEngine
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.records import prompt_digest
-from evolkv.evaluation.shards import SHARD_SIZE, Backend, ShardedEngine
-from evolkv.evolution.backends import make_backend
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
+from evolkv.evolution.engines import Engines
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
-from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
 from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
@@ -152,16 +147,15 @@ class Run:
         #: Scores of the allocations that stood for choice on all training examples, by choice, then by name.
         self.trained: dict[str, dict[str, float]] = {}
         self.study: Study | None = None
-        self._backend: Backend | None = None
-        self._scorer: Engine | None = None
-        self._calibration = Calibration(config, self.space, self._train_engine)
+        #: Where candidates are scored.
+        self.engines = Engines(model, tokenizer, config, self.selector, self.space, self.task.balanced, self.limit)
+        self._calibration = Calibration(config, self.space, self._scorer)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._backend is not None:
-            self._backend.close()
+        self.engines.close()
         if self.study is not None:
             self.study.close()
 
@@ -242,7 +236,7 @@ class Run:
             config=config,
             space=space,
             rotation=self.rotation,
-            scorer=self._train_engine,
+            scorer=self._scorer,
             study=self.study,
             limit=self.limit,
         )
@@ -258,7 +252,7 @@ class Run:
             config=self.config,
             space=self.space,
             rotation=Rotation(len(self.train), SLOPE_EXAMPLES, self.config.seed),
-            scorer=self._train_engine,
+            scorer=self._scorer,
             study=self.study,
             limit=self.limit,
         )
@@ -311,11 +305,10 @@ class Run:
                 return validated
         try:
             # While the prompts are still there.
-            trained = choose(self._train_engine(), choices)
+            trained = choose(self._scorer(), choices)
             self.trained = {name: {row.name: row.score for row in rows} for name, rows in trained.items()}
-            self._train_engine().close()
-            self._scorer = None
-            validated = choose(self._engine("validation"), choices)
+            self.engines.free()
+            validated = choose(self.engines.unseen(self.held_out), choices)
         except KeyboardInterrupt:
             return {}
         if self.study is not None:
@@ -434,62 +427,8 @@ class Run:
             self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): kept})
         return kept
 
-    @property
-    def backend(self) -> Backend:
-        """Where shards are computed; made when it is first asked for."""
-        if self._backend is None:
-            self._backend = make_backend(self.model, self.tokenizer, self.config)
-        return self._backend
-
-    def side_by_side(self, examples: int) -> int:
-        """Return how many shards of so many examples are computed at once."""
-        shards = math.ceil(examples / SHARD_SIZE)
-        sharing = self.backend.sharing(shards)
-        return min(shards, sharing.replicas * sharing.threads)
-
-    def _train_engine(self) -> Engine:
-        if self._scorer is None:
-            self._scorer = self._engine("train")
-        return self._scorer
-
-    def _engine(self, split: Literal["train", "validation"]) -> Engine:
-        """Return an engine over the examples of a split; those of training are held for many calls."""
-        engine = self._plain_engine(split)
-        if not self.task.balanced:
-            return engine
-        return BalancedEngine(engine, self.space.heuristics(min(self.space.budgets))["uniform"])
-
-    def _plain_engine(self, split: Literal["train", "validation"]) -> Engine:
-        config, train = self.config, split == "train"
-        examples, stage = (self.train, "prefill") if train else (self.held_out, "validation")
-        started = time.perf_counter()
-        lengths = self.space.by_length
-
-        def on_progress(done: int, total: int) -> None:
-            # Once all workers have read a shard: prompts that go before have neighbours to come that share with them.
-            if train and config.engine == "replay" and done >= min(total, SHARD_SIZE * side_by_side):
-                self.limit.read(done, total, time.perf_counter() - started)
-            config.report(SearchProgress(stage, done, total))  # type: ignore[arg-type]
-
-        if config.engine == "naive":
-            return NaiveEngine(
-                self.model,
-                self.tokenizer,
-                examples,
-                self.selector,
-                config.metric,
-                on_progress,
-                config.prefill_chunk,
-                lengths,
-            )
-        side_by_side = self.side_by_side(len(examples))
-        ceiling = self.space.ceiling
-        if lengths is not None:
-            # Of each prompt every head may get all.
-            ceiling = max(encode_prompt(self.tokenizer, example).shape[1] for example in examples)
-        return ShardedEngine(
-            self.backend, examples, self.selector, config.metric, ceiling, train, on_progress, lengths=lengths
-        )
+    def _scorer(self) -> Engine:
+        return self.engines.training(self.train)
 
 
 def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from evolkv.evolution.config import COMPUTED, LUKV, SearchConfig
 from evolkv.models import describe_model, model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import Selector
+from evolkv.selectors import Selector, get_selector
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +124,8 @@ class SearchSpace:
             window = min(selector.window, budget) // 2
             # The floor is one more than the window.
             if 0 < window < budget - 1 and "window" in selector.parameters():
-                other = f"a smaller window, such as --selector {replace(selector, window=window).spec}"
+                smaller = get_selector({**selector.to_dict(), "window": window})
+                other = f"a smaller window, such as --selector {smaller.spec}"
             if least > selector.min_budget + 1:
                 other = f"a lower --floor ({selector.name} always keeps {selector.min_budget})"
             enough = f"--budget {least} or more" if not at_share else "a larger share"
