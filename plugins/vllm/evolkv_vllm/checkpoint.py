@@ -41,10 +41,10 @@ def outline(model_config: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
             f"EvolKV cannot read the layers of {model_config.model}: transformers has no causal language model for "
-            f"its config ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); serve it without "
-            "EvolKV"
+            f"its config ({reason}); serve it without a profile"
         ) from None
     model.config._name_or_path = str(model_config.model)
     return model

@@ -96,9 +96,7 @@ class Compactor:
                 self._queries.popitem(last=False)
         return queries
 
-    def _compress(
-        self, row: PromptRow, blocks: Tensor, queries: Tensor, kv_cache: Tensor, storage: Storage
-    ) -> None:
+    def _compress(self, row: PromptRow, blocks: Tensor, queries: Tensor, kv_cache: Tensor, storage: Storage) -> None:
         key, value = storage.read(kv_cache, blocks)
         key, value = key[:, : row.prompt], value[:, : row.prompt]
         prompt = PromptAttention(

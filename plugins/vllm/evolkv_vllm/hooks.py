@@ -136,11 +136,12 @@ def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callab
 
 
 def _register() -> None:
-    from evolkv_vllm.manager import EvolKVManager
-    from evolkv_vllm.spec import EvolKVSpec
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from evolkv_vllm.manager import EvolKVManager
+    from evolkv_vllm.spec import EvolKVSpec
 
     # vLLM registers its own specs only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()
@@ -163,8 +164,9 @@ def _wrap_config() -> None:
 
 
 def _refuse_profiles(error: RunError) -> None:
-    from evolkv_vllm.settings import Settings
     from vllm.config.vllm import VllmConfig
+
+    from evolkv_vllm.settings import Settings
 
     def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
         def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -178,10 +180,11 @@ def _refuse_profiles(error: RunError) -> None:
 
 
 def _wrap_layers() -> None:
-    from evolkv_vllm.compaction import compactor_of
-    from evolkv_vllm.spec import EvolKVSpec
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from evolkv_vllm.compaction import compactor_of
+    from evolkv_vllm.spec import EvolKVSpec
 
     def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
@@ -222,9 +225,10 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
 
 
 def _wrap_block_managers() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
     from evolkv_vllm.manager import looking_up
     from evolkv_vllm.startup import announce
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     def init(plain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -245,8 +249,9 @@ def _wrap_block_managers() -> None:
 
 
 def _wrap_scheduler() -> None:
-    from evolkv_vllm.chunks import end_of_chunk
     from vllm.v1.core.sched.scheduler import Scheduler
+
+    from evolkv_vllm.chunks import end_of_chunk
 
     def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
         def reserve(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from evolkv.errors import RunError
-from evolkv_vllm.spec import EvolKVSpec
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
+
+from evolkv.errors import RunError
+from evolkv_vllm.spec import EvolKVSpec
 
 #: Tokens in the prompt of the request whose prefix is being looked up. vLLM's look-up hands on only hashes, and those
 #: of a request that was preempted are of its answer, too.

@@ -56,10 +56,15 @@ class Settings:
         unknown = sorted(set(given) - {*_FIELDS})
         if unknown:
             raise UsageError(f"{source} has no setting {unknown[0]!r}; expected some of {', '.join(_FIELDS)}")
-        for name, kinds in (("profile", str), ("method", str), ("budget", (int, str))):
-            if not isinstance(given.get(name), (kinds, type(None))) or isinstance(given.get(name), bool):
-                raise UsageError(f"{source}[{name!r}] is {given[name]!r}; expected a {'text' if kinds is str else 'number or a share'}")
-        settings = cls(given.get("profile"), given.get("method"), given.get("budget"), source)
+        for name in ("profile", "method"):
+            if not isinstance(given.get(name), str | None):
+                raise UsageError(f"{source}[{name!r}] is {given[name]!r}; expected a text")
+        budget = given.get("budget")
+        if isinstance(budget, bool) or not isinstance(budget, int | str | None):
+            raise UsageError(
+                f"{source}['budget'] is {budget!r}; expected a number such as 512, or a share such as '10%'"
+            )
+        settings = cls(given.get("profile"), given.get("method"), budget, source)
         if settings.profile is None and settings.method is None:
             raise UsageError(f"{source} names neither a profile nor a method; add 'profile', or 'method' and 'budget'")
         return settings

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from evolkv_vllm.rule import BudgetRule
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from evolkv_vllm.rule import BudgetRule
 
 
 @dataclass(frozen=True, kw_only=True)

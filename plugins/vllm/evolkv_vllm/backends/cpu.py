@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from evolkv.errors import RunError
-from evolkv_vllm.builder import BudgetBuilder
-from evolkv_vllm.compaction import Compactor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
+
+from evolkv.errors import RunError
+from evolkv_vllm.builder import BudgetBuilder
+from evolkv_vllm.compaction import Compactor
 
 
 class EvolKVCPUBuilder(BudgetBuilder, CPUAttentionMetadataBuilder):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-
-from evolkv_vllm.backends.paged import PagedStorage
-from evolkv_vllm.builder import BudgetBuilder
-from evolkv_vllm.compaction import Compactor
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+
+from evolkv_vllm.backends.paged import PagedStorage
+from evolkv_vllm.builder import BudgetBuilder
+from evolkv_vllm.compaction import Compactor
 
 
 class EvolKVFlashBuilder(BudgetBuilder, FlashAttentionMetadataBuilder):
