@@ -140,7 +140,7 @@ def test_profile_of_another_model_is_refused(model, profile, tmp_path):
     content["model"]["fingerprint"] = "0" * 16
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="was made for .* fingerprint 0000000000000000"):
+    with pytest.raises(RunError, match=r"was made for .* fingerprint 0000000000000000"):
         config_of(model, {"profile": str(other)})
 
 
@@ -150,7 +150,7 @@ def test_budgets_by_head_are_refused(model, profile, tmp_path):
     content["budgets"][0] = [30, 50]
     other = tmp_path / "heads.json"
     other.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="differ from head to head.*--granularity layer"):
+    with pytest.raises(RunError, match=r"differ from head to head.*--granularity layer"):
         config_of(model, {"profile": str(other)})
 
 
@@ -235,7 +235,7 @@ def test_vllm_without_a_symbol_is_refused_in_one_line(symbol, monkeypatch):
     # Where a class inherits it, the class that has it.
     owner = next((each for each in getattr(owner, "__mro__", [owner]) if last in vars(each)), owner)
     monkeypatch.delattr(owner, last)
-    with pytest.raises(RunError, match="is gone|takes no") as refused:
+    with pytest.raises(RunError, match=r"is gone|takes no") as refused:
         hooks.check_symbols()
     assert last in str(refused.value) or last == "__init__"
     assert "\n" not in str(refused.value)
