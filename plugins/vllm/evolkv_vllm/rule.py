@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evolkv import BudgetProfile
-from evolkv.budgets import Share
+from evolkv.budgets import Share, held_in_blocks
 from evolkv.methods import Method, get_method
 from evolkv.models import ModelFacts
 from evolkv.models.layers import KVLayer
@@ -166,6 +166,6 @@ def _drops(text: str, tokens: int, block_size: int) -> NDArray[np.int64]:
     for layer_class, window in zip(parsed.classes, parsed.windows, strict=True):
         if window is not None:
             most[layer_class] = tokens
-    dropped = np.maximum(tokens - most, 0) // block_size
+    dropped = (tokens - held_in_blocks(most, tokens, block_size)) // block_size
     dropped.flags.writeable = False
     return dropped
