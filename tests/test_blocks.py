@@ -29,10 +29,9 @@ def test_budgets_keep_their_shape():
     assert held_in_blocks([[36], [100], [200]], 100, 32).tolist() == [[36], [100], [100]]
 
 
-@pytest.mark.model
-def test_eval_holds_what_a_server_holds(model, tokenizer):
+def test_eval_holds_what_a_server_holds(small):
     settings = {"task": TASK, "methods": ["snapkv", "full"], "budgets": [40], "samples": 2}
-    exact, held = (evolkv.evaluate(model, tokenizer, **settings, block_size=size) for size in (None, 32))
+    exact, held = (evolkv.evaluate(*small, **settings, block_size=size) for size in (None, 32))
     assert exact[0]["mean_budget"] == 40
     assert 40 < held[0]["mean_budget"] < 72
     assert held[0]["block_size"] == 32
@@ -40,11 +39,10 @@ def test_eval_holds_what_a_server_holds(model, tokenizer):
     assert held[1]["score"] == exact[1]["score"]
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"block_size": 0}, "--block-size is 0"), ({"block_size": 32, "prefill_chunk": 64}, "both given")],
 )
-def test_block_sizes_that_make_no_sense(settings, message, model, tokenizer):
+def test_block_sizes_that_make_no_sense(settings, message, small):
     with pytest.raises(UsageError, match=message):
-        evolkv.evaluate(model, tokenizer, task=TASK, methods="snapkv", budgets=40, samples=1, **settings)
+        evolkv.evaluate(*small, task=TASK, methods="snapkv", budgets=40, samples=1, **settings)

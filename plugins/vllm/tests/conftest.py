@@ -33,6 +33,11 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def windows():
+    return read_reference("windows")
+
+
+@pytest.fixture(scope="session")
 def smollm():
     return read_reference("smollm")
 

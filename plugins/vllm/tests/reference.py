@@ -4,8 +4,7 @@ It runs in EvolKV's own environment, because the cache needs a newer transformer
 
     python plugins/vllm/tests/reference.py FOLDER
 
-writes FOLDER/tiny.json and FOLDER/smollm.json, the model FOLDER/tiny, and the profiles FOLDER/tiny-NAME.json and
-FOLDER/smollm-NAME.json.
+writes FOLDER/GROUP.json for each group of cases, FOLDER/GROUP-NAME.json for each profile, and the tiny models.
 """
 
 from __future__ import annotations
@@ -20,12 +19,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evolkv import BudgetProfile, CompressedCache, load_model
+from evolkv.models import model_facts
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv_vllm.rule import BudgetRule
-from tiny_model import LAYERS, VOCABULARY, write_tiny_model
+from tiny_model import LAYERS, write_tiny_model
 
 BLOCK = 32
+BYTES = 256
+WINDOW = 64
 ANSWER = 12
 
 
@@ -33,7 +35,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    for name, make in (("tiny", of_tiny), ("smollm", of_smollm)):
+    for name, make in (("tiny", of_tiny), ("windows", of_windows), ("smollm", of_smollm)):
         (folder / f"{name}.json").write_text(json.dumps(make(folder)), "utf-8")
 
 
@@ -76,23 +78,37 @@ def of_tiny(folder: Path) -> dict[str, Any]:
         "knorm": BudgetProfile.uniform(model, 30, "knorm"),
         "streaming": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "streaming_llm"),
     }
-    prompts = [rng.integers(0, VOCABULARY, size=30 + 7 * number).tolist() for number in range(40)]
+    prompts = [rng.integers(0, BYTES, size=30 + 7 * number).tolist() for number in range(40)]
     for name, profile in profiles.items():
         profile.save(folder / f"tiny-{name}.json")
     cases = [
         case(model, name, profile, number, prompt)
         for name, profile in profiles.items()
         for number, prompt in enumerate(prompts)
+        if name == "snapkv" or number % 2
     ]
+    return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+def of_windows(folder: Path) -> dict[str, Any]:
+    """A model with a sliding window in every other layer, which the server leaves as it is."""
+    path = write_tiny_model(folder / "tiny-windows", window=WINDOW)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rng = np.random.default_rng(2)
+    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
+    profile.save(folder / "windows-mixed.json")
+    prompts = [rng.integers(0, BYTES, size=40 + 9 * number).tolist() for number in range(20)]
+    cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
     return {"model": str(path), "prompts": prompts, "cases": cases}
 
 
 @torch.no_grad()
 def case(model: Any, name: str, profile: BudgetProfile, number: int, prompt: list[int]) -> dict[str, Any]:
     """Return the answer to one prompt under budgets as the server rounds them, and what was kept."""
-    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), [None] * profile.num_layers)
+    windows = model_facts(model).sliding_windows
+    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), windows)
     dropped = rule.drops(len(prompt), BLOCK)[list(rule.classes)]
-    held = BudgetProfile.from_budgets(model, np.maximum(len(prompt) - dropped * BLOCK, 1), profile.selector)
+    held = BudgetProfile.from_budgets(model, len(prompt) - dropped * BLOCK, profile.selector)
     cache = CompressedCache(model, held)
     logits = model(torch.tensor([prompt]), cache=cache).logits[0, -1]
     tokens = []

@@ -21,6 +21,7 @@ from evolkv_vllm.spec import EvolKVSpec
 from evolkv_vllm.startup import description
 
 install()
+init_none_hash(sha256)
 LENGTH = 4096
 
 
@@ -39,8 +40,6 @@ def config_of(rule, block_size, blocks=4000):
 
 
 def manager_of(rule, block_size, blocks=4000, caching=False):
-    if caching:
-        init_none_hash(sha256)
     return KVCacheManager(config_of(rule, block_size, blocks), LENGTH, block_size, block_size, enable_caching=caching)
 
 

@@ -51,6 +51,17 @@ def test_chunks_of_one_token_and_whole_prompts(chunk, tiny, kept):
         check(tiny, "snapkv", llm, kept)
 
 
+@pytest.mark.parametrize("chunk", [7, 2048])
+def test_layers_with_a_sliding_window_stay_vllms(chunk, windows, kept):
+    settings = {"max_num_batched_tokens": chunk, "max_num_seqs": min(chunk, 16)}
+    with engine(windows["model"], settings_of(windows, "windows", "mixed"), **settings) as llm:
+        cases = cases_of(windows, "mixed")
+        prompts = [windows["prompts"][case["prompt"]] for case in cases]
+        assert answers(llm, prompts) == [case["tokens"] for case in cases]
+        assert {layer for _, layer in kept} == {0, 2, 4}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "chunk"), [("uniform", 2048), ("classes", 2048), ("classes", 100), ("varied", 500)]
 )
