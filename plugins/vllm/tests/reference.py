@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evolkv import BudgetProfile, CompressedCache, load_model
-from evolkv.models import model_facts
+from evolkv.models import ALIASES, gguf, model_facts
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv_vllm.rule import BudgetRule
@@ -40,7 +40,9 @@ def main() -> None:
 
 
 def of_smollm(folder: Path) -> dict[str, Any]:
-    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    name = "smollm2-135m"
+    entry = ALIASES[name]
+    model, tokenizer = load_model(name, dtype="float32", device="cpu")
     rng = np.random.default_rng(0)
     layers = model.config.num_hidden_layers
     profiles = {
@@ -54,15 +56,15 @@ def of_smollm(folder: Path) -> dict[str, Any]:
         prompts += [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
     # Each of another length, by which the tests tell them apart.
     prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:40])]
-    for name, profile in profiles.items():
-        profile.save(folder / f"smollm-{name}.json")
+    for kind, profile in profiles.items():
+        profile.save(folder / f"smollm-{kind}.json")
     cases = [
-        case(model, name, profile, number, prompt)
-        for name, profile in profiles.items()
+        case(model, kind, profile, number, prompt)
+        for kind, profile in profiles.items()
         for number, prompt in enumerate(prompts)
-        if name == "classes" or number % 2
+        if kind == "classes" or number % 2
     ]
-    return {"model": str(model.config._name_or_path), "prompts": prompts, "cases": cases}
+    return {"model": str(gguf.converted(entry.paths(name), name, entry.sha256)), "prompts": prompts, "cases": cases}
 
 
 def of_tiny(folder: Path) -> dict[str, Any]:
