@@ -118,7 +118,8 @@ class BudgetBuilder:
     def _rows(self, common: Any, step: Step, spec: EvolKVSpec) -> list[PromptRow]:
         """Return the prompts of which this step computes queries that a selector looks at, or the end."""
         selector = spec.rule.selector
-        observed = selector.observed_queries or 0
+        # A selector that looks at no query still ranks at the end, which is where the last one is.
+        observed = max(1, selector.observed_queries or 0)
         rows = []
         for request in step.reading:
             dropped = int(step.to_drop[spec.layer_class, request])
@@ -131,7 +132,7 @@ class BudgetBuilder:
             ends = length >= prompt
             # The first block with an observed query: no other request shares it, and it is there from the first such
             # query on.
-            key = int(table[min(prompt - 1, max(0, prompt - max(1, observed))) // spec.block_size])
+            key = int(table[min(prompt - 1, max(0, prompt - observed)) // spec.block_size])
             if key == 0:
                 # vLLM's placeholder: a rehearsal, of which nothing is kept.
                 continue
