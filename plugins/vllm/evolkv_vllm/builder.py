@@ -58,6 +58,8 @@ class BudgetBuilder:
         super().__init__(kv_cache_spec, layer_names, config, device, **kwargs)  # type: ignore[call-arg]
         self._table: Tensor | None = None
         self._lengths = torch.zeros(0)
+        #: What the latest step was shifted by: a key, the columns of the table that it took, and tokens.
+        self._shift: tuple[Any, Tensor, Tensor] | None = None
         self._most_requests = int(config.scheduler_config.max_num_seqs)
         if isinstance(kv_cache_spec, EvolKVSpec) and kv_cache_spec.block_size != kv_cache_spec.pool_block_size:
             raise RunError(
@@ -96,21 +98,25 @@ class BudgetBuilder:
             rows = max(self._most_requests, number)
             self._table = torch.zeros((rows, table.shape[1]), dtype=table.dtype, device=table.device)
             self._lengths = torch.zeros(rows, dtype=common.seq_lens.dtype, device=table.device)
-            self._columns = torch.arange(table.shape[1], device=table.device)
         left = step.lengths - dropped * block_size
+        longest = int(left.max())
         # On a CPU only the columns that are read; a graph may read all.
-        width = table.shape[1] if table.device.type != "cpu" else min(table.shape[1], -(-int(left.max()) // block_size))
-        shift = torch.from_numpy(dropped).to(table.device, non_blocking=True)
-        where = (self._columns[:width] + shift[:, None]).clamp_(max=table.shape[1] - 1)
+        width = table.shape[1] if table.device.type != "cpu" else min(table.shape[1], -(-longest // block_size))
+        key = dropped.tobytes(), width
+        if self._shift is None or self._shift[0] != key:
+            # The same from step to step as long as the same requests write.
+            shift = torch.from_numpy(dropped).to(table.device, non_blocking=True)
+            columns = torch.arange(width, device=table.device)
+            where = (columns + shift[:, None]).clamp_(max=table.shape[1] - 1)
+            self._shift = key, where, (shift * block_size).to(common.seq_lens.dtype)
+        _, where, tokens = self._shift
         self._table[:number, :width] = table[:number].gather(1, where)
-        torch.sub(common.seq_lens[:number], (shift * block_size).to(common.seq_lens.dtype), out=self._lengths[:number])
-        bound = common.seq_lens_cpu_upper_bound.clone()
-        bound[:number] = torch.from_numpy(left)
+        torch.sub(common.seq_lens[:number], tokens, out=self._lengths[:number])
         return common.replace(
             block_table_tensor=self._table[:number],
             seq_lens=self._lengths[:number],
-            seq_lens_cpu_upper_bound=bound,
-            max_seq_len=int(left.max()) if dropped.any() else common.max_seq_len,
+            seq_lens_cpu_upper_bound=torch.from_numpy(left.astype(np.int32)),
+            max_seq_len=longest if dropped.any() else common.max_seq_len,
             rswa_prefix_lens=None,
             _num_computed_tokens_cache=None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evolkv_vllm.plan import rule_of
+from evolkv_vllm.spec import EvolKVSpec
 
 
 def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> int:
@@ -25,8 +25,9 @@ def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> in
     prompt = request.num_prompt_tokens
     if number <= 0 or computed >= prompt:
         return number
-    rule = rule_of(scheduler.vllm_config)
-    if rule is None or not rule.any_drops(prompt, scheduler.cache_config.block_size):
+    specs = (group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups)
+    spec = next((spec for spec in specs if isinstance(spec, EvolKVSpec)), None)
+    if spec is None or not spec.rule.any_drops(prompt, spec.block_size):
         return number
     end = computed + number
     if end >= prompt:

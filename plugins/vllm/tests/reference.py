@@ -2,7 +2,7 @@
 
 It runs in EvolKV's own environment, because the cache needs a newer transformers than vLLM allows:
 
-    python plugins/vllm/tests/reference.py FOLDER
+    python plugins/vllm/tests/reference.py FOLDER [GROUP...]
 
 writes FOLDER/GROUP.json for each group of cases, FOLDER/GROUP-NAME.json for each profile, and the tiny models.
 """
@@ -35,7 +35,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    for name, make in (("tiny", of_tiny), ("windows", of_windows), ("smollm", of_smollm)):
+    makers = {"tiny": of_tiny, "windows": of_windows, "smollm": of_smollm}
+    for name in sys.argv[2:] or makers:
+        make = makers[name]
         (folder / f"{name}.json").write_text(json.dumps(make(folder)), "utf-8")
 
 
