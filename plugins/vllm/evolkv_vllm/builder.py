@@ -122,7 +122,11 @@ class BudgetBuilder:
         )
 
     def _rows(self, common: Any, step: Step, spec: EvolKVSpec) -> list[PromptRow]:
-        """Return the prompts of which this step computes queries that a selector looks at, or the end."""
+        """Return the prompts of which this step computes queries that a selector looks at, or the end.
+
+        Raises:
+            RunError: a chunk runs past the end of a prompt that is to be compressed.
+        """
         selector = spec.rule.selector
         # A selector that looks at no query still ranks at the end, which is where the last one is.
         observed = max(1, selector.observed_queries or 0)
@@ -142,11 +146,13 @@ class BudgetBuilder:
             if key == 0:
                 # vLLM's placeholder: a rehearsal, of which nothing is kept.
                 continue
+            if length > prompt:
+                raise RunError("EvolKV: vLLM reads past the end of a prompt in one chunk; this version cannot be used")
             rows.append(
                 PromptRow(
                     request=request,
                     start=int(step.starts[request]),
-                    count=min(length, prompt) - int(step.computed[request]),
+                    count=length - int(step.computed[request]),
                     computed=int(step.computed[request]),
                     prompt=prompt,
                     dropped=dropped,

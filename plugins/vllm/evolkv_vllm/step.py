@@ -45,8 +45,7 @@ class Step:
         """Return the step that vLLM's `CommonAttentionMetadata` describes; groups of one step share one.
 
         Raises:
-            RunError: vLLM does not say how long the prompts are, or a chunk runs past the end of a prompt that is to
-                be compressed.
+            RunError: vLLM does not say how long the prompts are.
         """
         global _latest
         prompts, lengths = common.rswa_prefix_lens, common.seq_lens_cpu_upper_bound
@@ -78,8 +77,6 @@ class Step:
         # Rows without queries are there for the shape of a graph.
         real = counts > 0
         reads = real & (computed < prompts)
-        if (reads & (lengths > prompts) & to_drop.any(axis=0)).any():
-            raise RunError("EvolKV: vLLM reads past the end of a prompt in one chunk; this version cannot be used")
         dropped = np.where(real & ~reads, to_drop, 0)
         return cls(prompts, ends[:-1], counts, computed, lengths, dropped, to_drop, reads.nonzero()[0].tolist())
 

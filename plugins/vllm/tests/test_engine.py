@@ -173,3 +173,22 @@ def test_aborted_requests_give_everything_back(tiny, profile, prompts):
         assert pool(llm).get_num_free_blocks() == free
         managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
         assert all(not manager.req_to_blocks and not manager._compressed for manager in managers)
+
+
+def test_three_times_as_many_requests_run_in_the_same_pool(tiny):
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
+    prompts = [[number, *random_prompts(1, 21, seed=number)[0] * 20][:400] for number in range(24)]
+    most = []
+    for config in (None, {"profile": str(Path(tiny["folder"], "tiny-uniform.json"))}):
+        with engine(tiny["model"], config, num_gpu_blocks_override=60, max_num_seqs=24) as llm:
+            core = llm.llm_engine
+            for number, prompt in enumerate(prompts):
+                core.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
+            running = []
+            while core.has_unfinished_requests():
+                core.step()
+                running.append(len(scheduler(llm).running))
+            most.append(max(running))
+    assert most[1] >= 3 * most[0]
