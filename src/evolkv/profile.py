@@ -17,6 +17,7 @@ from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
 from evolkv.json_files import read_json
 from evolkv.models import ModelInfo, describe_model, is_quantized, model_facts
+from evolkv.numbers import is_whole
 from evolkv.profile_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -242,6 +243,42 @@ class BudgetProfile:
         budgets = allocators.expand(budgets, budget, self._floors(selector), limit)
         matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
         return replace(self, budget=budget, budgets=matrix, search=search, scores={}, share=None)
+
+    def in_classes(self, count: int) -> BudgetProfile:
+        """Return a profile by layer in which only a few budgets occur, each in as many layers as any other.
+
+        Layers with neighbouring budgets form a class and share one budget, near the mean of theirs: of all classes of
+        one size these change the budgets least. A serving engine keeps one table of blocks for each budget that
+        occurs, and pads classes that are smaller than others. The order of the layers by budget stays; of a profile by
+        head each layer counts with its mean. `scores` is empty, for it belongs to the old budgets.
+
+        Args:
+            count: how many budgets may occur; it must divide the number of layers.
+
+        Returns:
+            A profile with the same total of the layers' budgets; where that is no multiple of a class's size, with the
+            next lower one.
+
+        Raises:
+            UsageError: a count that does not divide the number of layers.
+            BudgetError: a total that does not leave each layer what the selector always keeps.
+        """
+        if not is_whole(count) or not 1 <= count <= self.num_layers or self.num_layers % count:
+            fitting = ", ".join(str(each) for each in range(1, self.num_layers + 1) if self.num_layers % each == 0)
+            raise UsageError(
+                f"{count!r} classes of {self.num_layers} layers cannot be of one size; expected one of {fitting}"
+            )
+        size = self.num_layers // count
+        by_layer = self.budgets.mean(axis=1)
+        members = np.argsort(-by_layer, kind="stable").reshape(count, size)
+        floors = np.array(self._floors(get_selector(self.selector)))[members].max(axis=1)
+        total = int(self.budgets.sum()) // (self.num_kv_heads * size)
+        chosen = allocators.complete(by_layer[members].mean(axis=1), total, floors, MAX_BUDGET)
+        budgets = np.empty(self.num_layers, dtype=np.int64)
+        budgets[members] = chosen[:, None]
+        matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
+        search = {**self.search, "classes": int(count)}
+        return replace(self, budgets=matrix, granularity="layer", search=search, scores={})
 
     def check_model(self, model: Any) -> None:
         """Check that the profile belongs to a model.

@@ -62,6 +62,10 @@ def evaluate(
     metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
     protocol: Protocol = "aware",
     prefill_chunk: PrefillChunk = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", metavar="N", help="Round budgets as a server with blocks of N tokens does."),
+    ] = None,
     json_out: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +128,7 @@ def evaluate(
                 metric=metric,
                 protocol=protocol,
                 prefill_chunk=prefill_chunk,
+                block_size=block_size,
                 sample_ids=sample_ids,
                 records=kept,
                 on_progress=lambda step: _show(progress, step, kept),

@@ -15,7 +15,9 @@ from evolkv.cli.tables import budgets_picture
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
 
-app = typer.Typer(cls=Group, help="Look at profiles, check them, carry them to another budget.")
+app = typer.Typer(
+    cls=Group, help="Look at profiles, check them, carry them to another budget or to a few classes of layers."
+)
 
 Path = Annotated[str, typer.Argument(metavar="PROFILE.json", callback=to_read, help="A profile.")]
 
@@ -77,6 +79,34 @@ def expand(
     profile = _load(path).expand(read_budget(budget, "--budget"))
     profile.save(out)
     console.OUT.print(f"mean budget {_mean(profile)}; profile written to {out}", soft_wrap=True)
+
+
+@app.command(cls=Command)
+def classes(
+    path: Path,
+    layers: Annotated[
+        int,
+        typer.Option(
+            "--layers", metavar="N", help="Into how many classes the layers go; those of a class share one budget."
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
+    ],
+) -> None:
+    """Bring the layers to a few classes of one size, at the same total: cheaper to serve."""
+    from evolkv.whole_files import check_outputs
+
+    check_outputs([out], [path])
+    profile = _load(path).in_classes(layers)
+    profile.save(out)
+    budgets = ", ".join(f"{budget:,}" for budget in sorted({int(row[0]) for row in profile.budgets}, reverse=True))
+    each = profile.num_layers // layers
+    console.OUT.print(
+        f"{layers} {'class' if layers == 1 else 'classes'} of {each} {'layer' if each == 1 else 'layers'} (budgets "
+        f"{budgets}), mean budget {_mean(profile)}; profile written to {out}",
+        soft_wrap=True,
+    )
 
 
 @app.command(cls=Command)

@@ -122,6 +122,7 @@ def _merged(
             ("dtype", start.model.dtype, settings.model.dtype),
             ("protocol", start.protocol, settings.protocol),
             ("prefill_chunk", start.prefill_chunk, settings.prefill_chunk),
+            ("block_size", start.block_size, settings.block_size),
         ):
             if before != now:
                 raise UsageError(

@@ -82,6 +82,7 @@ def evaluate(
     metric: str | None = None,
     protocol: str = AWARE,
     prefill_chunk: int | None = None,
+    block_size: int | None = None,
     sample_ids: Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
@@ -106,6 +107,8 @@ def evaluate(
             before the question is seen); see `evolkv.tasks.protocol`.
         prefill_chunk: tokens of the chunks in which prompts are read, evicting after each, as `CompressedCache` does;
             a prefill per method and example. Default: all at once.
+        block_size: tokens of the blocks of a server that the budgets are meant for: budgets are rounded up as it rounds
+            them (`evolkv.budgets.held_in_blocks`). Not with `prefill_chunk`. Default: each budget to the entry.
         sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
             default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluation.records`. If
@@ -115,9 +118,9 @@ def evaluate(
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
         mean_budget, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide in),
-        ``prefill_chunk``, ``expanded_from`` (the budget that a profile was found at) and ``bins`` (number and score of
-        the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the
-        cache held after prefill, averaged over examples (and heads).
+        ``prefill_chunk``, ``block_size``, ``expanded_from`` (the budget that a profile was found at) and ``bins``
+        (number and score of the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and
+        `mean_budget` are what the cache held after prefill, averaged over examples (and heads).
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -129,6 +132,7 @@ def evaluate(
     if not chosen:
         raise UsageError("nothing to evaluate: give at least one method")
     check_request(chosen, at, samples, metric)
+    _check_blocks(block_size, prefill_chunk)
     rows = _rows(model, chosen, at)
     if prefill_chunk is not None:
         for row in rows:
@@ -156,6 +160,7 @@ def evaluate(
         metric=metric,
         protocol=protocol,
         prefill_chunk=prefill_chunk,
+        block_size=block_size,
         seed=seed,
         samples=samples,
         sample_ids=None if sample_ids is None else list(sample_ids),
@@ -206,6 +211,18 @@ def check_request(methods: Sequence[Method], budgets: Sequence[Budget], samples:
             method.at(budget)
 
 
+def _check_blocks(block_size: int | None, prefill_chunk: int | None) -> None:
+    if block_size is None:
+        return
+    if not is_whole(block_size) or block_size < 1:
+        raise UsageError(f"--block-size is {block_size!r}; expected the tokens of a server's block, such as 32")
+    if prefill_chunk is not None:
+        raise UsageError(
+            "--block-size and --prefill-chunk are both given, but a server with blocks evicts once, after the prompt; "
+            "leave one of them out"
+        )
+
+
 def summarise(records: Records) -> list[dict[str, Any]]:
     """Return the rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
     settings = records.settings
@@ -234,6 +251,8 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 result["haystack"] = settings.tasks[task].haystack
             if settings.prefill_chunk is not None:
                 result["prefill_chunk"] = settings.prefill_chunk
+            if settings.block_size is not None:
+                result["block_size"] = settings.block_size
             if method.expanded_from is not None:
                 result["expanded_from"] = method.expanded_from
             bins = _by_bin(column)

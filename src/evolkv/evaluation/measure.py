@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.budgets import Budget
+from evolkv.budgets import Budget, held_in_blocks
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import RecordedPrompt, from_rankings
 from evolkv.evaluation.memory import free_memory
@@ -269,7 +269,14 @@ class _Shard:
         start = row.budgets if row.method.share is None else row.method.budgets_at(self.facts, recorded.tokens)
         layers = recorded.kv_layers
         ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
-        return row.method.budgets_for([layer.observations for layer in layers], start, ceilings)
+        budgets = row.method.budgets_for([layer.observations for layer in layers], start, ceilings)
+        if self.settings.block_size is None:
+            return budgets
+        held = held_in_blocks(budgets, recorded.tokens, self.settings.block_size)
+        # A server holds the whole window of a layer that has one.
+        windows = [window is not None for window in self.facts.sliding_windows]
+        held[windows] = ceilings[windows, None]
+        return held
 
     def _enough(self, waiting: list[_Prefilled]) -> bool:
         """Return whether what waits should be decoded now.

@@ -82,7 +82,8 @@ class TaskSettings(_Checked):
 class Settings(_Checked):
     """The settings that identify an evaluation. Methods go by `label`, tasks by their spec.
 
-    `prefill_chunk` is the number of tokens in which prompts were read, None for all at once.
+    `prefill_chunk` is the number of tokens in which prompts were read, None for all at once. `block_size` is the
+    number of tokens in a block of a server that would hold the entries, None where each budget was held to the entry.
     """
 
     model: ModelSettings
@@ -92,6 +93,7 @@ class Settings(_Checked):
     samples: int
     sample_ids: list[str] | None
     prefill_chunk: int | None = None
+    block_size: int | None = None
     methods: Annotated[dict[str, MethodSettings], Field(min_length=1)]
     tasks: Annotated[dict[str, TaskSettings], Field(min_length=1)]
     versions: dict[str, str]

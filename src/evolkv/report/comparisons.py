@@ -165,7 +165,8 @@ def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence
     """Group rows by what they were measured on. Curves come last, because their scores are not on held-out examples."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        shared = (row.model, row.task, row.metric, row.n, row.protocol, row.prefill_chunk, row.dtype, row.seed)
+        how = (row.protocol, row.prefill_chunk, row.block_size, row.dtype, row.seed)
+        shared = (row.model, row.task, row.metric, row.n, *how)
         groups.setdefault(shared, []).append(row)
     held_out = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
     return held_out + [_from_curve(curve, profiles) for curve in curves]

@@ -156,6 +156,7 @@ class Row(_Measured):
     seed: int | None = None
     protocol: str = ""
     prefill_chunk: Count | None = None
+    block_size: Count | None = None
     dtype: str = ""
 
 

@@ -145,6 +145,7 @@ def eval_command(rows: Sequence[Row]) -> list[str]:
     words += ["--metric", rows[0].metric] if "+" not in rows[0].metric else []
     words += ["--protocol", rows[0].protocol] if rows[0].protocol else []
     words += ["--prefill-chunk", str(chunk)] if (chunk := rows[0].prefill_chunk) is not None else []
+    words += ["--block-size", str(block)] if (block := rows[0].block_size) is not None else []
     words += ["--dtype", rows[0].dtype] if rows[0].dtype else []
     words += ["--seed", str(rows[0].seed)] if rows[0].seed is not None else []
     return _pieces(words)

@@ -1,0 +1,38 @@
+"""Where the chunks of a prompt end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evolkv_vllm.spec import EvolKVSpec
+
+
+def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> int:
+    """Return how many tokens of a request to compute in a step, at most `number`.
+
+    A request that was preempted is read again with its answer so far. Its prompt has to be compressed in between, as
+    it was before, because the answer was written by what the compressed prompt says.
+
+    On a GPU the last chunk of a prompt has more tokens than a step of decoding: vLLM replays a CUDA graph for a batch
+    of such steps, and nothing is compressed in a graph.
+
+    Args:
+        scheduler: vLLM's.
+        request: vLLM's.
+        computed: its tokens that are computed.
+        number: how many vLLM would compute.
+    """
+    prompt = request.num_prompt_tokens
+    if number <= 0 or computed >= prompt:
+        return number
+    specs = (group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups)
+    spec = next((spec for spec in specs if isinstance(spec, EvolKVSpec)), None)
+    if spec is None or not spec.rule.any_drops(prompt, spec.block_size):
+        return number
+    end = computed + number
+    if end >= prompt:
+        return prompt - computed
+    if scheduler.vllm_config.device_config.device_type == "cpu":
+        return number
+    least = 2 + scheduler.num_spec_tokens
+    return max(0, min(end, prompt - least) - computed)

@@ -1,0 +1,263 @@
+"""Where the plugin takes hold of vLLM: what it registers, and the five methods that it wraps.
+
+vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
+
+* `VllmConfig.__post_init__`: settings are checked before anything is loaded.
+* `Attention.get_kv_cache_spec`: a layer's spec carries its budget.
+* `KVCacheManager.__init__`: one line at start says what the budgets come to.
+* `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
+* `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from evolkv.errors import RunError, UsageError
+from evolkv_vllm import checks, plan
+from evolkv_vllm.settings import VARIABLE
+
+#: What the plugin wraps, overrides or calls of vLLM's internals: module, name there, and arguments that it relies on.
+SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.config.vllm", "VllmConfig.__post_init__", ()),
+    ("vllm.config.model_arch", "ModelArchitectureConfig", ("rswa_window",)),
+    ("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
+    ("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
+    ("vllm.v1.attention.backend", "CommonAttentionMetadata", ("rswa_prefix_lens", "seq_lens_cpu_upper_bound")),
+    ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("kv_cache_config", "max_model_len")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
+    (
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._reserve_prefill_lookahead",
+        ("request", "num_computed_tokens", "num_new_tokens"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.remove_skipped_blocks",
+        ("request_id", "processed_computed_tokens", "num_prompt_tokens"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager._remove_blocks_in_range",
+        ("request_id", "first_block", "last_block"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.cache_blocks",
+        ("request", "num_tokens", "retention_interval", "replay_boundaries"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.find_longest_cache_hit",
+        ("block_hashes", "max_length", "kv_cache_spec"),
+    ),
+    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free", ("request_id",)),
+    ("vllm.v1.kv_cache_interface", "FullAttentionSpec.merge", ("specs",)),
+    ("vllm.v1.kv_cache_interface", "FullAttentionSpec.is_uniform_with_collection", ("kv_cache_specs",)),
+    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered", ()),
+    (
+        "vllm.v1.kv_cache_spec_registry",
+        "KVCacheSpecRegistry.register",
+        ("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
+    ),
+)
+
+_BACKENDS = {
+    "CPU_ATTN": "evolkv_vllm.backends.cpu.EvolKVCPUBackend",
+    "FLASH_ATTN": "evolkv_vllm.backends.flash_attn.EvolKVFlashBackend",
+    "TRITON_ATTN": "evolkv_vllm.backends.triton.EvolKVTritonBackend",
+}
+
+_installed = False
+
+
+def check_symbols() -> None:
+    """Check that vLLM has everything in `SYMBOLS`.
+
+    Raises:
+        RunError: something is not there, or takes other arguments; it is named.
+    """
+    for module, name, arguments in SYMBOLS:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+            missing = sorted(set(arguments) - set(inspect.signature(found).parameters))
+        except (ImportError, AttributeError):
+            raise _changed(f"{module}.{name} is gone") from None
+        if missing:
+            raise _changed(f"{module}.{name} takes no {missing[0]}")
+
+
+def _changed(what: str) -> RunError:
+    first, end = checks.VERSIONS
+    return RunError(
+        f"this vLLM is not one that evolkv-vllm knows: {what}; install vLLM {first[0]}.{first[1]} to "
+        f"{end[0]}.{end[1] - 1}, or unset the profile"
+    )
+
+
+def install() -> None:
+    """Register the plugin's classes and wrap vLLM's methods, once in each process.
+
+    Where vLLM is not one that the plugin knows, nothing of it changes, except that a profile is refused.
+
+    Raises:
+        RunError: a profile is asked for by environment variable, and vLLM is such a one.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    try:
+        checks.check_version()
+        check_symbols()
+    except RunError as error:
+        if os.environ.get(VARIABLE):
+            raise
+        _refuse_profiles(error)
+        return
+    _register()
+    _wrap_config()
+    _wrap_layers()
+    _wrap_block_managers()
+    _wrap_scheduler()
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    plain = getattr(owner, name)
+    setattr(owner, name, functools.wraps(plain)(wrapper(plain)))
+
+
+def _register() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from evolkv_vllm.manager import EvolKVManager
+    from evolkv_vllm.spec import EvolKVSpec
+
+    # vLLM registers its own specs only while the registry is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(EvolKVSpec, EvolKVManager, uniform_type_base_spec=FullAttentionSpec)
+    for name, path in _BACKENDS.items():
+        register_backend(AttentionBackendEnum[name], path)
+
+
+def _wrap_config() -> None:
+    from vllm.config.vllm import VllmConfig
+
+    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            plan.configure(self)
+
+        return post_init
+
+    _wrap(VllmConfig, "__post_init__", wrapper)
+
+
+def _refuse_profiles(error: RunError) -> None:
+    from vllm.config.vllm import VllmConfig
+
+    from evolkv_vllm.settings import Settings
+
+    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            if Settings.read(self.additional_config) is not None:
+                raise RunError(str(error))
+
+        return post_init
+
+    _wrap(VllmConfig, "__post_init__", wrapper)
+
+
+def _wrap_layers() -> None:
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from evolkv_vllm.compaction import compactor_of
+    from evolkv_vllm.spec import EvolKVSpec
+
+    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
+            spec, rule = plain(self, vllm_config), plan.rule_of(vllm_config)
+            # Layers with a sliding window have another spec, and keep it.
+            if rule is None or type(spec) is not FullAttentionSpec:
+                return spec
+            checks.check_layer(self, self.layer_name)
+            number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
+            requests = vllm_config.scheduler_config.max_num_seqs
+            self.impl.compactor = compactor_of(self, rule.selector, number, rule.num_layers, requests)
+            return EvolKVSpec.of_layer(spec, rule, number)
+
+        return get_kv_cache_spec
+
+    _wrap(Attention, "get_kv_cache_spec", wrapper)
+
+
+def _layer_number(name: str, config: Any, num_layers: int) -> int:
+    """Return the number of a layer among those with keys and values: its row in a profile."""
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = config.compilation_config.static_forward_context.items()
+    indices = sorted(extract_layer_index(each) for each, layer in layers if isinstance(layer, Attention))
+    index = extract_layer_index(name)
+    if len(indices) == num_layers:
+        return indices.index(index)
+    if config.parallel_config.pipeline_parallel_size > 1 and index < num_layers:
+        total = config.model_config.get_total_num_hidden_layers()
+        if total == num_layers:
+            # The other layers are on other devices.
+            return index
+    raise UsageError(
+        f"EvolKV: the budgets are for {num_layers} layers, but vLLM's model has {len(indices)} attention layers with "
+        "keys and values; serve this model without a profile"
+    )
+
+
+def _wrap_block_managers() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from evolkv_vllm.manager import looking_up
+    from evolkv_vllm.startup import announce
+
+    def init(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            announce(self)
+
+        return wrapped
+
+    def look_up(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def get_computed_blocks(self: Any, request: Any) -> Any:
+            with looking_up(request.num_prompt_tokens):
+                return plain(self, request)
+
+        return get_computed_blocks
+
+    _wrap(KVCacheManager, "__init__", init)
+    _wrap(KVCacheManager, "get_computed_blocks", look_up)
+
+
+def _wrap_scheduler() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from evolkv_vllm.chunks import end_of_chunk
+
+    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def reserve(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+            number = plain(self, request, num_computed_tokens, num_new_tokens)
+            return end_of_chunk(self, request, num_computed_tokens, number)
+
+        return reserve
+
+    _wrap(Scheduler, "_reserve_prefill_lookahead", wrapper)

@@ -1,0 +1,106 @@
+"""From what a user asks for to the rule that every process of a server follows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from evolkv.budgets import Budget, read_budget
+from evolkv.errors import RunError, UsageError
+from evolkv.methods import Method
+from evolkv.models import describe_model, model_facts
+from evolkv_vllm import checkpoint, checks
+from evolkv_vllm.rule import BudgetRule
+from evolkv_vllm.settings import KEY, Settings
+
+logger = logging.getLogger("vllm.evolkv")
+
+#: Where the rule stands in ``additional_config["evolkv"]``, with which it reaches every process.
+_RULE = "rule"
+#: A window that no text outgrows. A model with one is handed the lengths of prompts, and evicts nothing by it.
+_NO_WINDOW = 1 << 30
+
+
+def rule_of(config: Any) -> BudgetRule | None:
+    """Return the rule of a server, or None where it has no profile.
+
+    Args:
+        config: vLLM's `VllmConfig`.
+    """
+    additional = config.additional_config
+    given = additional.get(KEY) if isinstance(additional, Mapping) else None
+    text = given.get(_RULE) if isinstance(given, Mapping) else None
+    return None if text is None else BudgetRule(text)
+
+
+def configure(config: Any) -> None:
+    """Check what is asked for against a configuration of vLLM, and note the rule in it.
+
+    Args:
+        config: vLLM's `VllmConfig`, complete; changed. One that has a rule stays as it is.
+
+    Raises:
+        RunError: the server cannot start as asked, with the reason and what to do.
+    """
+    if config.model_config is None or config.model_config.is_submodel_config or rule_of(config) is not None:
+        return
+    try:
+        settings = Settings.read(config.additional_config)
+        if settings is None:
+            return
+        checks.check_version()
+        rule = _rule(settings, config)
+    except UsageError as error:
+        # vLLM's configuration takes a ValueError for one of its own and wraps it in a page of text.
+        raise RunError(str(error)) from None
+    given = config.additional_config or {}
+    config.additional_config = {**given, KEY: {**given.get(KEY, {}), _RULE: rule.text}}
+    config.model_config.model_arch_config.rswa_window = _NO_WINDOW
+
+
+def _rule(settings: Settings, config: Any) -> BudgetRule:
+    method = settings.chosen()
+    assert method.selector is not None
+    checks.check_config(config, method.selector, classes=1)
+    model = checkpoint.outline(config.model_config)
+    facts = model_facts(model)
+    budget = None if settings.budget is None else read_budget(settings.budget)
+    method, budgets = _resolve(method, budget, model, config.model_config)
+    if (budgets != budgets[:, :1]).any():
+        raise UsageError(
+            f"{settings.source}: the budgets differ from head to head, and a block of vLLM's holds all heads of a "
+            "layer; use a profile by layer: evolkv search --granularity layer"
+        )
+    assert method.selector is not None
+    if method.share is not None:
+        rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context)
+    else:
+        rule = BudgetRule.fixed(budgets[:, 0], method.selector, facts.sliding_windows)
+    checks.check_config(config, method.selector, classes=len(set(rule.classes)))
+    return rule
+
+
+def _resolve(method: Method, budget: Budget | None, model: Any, model_config: Any) -> tuple[Method, np.ndarray]:
+    """Return a method and its budgets for a model, ``[layers, kv_heads]``; see `Method.resolve`."""
+    if method.profile is None:
+        return method.resolve(model, budget)
+    folder = checkpoint.weights_folder(model_config)
+    try:
+        if folder is None:
+            raise checkpoint.MissingWeightsError("no safetensors files on this machine")
+        return method.resolve(checkpoint.with_weights(model, folder), budget)
+    except checkpoint.MissingWeightsError as error:
+        logger.warning(
+            "EvolKV: the profile is for %s; the weights of %s cannot be compared with it (%s), so only the numbers of "
+            "layers and KV heads are",
+            method.profile.model["name"],
+            model_config.model,
+            error,
+        )
+    blank = checkpoint.without_weights(model)
+    same = {**method.profile.model, "fingerprint": describe_model(blank).fingerprint}
+    return replace(method, profile=replace(method.profile, model=same)).resolve(blank, budget)

@@ -1,0 +1,171 @@
+"""How many blocks a layer gives back after a prompt: one pure function, for the scheduler and for every worker.
+
+The scheduler frees blocks and the workers move keys and values. They exchange no messages about it, because both
+compute the same number from the prompt's length, the budgets and the block size.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evolkv import BudgetProfile
+from evolkv.budgets import Share, held_in_blocks
+from evolkv.methods import Method, get_method
+from evolkv.models import ModelFacts
+from evolkv.models.layers import KVLayer
+from evolkv.selectors import Selector, get_selector
+
+#: Lengths of prompts whose budgets are remembered, for each rule and block size.
+_LENGTHS = 1 << 16
+
+
+@dataclass(frozen=True)
+class BudgetRule:
+    """What the budgets of a method come to for each length of prompt.
+
+    It travels between processes inside vLLM's specs and configuration, so it is a text that can be compared and hashed.
+
+    Attributes:
+        text: JSON, as `fixed` and `of_share` write it.
+    """
+
+    text: str
+
+    @classmethod
+    def fixed(cls, budgets: NDArray[np.int64], selector: Selector, windows: list[int | None]) -> BudgetRule:
+        """Return the rule of budgets that are the same for every prompt.
+
+        Args:
+            budgets: entries of each layer, ``[layers]``.
+            selector: chooses what is kept.
+            windows: the sliding window of each layer in tokens, None where it sees everything.
+        """
+        return cls._of({"budgets": budgets.tolist(), "selector": selector.to_dict(), "windows": windows})
+
+    @classmethod
+    def of_share(cls, method: Method, windows: list[int | None], max_context: int) -> BudgetRule:
+        """Return the rule of a method whose budgets are a share of each prompt.
+
+        Args:
+            method: as `Method.resolve` returns it, with a `share`.
+            windows: the sliding window of each layer in tokens, None where it sees everything.
+            max_context: the longest context of the model, in tokens.
+        """
+        assert method.selector is not None
+        return cls._of(
+            {
+                "share": method.share,
+                "profile": None if method.profile is None else method.profile.to_dict(),
+                "method": f"{method.allocator}+{method.selector.spec}",
+                "selector": method.selector.to_dict(),
+                "windows": windows,
+                "max_context": max_context,
+            }
+        )
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> BudgetRule:
+        return cls(json.dumps(content, sort_keys=True))
+
+    @property
+    def selector(self) -> Selector:
+        """What chooses the entries that are kept."""
+        return _parsed(self.text).selector
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with keys and values."""
+        return len(_parsed(self.text).windows)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The class of each layer, ``[layers]``: layers of one class have the same budgets for every prompt."""
+        return _parsed(self.text).classes
+
+    def keeps(self, tokens: int) -> NDArray[np.int64]:
+        """Return the entries that each layer keeps of a prompt of so many tokens, ``[layers]``, at most `tokens`."""
+        return np.minimum(_parsed(self.text).budgets_at(tokens), tokens)
+
+    def drops(self, tokens: int, block_size: int) -> NDArray[np.int64]:
+        """Return the blocks at the head of a prompt that each class gives back, ``[classes]``; 0 where it keeps all.
+
+        The kept entries fill the last slots of the prompt. So a budget is rounded up, by less than a block, until
+        they begin where a block begins: these slots are paid for anyway. Layers with a sliding window are vLLM's own,
+        and give back nothing here.
+
+        Args:
+            tokens: length of the prompt.
+            block_size: tokens of a block.
+        """
+        return _drops(self.text, tokens, block_size)
+
+    def any_drops(self, tokens: int, block_size: int) -> bool:
+        """Return whether any layer gives back blocks of a prompt of so many tokens."""
+        return bool(self.drops(tokens, block_size).any())
+
+
+class _Parsed:
+    """The content of a rule's text, read once for each process."""
+
+    def __init__(self, text: str):
+        content = json.loads(text)
+        self.selector = get_selector(content["selector"])
+        self.windows: list[int | None] = content["windows"]
+        self._fixed = np.array(content["budgets"], dtype=np.int64) if "budgets" in content else None
+        if self._fixed is None:
+            described = content["profile"]
+            method = get_method(content["method"] if described is None else BudgetProfile.from_dict(described))
+            self._method = method.at(Share(content["share"]))
+            self._facts = ModelFacts(
+                kv_layers=tuple(KVLayer(index, window) for index, window in enumerate(self.windows)),
+                other_layers=(),
+                num_kv_heads=1 if self._method.profile is None else self._method.profile.num_kv_heads,
+                num_heads=1,
+                head_dim=1,
+                max_context=content["max_context"],
+                model_type="",
+            )
+        self.classes = self._classes()
+
+    def budgets_at(self, tokens: int) -> NDArray[np.int64]:
+        """Return the budgets of a prompt, ``[layers]``."""
+        if self._fixed is not None:
+            return self._fixed
+        return np.asarray(self._method.budgets_at(self._facts, tokens)[:, 0], dtype=np.int64)
+
+    def _classes(self) -> tuple[int, ...]:
+        profile = None if self._fixed is not None else self._method.profile
+        if self._fixed is not None:
+            weights = self._fixed.tolist()
+        elif profile is not None:
+            weights = profile.budgets[:, 0].tolist()
+        else:
+            # An allocator's proportions: those at a length that is long enough to tell layers apart.
+            weights = self.budgets_at(min(self._facts.max_context, 1 << 20)).tolist()
+        numbers: dict[tuple[int, int | None], int] = {}
+        return tuple(numbers.setdefault(key, len(numbers)) for key in zip(weights, self.windows, strict=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(text: str) -> _Parsed:
+    return _Parsed(text)
+
+
+@functools.lru_cache(maxsize=_LENGTHS)
+def _drops(text: str, tokens: int, block_size: int) -> NDArray[np.int64]:
+    parsed = _parsed(text)
+    most = np.zeros(max(parsed.classes) + 1, dtype=np.int64)
+    np.maximum.at(most, np.array(parsed.classes), np.minimum(parsed.budgets_at(tokens), tokens))
+    for layer_class, window in zip(parsed.classes, parsed.windows, strict=True):
+        if window is not None:
+            most[layer_class] = tokens
+    dropped = (tokens - held_in_blocks(most, tokens, block_size)) // block_size
+    dropped.flags.writeable = False
+    return dropped

@@ -1,0 +1,75 @@
+"""The KV-cache spec of a layer with a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from evolkv_vllm.rule import BudgetRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolKVSpec(FullAttentionSpec):
+    """Full attention while the prompt is read, and a budget of it afterwards.
+
+    Layers with equal specs form a group with a block table of its own; vLLM does that by comparing specs.
+
+    Attributes:
+        rule: what the budgets come to.
+        layer_class: the class of layers in `rule` that this layer belongs to.
+        pool_block_size: tokens of a block in vLLM's pool, to notice a kernel that wants smaller ones.
+    """
+
+    rule: BudgetRule
+    layer_class: int
+    pool_block_size: int
+
+    @classmethod
+    def of_layer(cls, plain: FullAttentionSpec, rule: BudgetRule, layer: int) -> EvolKVSpec:
+        """Return the spec of a layer, from the one that it has without a budget.
+
+        Args:
+            plain: vLLM's own.
+            rule: what the budgets come to.
+            layer: number of the layer among those with keys and values.
+        """
+        own: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain) if field.init}
+        return cls(**own, rule=rule, layer_class=rule.classes[layer], pool_block_size=plain.block_size)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Return the spec of a group, which is that of each of its layers.
+
+        Raises:
+            AssertionError: for specs that differ, which tells vLLM to give them different groups.
+        """
+        if any(spec != specs[0] for spec in specs):
+            raise AssertionError("layers with different budgets need groups of their own")
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
+        """Return whether all layers can share one block table: where all have the same budgets."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+    def dropped_blocks(self, prompt_tokens: int) -> int:
+        """Return how many blocks at the head of a prompt of so many tokens the layer gives back."""
+        return int(self.rule.drops(prompt_tokens, self.block_size)[self.layer_class])
+
+    def reusable_tokens(self, prompt_tokens: int) -> int | None:
+        """Return how many tokens of a prompt may come from the prefix cache; None for no limit.
+
+        What is moved when the prompt is compressed lies behind the dropped blocks, so these slots must be the
+        request's own. Two tokens at least are computed, because a step that computes a single one looks like a step
+        of decoding. All observed queries are computed where layers that keep everything rank the prompt for others.
+        """
+        limits = []
+        dropped = self.dropped_blocks(prompt_tokens)
+        if dropped:
+            limits.append(min(dropped * self.block_size, prompt_tokens - 2))
+        selector = self.rule.selector
+        if selector.looks_at_other_layers and self.rule.any_drops(prompt_tokens, self.block_size):
+            limits.append(prompt_tokens - (selector.observed_queries or 0))
+        return max(0, min(limits)) if limits else None

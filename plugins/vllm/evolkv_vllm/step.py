@@ -1,0 +1,92 @@
+"""What the workers have to do in one step, for all groups of layers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evolkv.errors import RunError
+from evolkv_vllm.rule import BudgetRule
+
+
+@dataclass
+class Step:
+    """A batch, as far as budgets are concerned. All arrays are on the CPU.
+
+    Attributes:
+        prompts: length of each request's prompt, ``[requests]``.
+        starts: the first row of each request in the batch's queries, ``[requests]``.
+        counts: how many queries each request brings, ``[requests]``.
+        computed: tokens of each request before this step, ``[requests]``.
+        lengths: tokens after it, ``[requests]``.
+        dropped: blocks that each class of layers does without in this step, ``[classes, requests]``; 0 where the
+            prompt is still being read.
+        to_drop: blocks that each class gives back at the end of the prompt, ``[classes, requests]``.
+        reading: requests whose prompt is being read in this step.
+        memories: what selectors remember of a request from layer to layer, by its number in the batch.
+    """
+
+    prompts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    computed: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    dropped: NDArray[np.int64]
+    to_drop: NDArray[np.int64]
+    reading: list[int]
+    memories: dict[int, dict[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, common: Any, rule: BudgetRule, block_size: int) -> Step:
+        """Return the step that vLLM's `CommonAttentionMetadata` describes; groups of one step share one.
+
+        Raises:
+            RunError: vLLM does not say how long the prompts are.
+        """
+        global _latest
+        prompts, lengths = common.rswa_prefix_lens, common.seq_lens_cpu_upper_bound
+        if prompts is None or lengths is None:
+            raise RunError("EvolKV: this vLLM does not tell attention backends the lengths of prompts; install 0.32")
+        number = common.num_reqs
+        parts = tuple(
+            array[:size].cpu().numpy()
+            for array, size in ((prompts, number), (lengths, number), (common.query_start_loc_cpu, number + 1))
+        )
+        # By content, because vLLM writes each step's numbers into the same tensors.
+        key = (rule.text, block_size, *(part.tobytes() for part in parts))
+        if _latest is None or _latest[0] != key:
+            _latest = key, cls._of(rule, block_size, *(part.astype(np.int64) for part in parts))
+        return _latest[1]
+
+    @classmethod
+    def _of(
+        cls,
+        rule: BudgetRule,
+        block_size: int,
+        prompts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> Step:
+        counts = np.diff(ends)
+        computed = lengths - counts
+        to_drop = _to_drop(rule, block_size, prompts.tobytes())
+        # Rows without queries are there for the shape of a graph.
+        real = counts > 0
+        reads = real & (computed < prompts)
+        dropped = np.where(real & ~reads, to_drop, 0)
+        return cls(prompts, ends[:-1], counts, computed, lengths, dropped, to_drop, reads.nonzero()[0].tolist())
+
+
+#: The latest step of this process and what it was made of.
+_latest: tuple[Any, Step] | None = None
+
+
+@lru_cache(maxsize=64)
+def _to_drop(rule: BudgetRule, block_size: int, prompts: bytes) -> NDArray[np.int64]:
+    """Return the blocks to give back for some lengths of prompts, ``[classes, requests]``."""
+    columns = [rule.drops(tokens, block_size) for tokens in np.frombuffer(prompts, dtype=np.int64).tolist()]
+    return np.stack(columns, axis=1)

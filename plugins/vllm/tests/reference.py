@@ -1,0 +1,127 @@
+"""What EvolKV's own cache keeps and answers, for the tests of the plugin to compare with.
+
+It runs in EvolKV's own environment, because the cache needs a newer transformers than vLLM allows:
+
+    python plugins/vllm/tests/reference.py FOLDER [GROUP...]
+
+writes FOLDER/GROUP.json for each group of cases, FOLDER/GROUP-NAME.json for each profile, and the tiny models.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from evolkv import BudgetProfile, CompressedCache, load_model
+from evolkv.models import ALIASES, gguf, model_facts
+from evolkv.selectors import get_selector
+from evolkv.tasks import encode_prompt, get_task
+from evolkv_vllm.rule import BudgetRule
+from tiny_model import LAYERS, write_tiny_model
+
+BLOCK = 32
+BYTES = 256
+WINDOW = 64
+ANSWER = 12
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    makers = {"tiny": of_tiny, "windows": of_windows, "smollm": of_smollm}
+    for name in sys.argv[2:] or makers:
+        make = makers[name]
+        (folder / f"{name}.json").write_text(json.dumps(make(folder)), "utf-8")
+
+
+def of_smollm(folder: Path) -> dict[str, Any]:
+    name = "smollm2-135m"
+    entry = ALIASES[name]
+    model, tokenizer = load_model(name, dtype="float32", device="cpu")
+    rng = np.random.default_rng(0)
+    layers = model.config.num_hidden_layers
+    profiles = {
+        "uniform": BudgetProfile.uniform(model, 64),
+        "classes": BudgetProfile.from_budgets(model, rng.permutation(np.repeat([34, 40, 64, 90, 150], layers // 5))),
+        "varied": BudgetProfile.from_budgets(model, rng.integers(32, 200, size=layers), "snapkv:window=16,gqa=max"),
+    }
+    prompts = []
+    for context in (240, 320, 400):
+        examples = get_task(f"niah:context={context}").examples("report", 15, tokenizer)
+        prompts += [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
+    # Each of another length, by which the tests tell them apart.
+    prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:40])]
+    for kind, profile in profiles.items():
+        profile.save(folder / f"smollm-{kind}.json")
+    cases = [
+        case(model, kind, profile, number, prompt)
+        for kind, profile in profiles.items()
+        for number, prompt in enumerate(prompts)
+        if kind == "classes" or number % 2
+    ]
+    return {"model": str(gguf.converted(entry.paths(name), name, entry.sha256)), "prompts": prompts, "cases": cases}
+
+
+def of_tiny(folder: Path) -> dict[str, Any]:
+    path = write_tiny_model(folder / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rng = np.random.default_rng(1)
+    profiles = {
+        "snapkv": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8"),
+        "uniform": BudgetProfile.uniform(model, 40, "snapkv:window=4,pooling=mean"),
+        "chunkkv": BudgetProfile.from_budgets(model, [50, 20, 400, 30, 64, 64], "chunkkv:window=8,chunk=5"),
+        "tova": BudgetProfile.from_budgets(model, [30, 60, 10, 33, 64, 1], "tova"),
+        "keydiff": BudgetProfile.from_budgets(model, rng.integers(1, 90, size=LAYERS), "keydiff"),
+        "knorm": BudgetProfile.uniform(model, 30, "knorm"),
+        "streaming": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "streaming_llm"),
+    }
+    prompts = [rng.integers(0, BYTES, size=30 + 7 * number).tolist() for number in range(40)]
+    for name, profile in profiles.items():
+        profile.save(folder / f"tiny-{name}.json")
+    cases = [
+        case(model, name, profile, number, prompt)
+        for name, profile in profiles.items()
+        for number, prompt in enumerate(prompts)
+        if name == "snapkv" or number % 2
+    ]
+    return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+def of_windows(folder: Path) -> dict[str, Any]:
+    """A model with a sliding window in every other layer, which the server leaves as it is."""
+    path = write_tiny_model(folder / "tiny-windows", window=WINDOW)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rng = np.random.default_rng(2)
+    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
+    profile.save(folder / "windows-mixed.json")
+    prompts = [rng.integers(0, BYTES, size=40 + 9 * number).tolist() for number in range(20)]
+    cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
+    return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+@torch.no_grad()
+def case(model: Any, name: str, profile: BudgetProfile, number: int, prompt: list[int]) -> dict[str, Any]:
+    """Return the answer to one prompt under budgets as the server rounds them, and what was kept."""
+    windows = model_facts(model).sliding_windows
+    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), windows)
+    dropped = rule.drops(len(prompt), BLOCK)[list(rule.classes)]
+    held = BudgetProfile.from_budgets(model, len(prompt) - dropped * BLOCK, profile.selector)
+    cache = CompressedCache(model, held)
+    logits = model(torch.tensor([prompt]), cache=cache).logits[0, -1]
+    tokens = []
+    for _ in range(ANSWER):
+        tokens.append(int(logits.argmax()))
+        logits = model(torch.tensor([tokens[-1:]]), cache=cache).logits[0, -1]
+    positions = [[head[head < len(prompt)].tolist() for head in layer] for layer in cache.positions]
+    return {"profile": name, "prompt": number, "tokens": tokens, "positions": positions}
+
+
+if __name__ == "__main__":
+    main()

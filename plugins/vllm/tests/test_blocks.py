@@ -1,0 +1,229 @@
+"""The scheduler's blocks: freed exactly, shared safely, and all back in the end. No model is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from evolkv.selectors import get_selector
+from evolkv_vllm.hooks import install
+from evolkv_vllm.rule import BudgetRule
+from evolkv_vllm.spec import EvolKVSpec
+from evolkv_vllm.startup import description
+
+install()
+init_none_hash(sha256)
+LENGTH = 4096
+
+
+def rule_of(budgets, selector="snapkv:window=4"):
+    return BudgetRule.fixed(np.array(budgets), get_selector(selector), [None] * len(budgets))
+
+
+def config_of(rule, block_size, blocks=4000):
+    """One group for each class of layers."""
+    plain = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    groups = {}
+    for layer in range(rule.num_layers):
+        spec = EvolKVSpec.of_layer(plain, rule, layer)
+        groups.setdefault(spec, []).append(f"layers.{layer}.attn")
+    return KVCacheConfig(blocks, [], [KVCacheGroupSpec(names, spec) for spec, names in groups.items()])
+
+
+def manager_of(rule, block_size, blocks=4000, caching=False):
+    return KVCacheManager(config_of(rule, block_size, blocks), LENGTH, block_size, block_size, enable_caching=caching)
+
+
+def request_of(name, prompt, block_size):
+    parameters = SamplingParams(max_tokens=64)
+    hasher = get_request_block_hasher(block_size, sha256)
+    return Request(name, prompt, parameters, None, block_hasher=hasher)
+
+
+def held(manager, request):
+    """Blocks that a request holds, by group."""
+    groups = manager.get_blocks(request.request_id).blocks
+    return [sum(not block.is_null for block in group) for group in groups]
+
+
+def read(manager, request, chunk=None):
+    """Let a request's tokens be computed, as the scheduler does, and return how many came from the prefix cache."""
+    blocks, found, _ = manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, min(chunk or LENGTH, request.num_tokens - found), found, blocks) is not None
+    request.num_computed_tokens = min(request.num_tokens, found + (chunk or LENGTH))
+    while request.num_computed_tokens < request.num_tokens:
+        number = min(chunk, request.num_tokens - request.num_computed_tokens)
+        assert manager.allocate_slots(request, number) is not None
+        request.num_computed_tokens += number
+    return found
+
+
+def decode(manager, request, tokens=1):
+    for _ in range(tokens):
+        request.append_output_token_ids(7)
+        assert manager.allocate_slots(request, 1) is not None
+        request.num_computed_tokens += 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    budgets=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    prompt=st.integers(1, 700),
+    block_size=st.sampled_from([16, 32, 64]),
+    chunk=st.sampled_from([None, 1, 7, 500]),
+    new=st.integers(1, 40),
+)
+def test_blocks_are_what_budgets_say(budgets, prompt, block_size, chunk, new):
+    rule = rule_of(budgets)
+    manager = manager_of(rule, block_size)
+    free = manager.block_pool.get_num_free_blocks()
+    request = request_of("a", list(range(prompt)), block_size)
+    read(manager, request, chunk)
+    whole = -(-prompt // block_size)
+    assert held(manager, request) == [whole] * (max(rule.classes) + 1)
+    decode(manager, request, new)
+    # Of each layer the blocks of what it keeps, rounded so that it ends where the prompt ends, and of the new tokens.
+    expected = [-(-(prompt + new) // block_size) - max(0, prompt - budget) // block_size for budget in budgets]
+    by_layer = dict(zip(rule.classes, expected, strict=True))
+    assert held(manager, request) == [by_layer[number] for number in sorted(by_layer)]
+    manager.free(request)
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_nothing_is_freed_before_the_workers_have_compressed():
+    manager = manager_of(rule_of([40]), 32)
+    request = request_of("a", list(range(320)), 32)
+    read(manager, request)
+    # The step with the prompt's end is still on its way.
+    request.num_in_flight_tokens = 320
+    decode(manager, request)
+    assert held(manager, request) == [11]
+    request.num_in_flight_tokens = 1
+    decode(manager, request)
+    assert held(manager, request) == [11 - (320 - 40) // 32]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), budgets=st.lists(st.integers(4, 200), min_size=1, max_size=4), caching=st.booleans())
+def test_pool_is_as_at_the_start_after_any_requests(data, budgets, caching):
+    """Requests share beginnings, are preempted and read again, are aborted, or finish: about a thousand in all."""
+    manager = manager_of(rule_of(budgets), 16, blocks=3000, caching=caching)
+    free = manager.block_pool.get_num_free_blocks()
+    text = list(range(1000, 1600))
+    running = []
+    for number in range(18):
+        prompt = text[: data.draw(st.integers(1, 400))] + [number] * data.draw(st.integers(0, 60))
+        request = request_of(str(number), prompt, 16)
+        read(manager, request, data.draw(st.sampled_from([None, 30])))
+        decode(manager, request, data.draw(st.integers(0, 20)))
+        running.append(request)
+        if data.draw(st.booleans()):
+            other = running.pop(data.draw(st.integers(0, len(running) - 1)))
+            manager.free(other)
+            if data.draw(st.booleans()):
+                # Preempted: it comes back with its answer so far.
+                other.num_computed_tokens = 0
+                read(manager, other)
+                decode(manager, other)
+                running.append(other)
+    for request in running:
+        manager.free(request)
+    assert manager.block_pool.get_num_free_blocks() == free
+    assert all(not single.req_to_blocks for single in manager.coordinator.single_type_managers)
+    assert all(not single._compressed for single in manager.coordinator.single_type_managers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    budgets=st.lists(st.integers(4, 300), min_size=1, max_size=4),
+    first=st.integers(20, 500),
+    second=st.integers(20, 500),
+    shared=st.integers(0, 500),
+    answered=st.integers(0, 200),
+)
+def test_shared_blocks_are_never_written_to(budgets, first, second, shared, answered):
+    """Compression writes to the blocks behind those that it drops; a block that two requests hold is not among them."""
+    rule = rule_of(budgets)
+    manager = manager_of(rule, 16, caching=True)
+    text = list(range(1000, 1500))
+    one = request_of("one", text[: min(first, shared)] + [1] * (first - min(first, shared)), 16)
+    two = request_of("two", text[: min(second, shared)] + [2] * (second - min(second, shared)), 16)
+    read(manager, one)
+    decode(manager, one, answered)
+    before = {block.block_id for group in manager.get_blocks("one").blocks for block in group if not block.is_null}
+    found = read(manager, two)
+    assert found <= min(first, second, shared)
+    for index, group in enumerate(manager.get_blocks("two").blocks):
+        dropped = int(rule.drops(second, 16)[index])
+        if dropped:
+            written = {block.block_id for block in group[dropped:]}
+            assert not written & before
+            assert all(block.ref_cnt == 1 and block.block_hash is None for block in group[dropped:])
+
+
+def test_a_prefix_is_found_up_to_what_was_dropped():
+    manager = manager_of(rule_of([40, 100]), 16, caching=True)
+    prompt = list(range(1000, 1400))
+    first = request_of("first", prompt, 16)
+    assert read(manager, first) == 0
+    decode(manager, first, 3)
+    manager.free(first)
+    again = request_of("again", prompt, 16)
+    assert read(manager, again) == (400 - 100) // 16 * 16
+    manager.free(again)
+    shorter = request_of("shorter", prompt[:200], 16)
+    assert read(manager, shorter) == (200 - 100) // 16 * 16
+    covered = request_of("covered", prompt[:90], 16)
+    # A budget of 100 covers it; the layers that keep 40 write behind the first 50 tokens.
+    assert read(manager, covered) == 48
+
+
+def test_a_preempted_request_finds_its_prompt_but_not_its_answer():
+    manager = manager_of(rule_of([40]), 16, caching=True)
+    request = request_of("a", list(range(1000, 1200)), 16)
+    read(manager, request)
+    decode(manager, request, 100)
+    manager.free(request)
+    request.num_computed_tokens = 0
+    _, found, _ = manager.get_computed_blocks(request)
+    assert found == (200 - 40) // 16 * 16
+
+
+def test_chunkkv_that_decides_for_other_layers_reads_its_window():
+    rule = rule_of([40, 400], "chunkkv:window=8")
+    manager = manager_of(rule, 16, caching=True)
+    prompt = list(range(1000, 1200))
+    request = request_of("a", prompt, 16)
+    read(manager, request)
+    decode(manager, request)
+    manager.free(request)
+    assert read(manager, request_of("b", prompt, 16)) <= 200 - 8
+
+
+def test_line_at_start():
+    config = config_of(rule_of([64, 64, 96, 96]), 32, blocks=129)
+    assert description(config, 1024) == (
+        "EvolKV: 2 groups of 2 layers; a prompt of 1,024 tokens holds 10 of its 128 one-layer blocks once it is read, "
+        "so 25 such prompts fit where 2 did"
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 64, 500])
+def test_a_budget_that_covers_the_prompt_drops_nothing(tokens):
+    assert not rule_of([500, 600]).any_drops(tokens, 32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 600), st.sampled_from([16, 32, 128]))
+def test_a_layer_keeps_its_budget_and_less_than_a_block_more(tokens, budget, block_size):
+    left = tokens - int(rule_of([budget]).drops(tokens, block_size)[0]) * block_size
+    assert min(tokens, budget) <= left < min(tokens, budget) + block_size
