@@ -19,7 +19,7 @@ FLOORS = [
     {"evaluation"},
     {"evolution"},
     {"report", "integrations"},
-    {"demo", "generation"},
+    {"demo", "doctor", "generation"},
     {"cli"},
     {"__main__", "integrations.lm_eval_command"},
 ]

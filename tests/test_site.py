@@ -103,14 +103,17 @@ def test_the_page_of_commands_has_every_option(hooks):
                 assert all(hooks.cell(option) in sections[name] for option in param.opts), (name, param.opts)
 
 
-def test_a_link_to_a_record_leads_into_the_site(hooks):
+def test_links_lead_into_the_site_and_name_its_pages(hooks):
     class Here:
         class file:  # noqa: N801
             src_uri = "results.md"
 
-    text = "[all](../bench/records) [one](../bench/records/memory.json) [other](studies.md#watching)"
-    made = hooks.on_page_markdown(text, Here, None, None)
-    assert made == "[all](records.md) [one](records/memory.json) [other](studies.md#watching)"
+    class Config:
+        nav = SETTINGS["nav"]
+
+    text = "[all](../bench/records) [one](../bench/records/memory.json) [studies.md](studies.md#watching)"
+    made = hooks.on_page_markdown(text, Here, Config, None)
+    assert made == "[all](records.md) [one](records/memory.json) [Long searches](studies.md#watching)"
 
 
 def test_headings_have_githubs_anchors(hooks):

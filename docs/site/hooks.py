@@ -42,7 +42,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(r"\]\((?:\.\./)?bench/records/([\w.-]+)\)", r"](records/\1)", markdown)
     if page.file.src_uri == "index.md":
         markdown = re.sub(r"\]\(docs/", "](", markdown)
+    titles = {name: title for title, name in _titles(config.nav or [])}
+    # A file's name says little to readers of a site.
+    markdown = re.sub(
+        r"\[(?:docs/)?([\w-]+\.md)\]\(\1(#[^)]*)?\)",
+        lambda link: f"[{titles.get(link[1], link[1])}]({link[1]}{link[2] or ''})",
+        markdown,
+    )
     return with_anchors(markdown)
+
+
+def _titles(nav: list[Any]) -> Iterator[tuple[str, str]]:
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, str):
+                yield title, target
+            else:
+                yield from _titles(target)
 
 
 def with_anchors(markdown: str) -> str:
@@ -124,9 +140,10 @@ def records_page() -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         machine, command = record["machine"], record["command"]
         command = command if isinstance(command, str) else " ".join(command)
+        date = (record["date"] or "not kept")[:10]
         rows.append(
-            f"| [{path.stem}](records/{path.name}) | {cell(machine['processor'])} | {record['date'] or 'not kept'} "
-            f"| <code>{cell(command)}</code> |"
+            f"| [{path.stem}](records/{path.name}) | {cell(machine['processor'])} | {date} "
+            f'| <code class="command">{cell(command)}</code> |'
         )
     return (
         "# Records\n\nEvery table of measurements is written from one of these files. Each holds a command, the "
