@@ -12,7 +12,7 @@ FLOORS = [
     {"models"},
     {"selectors"},
     {"allocators"},
-    {"profile"},
+    {"profile", "profile_card", "plots"},
     {"methods"},
     {"cache"},
     {"tasks"},

@@ -77,7 +77,7 @@ def lines(found: Diagnosis) -> list[tuple[str, str]]:
             ("memory", f"{gibibytes(facts['memory']['free'])} of {gibibytes(facts['memory']['bytes'])} GiB free"),
             ("threads", f"{facts['threads']['torch']} on {facts['threads']['cores']} cores"),
         ]
-    names = {"converted": "models made", "hub": "hub cache"}
+    names = {"converted": "converted", "hub": "downloaded"}
     shown += [
         (
             names[name],
