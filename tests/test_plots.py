@@ -4,8 +4,8 @@ import pytest
 from matplotlib.image import imread
 
 from evolkv.models import ModelInfo
+from evolkv.plots import budgets_heatmap
 from evolkv.profile import BudgetProfile
-from evolkv.report.plots import budgets_heatmap
 
 
 def profile(budgets, name="model"):

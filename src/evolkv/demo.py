@@ -11,9 +11,9 @@ from typing import Any, Literal
 from evolkv.errors import UsageError
 from evolkv.evaluation import EvaluationProgress, Method, evaluate
 from evolkv.evolution import SearchProgress, SearchResult, search
+from evolkv.plots import budgets_heatmap
 from evolkv.registry import unknown_name
 from evolkv.report.page import render
-from evolkv.report.plots import budgets_heatmap
 from evolkv.report.sources import read_sources
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,27 +75,43 @@ def download(address: HubAddress, max_bytes: int, token: str | bool | None = Non
 
 def upload(
     address: HubAddress,
-    content: bytes,
+    files: Mapping[str, bytes],
     message: str,
     token: str | bool | None = None,
     private: bool | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Put a file on the Hub; a repository that is missing is made. See `BudgetProfile.push_to_hub`."""
-    from huggingface_hub import HfApi
+    """Put files on the Hub in one commit; a repository that is missing is made. See `BudgetProfile.push_to_hub`.
+
+    Args:
+        address: the repository and the revision; its file name is only for messages.
+        files: contents by path in the repository.
+        message: of the commit.
+        token: to write with.
+        private: whether a repository that is made is private.
+        create_pr: propose the files in a pull request.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
     with _clear_errors(str(address)):
         api.create_repo(address.repo_id, private=private, exist_ok=True)
-        commit = api.upload_file(
-            path_or_fileobj=content,
-            path_in_repo=address.filename,
-            repo_id=address.repo_id,
-            revision=address.revision,
+        commit = api.create_commit(
+            address.repo_id,
+            [CommitOperationAdd(path, content) for path, content in files.items()],
             commit_message=message,
+            revision=address.revision,
             create_pr=create_pr,
         )
     return str(commit.pr_url or commit.commit_url)
+
+
+def read_text(address: HubAddress, max_bytes: int, token: str | bool | None = None) -> str | None:
+    """Return the text of a file of the Hub, or None if the repository, the revision or the file is not there."""
+    try:
+        return download(address, max_bytes, token).read_text(encoding="utf-8", errors="replace")
+    except ProfileError:
+        return None
 
 
 @contextmanager

@@ -428,8 +428,14 @@ class BudgetProfile:
         private: bool | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        card: bool = True,
+        results: str | os.PathLike[str] | None = None,
     ) -> str:
         """Write the profile to a model repository on the Hugging Face Hub, which is made if it is missing.
+
+        Beside the profile go `README.md`, the repository's page, with the budgets, the scores, how the profile was made
+        and how to use it; and the picture that the page shows, `budgets.png`. A README that EvolKV did not write stays
+        as it is.
 
         Args:
             repo_id: ``org/name``.
@@ -438,24 +444,31 @@ class BudgetProfile:
             token: to write with. Default: that of ``hf auth login``.
             private: whether a repository that is made is private. Default: the owner's setting.
             commit_message: default says what the profile is.
-            create_pr: propose the file in a pull request.
+            create_pr: propose the files in a pull request.
+            card: write the page and its picture.
+            results: a file that ``evolkv eval --json`` wrote, whose scores and intervals the page is to show.
 
         Returns:
             The commit's address on the web, or that of the pull request.
 
         Raises:
             ProfileError: a name that is not valid, or provenance that JSON cannot hold.
+            UsageError: results that cannot be read, or that are of another model.
             RunError: if the Hub cannot be reached, or refuses.
         """
+        from evolkv.profile_card import PICTURE, README, card_text, is_card, read_rows
+
+        address = hub.HubAddress(repo_id, filename, revision)
+        files = {filename: profile_text(self.to_dict()).encode()}
+        rows = [] if results is None else read_rows(self, results)
+        if card:
+            there = hub.read_text(hub.HubAddress(repo_id, README, revision), MAX_FILE_BYTES, token)
+            if there is None or is_card(there):
+                from evolkv.plots import budgets_png
+
+                files |= {README: card_text(self, address, rows).encode(), PICTURE: budgets_png(self)}
         what = f"EvolKV profile of {self.model['name']} at mean budget {self.target}"
-        return hub.upload(
-            hub.HubAddress(repo_id, filename, revision),
-            profile_text(self.to_dict()).encode(),
-            commit_message or what,
-            token,
-            private,
-            create_pr,
-        )
+        return hub.upload(address, files, commit_message or what, token, private, create_pr)
 
 
 def _info(model: Any) -> ModelInfo:

@@ -21,6 +21,7 @@ from evolkv.cli.certify import certify
 from evolkv.cli.command import Command, Group, instead_of
 from evolkv.cli.compare import compare
 from evolkv.cli.demo import demo
+from evolkv.cli.doctor import doctor
 from evolkv.cli.evaluate import evaluate
 from evolkv.cli.generate import generate
 from evolkv.cli.listing import app as listing
@@ -77,6 +78,7 @@ app.command(cls=Command)(compare)
 app.command(cls=Command)(certify)
 app.command(cls=Command)(generate)
 app.command(cls=Command)(report)
+app.command(cls=Command)(doctor)
 app.add_typer(profile, name="profile")
 app.add_typer(listing, name="list")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,9 @@ def show(
         return
     console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
     console.OUT.print()
-    for name, value in _facts(profile).items():
+    from evolkv.profile_card import facts
+
+    for name, value in facts(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
 
 
@@ -164,39 +166,3 @@ def _load(path: str) -> BudgetProfile:
 
 def _mean(profile: BudgetProfile) -> str:
     return f"{profile.mean_budget:,.6g}" if profile.share is None else f"{profile.share} of each prompt"
-
-
-def _facts(profile: BudgetProfile) -> dict[str, str]:
-    """Return the facts that a profile records about itself, in words."""
-    search, model = profile.search, profile.model
-    parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
-    facts = {
-        "model": f"{model['name']} ({model['num_layers']} layers × {model['num_kv_heads']} KV heads)",
-        "budget": ("" if profile.share is None else f"{profile.share} of each prompt, in the proportions of ")
-        + f"mean {profile.mean_budget:,.6g}, from {profile.budgets.min():,} to {profile.budgets.max():,} "
-        f"cache entries, by {profile.granularity}",
-        "selector": profile.selector["name"] + (f" ({parameters})" if parameters else ""),
-    }
-    if "expanded_from" in search:
-        facts["expanded"] = f"from mean budget {search['expanded_from']}"
-    if "task" in search:
-        facts["task"] = str(search["task"])
-    if "strategy" in search:
-        early = ", interrupted" if search.get("interrupted") else ""
-        facts["search"] = (
-            f"{search['strategy']}, {search.get('evaluations', '?')} candidates, metric {search.get('metric', '?')}, "
-            f"seed {search.get('seed', '?')}, chosen: {search.get('chosen', '?')}{early}"
-        )
-    for name, scores in profile.scores.items():
-        facts[name] = _scores(scores)
-    if isinstance(versions := search.get("versions"), dict):
-        facts["versions"] = ", ".join(f"{key} {value}" for key, value in versions.items())
-    return facts
-
-
-def _scores(scores: Any) -> str:
-    if not isinstance(scores, dict):
-        return str(scores)
-    return ", ".join(
-        f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in scores.items()
-    )

@@ -255,11 +255,16 @@ def _devices() -> str:
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
-        return torch.bfloat16 if _computes_bfloat16_fast(device) else torch.float32
+        return default_dtype(device)
     named = DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
     if named is None or named not in DTYPES.values():
         raise ModelError(str(unknown_name("dtype", str(dtype), DTYPES)))
     return named
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that `load_model` takes by itself: bfloat16 where the device computes it fast, else float32."""
+    return torch.bfloat16 if _computes_bfloat16_fast(device) else torch.float32
 
 
 def _computes_bfloat16_fast(device: torch.device) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,8 +14,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from evolkv.profile import BudgetProfile
 from evolkv.whole_files import write_with
+
+if TYPE_CHECKING:
+    from evolkv.profile import BudgetProfile
 
 _COLOURS = colormaps["viridis"]
 _MOST_LABELS = 64
@@ -34,6 +37,18 @@ def budgets_heatmap(profile: BudgetProfile, path: str | os.PathLike[str]) -> Non
     Raises:
         OSError: the file cannot be written.
     """
+    figure = _figure(profile)
+    write_with(path, lambda partial: figure.savefig(partial))
+
+
+def budgets_png(profile: BudgetProfile) -> bytes:
+    """Return the picture of `budgets_heatmap` as the content of a PNG file."""
+    content = io.BytesIO()
+    _figure(profile).savefig(content, format="png")
+    return content.getvalue()
+
+
+def _figure(profile: BudgetProfile) -> Figure:
     by_head = profile.granularity == "head" and profile.num_kv_heads > 1
     map_height = 0.28 * min(profile.num_kv_heads, 40)
     figure = Figure(figsize=(10, (2.6 if by_head else 3.8) + map_height), dpi=120, layout="constrained")
@@ -48,7 +63,7 @@ def budgets_heatmap(profile: BudgetProfile, path: str | os.PathLike[str]) -> Non
     bottom.set_xlabel("layer")
     top.set_title(_title(profile), fontsize=11, loc="left", pad=8)
     bottom.xaxis.set_major_locator(FixedLocator(_ticks(profile.num_layers)))
-    write_with(path, lambda partial: figure.savefig(partial))
+    return figure
 
 
 def _heads(figure: Figure | None, axes: Axes, profile: BudgetProfile) -> None:

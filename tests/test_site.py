@@ -1,0 +1,207 @@
+"""The documentation as a site: its pages, its reference, and, as a slow test, what a browser makes of it."""
+
+from __future__ import annotations
+
+import html.parser
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import typer
+import yaml
+
+import evolkv
+from evolkv.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+#: Pages that the hooks make of what is elsewhere.
+MADE = {"index.md", "cli.md", "records.md"}
+
+
+def listed(nav):
+    for entry in nav:
+        for target in entry.values():
+            if isinstance(target, str):
+                yield target
+            else:
+                yield from listed(target)
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_navigation_lists_every_page_once():
+    pages = list(listed(SETTINGS["nav"]))
+    assert sorted(pages) == sorted({*(path.name for path in DOCS.glob("*.md")), *MADE})
+
+
+def test_the_python_reference_has_every_public_name():
+    page = (DOCS / "python_api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^::: (\S+)$", page, re.M))
+    assert {f"evolkv.{name}" for name in evolkv.__all__ if name != "__version__"} <= described
+    assert "`evolkv.__version__`" in page
+
+
+def test_every_name_of_the_python_reference_exists():
+    page = (DOCS / "python_api.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^::: (\S+)$", page, re.M):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_table_of_errors_has_every_class():
+    from evolkv import errors
+
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    for name, error in vars(errors).items():
+        if isinstance(error, type):
+            parents = ", ".join(f"`{base.__name__}`" for base in error.__bases__)
+            assert f"| `{name}` | {parents} |" in page
+
+
+def test_the_table_of_variables_has_all_that_evolkv_reads():
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    assert set(re.findall(r'environ(?:\.get\(|\[)"(EVOLKV_\w+)"', source)) <= set(re.findall(r"`(EVOLKV_\w+)`", page))
+
+
+def test_the_table_of_formats_has_every_format():
+    page = (DOCS / "file_formats.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    written = set(re.findall(r'^\w*FORMAT = "(evolkv\.\w+/1)"$', source, re.M))
+    assert written
+    assert written <= set(re.findall(r"`(evolkv\.\w+/1)`", page))
+
+
+def commands(group, path):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def test_the_page_of_commands_has_every_option(hooks):
+    sections = dict(re.findall(r"^##+ (evolkv .*?)$(.*?)(?=^##|\Z)", hooks.commands_page(), re.M | re.S))
+    for name, command in commands(typer.main.get_command(app), "evolkv"):
+        for param in command.get_params(typer.Context(command)):
+            if param.param_type_name == "option":
+                assert all(hooks.cell(option) in sections[name] for option in param.opts), (name, param.opts)
+
+
+def test_links_lead_into_the_site_and_name_its_pages(hooks):
+    class Here:
+        class file:  # noqa: N801
+            src_uri = "results.md"
+
+    class Config:
+        nav = SETTINGS["nav"]
+
+    text = "[all](../bench/records) [one](../bench/records/memory.json) [studies.md](studies.md#watching)"
+    made = hooks.on_page_markdown(text, Here, Config, None)
+    assert made == "[all](records.md) [one](records/memory.json) [Long searches](studies.md#watching)"
+
+
+def test_headings_have_githubs_anchors(hooks):
+    text = "# A `plan`: 10 % of it\n\n## In short\n\n```\n# no heading\n```\n\n## In short\n"
+    made = hooks.with_anchors(text)
+    assert re.findall(r"\{ #(.*?) \}", made) == ["a-plan-10--of-it", "in-short", "in-short-1"]
+
+
+class Resources(html.parser.HTMLParser):
+    """What a page loads, and what it links to."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.links, self.ids = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids.add(given.get("id") or given.get("name"))
+        if tag == "a":
+            self.links.append(given.get("href") or "")
+        elif tag == "link" and given.get("rel") != "canonical":
+            self.loads.append(given["href"])
+        elif given.get("src"):
+            self.loads.append(given["src"])
+
+
+def parsed(path):
+    page = Resources()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    for name in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(name, reason="`make docs` installs what builds the site")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(out)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_pages_load_nothing_from_elsewhere(built):
+    for path in built.rglob("*.html"):
+        assert [url for url in parsed(path).loads if re.match(r"(\w+:)?//", url)] == [], path.name
+
+
+@pytest.mark.slow
+def test_links_between_pages_lead_to_what_is_there(built):
+    pages = {path: parsed(path) for path in built.rglob("*.html") if path.name != "404.html"}
+    for path, page in pages.items():
+        for link in page.links:
+            if re.match(r"\w+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (path.parent / unquote(name)).resolve() if name else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), (path.name, link)
+            assert not anchor or target not in pages or unquote(anchor) in pages[target].ids, (path.name, link)
+
+
+@pytest.mark.slow
+def test_the_python_reference_describes_every_public_name(built):
+    ids = parsed(built / "python_api.html").ids
+    assert {f"evolkv.{name}" for name in evolkv.__all__ if name != "__version__"} <= ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 800, 400])
+def test_pages_fit_their_window_and_ask_nothing_of_the_network(built, width):
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api")
+    asked, heard = [], []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": width, "height": 900})
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("pageerror", lambda error: heard.append(str(error)))
+        for page in sorted(built.glob("*.html")):
+            if page.name != "404.html":
+                opened.goto(page.as_uri())
+                wide = opened.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{page.name} is {wide} pixels wide"
+        browser.close()
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
+    assert heard == []
