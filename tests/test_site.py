@@ -202,6 +202,11 @@ def test_pages_fit_their_window_and_ask_nothing_of_the_network(built, width):
                 opened.goto(page.as_uri())
                 wide = opened.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width, f"{page.name} is {wide} pixels wide"
+        # Opened as a file, too, the search finds.
+        opened.goto((built / "index.html").as_uri())
+        opened.locator("label[for=__search]").first.dispatch_event("click")
+        opened.keyboard.type("certify")
+        opened.wait_for_selector(".md-search-result__item")
         browser.close()
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
     assert heard == []
