@@ -221,3 +221,22 @@ def test_documented_tests_exist(page):
         assert not name or f"def {name}(" in files[file], f"{file}::{name}"
     for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
         assert any(f"def {name}(" in text for text in files.values()), name
+
+
+#: Longest sentence of the documentation, tables and code left out.
+_MOST_WORDS = 35
+
+
+def sentences(page):
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    # A list item is a paragraph of its own, and a table or a block of code is none.
+    for paragraph in re.split(r"\n\s*\n|\n(?=[*-] |\d+\. )", text):
+        lines = [line for line in paragraph.splitlines() if not line.startswith(("|", "    ", "`python", "`evolkv"))]
+        words = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(lines)))
+        yield from re.split(r"(?<=[.!?:])\)?\s+(?=[A-Z*(“\"]|code|kvpress)", words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short(page):
+    long = [each for each in sentences(page) if len(re.findall(r"[\w’'%-]+", each)) > _MOST_WORDS]
+    assert long == []

@@ -33,7 +33,7 @@ from evolkv.whole_files import write_with
 
 @dataclass(frozen=True, eq=False)
 class BudgetProfile:
-    """How many cache entries each layer and KV head of one model keeps, and which selector chooses them.
+    """The number of cache entries that each layer and KV head of one model keeps, and the selector that chooses them.
 
     Make one with `uniform`, `from_budgets` or `load`. Profiles with the same content are equal.
 

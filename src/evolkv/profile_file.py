@@ -43,7 +43,7 @@ class ProfileModel(_Section):
 
 
 class _Search(_Section):
-    """What others read of where the budgets come from; there may be more."""
+    """The part of `search` that other programs read; there may be more."""
 
     task: str | None = None
     strategy: str | None = None
@@ -58,7 +58,7 @@ class _Search(_Section):
 
 
 class _Scores(_Section):
-    """What others read of what was measured; there may be more."""
+    """The part of `scores` that other programs read; there may be more."""
 
     train: dict[str, Any] = {}
     validation: Any = None

@@ -1,4 +1,4 @@
-"""How many entries each layer (and KV head) keeps, decided without search.
+"""Allocators: rules that decide how many entries each layer (and KV head) keeps, without a search.
 
 `ALLOCATORS` maps a name to the function that lays out budgets under a mean budget, the same for every prompt. `layout`
 runs one within what a model's layers can hold; `expand`, `fit` and `complete` bring budgets that are already there, or

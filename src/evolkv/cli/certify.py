@@ -23,7 +23,7 @@ def certify(
     loss: Annotated[
         float, typer.Option("--loss", help="How much score may be lost against the full cache, per example on average.")
     ] = 0.05,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of each certificate by itself.")] = 0.95,
+    confidence: Annotated[float, typer.Option("--confidence", help="How sure each certificate is, by itself.")] = 0.95,
     json_out: Annotated[
         str | None,
         typer.Option(

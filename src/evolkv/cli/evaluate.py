@@ -59,7 +59,7 @@ def evaluate(
         typer.Option("--sample-ids", metavar="ID...", help="Only these of the examples that --samples draws."),
     ] = None,
     seed: Seed = 0,
-    metric: Annotated[str | None, typer.Option("--metric", help="Default: the task's own.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="What to score. (default: the task's own)")] = None,
     protocol: Protocol = "aware",
     prefill_chunk: PrefillChunk = None,
     block_size: Annotated[
@@ -92,7 +92,7 @@ def evaluate(
 ) -> int:
     """Compare methods on the same held-out examples. Options with ... take several values.
 
-    Stopped, or killed, it goes on when the same command is given again, if it keeps --records.
+    To go on after a stop or a kill, repeat the command, if it keeps --records.
     """
     from evolkv.budgets import read_budgets
     from evolkv.whole_files import check_outputs

@@ -49,7 +49,7 @@ def search(
         typer.Option(
             "--selector",
             metavar="S...",
-            help="Which tokens are kept: snapkv, or snapkv:window=16; of several the best on unseen examples. "
+            help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on unseen examples is taken. "
             "(default: three compete; without a slope snapkv)",
         ),
     ] = None,
@@ -58,7 +58,7 @@ def search(
         typer.Option(
             "--preset",
             metavar="best|paper",
-            help="best: the defaults; paper: its Algorithm 1. Other options replace what it says.",
+            help="best: the defaults. paper: the paper's Algorithm 1. Options that you give come first.",
         ),
     ] = "best",
     strategy: Annotated[
@@ -134,7 +134,7 @@ def search(
             "--first",
             metavar="smallest|largest",
             callback=one_of("order", ("smallest", "largest")),
-            help="Where a curve begins.",
+            help="The budget that a curve begins with.",
             rich_help_panel=_STRATEGY,
         ),
     ] = "smallest",
@@ -198,7 +198,7 @@ def search(
         ),
     ] = 0.05,
     confidence: Annotated[
-        float, typer.Option("--confidence", help="With --budget auto: that it is not more.", rich_help_panel=_OBJECTIVE)
+        float, typer.Option("--confidence", help="With --budget auto: how sure that is.", rich_help_panel=_OBJECTIVE)
     ] = 0.95,
     certify: Annotated[
         int | None,
@@ -291,7 +291,7 @@ def search(
     attn_implementation: Attention = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Evolve a profile for a task. Stopped, or killed, it goes on when the same command is given again."""
+    """Evolve a profile for a task. To go on after a stop or a kill, repeat the command."""
     from evolkv.cli.search_command import run
 
     return run(with_preset(context))

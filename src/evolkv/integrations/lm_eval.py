@@ -153,7 +153,7 @@ class EvolKVLM(HFLM):
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say about the model: as in the harness, and what the cache was compressed to."""
+        """Return what the results say about the model: as in the harness, and what the cache was compressed to."""
         info = super().get_model_info()
         if self.method.selector is None:
             return info

@@ -41,7 +41,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's config says; unlike `ModelInfo` it needs no look at the weights.
+    """The facts that a model's config states; unlike `ModelInfo` they need no look at the weights.
 
     Attributes:
         kv_layers: the decoder's layers with a key-value cache, in order.

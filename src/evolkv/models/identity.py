@@ -1,4 +1,4 @@
-"""Which weights a model computes with: a quick fingerprint that files carry, and an exact checksum.
+"""The identity of the weights that a model computes with: a quick fingerprint that files carry, and an exact checksum.
 
 Both look at the weights in use. Of adapter layers as PEFT makes them (LoRA and its kin) these are the layer's own and
 those of its active adapters; without any, or where adapters are disabled, a model is the one that it was made from.

@@ -1,4 +1,4 @@
-"""Which layers of a model have a key-value cache, and which models cannot be compressed at all.
+"""Find the layers of a model that have a key-value cache, and refuse models that cannot be compressed.
 
 Budgets are for layers that have a cache of keys and values. In a hybrid model the others keep a state of fixed size
 (linear attention, a state-space model, a short convolution) or nothing; they have no budget and are not counted in L.

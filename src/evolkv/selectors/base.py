@@ -1,4 +1,4 @@
-"""What every selector shares: its inputs, its interface, and attention probabilities for scoring."""
+"""The base of every selector: its inputs, its interface, and attention probabilities for scoring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evolkv.models.rotary import Rotary
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Where a layer is, for selectors that look beyond it.
+    """The place of a layer, for selectors that look beyond it.
 
     Args:
         index: its number in the model, from 0.

@@ -60,7 +60,7 @@ class ChunkKV(Selector):
 
     @property
     def looks_at_other_layers(self) -> bool:
-        """Where layers share a choice."""
+        """True if layers share a choice."""
         return self.reuse > 1
 
     def score(self, prompt: PromptAttention) -> Tensor:

@@ -36,12 +36,12 @@ class Mixture(Task):
 
     @property
     def labelled(self) -> bool:
-        """Whether examples of all tasks have reference answers."""
+        """True if examples of all tasks have reference answers."""
         return all(task.labelled for task in self.tasks)
 
     @property
     def free_text(self) -> bool:
-        """Whether any task's examples are."""
+        """True if the examples of any task are."""
         return any(task.free_text for task in self.tasks)
 
     def check_files(self) -> None:

@@ -215,7 +215,7 @@ def digest(text: str) -> str:
 
 
 class PromptRows(Task):
-    """What tasks share whose rows hold a whole prompt each. They are dataclasses with these settings.
+    """The base of tasks whose rows hold a whole prompt each. They are dataclasses with these settings.
 
     A subclass reads the rows in `_rows` and makes an example of one in `_example`.
 

@@ -139,7 +139,7 @@ class General(Task):
 
 
 class _Slot(NamedTuple):
-    """What an example is: its kind, and the numbers of its length and language."""
+    """The kind of an example, and the numbers of its length and language."""
 
     kind: str
     length: int

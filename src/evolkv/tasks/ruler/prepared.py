@@ -12,7 +12,7 @@ from evolkv.tasks.rows import AnyText, Name, Row, Text, Texts, checked_rows, dig
 
 
 class Prepared(Schema):
-    """What to ask, what the answer begins with (None: the input may end with it) and what counts as right."""
+    """The question, the beginning of the answer (None: the input may end with it), and what counts as right."""
 
     input: Text
     answer_prefix: AnyText | None = None
