@@ -29,6 +29,7 @@ BLOCK = 32
 BYTES = 256
 WINDOW = 64
 ANSWER = 12
+PROMPTS = 40
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def of_smollm(folder: Path) -> dict[str, Any]:
         examples = get_task(f"niah:context={context}").examples("report", 15, tokenizer)
         prompts += [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
     # Each of another length, by which the tests tell them apart.
-    prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:40])]
+    prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:PROMPTS])]
     for kind, profile in profiles.items():
         profile.save(folder / f"smollm-{kind}.json")
     cases = [
