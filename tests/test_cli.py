@@ -605,6 +605,13 @@ def test_profile_commands_show_expand_and_export(run_smollm2, demo, tmp_path):
     assert run_smollm2("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "wide.json").mean_budget == 96
     assert run_smollm2("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
+    code, out, _ = run_smollm2("profile", "classes", path, "--layers", 5, "--out", "classes.json")
+    assert (code, out.startswith("5 classes of 6 layers (budgets ")) == (0, True)
+    few = BudgetProfile.load(tmp_path / "classes.json")
+    assert len(set(few.budgets[:, 0].tolist())) <= 5
+    assert few.total == profile.total
+    code, _, err = run_smollm2("profile", "classes", path, "--layers", 7, "--out", "seven.json")
+    assert (code, "expected one of 1, 2, 3, 5, 6, 10, 15, 30" in err) == (2, True)
     lines = run_smollm2("profile", "export", path, "--to", "csv")[1].splitlines()
     assert lines[0] == "layer,head,budget"
     assert sum(int(line.split(",")[2]) for line in lines[1:]) == profile.total
@@ -630,7 +637,13 @@ def test_profile_show_prints_every_head(run, tmp_path):
 
 def test_invalid_profile_is_refused_and_named(run, tmp_path):
     (tmp_path / "p.json").write_text('{"format": "evolkv.profile/1"}')
-    for words in (["show"], ["validate"], ["export", "--to", "csv"], ["expand", "--budget", 64, "--out", "q.json"]):
+    for words in (
+        ["show"],
+        ["validate"],
+        ["export", "--to", "csv"],
+        ["expand", "--budget", 64, "--out", "q.json"],
+        ["classes", "--layers", 5, "--out", "q.json"],
+    ):
         code, _, err = run("profile", words[0], "p.json", *words[1:])
         assert code == 2
         assert "p.json: model is missing" in one_line(err)

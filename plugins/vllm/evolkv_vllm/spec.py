@@ -62,14 +62,13 @@ class EvolKVSpec(FullAttentionSpec):
         """Return how many tokens of a prompt may come from the prefix cache; None for no limit.
 
         What is moved when the prompt is compressed lies behind the dropped blocks, so these slots must be the
-        request's own. Two tokens at least are computed, because a step that computes a single one looks like a step
-        of decoding. All observed queries are computed where layers that keep everything rank the prompt for others.
+        request's own. All queries that the selector looks at are computed, and two tokens at least, because a step that
+        computes a single one looks like a step of decoding. Where layers decide for each other, those that keep
+        everything rank the prompt, too.
         """
-        limits = []
-        dropped = self.dropped_blocks(prompt_tokens)
-        if dropped:
-            limits.append(min(dropped * self.block_size, prompt_tokens - 2))
-        selector = self.rule.selector
-        if selector.looks_at_other_layers and self.rule.any_drops(prompt_tokens, self.block_size):
-            limits.append(prompt_tokens - (selector.observed_queries or 0))
-        return max(0, min(limits)) if limits else None
+        dropped, selector = self.dropped_blocks(prompt_tokens), self.rule.selector
+        ranks = selector.looks_at_other_layers and self.rule.any_drops(prompt_tokens, self.block_size)
+        if not dropped and not ranks:
+            return None
+        limit = prompt_tokens - max(2, selector.observed_queries or 0)
+        return max(0, min(limit, dropped * self.block_size) if dropped else limit)
