@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from evolkv.errors import UsageError
 from evolkv.hub import FILE_NAME, HubAddress
@@ -80,7 +80,7 @@ def _score(name: str, value: Any, interval: Any) -> str:
     return f"{said} ({interval[0]:.2f}–{interval[1]:.2f})" if _is_interval(interval) else said
 
 
-def _is_interval(value: Any) -> bool:
+def _is_interval(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(end, (int, float)) for end in value)
 
 
@@ -187,7 +187,7 @@ def _score_sections(profile: BudgetProfile, rows: Sequence[Mapping[str, Any]]) -
         chosen, intervals = profile.search.get("chosen"), _intervals(profile)
         cells = []
         for name, score in sorted(validation.items(), key=lambda each: -(each[1] or 0)):
-            said = _ALLOCATIONS.get(name, name) + (", **chosen**" if name == chosen else "")
+            said = f"{_ALLOCATIONS.get(name, _plain(name))}{', **chosen**' if name == chosen else ''}"
             interval = intervals.get(name)
             ends = f"{interval[0]:.2f}–{interval[1]:.2f}" if _is_interval(interval) else "not kept"
             cells.append([said, "" if score is None else f"{score:.3f}", ends])
