@@ -187,7 +187,7 @@ def _score_sections(profile: BudgetProfile, rows: Sequence[Mapping[str, Any]]) -
         chosen, intervals = profile.search.get("chosen"), _intervals(profile)
         cells = []
         for name, score in sorted(validation.items(), key=lambda each: -(each[1] or 0)):
-            said = f"{_ALLOCATIONS.get(name, name)}{', **chosen**' if name == chosen else ''}"
+            said = f"{_ALLOCATIONS.get(name, _plain(name))}{', **chosen**' if name == chosen else ''}"
             interval = intervals.get(name)
             ends = f"{interval[0]:.2f}–{interval[1]:.2f}" if _is_interval(interval) else "not kept"
             cells.append([said, "" if score is None else f"{score:.3f}", ends])
