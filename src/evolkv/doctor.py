@@ -169,7 +169,7 @@ def _look_at_device(found: Diagnosis) -> None:
     import psutil
     import torch
 
-    from evolkv.evaluation.memory import _free
+    from evolkv.evaluation.memory import free_on
     from evolkv.models.loading import default_dtype
 
     cuda = torch.cuda.is_available()
@@ -180,11 +180,11 @@ def _look_at_device(found: Diagnosis) -> None:
         "dtype": str(default_dtype(device)).removeprefix("torch."),
         "cuda": torch.version.cuda,
         "gpus": [
-            {"name": each.name, "bytes": each.total_memory, "free": _free(torch.device("cuda", index))}
+            {"name": each.name, "bytes": each.total_memory, "free": free_on(torch.device("cuda", index))}
             for index, each in enumerate(gpus)
         ],
     }
-    found.facts["memory"] = {"bytes": psutil.virtual_memory().total, "free": _free(torch.device("cpu"))}
+    found.facts["memory"] = {"bytes": psutil.virtual_memory().total, "free": free_on(torch.device("cpu"))}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found.facts["threads"] = {"torch": torch.get_num_threads(), "cores": cores}
 

@@ -29,10 +29,11 @@ def free_memory(model: PreTrainedModel) -> int:
     """
     layers = getattr(model.get_decoder(), "layers", None) or [model]
     devices = Counter(execution_device(layer, model.device) for layer in layers)
-    return min(_free(device) * len(layers) // count for device, count in devices.items())
+    return min(free_on(device) * len(layers) // count for device, count in devices.items())
 
 
-def _free(device: torch.device) -> int:
+def free_on(device: torch.device) -> int:
+    """Return how many bytes a device can still give to this process; on a CPU a container's limit counts, too."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -361,7 +361,11 @@ class Run:
             share=self.space.shares.get(budget),
             granularity=self.config.granularity,
             search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
-            scores={**train, "validation": {entry.name: entry.score for entry in validation}},
+            scores={
+                **train,
+                "validation": {entry.name: entry.score for entry in validation},
+                "ci95": {entry.name: list(entry.ci95) for entry in validation},
+            },
         )
         score = self.trained.get(str(budget), {}).get(chosen)
         kept = None
