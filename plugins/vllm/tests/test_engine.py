@@ -80,17 +80,6 @@ def test_prefix_caching_changes_no_answer(tiny, profile):
     assert found > 0
 
 
-def test_drafts_from_the_text_change_no_answer(tiny, profile, prompts, undisturbed):
-    # Texts that repeat themselves, so that some drafts are right.
-    repeating = [prompt[:20] * 8 for prompt in prompts[:10]]
-    with engine(tiny["model"], profile) as llm:
-        expected = answers(llm, repeating, 40)
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(tiny["model"], profile, speculative_config=drafts) as llm:
-        assert answers(llm, repeating, 40) == expected
-        assert answers(llm, prompts, 60) == undisturbed
-
-
 def test_several_answers_to_one_prompt(tiny, profile, prompts, undisturbed):
     from vllm import SamplingParams
 
