@@ -80,14 +80,21 @@ def test_prefix_caching_changes_no_answer(tiny, profile):
     assert found > 0
 
 
-def test_several_answers_to_one_prompt(tiny, profile, prompts, undisturbed):
+def test_several_answers_to_one_prompt(tiny, profile, prompts):
     from vllm import SamplingParams
 
-    with engine(tiny["model"], profile, enable_prefix_caching=True) as llm:
-        parameters = SamplingParams(n=3, temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+    def sampled(llm, number, seed):
+        parameters = SamplingParams(n=number, seed=seed, max_tokens=20, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts[:10]], parameters, use_tqdm=False)
-        for output, tokens in zip(outputs, undisturbed, strict=False):
-            assert [list(each.token_ids) for each in output.outputs] == [tokens] * 3
+        return [[list(each.token_ids) for each in output.outputs] for output in outputs]
+
+    with engine(tiny["model"], profile) as llm:
+        # vLLM gives the answers to one prompt seeds that follow each other.
+        alone = [sampled(llm, 1, 5 + number) for number in range(3)]
+    with engine(tiny["model"], profile, enable_prefix_caching=True) as llm:
+        together = sampled(llm, 3, 5)
+    assert together == [[*first, *second, *third] for first, second, third in zip(*alone, strict=True)]
+    assert len({str(answer) for answers in together for answer in answers}) > 10
 
 
 def test_a_budget_that_covers_every_prompt_changes_nothing(tiny, prompts):
