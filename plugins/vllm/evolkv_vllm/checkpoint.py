@@ -60,7 +60,7 @@ def with_weights(model: nn.Module, folder: Path) -> nn.Module:
     files = _Files(folder)
     for path, module in model.named_modules():
         # The place where `evolkv.models.identity` looks for weights that are not in memory.
-        module._hf_hook = _Hook(_OfModule(files, path))  # type: ignore[assignment]
+        module._hf_hook = _Hook(_OfModule(files, path))
     return model
 
 

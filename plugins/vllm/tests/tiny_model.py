@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LAYERS, KV_HEADS, VOCABULARY = 6, 2, 258
 _END, _PADDING = "<end>", "<padding>"
@@ -38,9 +38,10 @@ def write_tiny_model(folder: Path, window: int | None = None) -> Path:
     if window is None:
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
+        # Gemma 2 has a cap on the attention logits, too.
         kinds = ["full_attention", "sliding_attention"] * (LAYERS // 2)
-        config = Qwen2Config(**shape, use_sliding_window=True, sliding_window=window, layer_types=kinds)
-        model = Qwen2ForCausalLM(config)
+        config = Gemma2Config(**shape, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=32)
+        model = Gemma2ForCausalLM(config)
     model.to(torch.float32).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
