@@ -26,7 +26,7 @@ from evolkv.evolution.run import run_search
 from evolkv.evolution.space import HEURISTICS
 from evolkv.profile import BudgetProfile
 from evolkv.report.units import duration
-from evolkv.report.words import candidates
+from evolkv.report.words import candidates, counted
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples
@@ -222,12 +222,14 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
                 console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
         again = "; the same command goes on from there" if storage else ""
-        done = f"{result.evaluations} candidates" if result.evaluations else f"{len(result.descent)} gradient steps"
+        done = counted(result.evaluations, "candidate")
+        if not result.evaluations:
+            done = counted(len(result.descent), "gradient step")
         console.say(f"evolkv: interrupted after {done}; the best so far is in {out}{again}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
-        f"{_stopped(result, storage)}{_candidates(result)} candidates in {duration(result.seconds)}; "
+        f"{_stopped(result, storage)}{counted(_candidates(result), 'candidate')} in {duration(result.seconds)}; "
         f"profile written to {out}{kept}",
         soft_wrap=True,
     )
@@ -252,9 +254,9 @@ def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str |
         console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
+    count = counted(sum(map(_candidates, curve.results)), "candidate")
     console.OUT.print(
-        f"\n{_stopped(curve, storage)}{sum(map(_candidates, curve.results))} candidates in {duration(curve.seconds)}; "
-        f"profiles written to {names}{kept}",
+        f"\n{_stopped(curve, storage)}{count} in {duration(curve.seconds)}; profiles written to {names}{kept}",
         soft_wrap=True,
     )
     return 0
