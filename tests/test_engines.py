@@ -512,7 +512,7 @@ def test_free_memory_of_a_model_on_several_devices_is_that_of_the_fullest(monkey
     for number, layer in enumerate(model.model.layers):
         layer._hf_hook = SimpleNamespace(execution_device="cuda:1" if number == 0 else "cuda:0")
     free = {torch.device("cuda:0"): 900, torch.device("cuda:1"): 200}
-    monkeypatch.setattr(memory, "_free", free.__getitem__)
+    monkeypatch.setattr(memory, "free_on", free.__getitem__)
     assert memory.free_memory(model) == 800
     free[torch.device("cuda:0")] = 300
     assert memory.free_memory(model) == 400
