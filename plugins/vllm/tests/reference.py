@@ -59,14 +59,7 @@ def of_smollm(folder: Path) -> dict[str, Any]:
         prompts += [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
     # Each of another length, by which the tests tell them apart.
     prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:PROMPTS])]
-    for kind, profile in profiles.items():
-        profile.save(folder / f"smollm-{kind}.json")
-    cases = [
-        case(model, kind, profile, number, prompt)
-        for kind, profile in profiles.items()
-        for number, prompt in enumerate(prompts)
-        if kind == "classes" or number % 2
-    ]
+    cases = cases_of(model, profiles, prompts, "classes", folder / "smollm")
     return {"model": str(gguf.converted(entry.paths(name), name, entry.sha256)), "prompts": prompts, "cases": cases}
 
 
@@ -84,14 +77,7 @@ def of_tiny(folder: Path) -> dict[str, Any]:
         "streaming": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "streaming_llm"),
     }
     prompts = [rng.integers(0, BYTES, size=30 + 7 * number).tolist() for number in range(40)]
-    for name, profile in profiles.items():
-        profile.save(folder / f"tiny-{name}.json")
-    cases = [
-        case(model, name, profile, number, prompt)
-        for name, profile in profiles.items()
-        for number, prompt in enumerate(prompts)
-        if name == "snapkv" or number % 2
-    ]
+    cases = cases_of(model, profiles, prompts, "snapkv", folder / "tiny")
     return {"model": str(path), "prompts": prompts, "cases": cases}
 
 
@@ -105,6 +91,20 @@ def of_windows(folder: Path) -> dict[str, Any]:
     prompts = [rng.integers(0, BYTES, size=40 + 9 * number).tolist() for number in range(20)]
     cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
     return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+def cases_of(
+    model: Any, profiles: dict[str, BudgetProfile], prompts: list[list[int]], whole: str, place: Path
+) -> list[dict[str, Any]]:
+    """Save profiles as PLACE-NAME.json, and answer every second prompt under each; under `whole` every one."""
+    for name, profile in profiles.items():
+        profile.save(f"{place}-{name}.json")
+    return [
+        case(model, name, profile, number, prompt)
+        for name, profile in profiles.items()
+        for number, prompt in enumerate(prompts)
+        if name == whole or number % 2
+    ]
 
 
 @torch.no_grad()

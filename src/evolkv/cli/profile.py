@@ -20,6 +20,9 @@ app = typer.Typer(
 )
 
 Path = Annotated[str, typer.Argument(metavar="PROFILE.json", callback=to_read, help="A profile.")]
+NewProfile = Annotated[
+    str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
+]
 
 
 @app.command(cls=Command)
@@ -69,9 +72,7 @@ def expand(
             "--budget", metavar="C", help="The new mean budget, which may be smaller, or a share of each prompt (10%)."
         ),
     ],
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
-    ],
+    out: NewProfile,
 ) -> None:
     """Carry the allocation to another mean budget, in the same proportions."""
     from evolkv.budgets import read_budget
@@ -92,9 +93,7 @@ def classes(
             "--layers", metavar="N", help="Into how many classes the layers go; those of a class share one budget."
         ),
     ],
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="Q.json", callback=to_write, help="Where the new profile goes.")
-    ],
+    out: NewProfile,
 ) -> None:
     """Bring the layers to a few classes of one size, at the same total: cheaper to serve."""
     from evolkv.whole_files import check_outputs

@@ -15,36 +15,21 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from evolkv.errors import RunError
+from evolkv_vllm.attention import CompressingAttention
 from evolkv_vllm.builder import BudgetBuilder
-from evolkv_vllm.compaction import Compactor
+from evolkv_vllm.compaction import Storage
 
 
 class EvolKVCPUBuilder(BudgetBuilder, CPUAttentionMetadataBuilder):
     """Builds the metadata of a group of layers."""
 
 
-class EvolKVCPUImpl(CPUAttentionBackendImpl):
+class EvolKVCPUImpl(CompressingAttention, CPUAttentionBackendImpl):
     """One layer's attention, which compresses prompts after it has attended to them."""
 
-    compactor: Compactor | None = None
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Return the attention of the batch; see vLLM's own."""
-        output: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        rows = getattr(attn_metadata, "prompt_rows", None)
-        if rows and self.compactor is not None:
-            self.compactor.run(rows, query, kv_cache, CPUStorage(layer))
-        return output
+    def storage(self, layer: Any) -> Storage:
+        """Return the layout of the kernels that the layer uses."""
+        return CPUStorage(layer)
 
 
 class EvolKVCPUBackend(CPUAttentionBackend):
