@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from evolkv.budgets import MAX_BUDGET, Share
 from evolkv.errors import UsageError
@@ -29,8 +29,9 @@ def _recorded_budget(value: Any) -> int | str:
     return int(value)
 
 
-#: A budget as files hold it: a number of entries, or the text of a share.
-RecordedBudget = Annotated[int | str, PlainValidator(_recorded_budget)]
+#: A budget as files hold it: a number of entries, or the text of a share. (Not a `PlainValidator`: pydantic then calls
+#: Python to write a budget, and what Ctrl-C raises in there comes out as a serialization error.)
+RecordedBudget = Annotated[int | str, BeforeValidator(_recorded_budget)]
 
 
 def checked(kind: type[M], where: object, data: Any, refusal: type[UsageError] = UsageError) -> M:
