@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 import evolkv
 from evolkv.allocators import ALLOCATORS
+from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
 from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
@@ -190,3 +192,57 @@ def test_names_that_are_taken_or_cannot_be_written_are_refused(name):
 def test_unknown_names_are_as_before():
     with pytest.raises(UsageError, match=r"unknown task 'nih'\. Did you mean 'niah'"):
         get_task("nih")
+
+
+class WholeLayer(CompressedLayer):
+    """Keeps all of a prompt, whatever the budgets say, and counts the prompts that it read."""
+
+    prompts = 0
+
+    def store_prompt(self, prompt, padding):
+        type(self).prompts += 1
+        super().store_prompt(prompt, padding)
+
+    def _counts(self, lengths):
+        return np.repeat(lengths, self.num_kv_heads)
+
+
+@dataclass(frozen=True)
+class Whole(KNorm):
+    name = "whole"
+    layer = f"{__name__}:WholeLayer"
+
+
+@dataclass(frozen=True)
+class WholeInEachCache(Whole):
+    name = "whole_in_each_cache"
+    prunes_prefill = True
+
+
+def test_a_selector_chooses_the_class_of_its_caches_layers_also_beside_others(small):
+    model, tokenizer = small
+    cache = evolkv.CompressedCache(model, Whole(), budget=40)
+    assert {type(layer) for layer in cache.kv_layers} == {WholeLayer}
+    WholeLayer.prompts = 0
+    methods = ["full", "knorm", Whole(), WholeInEachCache()]
+    for metric in ("logprob", "contains"):
+        rows = evolkv.evaluate(
+            model, tokenizer, task="niah:context=240", methods=methods, budgets=[40], samples=2, metric=metric
+        )
+        scores = {row["method"]: (row["score"], row["kv_bytes"]) for row in rows}
+        assert scores["whole"] == scores["full"] == scores["whole_in_each_cache"] != scores["knorm"]
+    # Only where the budgets decide what is computed of a prompt does each method read it for itself.
+    assert WholeLayer.prompts == 2 * 2 * len(model.model.layers)
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_layers_of_their_own_cannot_do_is_refused(small):
+    model, tokenizer = small
+    with pytest.raises(UsageError, match=r"selector 'whole' evicts once, after the prompt"):
+        evolkv.CompressedCache(model, Whole(), budget=40, prefill_chunk=16)
+    for selector, reason in ((Whole(), "does not read all that it holds"), (WholeInEachCache(), "computes less")):
+        with pytest.raises(UsageError, match=f"selector '{selector.name}' {reason}.* add --engine naive"):
+            evolkv.search(model, tokenizer, task="niah:context=240", budget=40, selector=selector)
+    SELECTORS.register("whole", Whole)
+    with pytest.raises(UsageError, match=r"method 'adakv\+whole': selector 'whole' needs budgets that are fixed"):
+        get_method("adakv+whole")

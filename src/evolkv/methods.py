@@ -347,6 +347,11 @@ def _combined(name: str, allocators: list[str], selector: Selector) -> Method:
             f"method {name!r} has more than one allocator of a kind; give at most one for the layers, then at most one "
             "for the heads, such as cake+adakv+snapkv"
         )
+    if selector.layer is not None and (heads is not None or isinstance(layers, LayerAllocator)):
+        raise UsageError(
+            f"method {name!r}: selector {selector.name!r} needs budgets that are fixed before the prompt, because its "
+            f"caches have layers of their own; leave the allocator out, or use pyramid+{selector.name} or a profile"
+        )
     if isinstance(layers, LayerAllocator):
         return Method(name, selector, "uniform", layers=layers, heads=heads)
     return Method(name, selector, layers, heads=heads)

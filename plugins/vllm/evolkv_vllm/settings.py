@@ -87,4 +87,9 @@ class Settings:
                 "has to know them beforehand; use a profile, or budgets that are the same for every prompt, such as "
                 f"{method.selector.name!r} or 'pyramidkv'"
             )
+        if method.selector.layer is not None:
+            raise UsageError(
+                f"{self.source}: selector {method.selector.name!r} needs cache layers of its own, which vLLM has not; "
+                "use a profile or method with another selector, such as 'snapkv'"
+            )
         return method

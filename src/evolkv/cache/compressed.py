@@ -16,7 +16,7 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
-from evolkv.cache.resolve import LayerMaker
+from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
@@ -423,10 +423,11 @@ class CompressedCache(HookedCache):
                 "caches that evict again cannot be merged; leave out evict and evict_every, and call end_prompt() "
                 "after a prompt that was read in chunks"
             )
+        own = layer_class(caches[0].kv_layers[0].selector)
         columns = zip(*(other.kv_layers for other in caches), strict=True)
         states = zip(*(other.state_layers for other in caches), strict=True)
         return cls.with_layers(
             model,
-            [CompressedLayer.merge(list(column), room) for column in columns],
+            [own.merge(list(column), room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )

@@ -76,6 +76,11 @@ class Reeviction:
                 "evicts again (prefill_chunk, evict, evict_every); let each choose for itself, with reuse=1 "
                 f"({{'name': '{selector.name}', 'reuse': 1}})"
             )
+        if self.wanted and selector.layer is not None:
+            raise UsageError(
+                f"selector {selector.name!r} evicts once, after the prompt, because its caches have layers of their "
+                "own; leave out prefill_chunk, evict and evict_every, or choose another selector"
+            )
 
 
 #: What a cache does that evicts once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,6 +30,12 @@ def _places(model: PreTrainedModel, budgets: Any) -> Iterator[tuple[np.ndarray, 
     return zip(budgets, model_facts(model).sliding_windows, layer_contexts(model), strict=True)
 
 
+def layer_class(selector: Selector) -> type[CompressedLayer]:
+    """Return the class of a cache's layers under a selector; see `Selector.layer`."""
+    found: type[CompressedLayer] = CompressedLayer if selector.layer is None else pkgutil.resolve_name(selector.layer)
+    return found
+
+
 def make_layers(
     model: PreTrainedModel, budgets: Any, selector: Selector, reeviction: Reeviction = ONCE
 ) -> list[CompressedLayer]:
@@ -38,7 +45,8 @@ def make_layers(
             ReevictingLayer(reeviction, row, selector, window, context)
             for row, window, context in _places(model, budgets)
         ]
-    return [CompressedLayer(row, selector, window, context) for row, window, context in _places(model, budgets)]
+    own = layer_class(selector)
+    return [own(row, selector, window, context) for row, window, context in _places(model, budgets)]
 
 
 class LayerMaker:

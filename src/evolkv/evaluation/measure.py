@@ -65,8 +65,8 @@ class Row:
         """See `evolkv.evaluation.records.label`."""
         return label(self.method.name, self.budget)
 
-    def new_cache(self, model: PreTrainedModel, prefill_chunk: int) -> CompressedCache:
-        """Return an empty cache that reads a prompt in chunks.
+    def new_cache(self, model: PreTrainedModel, prefill_chunk: int | None) -> CompressedCache:
+        """Return an empty cache that reads a prompt, in chunks or at once.
 
         Raises:
             UsageError: for a method that cannot evict before it has seen the whole prompt.
@@ -160,18 +160,34 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Prefilled:
-    """An example that has been prefilled; its rows wait to be decoded with others.
+class _Cut:
+    """One prompt in a cache of some rows, one sequence each; `next_logits` are ``[rows, vocabulary]``."""
 
-    `next_logits` are ``[rows, vocabulary]``; `new` is the room that the cache has for tokens.
+    cache: CompressedCache
+    entry_bytes: int
+    next_logits: Tensor
+
+
+@dataclass(frozen=True)
+class _Prefilled:
+    """An example that has been prefilled, for each part of the rows; it waits to be decoded with others.
+
+    `new` is the room that the caches have for tokens.
     """
 
     column: int
     question: Question
-    cache: CompressedCache
-    entry_bytes: int
-    next_logits: Tensor
+    parts: list[_Cut]
     new: int
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row on one example: the bytes that its cache held, and its answer."""
+
+    row: Row
+    kv_bytes: int
+    answer: Answer
 
 
 class _Shard:
@@ -190,13 +206,14 @@ class _Shard:
         self.settings, self.log, self.side_by_side = settings, log, side_by_side
         self.facts = model_facts(model)
         self.heads = self.facts.num_layers * self.facts.num_kv_heads
+        self.parts = _parts(rows)
 
     def __call__(self, columns: Sequence[int], step: Callable[[], None]) -> None:
         """Put the examples `columns` on record, calling `step` after each that was not yet."""
         missing = {column for column in columns if not self._has(column)}
         if not missing:
             return
-        prefill = None if self.settings.prefill_chunk is not None else self._prefiller()
+        prefill = self._prefiller()
         waiting: list[_Prefilled] = []
         for column in columns:
             question = self.asked.questions[column]
@@ -210,10 +227,13 @@ class _Shard:
                 whole = recorded or Prefiller(self.model, [])(question.prompt)
                 question = question.scorer.refer(question, whole)
             new = 0 if forced else question.answer_tokens
-            cut = self._read(question, new) if recorded is None else self._cut(recorded, new)
-            item = _Prefilled(column, question, *cut, new)
+            parts = [
+                self._read(rows, question, new) if self._reads(rows) else self._cut(rows, recorded, new)
+                for rows in self.parts
+            ]
+            item = _Prefilled(column, question, parts, new)
             if forced:
-                self._score([item], item.cache, missing, step)
+                self._score([item], [part.cache for part in parts], missing, step)
             else:
                 if len(question.later) and waiting:
                     self._score_together(waiting, missing, step)
@@ -227,21 +247,22 @@ class _Shard:
     def _has(self, column: int) -> bool:
         return self.log.has(self.asked.task, self.asked.names[column])
 
-    def _prefiller(self) -> Prefiller:
-        observers = [observer for row in self.rows for observer in row.method.observers]
-        return Prefiller(self.model, [row.selector for row in self.rows], observers)
+    def _reads(self, rows: list[Row]) -> bool:
+        """Return whether each of some rows, which are decoded together, has to read the prompt for itself."""
+        return self.settings.prefill_chunk is not None or rows[0].selector.prunes_prefill
 
-    def _read(self, question: Question, new: int) -> tuple[CompressedCache, int, Tensor]:
-        """Return a compressed cache with one sequence per row, each of which has read the prompt in chunks.
+    def _prefiller(self) -> Prefiller | None:
+        """Return what prefills each prompt once, for the rows that can share it; None where no row can."""
+        rows = [row for part in self.parts if not self._reads(part) for row in part]
+        observers = [observer for row in rows for observer in row.method.observers]
+        return Prefiller(self.model, [row.selector for row in rows], observers) if rows else None
 
-        Behind it the bytes of an entry, and the logits of the next token, ``[rows, vocabulary]``.
-        """
-        chunk = self.settings.prefill_chunk
-        assert chunk is not None
+    def _read(self, rows: list[Row], question: Question, new: int) -> _Cut:
+        """Return a compressed cache with one sequence per row, each of which has read the prompt for itself."""
         ids = question.prompt
         caches, logits = [], []
-        for row in self.rows:
-            cache = row.new_cache(self.model, chunk)
+        for row in rows:
+            cache = row.new_cache(self.model, self.settings.prefill_chunk)
             with torch.inference_mode():
                 output = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache.end_prompt()
@@ -250,18 +271,19 @@ class _Shard:
             check_wanted()
         group = caches[0].kv_layers[0].groups[0]
         merged = CompressedCache.merge(self.model, caches, new)
-        return merged, _entry_bytes(group.keys, group.values), torch.cat(logits)
+        return _Cut(merged, _entry_bytes(group.keys, group.values), torch.cat(logits))
 
-    def _cut(self, recorded: RecordedPrompt, new: int) -> tuple[CompressedCache, int, Tensor]:
-        """Return a compressed cache with one sequence per row, cut from one recorded prompt; see `_read`."""
+    def _cut(self, rows: list[Row], recorded: RecordedPrompt | None, new: int) -> _Cut:
+        """Return a compressed cache with one sequence per row, cut from one recorded prompt."""
+        assert recorded is not None
         layers = recorded.kv_layers
         keys_values = [layer.held() for layer in layers]
-        rankings = [torch.cat([layer.rankings[row.selector] for row in self.rows]) for layer in layers]
-        budgets = np.stack([self._budgets(row, recorded) for row in self.rows])
-        selector = self.rows[0].selector
+        rankings = [torch.cat([layer.rankings[row.selector] for row in rows]) for layer in layers]
+        budgets = np.stack([self._budgets(row, recorded) for row in rows])
+        selector = rows[0].selector
         cache = from_rankings(self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers)
-        logits = recorded.next_logits.expand(len(self.rows), -1)
-        return cache, _entry_bytes(*keys_values[0]), logits
+        logits = recorded.next_logits.expand(len(rows), -1)
+        return _Cut(cache, _entry_bytes(*keys_values[0]), logits)
 
     def _budgets(self, row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None:
@@ -286,35 +308,42 @@ class _Shard:
         """
         if len(waiting) * len(self.rows) >= _MAX_ROWS or len(self.asked.questions[waiting[-1].column].later):
             return True
-        held = sum(item.cache.kv_bytes for item in waiting)
+        held = sum(part.cache.kv_bytes for item in waiting for part in item.parts)
         return held > free_memory(self.model) // (4 * self.side_by_side)
 
     def _score_together(self, waiting: list[_Prefilled], missing: set[int], step: Callable[[], None]) -> None:
         """Score what waits in one batch, unless all of it is on record."""
         if any(item.column in missing for item in waiting):
             new = max(item.new for item in waiting)
-            merged = CompressedCache.merge(self.model, [item.cache for item in waiting], new)
-            self._score(waiting, merged, missing, step)
+            caches = [
+                CompressedCache.merge(self.model, [item.parts[number].cache for item in waiting], new)
+                for number in range(len(self.parts))
+            ]
+            self._score(waiting, caches, missing, step)
         waiting.clear()
 
     def _score(
-        self, items: list[_Prefilled], cache: CompressedCache, missing: set[int], step: Callable[[], None]
+        self, items: list[_Prefilled], caches: list[CompressedCache], missing: set[int], step: Callable[[], None]
     ) -> None:
-        """Score the rows of some examples, which are those of a cache, and put them on record."""
-        rows = len(self.rows)
-        held = cache.kv_bytes_by_sequence
-        questions = [item.question for item in items for _ in range(rows)]
-        logits = torch.cat([item.next_logits for item in items])
-        answers = questions[0].scorer.score(cache, logits, questions)
-        for i, item in enumerate(items):
-            own = slice(i * rows, (i + 1) * rows)
-            self._record(item, held[own], answers[own])
+        """Score the rows of some examples, those of each part in a cache, and put them on record."""
+        measured: list[list[_Measured]] = [[] for _ in items]
+        for number, (rows, cache) in enumerate(zip(self.parts, caches, strict=True)):
+            held = cache.kv_bytes_by_sequence
+            questions = [item.question for item in items for _ in rows]
+            logits = torch.cat([item.parts[number].next_logits for item in items])
+            answers = questions[0].scorer.score(cache, logits, questions)
+            for place, size in enumerate(held):
+                example, row = divmod(place, len(rows))
+                measured[example].append(_Measured(rows[row], size, answers[place]))
+        for item, found in zip(items, measured, strict=True):
+            self._record(item, found)
             if item.column in missing:
                 step()
 
-    def _record(self, item: _Prefilled, held: list[int], answers: list[Answer]) -> None:
-        """Put one example on record, with the bytes that the cache of each row held and its answer."""
+    def _record(self, item: _Prefilled, measured: list[_Measured]) -> None:
+        """Put one example on record."""
         question, example = item.question, item.question.example
+        entry_bytes = item.parts[0].entry_bytes
         common = {
             "task": self.asked.task,
             "example": self.asked.names[item.column],
@@ -332,16 +361,24 @@ class _Shard:
             [
                 Record(
                     **common,
-                    method=row.method.name,
-                    budget=row.budget,
-                    prediction=answer.text,
-                    score=answer.score,
-                    kv_bytes=size,
-                    mean_budget=size / item.entry_bytes / self.heads,
+                    method=each.row.method.name,
+                    budget=each.row.budget,
+                    prediction=each.answer.text,
+                    score=each.answer.score,
+                    kv_bytes=each.kv_bytes,
+                    mean_budget=each.kv_bytes / entry_bytes / self.heads,
                 )
-                for row, size, answer in zip(self.rows, held, answers, strict=True)
+                for each in measured
             ]
         )
+
+
+def _parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows that are decoded together: those under selectors with layers of their own stand apart."""
+    parts: dict[Selector | None, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(None if row.selector.layer is None else row.selector, []).append(row)
+    return [*parts.values()]
 
 
 def _entry_bytes(keys: Tensor, values: Tensor) -> int:

@@ -90,7 +90,7 @@ class ReplayEngine(Engine):
             under this key with the number of the example behind it; None for nowhere.
 
     Raises:
-        UsageError: for no examples, or a prompt that does not fit the model.
+        UsageError: for no examples, a prompt that does not fit the model, or a selector that cannot be replayed.
         RunError: if the snapshots do not fit into memory.
     """
 
@@ -109,6 +109,7 @@ class ReplayEngine(Engine):
         store: tuple[RecordingStore, str] | None = None,
         lengths: ByLength | None = None,
     ):
+        selector.check_replay()
         self.model, self.tokenizer = model, tokenizer
         self.questions = encode_examples(tokenizer, model, examples, metric)
         #: Bytes that one batch of candidates may take.

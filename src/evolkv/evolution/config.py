@@ -208,6 +208,9 @@ class SearchConfig:
             )
         if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
+        if self.engine == "replay":
+            for spec in self.selectors.values():
+                get_selector(spec).check_replay()
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 

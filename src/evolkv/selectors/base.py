@@ -182,6 +182,11 @@ class Selector(ABC):
     #: Whether the score is a sum over queries. Where a cache is cut again and again, it then goes on from the sum so
     #: far: such a selector implements `accumulated` and `protect`, of which `score` is made.
     accumulates: ClassVar[bool] = False
+    #: The class of a cache's layers under this selector, written ``module:class``: a `CompressedLayer` that is made
+    #: with the same arguments. None for `CompressedLayer` itself, which reads all that it holds.
+    layer: ClassVar[str | None] = None
+    #: Whether the budgets decide what is computed of the prompt itself, so that each candidate has to read the prompt.
+    prunes_prefill: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, prompt: PromptAttention) -> Tensor:
@@ -208,6 +213,16 @@ class Selector(ABC):
     def looks_at_other_layers(self) -> bool:
         """Return whether the score of a layer depends on that of another."""
         return False
+
+    def check_replay(self) -> None:
+        """Raise `UsageError` if one prefill cannot serve all candidates, so that only the engine "naive" can score."""
+        if self.prunes_prefill:
+            reason = "computes less of a prompt under smaller budgets, so no prefill serves two candidates"
+        elif self.layer is not None:
+            reason = "does not read all that it holds, which replay does"
+        else:
+            return
+        raise UsageError(f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each")
 
     def accumulated(self, prompt: PromptAttention) -> Tensor:
         """Return the sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""
