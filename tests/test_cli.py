@@ -30,6 +30,8 @@ from tiny import tiny_model
 
 MODEL = "smollm2-135m"
 TASK = "niah:context=300"
+#: For searches whose result does not matter: one selector and no descent, which are most of the default's time.
+FROM_UNIFORM = ("--selector", "snapkv", "--start", "uniform")
 
 
 def calling(model, monkeypatch, capsys, tmp_path):
@@ -248,7 +250,7 @@ def test_search_refuses_unwritable_outputs_before_it_starts(run, tmp_path, optio
 def test_a_search_writes_to_the_home_folder_and_shares_no_study_with_another(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1]
+    shared = ["--task", "niah:context=200", "--train", 1, "--val", 1, "--max-evals", 1, *FROM_UNIFORM]
     for budget, name in ((64, "run.1"), (72, "run.2")):
         code, _, err = run("search", MODEL, *shared, "--budget", budget, f"--out=~/{name}", f"--json=~/{name}.r.json")
         assert code == 0, err
@@ -405,7 +407,7 @@ def test_search_prints_its_table_where_the_profile_cannot_be_written(run, tmp_pa
         raise RunError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(BudgetProfile, "save", full)
-    examples = ["--train", 1, "--val", 1, "--max-evals", 6, "--storage", "none"]
+    examples = ["--train", 1, "--val", 1, "--max-evals", 6, "--storage", "none", *FROM_UNIFORM]
     code, out, err = run("search", MODEL, "--task", "niah:context=200", "--budget", budget, *examples)
     assert code == 1
     assert "No space left" in err
@@ -674,7 +676,7 @@ def test_list_describes_every_name(run, what, names):
 def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     code, out, err = run(
         *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--quiet"),
-        *("--json", "sub/found.json"),
+        *("--json", "sub/found.json", *FROM_UNIFORM),
     )
     assert (code, err) == (0, "")
     assert "unseen examples" in out
@@ -695,7 +697,7 @@ def test_a_preset_fills_in_what_no_option_says(run, tmp_path):
 def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
     code, out, err = run(
         *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 2, "--log-json"),
-        *("--selector", "snapkv"),
+        *("--selector", "snapkv", "--gradient-steps", 4),
     )
     assert code == 0
     assert "unseen examples" in out

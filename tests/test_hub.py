@@ -20,6 +20,7 @@ from evolkv.hub import HubAddress
 from evolkv.methods import get_method
 from evolkv.models import ModelInfo
 from evolkv.profile_card import card_text
+from evolkv.profile_file import MAX_FILE_BYTES
 
 INFO = ModelInfo("tiny", 3, 2, 4, 16, 512, "0123456789abcdef")
 
@@ -305,6 +306,16 @@ def test_a_page_of_the_owner_stays_and_one_of_evolkv_is_renewed(hub, profile):
     profile.push_to_hub("org/name", token="hf_write")
     assert files["README.md"] == b"# My own words"
     assert BudgetProfile.from_hub("org/name") == profile
+
+
+def test_a_page_too_large_to_read_is_not_replaced(hub, profile):
+    profile.push_to_hub("org/name", token="hf_write")
+    large = b"# My own words" + b" " * MAX_FILE_BYTES
+    hub.repos["org/name"]["main"]["README.md"] = large
+    with pytest.raises(ProfileError, match="page of one"):
+        profile.push_to_hub("org/name", token="hf_write")
+    assert hub.repos["org/name"]["main"]["README.md"] == large
+    profile.push_to_hub("org/name", token="hf_write", card=False)
 
 
 def test_no_page_is_written_where_none_is_wanted(hub, profile):

@@ -218,6 +218,7 @@ def test_search_can_evolve_for_questions_that_come_later(small):
         val=2,
         max_evals=8,
         population=4,
+        gradient_steps=4,
     )
     assert result.profile.search["protocol"] == "agnostic"
     assert len(result.history) >= 8

@@ -196,7 +196,8 @@ def test_a_mixture_with_unlabelled_prompts_is_searched_by_fidelity(traffic):
 
 
 def test_the_command_searches_prompts_and_prints_the_gap(small_folder, traffic, tmp_path, capsys):
-    options = ["--selector", "snapkv:window=8", "--train", "3", "--val", "3", "--max-evals", "8", "--budget"]
+    size = ["--train", "3", "--val", "3", "--max-evals", "8"]
+    options = ["--selector", "snapkv:window=8", "--start", "uniform", *size, "--budget"]
     out = ["--storage", "none", "--out", str(tmp_path / "p.json"), "--json", str(tmp_path / "r.json")]
     assert main(["search", str(small_folder), "--task", traffic, *options, "24", *out]) == 0
     said = capsys.readouterr().out

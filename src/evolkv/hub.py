@@ -69,7 +69,7 @@ def download(address: HubAddress, max_bytes: int, token: str | bool | None = Non
     with _clear_errors(str(address)):
         facts = hf_hub_download(address.repo_id, name, revision=at, token=token, dry_run=True)
         if (facts.file_size or 0) > max_bytes:
-            raise ProfileError(f"not a profile: larger than {max_bytes >> 20} MiB")
+            raise ProfileError(f"larger than {max_bytes >> 20} MiB; expected a profile, or the page of one")
         return Path(hf_hub_download(address.repo_id, name, revision=at, token=token))
 
 
@@ -110,8 +110,12 @@ def read_text(address: HubAddress, max_bytes: int, token: str | bool | None = No
     """Return the text of a file of the Hub, or None if the repository, the revision or the file is not there."""
     try:
         return download(address, max_bytes, token).read_text(encoding="utf-8", errors="replace")
-    except ProfileError:
+    except _NotThereError:
         return None
+
+
+class _NotThereError(ProfileError):
+    pass
 
 
 @contextmanager
@@ -126,16 +130,16 @@ def _clear_errors(place: str) -> Iterator[None]:
     except errors.GatedRepoError:
         raise ProfileError(f"{place}: access must be asked for on the repository's page; then log in with it") from None
     except errors.RepositoryNotFoundError:
-        raise ProfileError(
+        raise _NotThereError(
             f"{place}: no such repository, or a private one; check the name, or log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ProfileError(f"{place}: the repository has no such revision; name a branch, tag or commit") from None
+        raise _NotThereError(f"{place}: the repository has no such revision; name a branch, tag or commit") from None
     except errors.LocalEntryNotFoundError:
         # Its message speaks of caches; what it means is that there is no connection.
         raise RunError(f"{place}: the Hub cannot be reached, and no copy of the file is at hand; try again") from None
     except errors.EntryNotFoundError:
-        raise ProfileError(
+        raise _NotThereError(
             f"{place}: the repository has no such file; add its name, as in hf://org/name/file.json"
         ) from None
     except ValueError as error:
