@@ -223,7 +223,9 @@ def test_one_method_and_one_budget_need_no_lists(small, tmp_path):
     ]
     rows = evolkv.evaluate(model, tokenizer, **settings, methods=same[2:], budgets=np.int64(48))
     rows += [evolkv.evaluate(model, tokenizer, **settings, methods=spec, budgets="48")[0] for spec in same]
-    assert {(found["score"], found["budget"]) for found in rows} == {(row["score"], 48)}
+    # Several methods are rows of one batch, which rounds otherwise.
+    assert [found["score"] for found in rows] == [pytest.approx(row["score"], abs=1e-6)] * len(rows)
+    assert {found["budget"] for found in rows} == {48}
     curve = evolkv.evaluate(model, tokenizer, **settings, methods="snapkv:window=8", budgets="48, 64")
     assert [found["budget"] for found in curve] == [48, 64]
 

@@ -7,6 +7,7 @@ later chunks see, and every method has to read the prompt for itself.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +149,9 @@ def measure(
     prompt_bytes = asked.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
     # Not by the memory that is free, which is not the same in a run that continues another.
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    step = max(1, min(_SHARD_SIZE, -(-size // threads)))
+    # Shards of about one size, as many for each thread, so that none waits for another's last.
+    rounds = math.ceil(size / (threads * _SHARD_SIZE))
+    step = math.ceil(size / (threads * rounds))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
     workers = Workers(model.device, min(len(shards), free_memory(model) // (8 * prompt_bytes)))
     shard = _Shard(model, asked, rows, settings, log, workers.count)
