@@ -7,6 +7,7 @@ this file too, and needs none of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -118,12 +119,15 @@ def small(small_folder):
 def demo(smollm2, once):
     """The folder of a short demo, with a space in its path. What the demo printed is in said.txt beside it."""
     from evolkv.cli import main
+    from evolkv.evolution import search
 
     size = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "34", "--train", "2", "--val", "2"]
 
     def fill(folder):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
             patch.setattr("evolkv.models.load_model", lambda name, **options: smollm2)
+            # Most of a short demo's time would be the descent.
+            patch.setattr("evolkv.demo.search", functools.partial(search, gradient_steps=6))
             assert main(["demo", "--out", str(folder / "demo"), *size]) == 0
         (folder / "said.txt").write_text(said.getvalue())
 
