@@ -240,7 +240,7 @@ def test_what_layers_of_their_own_cannot_do_is_refused(small):
     model, tokenizer = small
     with pytest.raises(UsageError, match=r"selector 'whole' evicts once, after the prompt"):
         evolkv.CompressedCache(model, Whole(), budget=40, prefill_chunk=16)
-    for selector, reason in ((Whole(), "does not read all that it holds"), (WholeInEachCache(), "computes less")):
+    for selector, reason in ((Whole(), "has cache layers of its own"), (WholeInEachCache(), "computes less")):
         with pytest.raises(UsageError, match=f"selector '{selector.name}' {reason}.* add --engine naive"):
             evolkv.search(model, tokenizer, task="niah:context=240", budget=40, selector=selector)
     SELECTORS.register("whole", Whole)

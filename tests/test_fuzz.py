@@ -22,6 +22,7 @@ import transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+import reading_reference
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.models import describe_model
 from evolkv.models.rotary import rotary_of
@@ -136,6 +137,40 @@ class Again(Masking):
                 gone[held] = False
                 visible[head, start:stop, :cut] &= ~gone
         self.layers.append(None)
+
+
+@dataclass(frozen=True)
+class Reads(Once):
+    """As `Once`, and each of some tokens attends only to what RocketKV's equations choose of that.
+
+    `alone` are the tokens that are read so. The tokens before `decided` attend to what is beyond doubt.
+    """
+
+    alone: set
+    decided: list
+
+    def evict(self, visible, module, query, key, value, scaling, softcap, window, sinks):
+        """Hides what each KV head does not keep, and what each token does not choose."""
+        super().evict(visible, module, query, key, value, scaling, softcap, window, sinks)
+        if window is not None:
+            return
+        fold = query.shape[1] // key.shape[1]
+        for head, kept in enumerate(self.kept[-1]):
+            held, asking = int(kept.sum()), query[0, head * fold : (head + 1) * fold]
+            read = self.selector.entries_read(held, self.prompt)
+            for token in sorted(self.alone):
+                if token >= self.decided[0]:
+                    break
+                entries = visible[head, token].nonzero()[:, 0]
+                try:
+                    chosen = reading_reference.chosen(
+                        asking[:, token], key[0, head, entries], held, read, scaling, margin=1e-4
+                    )
+                except reading_reference.UndecidedError:
+                    self.decided[0] = token
+                    break
+                visible[head, token] = False
+                visible[head, token, entries[chosen]] = True
 
 
 LLAMA3 = {
@@ -255,6 +290,13 @@ def random_selector(rng):
     return get_selector({"name": name, **parameters.get(name, {})})
 
 
+def random_rocketkv(rng):
+    window, kernel = int(rng.integers(1, 6)), int(rng.choice([1, 3, 5]))
+    return get_selector(
+        {"name": "rocketkv", "window": window, "kernel": kernel, "read": int(rng.choice([0, 2, 3, 5, 9]))}
+    )
+
+
 def random_budgets(rng, shape, least, longest):
     """Per head or per layer: the least possible, about the prompt's length, beyond it, or anything."""
     kinds = [least, least + 1, max(least, longest - 1), max(least, longest), longest + 40]
@@ -267,10 +309,10 @@ def random_budgets(rng, shape, least, longest):
 class Case:
     """What the cases of both tests begin with: a padded batch of texts, of which the first tokens are the prompts."""
 
-    def __init__(self, number, model, longest=40):
+    def __init__(self, number, model, longest=40, selector=random_selector):
         self.rng = np.random.default_rng([number, 2])
         self.model, self.hybrid = model, model.config.model_type in ("bamba", "lfm2")
-        self.selector = random_selector(self.rng)
+        self.selector = selector(self.rng)
         self.batch = int(self.rng.choice([1, 1, 2, 3]))
         self.lengths = [int(self.rng.integers(1, longest)) for _ in range(self.batch)]
         self.side = "left" if self.hybrid or self.rng.random() < 0.5 else "right"
@@ -313,9 +355,11 @@ class Case:
         return counts
 
     def compare(self, i, reference):
-        """Raises AssertionError if the logits of a sequence are not those of the reference."""
+        """Raises AssertionError if the logits of a sequence are not those of the reference, as far as it decides."""
         got = torch.cat(self.got[i])
         expected = reference.logits(self.rows[i][: len(got)])
+        if isinstance(reference, Reads):
+            got, expected = got[: reference.decided[0]], expected[: reference.decided[0]]
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
         assert error <= _TOLERANCE[self.model.dtype], f"sequence {i} of {self.said()}: off by {error:.2g}"
 
@@ -343,6 +387,31 @@ def evicts_once(number, model):
     cache.release()
     for i, length in enumerate(case.lengths):
         case.compare(i, Once(model, case.selector, case.budgets, length, given[i], {}, []))
+
+
+def reads_a_part(number, model):
+    """One case of the first test under RocketKV, whose new tokens do not read all that is held."""
+    model = model.float()
+    case = Case(number, model, selector=random_rocketkv)
+    cache = CompressedCache(model, BudgetProfile.from_budgets(model, case.budgets, case.selector.to_dict()))
+    case.feed(case.lengths, case.side, cache)
+    given = [positions_of(cache, i) for i in range(case.batch)]
+    alone = [set() for _ in case.rows]
+    for step in case.steps:
+        counts = case.counts_of(step)
+        first = int(case.rng.integers(0, step + 1))
+        cache.expect_answers([first] * case.batch)
+        # What comes alone is generated, also where the rest of its call is, or the model reads token by token.
+        alike = step == 1 or (first == 1 and step > 1) or model.config.model_type == "bamba"
+        generated = step if alike else step - first
+        for i, count in enumerate(counts):
+            end = case.read[i] + count
+            alone[i] |= set(range(end - min(generated, count), end))
+        case.feed(counts, "left", cache)
+    cache.release()
+    for i, length in enumerate(case.lengths):
+        first = [len(case.rows[i])]
+        case.compare(i, Reads(model, case.selector, case.budgets, length, given[i], {}, [], alone[i], first))
 
 
 def evicts_again(number, model):
@@ -414,7 +483,12 @@ def cases(name, check, total):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("check", "numbers"), [*cases("once", evicts_once, CASES), *cases("again", evicts_again, CASES // 5)]
+    ("check", "numbers"),
+    [
+        *cases("once", evicts_once, CASES),
+        *cases("again", evicts_again, CASES // 5),
+        *cases("reading", reads_a_part, CASES // 5),
+    ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):
     failures = []

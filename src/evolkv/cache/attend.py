@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,10 @@ from evolkv.cache.hook import Attention
 from evolkv.cache.math import attention, extra_term, fold_sinks, logit_terms
 from evolkv.cache.rows import RowGroup, RowOrder
 from evolkv.errors import UsageError
+
+#: Attention of folded queries to group number `i`: takes the number, then the queries and what follows the values in
+#: `attention`.
+GroupAttention = Callable[[int, Tensor, Tensor | None, float, float | None, Tensor | None], Tensor]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +46,7 @@ def attend_groups(
     visible: Sequence[Tensor | None] | None,
     kv_heads: int,
     kwargs: dict[str, Any],
+    attend: GroupAttention | None = None,
 ) -> Tensor:
     """Attend group by group, without padding any row to another's length.
 
@@ -53,6 +58,7 @@ def attend_groups(
             where all queries see all entries.
         kv_heads: KV heads of the layer.
         kwargs: what the model says of its attention.
+        attend: attends to one group; None for `attention` to all of it.
 
     Returns:
         ``[batch, queries, heads, value_dim]``.
@@ -68,12 +74,44 @@ def attend_groups(
         if shown is not None and queries > 1:
             shown = shown.repeat(1, fold, 1)
         sunk = None if sinks is None else sinks[group.rows % kv_heads]
-        outputs.append(attention(asking, group.keys, group.values, shown, terms["scaling"], terms["softcap"], sunk))
+        logits = terms["scaling"], terms["softcap"], sunk
+        if attend is None:
+            outputs.append(attention(asking, group.keys, group.values, shown, *logits))
+        else:
+            outputs.append(attend(i, asking, shown, *logits))
     output = outputs[0] if order is None else order.in_order(outputs)
     if queries == 1:
         return output.reshape(batch, 1, heads, -1)
     # [batch * kv_heads, fold * queries, dim] -> [batch, queries, heads, dim]
     return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def attend_in_turn(
+    attend: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]],
+    ends: Sequence[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+) -> tuple[Tensor, None]:
+    """Attend to the pieces of a call that end there, with the result of a call for each.
+
+    Args:
+        attend: attends to one piece: queries, keys, values and their mask.
+        ends: the number of tokens at the end of each piece.
+        query: ``[batch, heads, tokens, head_dim]``; keys and values likewise.
+        key: of the call.
+        value: of the call.
+        mask: of the call, in two or four dimensions; or None.
+    """
+    outputs = []
+    for start, end in zip((0, *ends), ends, strict=False):
+        part, piece = mask, slice(start, end)
+        if mask is not None:
+            seen = mask.shape[-1] - key.shape[2] + end
+            part = mask[:, :seen] if mask.ndim == 2 else mask[..., piece, :seen]
+        outputs.append(attend(query[:, :, piece], key[:, :, piece], value[:, :, piece], part)[0])
+    return torch.cat(outputs, dim=1), None
 
 
 def visible_in_group(

@@ -401,11 +401,27 @@ class CompressedCache(HookedCache):
     @property
     def kv_bytes_by_sequence(self) -> list[int]:
         """Bytes held by keys and values of each sequence of the batch, reserved room not included."""
+        return self._by_sequence(0)
+
+    @property
+    def read_bytes_by_sequence(self) -> list[int]:
+        """Bytes that a generated token's attention reads of each sequence: what is held, or what is chosen of it."""
+        return self._by_sequence(1)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the attention of one generated token per sequence reads, of what is held now."""
+        return sum(self.read_bytes_by_sequence)
+
+    def _by_sequence(self, which: int) -> list[int]:
+        """Return the sums over the layers of one of the numbers of `CompressedLayer.bytes_by_group`."""
         totals = torch.zeros(self.kv_layers[0].batch, dtype=torch.long)
         for layer in self.kv_layers:
-            for group in layer.groups:
+            # Asked first, since a layer may then take its groups apart.
+            sizes = layer.bytes_by_group()
+            for group, size in zip(layer.groups, sizes, strict=True):
                 rows = torch.bincount(group.rows.cpu() // layer.num_kv_heads, minlength=len(totals))
-                totals += rows * (group.keys[0].nbytes + group.values[0].nbytes)
+                totals += rows * size[which]
         return totals.tolist()
 
     @classmethod

@@ -155,6 +155,18 @@ class HookedCache(Cache):
             check_arrival(self._sent)
         self.unfinished = False
 
+    def expect_answers(self, first: Sequence[int]) -> None:
+        """Have tokens of the next call count as generated, each by itself, so that a given answer is scored as such.
+
+        It matters only where a generated token reads less than is held (`Selector.layer`). Such a layer reads all of it
+        for a call of several tokens, which may be a question.
+
+        Args:
+            first: of each row of the cache, the first token of the call that counts so.
+        """
+        for layer in self.kv_layers:
+            layer.first = first
+
     def check_finished(self) -> None:
         """Raise `UsageError` if a call failed half-way, so that layers differ in what they have read."""
         if self.unfinished:

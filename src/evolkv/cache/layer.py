@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from evolkv.cache.attend import (
     attend_as_model,
     attend_groups,
+    attend_in_turn,
     attend_with_kernels,
     folding_is_equal,
     suits_kernels,
@@ -95,6 +97,10 @@ class CompressedLayer(CacheLayerMixin):
     def kv_bytes(self) -> int:
         """Return the bytes of the keys and values held."""
         return sum(group.nbytes for group in self.groups)
+
+    def bytes_by_group(self) -> list[tuple[int, int]]:
+        """Return the bytes that a row of each group holds, without spare room, and that a new token reads of it."""
+        return [(group.keys[0].nbytes + group.values[0].nbytes,) * 2 for group in self.groups]
 
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Return the prompt positions held for one row, ascending, ``[entries]`` int64."""
@@ -267,7 +273,8 @@ class CompressedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention of the new tokens to what the layer holds and to themselves, and store them."""
         if self.drafted:
-            return self._attend_drafted(own, module, query, key, value, mask, **kwargs)
+            ends, self.drafted = [key.shape[2] - self.drafted, key.shape[2]], 0
+            return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
             prompt = PromptAttention(
@@ -280,20 +287,6 @@ class CompressedLayer(CacheLayerMixin):
         if mask is not None or self.real is not None:
             self._note_columns(real_columns(mask, key.shape[2]), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
-
-    def _attend_drafted(
-        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend to a prompt and drafted tokens in one call, with the result of a call for each."""
-        at, self.drafted = key.shape[2] - self.drafted, 0
-        masks = (mask, mask)
-        if mask is not None:
-            masks = (mask[:, :at], mask) if mask.ndim == 2 else (mask[..., :at, :at], mask[..., at:, :])
-        outputs = [
-            self.attend(own, module, query[:, :, new], key[:, :, new], value[:, :, new], part, **kwargs)[0]
-            for new, part in zip((slice(None, at), slice(at, None)), masks, strict=True)
-        ]
-        return torch.cat(outputs, dim=1), None
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """Keep of a prompt what the budgets allow.
@@ -369,19 +362,16 @@ class CompressedLayer(CacheLayerMixin):
             self._drop_out_of_window()
         # With one new token and no mask everything is visible.
         visible = None if mask is None and new == 1 and self.real is None else self._visible_columns(mask, batch, new)
-        order, rows = self._row_order(), (key.flatten(0, 1), value.flatten(0, 1))
+        order = self._row_order()
         kernels = None if order is None or new > 1 else triton_kernels(query)
-        if kernels and not (suits_kernels(self.groups, (query, *rows), kwargs) and hides_nothing(mask, visible)):
+        if kernels and not (suits_kernels(self.groups, (query, key, value), kwargs) and hides_nothing(mask, visible)):
             kernels = None
         if kernels:
             for group in self.groups:
                 group.extend(new)
-        elif order is None:
-            self.groups[0].append(*rows)
+            self.appended += new
         else:
-            for group, keys, values in zip(self.groups, *map(order.by_group, rows), strict=True):
-                group.append(keys, values)
-        self.appended += new
+            self._append(key, value, order)
         window = self.sliding_window
         if window is not None:
             self._record_positions(new)
@@ -391,7 +381,7 @@ class CompressedLayer(CacheLayerMixin):
         weights = None
         if kernels:
             self._table = self._table or kernels.RowTable()
-            newest = (rows[0][:, 0], rows[1][:, 0])
+            newest = (key.flatten(0, 1)[:, 0], value.flatten(0, 1)[:, 0])
             output = attend_with_kernels(kernels, self._table, query, newest, self.groups, heads, window, kwargs)
         elif visible is None and window is None and order is None and not folding_is_equal(own, kwargs):
             output, weights = attend_as_model(own, module, query, self.groups[0], heads, kwargs)
@@ -407,6 +397,16 @@ class CompressedLayer(CacheLayerMixin):
         if not self.record_past:
             self._drop_out_of_window()
         return output, weights
+
+    def _append(self, key: Tensor, value: Tensor, order: RowOrder | None) -> None:
+        """Hold new tokens, ``[batch, kv_heads, new, dim]``; `order` is that of the rows."""
+        rows = key.flatten(0, 1), value.flatten(0, 1)
+        if order is None:
+            self.groups[0].append(*rows)
+        else:
+            for group, keys, values in zip(self.groups, *map(order.by_group, rows), strict=True):
+                group.append(keys, values)
+        self.appended += key.shape[2]
 
     def _visible_columns(self, mask: Any, batch: int, new: int) -> Tensor | None:
         """Return which columns after the prompt each new token sees, ``[batch or 1, 1, new, columns]``; None: all."""

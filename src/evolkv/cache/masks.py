@@ -51,6 +51,11 @@ def real_columns(mask: Tensor | BlockMask | None, new: int) -> Tensor | None:
     return None if known["real"] else columns
 
 
+def is_causal(mask: Tensor | BlockMask | None, new: int) -> bool:
+    """Return whether a mask hides nothing but later tokens from a call's last `new` tokens; masks of others may."""
+    return mask is None or (hasattr(mask, _EVERYTHING) and real_columns(mask, new) is None)
+
+
 def was_padding(mask: Tensor | BlockMask | None) -> bool:
     """Return whether a mask hides only padding and what the model's attention hides anyway."""
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) or hasattr(mask, _PADDING)

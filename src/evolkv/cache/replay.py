@@ -6,6 +6,7 @@ only a number per head, and all candidates read the same tensors.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ class RankedPrompt:
         positions: by layer, the prompt position of each entry, ``[kv_heads, ranked]``.
         states: what the layers of a hybrid model without keys and values keep, one sequence each. They do not depend on
             the budgets either.
+        selector: of the ranking; None stands for one whose new tokens read all that is held.
 
     "By layer" is by layer with keys and values.
     """
@@ -47,6 +49,7 @@ class RankedPrompt:
     values: list[Tensor]
     positions: list[Tensor]
     states: list[StateLayer] = field(default_factory=list)
+    selector: Selector | None = None
 
     @classmethod
     def from_recorded(cls, recorded: RecordedPrompt, selector: Selector, ceiling: int) -> RankedPrompt:
@@ -62,7 +65,7 @@ class RankedPrompt:
             values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
         states = [StateLayer.merge([state]) for state in recorded.state_layers]
-        return cls(recorded.tokens, recorded.next_logits, keys, values, positions, states)
+        return cls(recorded.tokens, recorded.next_logits, keys, values, positions, states, selector)
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +201,7 @@ class ReplayCache(HookedCache):
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[RankedPrompt], budgets: np.ndarray, shared: int = 0):
         layers = []
-        self.shared = shared
+        self.shared, self._selector = shared, prompts[0].selector
         candidates = budgets.shape[-3]
         by_prompt = np.broadcast_to(budgets, (len(prompts), *budgets.shape[-3:]))
         #: Rows that come out of the model for each row that goes in.
@@ -230,7 +233,10 @@ class ReplayCache(HookedCache):
         super().__init__(model, layers, states, fans=shared > 0)
 
     def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
-        return ReplayLayer(parts, window)
+        if self._selector is None or self._selector.replay_layer is None:
+            return ReplayLayer(parts, window)
+        layer: ReplayLayer = pkgutil.resolve_name(self._selector.replay_layer)(parts, window, self._selector)
+        return layer
 
     @property
     def num_rows(self) -> int:

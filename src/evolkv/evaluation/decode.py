@@ -133,6 +133,7 @@ def judge_targets(
         while start < total:
             check_wanted()
             wanted = end - max(start, total - kept)
+            cache.expect_answers([max(0, skip - start) for skip in skipped])
             output = model(
                 padded[::fan, start:end],
                 cache=cache,

@@ -120,7 +120,8 @@ def evaluate(
         mean_budget, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide in),
         ``prefill_chunk``, ``block_size``, ``expanded_from`` (the budget that a profile was found at) and ``bins``
         (number and score of the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and
-        `mean_budget` are what the cache held after prefill, averaged over examples (and heads).
+        `mean_budget` are what the cache held after prefill, averaged over examples (and heads); ``read_bytes`` is what
+        the attention of one generated token reads of it.
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -242,6 +243,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "score": float(scores.mean()),
                 "ci95": list(ci95(scores)),
                 "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
+                "read_bytes": float(np.mean([record.read_bytes or record.kv_bytes for record in column])),
                 "mean_budget": float(np.mean([record.mean_budget for record in column])),
                 "seed": settings.seed,
                 "protocol": settings.protocol,

@@ -186,10 +186,11 @@ class _Prefilled:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A row on one example: the bytes that its cache held, and its answer."""
+    """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer."""
 
     row: Row
     kv_bytes: int
+    read_bytes: int
     answer: Answer
 
 
@@ -331,13 +332,13 @@ class _Shard:
         """Score the rows of some examples, those of each part in a cache, and put them on record."""
         measured: list[list[_Measured]] = [[] for _ in items]
         for number, (rows, cache) in enumerate(zip(self.parts, caches, strict=True)):
-            held = cache.kv_bytes_by_sequence
+            sizes = list(zip(cache.kv_bytes_by_sequence, cache.read_bytes_by_sequence, strict=True))
             questions = [item.question for item in items for _ in rows]
             logits = torch.cat([item.parts[number].next_logits for item in items])
             answers = questions[0].scorer.score(cache, logits, questions)
-            for place, size in enumerate(held):
+            for place, (size, answer) in enumerate(zip(sizes, answers, strict=True)):
                 example, row = divmod(place, len(rows))
-                measured[example].append(_Measured(rows[row], size, answers[place]))
+                measured[example].append(_Measured(rows[row], *size, answer))
         for item, found in zip(items, measured, strict=True):
             self._record(item, found)
             if item.column in missing:
@@ -369,6 +370,7 @@ class _Shard:
                     prediction=each.answer.text,
                     score=each.answer.score,
                     kv_bytes=each.kv_bytes,
+                    read_bytes=each.read_bytes,
                     mean_budget=each.kv_bytes / entry_bytes / self.heads,
                 )
                 for each in measured

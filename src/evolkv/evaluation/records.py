@@ -117,6 +117,8 @@ class Record(_Checked):
         references: the acceptable answers; none where the metric needs none.
         score: in [0, 1].
         kv_bytes: what the cache held after prefill.
+        read_bytes: what the attention of one generated token would read of that; None in records of earlier versions,
+            whose methods read all that they held.
         mean_budget: the same as entries per KV head.
         extra: facts about the example (depth, length, …) and keyword arguments of the metric.
     """
@@ -135,6 +137,7 @@ class Record(_Checked):
     references: list[str]
     score: Annotated[float, Field(ge=0, le=1)]
     kv_bytes: Annotated[int, Field(ge=1, le=2**53)]
+    read_bytes: Annotated[int | None, Field(ge=1, le=2**53)] = None
     mean_budget: Annotated[float, Field(gt=0)]
     extra: dict[str, Any] = {}
 

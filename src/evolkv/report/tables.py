@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from evolkv.evaluation.significance import PairedComparison
 
 #: Columns of numbers, which stand right-aligned.
-NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "p", "safe budget", "loss"})
+NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "p", "safe budget", "loss"})
 _LEAST_P = 1e-4
 
 
@@ -30,7 +30,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     bins = sorted({name for row in rows for name in row.get("bins", {})})
     full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
     columns = ["task"] * several_tasks + ["method"] + ["budget"] * several_budgets
+    reads = any(row.get("read_bytes", row["kv_bytes"]) != row["kv_bytes"] for row in rows)
     columns += ["mean budget", "n", "metric", "score (95 % interval)", *bins, "KV MiB"] + ["of full"] * bool(full)
+    columns += ["read MiB"] * reads
     cells = []
     for row in rows:
         line = [row["task"]] * several_tasks + [row["method"]]
@@ -40,6 +42,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         line.append(mebibytes(row["kv_bytes"]))
         if full:
             line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
+        if reads:
+            line.append(mebibytes(row.get("read_bytes", row["kv_bytes"])))
         cells.append(line)
     read = in_chunks(rows[0].get("prefill_chunk"))
     title = "Scores of methods on the same held-out examples"

@@ -16,6 +16,7 @@ from evolkv.selectors.expected_attention import ExpectedAttention
 from evolkv.selectors.h2o import H2O
 from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
+from evolkv.selectors.rocketkv import RocketKV
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
@@ -23,7 +24,7 @@ from evolkv.specs import parse_named
 
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
-    {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention)},
+    {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention, RocketKV)},
     "evolkv.selectors",
     Selector,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "KeyDiff",
     "LayerContext",
     "PromptAttention",
+    "RocketKV",
     "Selector",
     "SelectorSpec",
     "SnapKV",

@@ -185,6 +185,9 @@ class Selector(ABC):
     #: The class of a cache's layers under this selector, written ``module:class``: a `CompressedLayer` that is made
     #: with the same arguments. None for `CompressedLayer` itself, which reads all that it holds.
     layer: ClassVar[str | None] = None
+    #: The class that replays such layers for many candidates, written alike: a `ReplayLayer` that is made with the
+    #: selector behind the same arguments. None where there is none.
+    replay_layer: ClassVar[str | None] = None
     #: Whether the budgets decide what is computed of the prompt itself, so that each candidate has to read the prompt.
     prunes_prefill: ClassVar[bool] = False
 
@@ -218,8 +221,8 @@ class Selector(ABC):
         """Raise `UsageError` if one prefill cannot serve all candidates, so that only the engine "naive" can score."""
         if self.prunes_prefill:
             reason = "computes less of a prompt under smaller budgets, so no prefill serves two candidates"
-        elif self.layer is not None:
-            reason = "does not read all that it holds, which replay does"
+        elif self.layer is not None and self.replay_layer is None:
+            reason = "has cache layers of its own, and none to replay them"
         else:
             return
         raise UsageError(f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each")

@@ -1,0 +1,290 @@
+"""Layers whose new tokens read a part of what is held: hybrid sparse attention, the second stage of RocketKV.
+
+Behnam et al. 2025, arXiv 2502.14051v3, section 3.4. See `evolkv.selectors.rocketkv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolkv.cache.attend import attend_groups, attend_in_turn, visible_in_group
+from evolkv.cache.hook import Attention
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import boolean_mask, hides_nothing, is_causal
+from evolkv.cache.math import attention, check_plain_logits
+from evolkv.cache.rows import RowGroup
+from evolkv.errors import UsageError
+from evolkv.selectors import LayerContext
+from evolkv.selectors.rocketkv import Reading, RocketKV
+
+# Pages by which the extremes of a group grow when it is full.
+_MORE_PAGES = 16
+
+
+class Pages:
+    """The element-wise extremes of the keys of each page of a group of rows.
+
+    Args:
+        keys: ``[rows, entries, head_dim]``.
+        size: entries of a page.
+
+    Attributes:
+        entries: that the pages are of.
+    """
+
+    def __init__(self, keys: Tensor, size: int):
+        self.size, self.entries = size, keys.shape[1]
+        keys = keys.detach()
+        rest = self.entries % size
+        # The last page is filled up with its last key.
+        filled = torch.cat([keys, keys[:, -1:].expand(-1, size - rest, -1)], dim=1) if rest else keys
+        paged = filled.unflatten(1, (-1, size))
+        #: ``[rows, 2 * head_dim, pages]``: of each channel the lowest, then of each the highest.
+        self._extremes = torch.cat([paged.amin(2).transpose(1, 2), paged.amax(2).transpose(1, 2)], dim=1)
+
+    @property
+    def count(self) -> int:
+        """Return how many pages there are."""
+        return -(-self.entries // self.size)
+
+    def append(self, key: Tensor) -> None:
+        """Add one entry's key to each row, ``[rows, head_dim]``."""
+        page, opens = divmod(self.entries, self.size)
+        key, half = key.detach(), key.shape[1]
+        # What was made in inference mode can be written to in that mode only.
+        if self._extremes.is_inference() and not torch.is_inference_mode_enabled():
+            self._extremes = self._extremes.clone()
+        if page == self._extremes.shape[2]:
+            room = self._extremes.new_empty((*self._extremes.shape[:2], _MORE_PAGES))
+            self._extremes = torch.cat([self._extremes, room], dim=2)
+        low, high = self._extremes[:, :half, page], self._extremes[:, half:, page]
+        low.copy_(torch.minimum(low, key) if opens else key)
+        high.copy_(torch.maximum(high, key) if opens else key)
+        self.entries += 1
+
+    def bounds(self, channels: Tensor, high: Tensor) -> Tensor:
+        """Return an extreme of some channels in each page, ``[rows, channels, pages]`` float32.
+
+        Args:
+            channels: ``[rows, channels]``.
+            high: whether the highest is wanted, rather than the lowest, ``[rows, channels]``.
+        """
+        rows, width, _ = self._extremes.shape
+        first = torch.arange(0, rows * width, width, device=channels.device)[:, None]
+        which = (first + channels + high * (width // 2)).flatten()
+        found = self._extremes.flatten(0, 1).index_select(0, which)[:, : self.count]
+        return found.view(rows, channels.shape[1], -1).float()
+
+
+def chosen_entries(query: Tensor, keys: Tensor, pages: Pages | None, reading: Reading, scaling: float) -> Tensor:
+    """Return the entries that a new token attends to, ``[rows, reading.tokens]``, those of the best page first.
+
+    Args:
+        query: ``[rows, queries_per_kv_head, head_dim]``.
+        keys: ``[rows, entries, head_dim]``, the new token's included.
+        pages: of the keys; None where a page is a single entry.
+        reading: how the rows are read.
+        scaling: factor on the model's attention logits.
+    """
+    query, entries, page = query.detach().float(), keys.shape[1], reading.page
+    size = query.abs()
+    channels = size.mean(dim=1).topk(reading.channels, dim=-1).indices
+    if pages is None:
+        bounds = keys.detach().gather(2, channels[:, None].expand(-1, entries, -1)).transpose(1, 2).float()
+    else:
+        bounds = pages.bounds(channels, query.sum(dim=1).gather(1, channels) > 0)
+    asked = query.gather(2, channels[:, None].expand(-1, query.shape[1], -1))
+    # Without some channels the logits are too small, or too large; the paper mends that by their share.
+    share = asked.abs().sum(dim=2, keepdim=True) / size.sum(dim=2, keepdim=True)
+    logits = (asked @ bounds) * (scaling / share.sqrt())
+    # A softmax over tokens, all those of a page alike.
+    weights = (logits - logits.amax(dim=2, keepdim=True)).exp()
+    last = entries - (bounds.shape[2] - 1) * page
+    total = weights[..., :-1].sum(dim=2, keepdim=True) * page + weights[..., -1:] * last
+    best = (weights / total).mean(dim=1).sort(dim=1, descending=True, stable=True).indices
+    # The last page, which may be among them, may not be full.
+    best = best[:, : reading.tokens // page + 2]
+    found = (best[:, :, None] * page + torch.arange(page, device=best.device)).flatten(1)
+    if last == page:
+        return found[:, : reading.tokens]
+    there = found < entries
+    place = (there.cumsum(dim=1) - 1).where(there, reading.tokens).clamp(max=reading.tokens)
+    return found.new_zeros((len(found), reading.tokens + 1)).scatter(1, place, found)[:, : reading.tokens]
+
+
+class ReadingLayer(CompressedLayer):
+    """A layer whose new tokens each read a part of what it holds, as its selector says.
+
+    A token reads so if it comes alone, or among those of a call that `HookedCache.expect_answers` announced. A call of
+    several tokens, such as a question that follows the prompt, reads everything; so do layers with a sliding window.
+    """
+
+    selector: RocketKV
+
+    def _clear(self) -> None:
+        super()._clear()
+        #: Of each sequence, the first token of the next call that counts as generated; see `expect_answers`.
+        self.first: Sequence[int] | None = None
+        #: Of each group how its rows are read, with their pages if they have any; None where they are read whole.
+        self._ways: list[tuple[Reading, Pages | None] | None] = []
+        self._ways_of: list[RowGroup] | None = None
+
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+        """See `CompressedLayer.copy`; each makes its own pages, which are written to."""
+        twin = super().copy(layers, context)
+        assert isinstance(twin, ReadingLayer)
+        twin._ways_of = None
+        return twin
+
+    @property
+    def kv_bytes(self) -> int:
+        """Return the bytes of keys, values and extremes held."""
+        extremes = sum(len(group.rows) * self._extreme_bytes(group, way) for group, way in self._read_ways())
+        return super().kv_bytes + extremes
+
+    def bytes_by_group(self) -> list[tuple[int, int]]:
+        """See `CompressedLayer.bytes_by_group`."""
+        ways = self._read_ways()
+        sizes = super().bytes_by_group()
+        for number, (group, way) in enumerate(ways):
+            if way is not None:
+                extremes = self._extreme_bytes(group, way)
+                entries, (held, _) = group.keys.shape[1], sizes[number]
+                pages = -(-entries // way[0].page)
+                scored = pages * way[0].channels * group.keys.element_size()
+                sizes[number] = held + extremes, way[0].tokens * held // entries + scored
+        return sizes
+
+    def attend(
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `CompressedLayer.attend`; each token that counts as generated is attended to by itself."""
+        new, firsts = key.shape[2], set(self.first or ())
+        self.first = None
+        if len(firsts) > 1:
+            raise UsageError(
+                f"the answers in a call begin at tokens {sorted(firsts)}; a cache that reads less than it holds needs "
+                "the same token for all sequences, so read them one by one"
+            )
+        # Drafts are to be what would come without them.
+        first = 0 if self.record_past else min(firsts, default=new)
+        if self.drafted or not self.is_initialized or self.is_sliding or new == 1 or first >= new:
+            return super().attend(own, module, query, key, value, mask, **kwargs)
+        if self.real is None and is_causal(mask, new):
+            mask = None
+        elif mask is not None:
+            mask = boolean_mask(mask, len(key), new, self.appended + new, key.device)
+        ends = [*range(max(1, first), new), new]
+        return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
+
+    def _decode(
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, new, _ = key.shape
+        if new > 1 or all(way is None for _, way in self._read_ways()):
+            return super()._decode(own, module, query, key, value, mask, **kwargs)
+        check_plain_logits(module, kwargs)
+        visible = None if mask is None and self.real is None else self._visible_columns(mask, batch, new)
+        if self.real is None and hides_nothing(mask, visible):
+            visible = None
+        order = self._row_order()
+        self._append(key, value, order)
+        shown = None
+        if visible is not None:
+            shown = [
+                visible_in_group(group, 1, visible, heads, None, padded=self.real is not None) for group in self.groups
+            ]
+        return attend_groups(query, self.groups, order, shown, heads, kwargs, self._attend_group), None
+
+    def _attend_group(
+        self,
+        number: int,
+        query: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Return the attention of one new token of each row of a group; see `attention`."""
+        group, way = self.groups[number], self._ways[number]
+        if way is None:
+            return attention(query, group.keys, group.values, visible, scaling, softcap, sinks)
+        reading, pages = way
+        if pages is not None:
+            pages.append(group.keys[:, -1])
+        if visible is None:
+            return _read(query, group.keys, group.values, pages, reading, scaling, softcap, sinks)
+        # What is hidden has a place in no page.
+        outputs = []
+        for row, shown in enumerate(visible[:, 0]):
+            at = slice(row, row + 1)
+            keys, values = group.keys[at, shown], group.values[at, shown]
+            own = None if pages is None else Pages(keys, reading.page)
+            sink = None if sinks is None else sinks[at]
+            outputs.append(_read(query[at], keys, values, own, reading, scaling, softcap, sink))
+        return torch.cat(outputs)
+
+    def _read_ways(self) -> list[tuple[RowGroup, tuple[Reading, Pages | None] | None]]:
+        """Return each group and how it is read; groups are taken apart so that all rows of one are read alike."""
+        if self._ways_of is not self.groups:
+            self.groups = [part for group in self.groups for part in self._alike(group)]
+            self._ways_of, self._ways = self.groups, [None] * len(self.groups)
+        for number, group in enumerate(self.groups):
+            reading, known = self._reading(group, 0), self._ways[number]
+            if reading is None:
+                continue
+            pages = None if known is None else known[1]
+            # Tokens that several came at once, or were taken back, are not in the pages.
+            if reading.page > 1 and (pages is None or pages.entries != group.keys.shape[1]):
+                pages = Pages(group.keys, reading.page)
+            self._ways[number] = reading, pages
+        return [*zip(self.groups, self._ways, strict=True)]
+
+    def _alike(self, group: RowGroup) -> list[RowGroup]:
+        """Return the rows of a group, those apart that are read in different ways."""
+        slots: dict[Reading | None, list[int]] = {}
+        for slot in range(len(group.rows)):
+            slots.setdefault(self._reading(group, slot), []).append(slot)
+        if len(slots) == 1:
+            return [group]
+        return [
+            RowGroup(group.rows[which], group.keys[which], group.values[which], group.positions[which])
+            for which in slots.values()
+        ]
+
+    def _reading(self, group: RowGroup, slot: int) -> Reading | None:
+        """Return how a row of a group is read."""
+        if self.is_sliding:
+            return None
+        tokens = self.prompt_lengths[int(group.rows[slot]) // self.num_kv_heads]
+        return self.selector.reading(group.positions.shape[1], tokens, group.keys.shape[2])
+
+    def _extreme_bytes(self, group: RowGroup, way: tuple[Reading, Pages | None] | None) -> int:
+        """Return the bytes of one row's extremes."""
+        if way is None or way[1] is None:
+            return 0
+        _, entries, channels = group.keys.shape
+        return 2 * -(-entries // way[0].page) * channels * group.keys.element_size()
+
+
+def _read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Pages | None,
+    reading: Reading,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return the attention of one token of each row to the entries that it chooses; see `attention`."""
+    if keys.shape[1] > reading.tokens:
+        chosen = chosen_entries(query, keys, pages, reading, scaling)
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        keys, values = keys[rows, chosen], values[rows, chosen]
+    return attention(query, keys, values, None, scaling, softcap, sinks)

@@ -1,0 +1,115 @@
+"""RocketKV: keeps what the end of the prompt attends to, and has each new token read a small part of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evolkv.errors import UsageError
+from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.snapkv import SnapKV
+
+# The paper's split: of a compression by c = 2^x, stage 1 does r = min(0.2 + 0.06 x, 0.8) of the exponent.
+_LEAST, _SLOPE, _MOST = 0.2, 0.06, 0.8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a new token reads a KV head: it chooses tokens by what it finds in some channels of their pages' extremes.
+
+    Args:
+        tokens: that it attends to.
+        page: neighbouring entries that share a score.
+        channels: of the keys, that scores go by.
+    """
+
+    tokens: int
+    page: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class RocketKV(Selector):
+    """Keeps what the end of the prompt attends to, and reads of that only what each new token needs.
+
+    Stage 1 ranks tokens by the attention of the window's queries, summed over the window and the query heads that share
+    a KV head, then pooled (maximum) over neighbouring positions. The window is always kept. The budget is what a head
+    holds. Stage 2 is hybrid sparse attention: a new token scores pages of entries by their keys' element-wise extremes
+    in the channels where its queries are largest, and attends to the tokens of the best pages alone. It reads about as
+    much memory as `read` entries take.
+
+    Behnam et al. 2025, "RocketKV: Accelerating Long-Context LLM Inference via Two-Stage KV Cache Compression", arXiv
+    2502.14051v3, sections 3.3 to 3.6. Three things are ours. The compression of stage 2 is that of what is held of the
+    prompt (the paper counts the answer's tokens in). A head that holds no more than it may read is read whole. Equal
+    scores go to the older page and token. A layer with a sliding window is read whole as well.
+
+    Args:
+        window: number of last prompt tokens that vote and are always kept (128 in the paper's runs of SCBench).
+        kernel: width of the pooling over positions, odd; 1 turns it off.
+        read: the paper's token budget: entries whose memory a new token may read in each KV head, at least 2. 0
+            (default) derives it from budget and prompt length by the paper's split of the compression between stages.
+    """
+
+    name: ClassVar[str] = "rocketkv"
+    layer: ClassVar[str | None] = "evolkv.cache.reading:ReadingLayer"
+    replay_layer: ClassVar[str | None] = "evolkv.cache.replay_reading:ReadingReplayLayer"
+    window: int = 32
+    kernel: int = 63
+    read: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            SnapKV(self.window, self.kernel)
+        except UsageError as error:
+            raise UsageError(str(error).replace("snapkv", self.name)) from None
+        if self.read < 0 or self.read == 1:
+            raise UsageError(
+                f"rocketkv: read is {self.read}; expected at least 2 entries, or 0 for what follows from the budget"
+            )
+
+    @property
+    def observed_queries(self) -> int:
+        """The window."""
+        return self.window
+
+    def score(self, prompt: PromptAttention) -> Tensor:
+        """Pooled sum of the window's attention, ``[batch, kv_heads, tokens]``."""
+        tokens = prompt.num_tokens
+        window = min(self.window, tokens)
+        older = tokens - window
+        votes = prompt.probabilities(older, tokens)[..., :older].sum(dim=3).sum(dim=2)
+        if older and self.kernel > 1:
+            votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        return F.pad(votes, (0, window), value=torch.inf)
+
+    def entries_read(self, held: int, tokens: int) -> int:
+        """Return the entries whose memory a new token reads, of a head that holds so many of a prompt of `tokens`."""
+        if self.read or held >= tokens:
+            return self.read or held
+        # held = tokens / c^r for c = 2^x and r = min(0.2 + 0.06 x, 0.8), solved for x.
+        exponent = math.log2(tokens / held)
+        x = (math.sqrt(_LEAST**2 + 4 * _SLOPE * exponent) - _LEAST) / (2 * _SLOPE)
+        if _LEAST + _SLOPE * x > _MOST:
+            x = exponent / _MOST
+        return max(2, round(tokens / 2**x))
+
+    def reading(self, held: int, tokens: int, head_dim: int) -> Reading | None:
+        """Return how new tokens read a head; None where they read all that it holds.
+
+        Args:
+            held: entries that it holds of the prompt.
+            tokens: length of the prompt.
+            head_dim: channels of its keys.
+        """
+        read = self.entries_read(held, tokens)
+        if read >= held:
+            return None
+        compression = held / read
+        page = math.ceil(math.sqrt(compression))
+        page = 1 if page > compression else page
+        return Reading(read // 2, page, max(1, int(head_dim * page / compression)))
