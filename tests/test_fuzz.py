@@ -487,7 +487,7 @@ def cases(name, check, total):
     [
         *cases("once", evicts_once, CASES),
         *cases("again", evicts_again, CASES // 5),
-        *cases("reading", reads_a_part, CASES // 5),
+        *cases("reading", reads_a_part, CASES // 10),
     ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):
