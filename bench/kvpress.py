@@ -18,8 +18,8 @@ import torch
 
 import evolkv
 from evolkv.allocators import complete
-from evolkv.evaluation.intervals import ci95
 from evolkv.integrations.kvpress import press_source
+from evolkv.intervals import ci95
 from evolkv.models import describe_model
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric

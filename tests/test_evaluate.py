@@ -11,7 +11,7 @@ from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.evaluation import NaiveEngine, get_method
 from evolkv.evaluation.evaluation import EvaluationProgress
-from evolkv.evaluation.intervals import ci95
+from evolkv.intervals import ci95
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task

@@ -13,8 +13,11 @@ import typer
 
 from evolkv.cli import main
 from evolkv.cli.app import app
+from evolkv.errors import UsageError
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
+from evolkv.report.charts import course_chart
 from evolkv.report.comparisons import comparisons
+from evolkv.report.differences import in_validation
 from evolkv.report.page import render
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
@@ -22,7 +25,7 @@ from evolkv.report.sources import read_sources
 LAYERS, HEADS = 12, 2
 MODEL, TASK = "smollm2-135m", "niah:context=1600"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)"
-SECTIONS = ["scores", "budgets", "kept", "fitness", "validation", "reproduce"]
+SECTIONS = ["use", "scores", "budgets", "kept", "search", "validation", "reproduce", "words"]
 
 
 def allocation(budget, seed=0):
@@ -222,27 +225,28 @@ def test_an_evaluation_that_went_on_stands_for_what_it_was_when_interrupted(writ
 @pytest.mark.parametrize(
     ("data", "sections"),
     [
-        (profile(), ["budgets", "reproduce"]),
-        (results((64, 128)), ["scores", "memory", "reproduce"]),
+        (profile(), ["use", "budgets", "reproduce"]),
+        (results((64, 128)), ["scores", "reproduce"]),
         (results(), ["scores", "reproduce"]),
-        (search(), ["budgets", "fitness", "validation", "reproduce"]),
-        (search(validation=[], interrupted=True), ["budgets", "fitness", "reproduce"]),
-        (search(kept=kept()), ["budgets", "kept", "fitness", "validation", "reproduce"]),
-        (curve(), ["scores", "memory", "budgets", "fitness", "validation", "reproduce"]),
+        (search(), ["use", "budgets", "search", "validation", "reproduce"]),
+        (search(validation=[], interrupted=True), ["budgets", "search", "reproduce"]),
+        (search(kept=kept()), ["use", "budgets", "kept", "search", "validation", "reproduce"]),
+        (curve(), ["use", "scores", "budgets", "search", "validation", "reproduce"]),
     ],
     ids=["profile", "results", "one memory", "search", "interrupted", "kept", "curve"],
 )
 def test_a_section_is_there_only_if_its_data_are(write, data, sections):
-    assert page(write("data.json", data)).sections == sections
+    assert page(write("data.json", data)).sections == [*sections, "words"]
 
 
 def test_headline_says_score_memory_and_what_they_compare_to(demo):
     text = page(demo).text
     title = text[: text.index("EvolKV")]
     assert "smollm2-135m scores 0.96 on niah with 8.0\u202f% of its KV cache" in title
-    assert "the full cache holds 1,596 and scores 1.00" in text
-    assert "snapkv 0.08 and pyramidkv 0.06" in text
-    assert "48 candidates in 1 min 24 s, scored by logprob on 6 training examples" in text
+    assert "the full cache of 1,596 scores 1.00" in text
+    assert "the best of 2 methods that need no search, snapkv, scores 0.08." in text
+    assert "48 candidates in 8 generations" in text
+    assert "The search took 1 min 24 s" in text
 
 
 def test_headline_says_so_if_evolution_gained_nothing(write):
@@ -255,7 +259,7 @@ def test_numbers_of_charts_stand_in_tables(demo):
     found = page(demo)
     best = json.loads((demo / "search.json").read_text())["best"]
     cells = re.findall(r"[^\s]+", found.text)
-    assert f"{best['fitness']:.4f}" in cells
+    assert f"{best['score']:.3f}" in cells
     assert all(f"{budget:,}" in cells for line in best["budgets"] for budget in line)
     assert "0.87–0.99" not in cells
     assert "0.86–1.00" in cells
@@ -267,8 +271,8 @@ def test_numbers_of_charts_stand_in_tables(demo):
 def test_charts_are_named_for_those_who_do_not_see_them(demo):
     attributes = page(demo).attributes
     plots = [value for tag, name, value in attributes if tag == "div" and name == "aria-label" and "table" not in value]
-    assert len(plots) >= 5
-    assert all(len(name) > 30 for name in plots if name.startswith(("Heat", "Bars", "Fitness", "Score")))
+    assert len(plots) >= 4
+    assert all(len(name) > 30 for name in plots if name.startswith(("Heat", "Bars", "Score")))
     assert ("html", "lang", "en") in attributes
 
 
@@ -296,7 +300,15 @@ def test_names_are_shown_but_never_become_markup(write, where):
     assert hostile.tags.count("script") == 1
     assert "img" not in hostile.tags
     assert {name for _, name, _ in hostile.attributes if name.startswith("on")} == set()
-    assert {tag for tag in hostile.tags if tag not in harmless.tags} <= {"use", "small", "h3", "b", "i", "span"}
+    assert {tag for tag in hostile.tags if tag not in harmless.tags} <= {
+        "use",
+        "small",
+        "h3",
+        "b",
+        "i",
+        "span",
+        "figcaption",
+    }
 
 
 def test_page_asks_for_nothing(demo):
@@ -399,9 +411,14 @@ def test_a_file_counts_once_however_often_it_is_named(demo):
     assert (len(found.rows), len(found.searches), len(found.profiles)) == (4, 1, 1)
 
 
+def _words(code):
+    text = html.unescape(re.sub("<[^>]+>", "", code))
+    return shlex.split(text) if text.startswith("evolkv ") else []
+
+
 def test_command_of_a_search_is_one_that_the_program_takes(demo, write, tmp_path):
-    found = re.search(r"<code>(.*?)</code>", render(read_sources([demo])), re.S)[1]
-    words = shlex.split(re.sub("<[^>]+>", "", found))
+    commands = re.findall(r"<code>(.*?)</code>", render(read_sources([demo])), re.S)
+    words = next(words for words in map(_words, commands) if words[:2] == ["evolkv", "search"])
     assert words[:3] == ["evolkv", "search", MODEL]
     given = dict(zip(words[3::2], words[4::2], strict=True))
     expected = {"--task": TASK, "--budget": "128", "--granularity": "head", "--train": "6", "--val": "7"}
@@ -443,7 +460,7 @@ def test_protocols_are_named_and_stand_apart(write):
     aware = write("a.json", {"format": "evolkv.results/1", "rows": [{**each, "protocol": "aware"} for each in rows]})
     later = [{**each, "protocol": "agnostic", "score": 0.05, "ci95": [0.0, 0.1]} for each in rows]
     text = page(aware, write("b.json", {"format": "evolkv.results/1", "rows": later})).text
-    assert "snapkv 0.10." in text
+    assert "snapkv, which needs no search, scores 0.10." in text
     assert "protocol aware" in text
     assert "protocol agnostic" in text
     assert "--protocol agnostic" in text
@@ -453,22 +470,92 @@ def test_the_headline_counts_the_candidates_of_all_selectors(write):
     rivals = [{"selector": {"name": name}, "evaluations": 48, "score": 0.5} for name in ("snapkv", "knorm")]
     found = search()
     text = page(write("s.json", {**found, "settings": {**found["settings"], "rivals": rivals}})).text
-    assert "evaluated 96 candidates" in text
+    assert "All selectors together took 96 candidates" in text
 
 
-def test_a_gradient_start_is_drawn_before_evolution(write, tmp_path):
+def test_a_gradient_start_and_the_candidates_after_it_share_one_axis(write, tmp_path):
     found = search()
     steps = [
         {**entry, "generation": i, "scores": [entry["score"] if i % 2 == j else None for j in range(2)]}
         for i, entry in enumerate(found["history"][:4])
     ]
+    both = Search.model_validate({**found, "descent": steps})
+    chart = course_chart(both)
+    assert [stage.name for stage in chart.stages] == ["gradient start", "evolution"]
+    assert chart.stages[0].end == chart.stages[1].begin == round(100 * 4 / 52, 3)
+    assert len(chart.table.rows) == 52
     text = page(write("s.json", {**found, "descent": steps})).text
-    assert "4 steps along the slope of the loss, each on 1 of 2 training examples in turn" in text
-    assert text.index("Gradient start") < text.index("Fitness over evaluations")
-    assert "after 4 steps along the slope" in text
-    assert "Gradient start" not in page(write("t.json", found)).text
+    assert "4 steps along the slope of the loss, each on 1 of 2 training examples" in text
+    assert "gradient steps and candidates" in text
+    assert "gradient start" not in page(write("t.json", found)).text
     write_studies(tmp_path / "s.db", "search")
     assert "2 steps along the slope of the loss" in page(tmp_path / "s.db").text
+
+
+def test_scores_are_drawn_and_fitness_is_named_only_where_it_says_something_else(write):
+    found = search()
+    assert "fitness" not in page(write("s.json", found)).text
+    found["history"][3]["cache_score"] = 0.9
+    assert "fitness" in page(write("t.json", found)).text
+
+
+def test_budgets_of_two_names_are_shown_once(write):
+    found = search(chosen="gradient")
+    twice = {**found["validation"][0], "name": "gradient"}
+    found["validation"].insert(1, twice)
+    assert [entry.name for entry in Search.model_validate(found).allocations] == ["gradient", "uniform"]
+    assert "chosen, also best" in page(write("s.json", found)).text
+
+
+def test_methods_stand_from_the_highest_score_down(write):
+    text = page(write("r.json", results())).text
+    table = text[text.index("95 % interval)".replace(" %", "\u202f%")) :]
+    names = ["full cache", "evolkv", "snapkv", "pyramidkv"]
+    places = [table.index(name) for name in names]
+    assert places == sorted(places)
+
+
+def test_a_choice_is_compared_pair_by_pair_with_what_it_was_chosen_from(write):
+    found = search()
+    assert "pair by pair" not in page(write("s.json", found)).text
+    for entry, scores in zip(found["validation"], ([0.9] * 6 + [0.8], [0.3] * 7), strict=True):
+        entry["scores"] = scores
+    (difference,) = in_validation(Search.model_validate(found))
+    assert (difference.name, difference.other) == ("best", "uniform")
+    assert difference.result.difference == pytest.approx((6 * 0.6 + 0.5) / 7)
+    text = page(write("t.json", found)).text
+    assert "best − uniform" in text
+    assert "+0.586" in text
+
+
+def test_the_answer_is_marked_where_the_prompt_says_it(write):
+    answer = {"start": 1290, "end": 1297, "text": "…the number is 1234567…"}
+    text = render(read_sources([write("s.json", search(kept={**kept(), "answers": [answer]}))]))
+    assert "Around the answer, at tokens 1,290 to 1,296, they keep" in text
+    assert "the number is 1234567" in text
+    # 50 bins of 32 tokens.
+    assert f'x1="{100 * 1293.5 / 1600:.3f}' in text
+    with pytest.raises(UsageError, match="answers within its 1596 tokens"):
+        read_sources([write("t.json", search(kept={**kept(), "answers": [{**answer, "end": 2000}]}))])
+
+
+def test_the_largest_heads_are_named_with_their_numbers(write):
+    made = profile()
+    text = page(write("p.json", made)).text
+    most, layer, head = max((v, i, j) for i, row in enumerate(made["budgets"]) for j, v in enumerate(row))
+    listed = text[text.index("The 10 largest heads") :]
+    assert listed.index(f"layer {layer}, head {head}") < listed.index(f"{most}")
+    flat = profile(budgets=[[128] * HEADS] * LAYERS)
+    assert "largest heads" not in page(write("q.json", flat)).text
+
+
+def test_the_profile_that_the_headline_names_is_the_one_to_use(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for budget in (64, 128, 256):
+        write(f"p{budget}.json", profile(budget))
+    text = page("curve.json" if write("curve.json", curve()) else "").text
+    assert f"evolkv generate {MODEL} --profile p256.json --prompt-file prompt.txt" in text
+    assert 'evolkv.BudgetProfile.load("p256.json")' in text
 
 
 def test_how_prompts_were_read_is_named(write):
@@ -497,7 +584,7 @@ def test_curve_shows_its_points_beside_the_heuristics_of_its_searches(write):
     (group,) = comparisons(found.rows, found.curves, found.profiles)
     names = {entry.name for entry in group.entries}
     assert names == {"evolkv", "uniform"}
-    hollow = [mark.hollow for series in group.by_memory().series for mark in series.marks if series.name == "evolkv"]
+    hollow = [mark.hollow for series in group.by_budget().series for mark in series.marks if series.name == "evolkv"]
     assert hollow == [False, True, False]
     text = page(path).text
     assert "--budget 64,128,256" in text
@@ -536,18 +623,21 @@ def test_a_search_alone_says_that_its_score_is_of_examples_that_it_chose_on(writ
     assert "7 examples that the search never saw decide which allocation it returns" in text
 
 
-def test_memory_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):
-    assert "memory" not in page(write("one.json", results())).sections
-    several = write("several.json", evaluated())
-    assert "memory" in page(several).sections
-    (group,) = comparisons(read_sources([several]).rows, [], [])
-    chart = group.by_memory()
-    assert {series.shift for series in chart.series} == {0}
+def test_a_chart_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):
+    assert not any(name == "data-row" for _, name, _ in page(write("one.json", results())).attributes)
+    (group,) = comparisons(read_sources([write("several.json", evaluated())]).rows, [], [])
+    chart = group.by_budget()
     places = {}
     for series in chart.series:
         for mark in series.marks:
             places.setdefault(group.entries[mark.row].row.kv_bytes, set()).add(mark.x)
+    assert len(places) == 3
     assert all(len(at) == 1 for at in places.values())
+    assert [(tick.label, tick.note) for tick in chart.x.ticks] == [
+        ("64", "2.81 MiB"),
+        ("128", "5.62 MiB"),
+        ("256", "11.2 MiB"),
+    ]
 
 
 def test_curve_reads_no_profile_outside_its_folder(write, tmp_path):
@@ -570,8 +660,7 @@ def test_search_of_examples_in_turn_is_followed_by_the_mean_of_its_distribution(
     history = [entry(0, [0.2, None], 0.26), entry(0, [0.9, None], 1.17), entry(1, [None, 0.6], 0.78)]
     found = Search.model_validate({"evaluations": 3, "history": history})
     assert found.rotating
-    assert [(done, round(score, 9)) for done, _, score in found.course()] == [(2, 0.2), (3, 0.4)]
-    assert found.course()[-1][1] == pytest.approx(1.3 * 0.4)
+    assert [(done, round(score, 9)) for done, score in found.course()] == [(2, 0.2), (3, 0.4)]
     assert found.leader.fitness == 0.78
 
 
@@ -586,9 +675,9 @@ def test_a_profile_under_an_unknown_selector_is_refused_in_one_line(write, capsy
 def test_best_so_far_never_falls():
     found = Search.model_validate(search())
     course = found.course()
-    fitness = [value for _, value, _ in course]
-    assert fitness == sorted(set(fitness))
-    assert fitness[-1] == max(entry.fitness for entry in found.history)
+    scores = [value for _, value in course]
+    assert scores == sorted(set(scores))
+    assert scores[-1] == max(entry.score for entry in found.history)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -730,14 +819,14 @@ def test_every_chart_has_marks(show, demo):
     assert len(charts) == 4
     assert all(width > 300 for width, _ in charts)
     assert all(count > 0 for _, count in charts)
-    assert [charts[i][1] for i in (0, 3)] == [LAYERS, 3]
-    assert opened.locator("#fitness-1 tbody tr").count() == 48
+    assert [charts[i][1] for i in (0, 3)] == [LAYERS, 2]
+    assert opened.locator("#search-1 tbody tr").count() == 48
 
 
 def test_charts_of_a_curve_have_marks(show, write):
     opened = show(write("curve.json", curve()))
     charts = opened.locator(".plot").evaluate_all(MARKS)
-    assert len(charts) == 2 + 2 * 3 + 3
+    assert len(charts) == 1 + 2 * 3 + 3
     assert all(count > 0 for _, count in charts)
 
 
@@ -754,7 +843,7 @@ CONTRAST = """() => {
     const of = (selector, property) => ratio(getComputedStyle(document.querySelector(selector))[property]);
     return {
         paper, ink: of("h1", "color"), quiet: of(".quiet", "color"), link: of("a[href='#scores']", "color"),
-        axis: of(".axis text", "fill"), bars: of(".bars rect", "fill"), best: of("path.best", "stroke"),
+        axis: of(".axis text", "fill"), bars: of(".bars rect", "fill"), best: of("path.course", "stroke"),
     };
 }"""
 
@@ -793,12 +882,12 @@ def test_values_can_be_read_by_keyboard(show, demo):
 
 def test_values_can_be_read_by_pointing(show, write):
     opened = show(write("results.json", results((64, 128))))
-    plot = opened.get_by_role("group", name="Score against the size")
+    plot = opened.get_by_role("group", name="Score against mean budget")
     box = plot.bounding_box()
     plot.hover(position={"x": box["width"] - 30, "y": 10})
     tip = opened.locator("#tip").inner_text()
-    assert "method full" in tip
-    assert "score 1.000" in tip
+    assert "method evolkv" in tip
+    assert "score 0.960" in tip
 
 
 def test_print_shows_charts_whole_and_no_controls(show, demo):

@@ -13,7 +13,7 @@ import evolkv
 from evolkv.errors import UsageError
 from evolkv.evaluation import paired_comparison
 from evolkv.evaluation.compare import compare_records
-from evolkv.evaluation.intervals import bootstrap95
+from evolkv.intervals import bootstrap95
 from evolkv.report.tables import comparison_note, comparison_table
 
 

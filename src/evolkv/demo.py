@@ -50,6 +50,7 @@ class DemoFiles:
         profile: the profile.
         search: every evaluation of the search.
         results: the comparison on held-out examples.
+        records: every example of the comparison, which paired differences are computed from.
         picture: the budgets as a picture.
         report: the search, the budgets and the comparison as one page.
         prompt: one held-out prompt, complete with chat template.
@@ -58,6 +59,7 @@ class DemoFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self.profile, self.search, self.results = (folder / f"{name}.json" for name in ("profile", "search", "results"))
+        self.records = folder / "records.jsonl"
         self.picture, self.report, self.prompt = folder / "budgets.png", folder / "report.html", folder / "prompt.txt"
 
 
@@ -149,7 +151,7 @@ def run_demo(
     )
     found.profile.save(files.profile)
     # What an earlier run left here would be taken for this profile's.
-    for stale in (files.results, files.report):
+    for stale in (files.results, files.records, files.report):
         stale.unlink(missing_ok=True)
     write_json(files.search, found.to_dict())
     budgets_heatmap(found.profile, files.picture)
@@ -168,6 +170,7 @@ def run_demo(
                 samples=samples,
                 seed=seed,
                 metric="contains",
+                records=files.records,
                 on_progress=on_evaluation,
             )
     if rows:
@@ -191,7 +194,9 @@ def check_demo(out: str | Path, budget: int) -> DemoFiles:
     if files.folder.is_file():
         raise UsageError(f"{files.folder} is a file; give --out a folder")
     check_folder(files.folder)
-    check_outputs([files.profile, files.search, files.results, files.picture, files.report, files.prompt])
+    check_outputs(
+        [files.profile, files.search, files.results, files.records, files.picture, files.report, files.prompt]
+    )
     return files
 
 

@@ -7,19 +7,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from evolkv.palette import RAMP
 from evolkv.whole_files import write_with
 
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
 
-_COLOURS = colormaps["viridis"]
+_COLOURS = LinearSegmentedColormap.from_list("budgets", RAMP)
 _MOST_LABELS = 64
 _MOST_NUMBERS = 160
 
@@ -87,7 +87,7 @@ def _heads(figure: Figure | None, axes: Axes, profile: BudgetProfile) -> None:
     if budgets.size <= _MOST_NUMBERS:
         size = float(np.clip(230 / profile.num_layers, 6, 10))
         for (head, layer), budget in np.ndenumerate(budgets):
-            colour = "black" if float(norm(float(budget))) > 0.6 else "white"
+            colour = "white" if float(norm(float(budget))) > 0.6 else "black"
             axes.text(layer, head, str(budget), ha="center", va="center", fontsize=size, color=colour)
     bar = figure.colorbar(picture, ax=axes, pad=0.01, aspect=14)
     bar.set_label("cache entries (log scale)")

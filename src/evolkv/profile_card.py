@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,22 @@ def _is_row(row: Any) -> bool:
     return isinstance(row.get("score"), (int, float)) and _is_interval(row.get("ci95"))
 
 
+def python_example(model: str, profile: str) -> str:
+    """Return lines of Python that generate under a profile, given the model's name and where the profile is."""
+    return "\n".join(
+        [
+            "import evolkv",
+            "",
+            f"model, tokenizer = evolkv.load_model({json.dumps(model, ensure_ascii=False)})",
+            f"profile = evolkv.BudgetProfile.load({json.dumps(profile, ensure_ascii=False)})",
+            'inputs = tokenizer("…", return_tensors="pt").to(model.device)',
+            "with evolkv.compress(model, profile):",
+            "    output = model.generate(**inputs, max_new_tokens=64)",
+            "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))",
+        ]
+    )
+
+
 def is_card(text: str) -> bool:
     """Return True if EvolKV wrote a page."""
     return _MARK in text
@@ -142,11 +159,7 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         f"![Budgets by layer and KV head]({PICTURE})",
         "## How to use it",
         f"    pip install evolkv\n    evolkv generate {name} --profile {where} --prompt-file prompt.txt",
-        "```python\nimport evolkv\n\n"
-        f'model, tokenizer = evolkv.load_model("{name}")\n'
-        f'profile = evolkv.BudgetProfile.load("{where}")\n'
-        'inputs = tokenizer("…", return_tensors="pt").to(model.device)\n'
-        "with evolkv.compress(model, profile):\n    output = model.generate(**inputs, max_new_tokens=64)\n```",
+        f"```python\n{python_example(name, where)}\n```",
         "The profile fits these weights only; EvolKV refuses others. It serves the kind of work that it was found on. "
         f"Check it on your own: `evolkv eval {name} --task TASK --method full {where} --budget {profile.target}`.",
         "## Scores",

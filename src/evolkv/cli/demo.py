@@ -72,7 +72,7 @@ def demo(
         return 130
     print_table(results_table(result.rows))
     console.OUT.print(f"\n{_summary(result)}\n", soft_wrap=True)
-    names = (files.report, files.profile, files.results, files.picture, files.search, files.prompt)
+    names = (files.report, files.profile, files.results, files.records, files.picture, files.search, files.prompt)
     console.OUT.print(f"Written to {files.folder}: {', '.join(path.name for path in names)}", soft_wrap=True)
     console.OUT.print("\nTry next:")
     for comment, command in _next_commands(result, model, budget, context, load):

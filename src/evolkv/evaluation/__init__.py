@@ -7,8 +7,8 @@ from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, check_request, evaluate
 from evolkv.evaluation.naive_engine import NaiveEngine
 from evolkv.evaluation.replay_engine import ReplayEngine
-from evolkv.evaluation.significance import PairedComparison, paired_comparison
 from evolkv.methods import Method, get_method
+from evolkv.significance import PairedComparison, paired_comparison
 
 __all__ = [
     "Certificate",

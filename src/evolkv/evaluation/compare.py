@@ -10,8 +10,8 @@ from typing import Any
 from evolkv.budgets import Budget, BudgetSpec, read_budget
 from evolkv.errors import UsageError
 from evolkv.evaluation.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
-from evolkv.evaluation.significance import PairedComparison, paired_comparison
 from evolkv.registry import unknown_name
+from evolkv.significance import PairedComparison, paired_comparison
 
 FORMAT = "evolkv.comparison/1"
 #: Scores of one prompt and method that differ by more than rounding were not measured alike.

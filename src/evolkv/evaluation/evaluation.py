@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from evolkv.budgets import Budget, BudgetSpec, Share, read_budgets
 from evolkv.cache.hook import own_attention
 from evolkv.errors import BudgetError, UsageError
-from evolkv.evaluation.intervals import ci95
 from evolkv.evaluation.measure import Row, TaskQuestions, measure
 from evolkv.evaluation.records import (
     ModelSettings,
@@ -29,6 +28,7 @@ from evolkv.evaluation.records import (
     versions,
 )
 from evolkv.evaluation.scoring import encode_examples
+from evolkv.intervals import ci95
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole

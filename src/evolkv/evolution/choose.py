@@ -9,9 +9,9 @@ import numpy as np
 
 from evolkv.evaluation.balance import BalancedEngine
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.intervals import ci95
 from evolkv.evolution.result import Validated, as_lists
 from evolkv.evolution.space import NOT_EVOLVED
+from evolkv.intervals import ci95
 
 # Two allocations whose scores differ by no more than rounding are equal.
 _DIGITS = 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +14,14 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.models.forward import input_device
 from evolkv.profile import BudgetProfile
 from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks.prompts import encode_text
 
 # Few enough for layers × stretches to fit into one attribute of a study.
 _BINS, _CELLS = 100, 8_000
+#: An answer of one or two characters stands in any text by chance.
+_LEAST_ANSWER, _MOST_ANSWERS = 3, 4
+#: Characters of the text on either side of an answer.
+_AROUND = 60
 
 
 def kept_positions(
@@ -28,7 +35,8 @@ def kept_positions(
 
     Returns:
         ``example`` (its id), ``tokens`` (the prompt's length), ``bin`` (tokens per stretch) and ``share``: for each
-        layer, the share of each stretch's entries, over all KV heads, that are kept, in [0, 1].
+        layer, the share of each stretch's entries, over all KV heads, that are kept, in [0, 1]. Where the prompt says
+        what a reference answer repeats, also ``answers``: its tokens from ``start`` to before ``end``, and ``text``.
     """
     ids = encode_prompt(tokenizer, example)
     tokens = ids.shape[1]
@@ -42,4 +50,20 @@ def kept_positions(
     for heads in cache.positions:
         counts = sum(torch.bincount(positions.cpu() // size, minlength=bins) for positions in heads)
         share.append([round(value, 4) for value in (counts / (room * len(heads))).tolist()])
-    return {"example": example.id, "tokens": tokens, "bin": size, "share": share}
+    answers = _answers(tokenizer, example, tokens)
+    return {"example": example.id, "tokens": tokens, "bin": size, "share": share} | (
+        {"answers": answers} if answers else {}
+    )
+
+
+def _answers(tokenizer: Any, example: Example, tokens: int) -> list[dict[str, Any]]:
+    """Return the places of a prompt that hold a reference answer, at most `_MOST_ANSWERS` of them."""
+    found = []
+    for reference in (text for text in dict.fromkeys(example.references) if len(text) >= _LEAST_ANSWER):
+        for match in islice(re.finditer(rf"(?<!\w){re.escape(reference)}(?!\w)", example.prompt), _MOST_ANSWERS):
+            # Prompts are encoded whole, so the tokens before a place are those of the text before it, but for merges.
+            start, end = (len(encode_text(tokenizer, example.prompt[:at])) for at in match.span())
+            if start < end <= tokens:
+                around = example.prompt[max(0, match.start() - _AROUND) : match.end() + _AROUND]
+                found.append({"start": start, "end": end, "text": f"…{' '.join(around.split())}…"})
+    return found[:_MOST_ANSWERS]

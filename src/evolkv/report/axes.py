@@ -29,10 +29,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis."""
+    """A labelled place on an axis, with a second line below its label."""
 
     at: float
     label: str
+    note: str = ""
 
 
 @dataclass(frozen=True)

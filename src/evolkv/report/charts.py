@@ -6,30 +6,38 @@ its text and strokes keep their size. Places within a path count from 0 to `UNIT
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from evolkv.report.axes import Axis, Scale, Table, Tick, linear_ticks, log_ticks
-from evolkv.report.schemas import Search
+from evolkv.report.schemas import Candidate, Search, course_in_turn
 from evolkv.report.words import number, score
 
 UNIT = 1000
-_DODGE_PX = 7
 
 
 @dataclass(frozen=True)
-class FitnessChart:
-    """Every candidate's fitness, the best so far (or what stands for it), each generation's mean; paths in `UNIT`."""
+class Stage:
+    """A part of a search: where it begins and ends along the axis, its scores and the score that it has come to."""
+
+    name: str
+    style: int
+    begin: float
+    end: float
+    dots: str
+    dot_label: str
+    line: str
+    line_label: str
+
+
+@dataclass(frozen=True)
+class CourseChart:
+    """The scores of a search, stage after stage; paths in `UNIT`."""
 
     x: Axis
     y: Axis
-    dots: str
-    dot_label: str
-    best: str
-    best_label: str
-    mean: str
+    stages: list[Stage]
     table: Table
 
 
@@ -47,18 +55,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """The marks of one method and the line through them; `shift` moves both sideways by pixels, off others' marks."""
+    """The marks of one method and the line through them."""
 
     name: str
     style: int
     marks: list[Mark]
     line: str
-    shift: float
 
 
 @dataclass(frozen=True)
 class ScoreChart:
-    """Scores against a budget or memory; `band` is the full cache's (score, top, bottom) as a reference."""
+    """Scores against budget; `band` is the full cache's (score, top, bottom) as a reference."""
 
     x: Axis
     y: Axis
@@ -73,7 +80,7 @@ class Scored:
 
     Args:
         series: name of the method.
-        x: budget or MiB.
+        x: budget.
         score: mean metric.
         interval: 95 % interval.
         row: its row in the table.
@@ -88,64 +95,64 @@ class Scored:
     hollow: bool = False
 
 
-def fitness_chart(search: Search) -> FitnessChart:
-    """Fitness over evaluations.
+def course_chart(search: Search) -> CourseChart:
+    """Scores of the steps of a gradient start, if there was one, and of the candidates after it, on one axis.
 
     Args:
-        search: with at least one candidate.
+        search: with at least one step or candidate.
     """
-    rows = [
-        [str(i), number(e.generation), f"{e.fitness:.4f}", score(e.score), f"{e.cache_score:.3f}"]
-        for i, e in enumerate(search.history, 1)
-    ]
-    table = Table("Candidates", ["candidate", "generation", "fitness", "score", "cache score"], rows)
-    leader = "mean of the distribution, all examples as last seen" if search.rotating else "best so far"
-    return _course_chart(search, "candidates evaluated", "fitness", "candidate", leader, table)
-
-
-def descent_chart(search: Search) -> FitnessChart:
-    """Scores under soft cuts over the steps of a descent.
-
-    Args:
-        search: with at least one step.
-    """
-    steps = search.model_copy(update={"history": search.descent})
-    rows = [[str(i), score(e.score)] for i, e in enumerate(search.descent, 1)]
-    table = Table("Steps", ["step", "score under soft cuts"], rows)
-    return _course_chart(steps, "steps", "score under soft cuts", "step", "all examples as last seen", table)
-
-
-def _course_chart(search: Search, x_title: str, y_title: str, dot: str, leader: str, table: Table) -> FitnessChart:
-    history, course = search.history, search.course()
-    values = [*(entry.fitness for entry in history), *(fitness for _, fitness, _ in course)]
+    steps, history = search.descent, search.history
+    values = [entry.score for entry in [*steps, *history]]
     low, high = min(values), max(values)
-    room = (high - low) * 0.06 or max(abs(high) * 0.05, 0.01)
-    y = Scale(low - room, high + room)
-    x = Scale(0, len(history))
-
-    def place(i: float, value: float) -> str:
-        return f"{_unit(x(i))} {_unit(y.down(value))}"
-
-    best = f"M{place(course[0][0] - 0.5, course[0][1])}"
-    for done, fitness, _ in course[1:]:
-        best += f"H{_unit(x(done - 0.5))}V{_unit(y.down(fitness))}"
-    means, start = [], 0
-    for _, members in groupby(history, key=lambda entry: entry.generation):
-        generation = [entry.fitness for entry in members]
-        means.append(place(start + len(generation) / 2, _mean(generation)))
-        start += len(generation)
-    # Generations of one candidate are their own mean.
-    several = len(history) > len(means) > 1
-    return FitnessChart(
-        Axis(x_title, linear_ticks(x, least_step=1)),
-        Axis.upwards(y_title, linear_ticks(y)),
-        "".join(f"M{place(i + 0.5, entry.fitness)}h0" for i, entry in enumerate(history)),
-        dot,
-        f"{best}H{UNIT}",
-        leader,
-        "M" + "L".join(means) if several else "",
-        table,
+    room = (high - low) * 0.06 or 0.05
+    x, y = Scale(0, len(values)), Scale(max(0, low - room), min(1, high + room))
+    stages = []
+    if steps:
+        label = "all training examples, each as last seen"
+        stages.append(_stage("gradient start", steps, course_in_turn(steps), 0, x, y, ("step", label)))
+    if history:
+        label = "mean of the distribution, each example as last seen" if search.rotating else "fittest so far"
+        stages.append(_stage("evolution", history, search.course(), len(steps), x, y, ("candidate", label)))
+    what = " and ".join(["gradient steps"] * bool(steps) + ["candidates"] * bool(history))
+    return CourseChart(
+        Axis(what, linear_ticks(x, least_step=1)), Axis.upwards("score", linear_ticks(y)), stages, _course_table(search)
     )
+
+
+def _stage(
+    name: str,
+    entries: Sequence[Candidate],
+    course: Sequence[tuple[int, float]],
+    before: int,
+    x: Scale,
+    y: Scale,
+    labels: tuple[str, str],
+) -> Stage:
+    def place(i: float, value: float) -> str:
+        return f"{_unit(x(before + i))} {_unit(y.down(value))}"
+
+    line = f"M{place(course[0][0] - 0.5, course[0][1])}"
+    for done, value in course[1:]:
+        line += f"H{_unit(x(before + done - 0.5))}V{_unit(y.down(value))}"
+    end = x(before + len(entries))
+    dots = "".join(f"M{place(i + 0.5, entry.score)}h0" for i, entry in enumerate(entries))
+    return Stage(
+        name, 1 if name == "evolution" else 2, x(before), end, dots, labels[0], f"{line}H{_unit(end)}", labels[1]
+    )
+
+
+def _course_table(search: Search) -> Table:
+    """All scores; fitness only where it is not the score times a constant."""
+    weighed = any(entry.cache_score != 1 for entry in search.history)
+    columns = (
+        ["step"] * bool(search.descent) + ["candidate", "generation", "score"] + ["cache score", "fitness"] * weighed
+    )
+    steps = [[str(i), "", "", score(e.score), *["", ""] * weighed] for i, e in enumerate(search.descent, 1)]
+    rows = []
+    for i, e in enumerate(search.history, 1):
+        cells = [""] * bool(search.descent) + [str(i), number(e.generation), score(e.score)]
+        rows.append(cells + [f"{e.cache_score:.3f}", f"{e.fitness:.4f}"] * weighed)
+    return Table("Steps and candidates of the search", columns, steps + rows)
 
 
 def score_chart(
@@ -155,10 +162,9 @@ def score_chart(
     table: Table,
     *,
     full: Scored | None = None,
-    ticks_at: Iterable[float] = (),
-    side_by_side: bool = False,
+    ticks_at: Mapping[float, str],
 ) -> ScoreChart:
-    """Scores, from 0 to 1, against budget or memory on a logarithmic axis.
+    """Scores, from 0 to 1, against the budget on a logarithmic axis.
 
     Args:
         points: what to draw.
@@ -166,16 +172,14 @@ def score_chart(
         title: of the horizontal axis.
         table: the numbers.
         full: the full cache's score, to be drawn as a reference over the whole width.
-        ticks_at: where the axis is labelled, if these are few and far between; else at round numbers.
-        side_by_side: move marks of several series at one place apart; then read them by the labels of the axis.
+        ticks_at: where the axis is labelled, and a second line for each label; else at round numbers.
     """
     values = [point.x for point in points]
     room = max((max(values) / min(values)) ** 0.08, 1.15)
     x, y = Scale(min(values) / room, max(values) * room, log=True), Scale(0, 1)
-    ticks = [Tick(x(value), f"{value:,.6g}") for value in sorted(set(ticks_at))]
-    if not ticks or len(ticks) > 8 or any(b.at - a.at < 9 for a, b in pairwise(ticks)):
+    ticks = [Tick(x(value), f"{value:,.6g}", note) for value, note in sorted(ticks_at.items())]
+    if len(ticks) > 8 or any(b.at - a.at < 9 for a, b in pairwise(ticks)):
         ticks = log_ticks(x)
-    shifts = _shifts(points) if side_by_side else {}
     series = []
     for name in dict.fromkeys(point.series for point in points):
         members = sorted((point for point in points if point.series == name), key=lambda point: point.x)
@@ -184,21 +188,10 @@ def score_chart(
             for p in members
         ]
         line = "M" + "L".join(f"{_unit(m.x)} {_unit(m.y)}" for m in marks)
-        series.append(Series(name, styles[name], marks, line if len(marks) > 1 else "", shifts.get(name, 0)))
+        series.append(Series(name, styles[name], marks, line if len(marks) > 1 else ""))
     band = None if full is None else (y.down(full.score), y.down(full.interval[1]), y.down(full.interval[0]))
     return ScoreChart(Axis(title, ticks), Axis.upwards("score", linear_ticks(y)), series, band, table)
 
 
-def _shifts(points: Sequence[Scored]) -> dict[str, float]:
-    """Pixels to move each series by, so that marks at one place stand side by side."""
-    crowded = [p.series for p in points if any(q.series != p.series and abs(q.x / p.x - 1) < 0.03 for q in points)]
-    names = list(dict.fromkeys(crowded))
-    return {name: (i - (len(names) - 1) / 2) * _DODGE_PX for i, name in enumerate(names)}
-
-
 def _unit(percent: float) -> str:
     return f"{percent * UNIT / 100:.4g}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

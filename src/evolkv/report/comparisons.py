@@ -30,18 +30,13 @@ class Entry:
     source: str = ""
     on_front: bool = True
 
-    @property
-    def mib(self) -> float:
-        """MiB that the cache holds."""
-        return self.row.kv_bytes / 2**20
-
 
 @dataclass
 class Comparison:
     """Methods on the same examples.
 
     Args:
-        entries: evolved ones first, the full cache last.
+        entries: by budget, those of one budget from the highest score down; the full cache last.
         of_curve: they are a curve's points: scores on the examples that the choice of budgets was made on.
     """
 
@@ -125,30 +120,22 @@ class Comparison:
         return Table(f"{self.first.task}: {self.first.metric} by method{self.asked}", columns, rows)
 
     def by_budget(self) -> ScoreChart:
-        """Score against mean budget; the full cache is a line across."""
-        points = self._points([entry.row.mean_budget for entry in self.entries])
+        """Score against mean budget, whose labels say the memory, too; the full cache is a line across."""
+        points = [
+            Scored(entry.name, entry.row.mean_budget, entry.row.score, entry.row.ci95, i, not entry.on_front)
+            for i, entry in enumerate(self.entries)
+        ]
         full = [point for point, entry in zip(points, self.entries, strict=True) if entry is self.full]
         rest = [point for point, entry in zip(points, self.entries, strict=True) if entry is not self.full]
+        memory = {round(entry.row.mean_budget, 1): f"{mebibytes(entry.row.kv_bytes)} MiB" for entry in self.entries}
         return score_chart(
             rest,
             self.styles(),
-            "mean budget (cache entries per KV head)",
+            "mean budget (cache entries per KV head), and the cache's size",
             self.table(),
             full=full[0] if full else None,
-            ticks_at=self.budgets,
-            side_by_side=True,
+            ticks_at={budget: memory[budget] for budget in self.budgets},
         )
-
-    def by_memory(self) -> ScoreChart:
-        """Score against what the cache holds."""
-        points = self._points([entry.mib for entry in self.entries])
-        return score_chart(points, self.styles(), "KV cache (MiB)", self.table())
-
-    def _points(self, places: Sequence[float]) -> list[Scored]:
-        return [
-            Scored(entry.name, x, entry.row.score, entry.row.ci95, i, not entry.on_front)
-            for i, (entry, x) in enumerate(zip(self.entries, places, strict=True))
-        ]
 
 
 def is_evolved(method: str) -> bool:
@@ -184,10 +171,7 @@ def _named(rows: Sequence[Row]) -> list[tuple[Row, str]]:
 
 
 def _ordered(entries: Sequence[Entry]) -> list[Entry]:
-    return sorted(
-        entries,
-        key=lambda e: (e.row.method == FULL, not is_evolved(e.row.method), e.row.mean_budget if e.source else 0),
-    )
+    return sorted(entries, key=lambda e: (e.row.method == FULL, round(e.row.mean_budget), -e.row.score))
 
 
 def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:

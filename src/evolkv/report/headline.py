@@ -49,19 +49,15 @@ def headline(
         model: name of the model, or "".
         task: spec of the task, or "".
     """
-    search_sentences = [sentence for search in searches[:1] for sentence in _search_sentences(search, len(searches))]
     search_facts = _search_facts(searches)
     best = next((group for group in comparisons if group.evolved), None)
     if best is not None:
-        return _evolved(best, search_sentences, search_facts)
+        return _evolved(best, search_facts)
     results = [search for search in searches if search.result is not None]
     if results:
-        return _chosen(_first(results), model, task, search_sentences, search_facts)
+        return _chosen(_first(results), model, task, search_facts)
     if searches:
-        course = searches[0].course()
-        title = f"{_of(model, task)}: {counted(sum(len(s.history) for s in searches), 'candidate')} so far"
-        facts = [Fact("Score", f"{course[-1][2]:.2f}", "on the training examples")] if course else []
-        return Headline(title, search_sentences, facts + search_facts)
+        return _so_far(searches, model, task, search_facts)
     if comparisons:
         return _methods(comparisons)
     profile = profiles[0]
@@ -71,28 +67,25 @@ def headline(
     return Headline(title, [sentence], [])
 
 
-def _evolved(group: Comparison, search_sentences: list[str], search_facts: list[Fact]) -> Headline:
-    entry, full = _best(group), group.full
+def _evolved(group: Comparison, search_facts: list[Fact]) -> Headline:
+    entry, full = named_first(group), group.full
     row, share = entry.row, group.share(entry)
     memory = f"{percent(share)} of its KV cache" if share is not None else f"{mebibytes(row.kv_bytes)} MiB of KV cache"
     where = f"{_plain(row.task)} in validation" if group.of_curve else _plain(row.task)
     title = f"{_plain(row.model)} scores {row.score:.2f} on {where} with {memory}"
-    sentence = (
-        f"With {number(round(row.mean_budget, 1))} cache entries per KV head, the evolved budgets score "
-        f"{row.score:.2f} (95\u202f% interval {interval(row.ci95)}) on {group.examples}"
-    )
+    beside = ""
     if full is not None:
-        sentence += f"; the full cache holds {number(round(full.row.mean_budget))} and scores {full.row.score:.2f}"
-    sentences = [sentence + "."]
+        beside = f", where the full cache of {number(round(full.row.mean_budget))} scores {full.row.score:.2f}"
+    sentences = [
+        f"With {number(round(row.mean_budget, 1))} cache entries per KV head the evolved budgets score "
+        f"{row.score:.2f} (95\u202f% interval {interval(row.ci95)}) on {group.examples}{beside}."
+    ]
+    if rivals := sorted(group.rivals(entry), key=lambda rival: -rival.row.score):
+        sentences.append(_beside(row.score, [(rival.row.method, rival.row.score) for rival in rivals]))
     if group.of_curve:
         sentences.append(
             "The budgets were chosen on these examples, so scores on others may be lower: evaluate the profiles."
         )
-    if rivals := group.rivals(entry):
-        scores = listing([f"{short(rival.row.method)} {rival.row.score:.2f}" for rival in rivals])
-        sentences.append(f"In the same memory: {scores}.")
-        if max(rival.row.score for rival in rivals) >= row.score:
-            sentences.append("So here evolution gained nothing.")
     facts = [
         Fact("Score", f"{row.score:.2f}", f"full cache {full.row.score:.2f}" if full else f"{row.metric}, n = {row.n}"),
         Fact(
@@ -102,11 +95,23 @@ def _evolved(group: Comparison, search_sentences: list[str], search_facts: list[
         ),
     ]
     facts.append(Fact("Budget", number(round(row.mean_budget, 1)), "entries per KV head"))
-    return Headline(title, sentences + search_sentences, facts + search_facts)
+    return Headline(title, sentences, facts + search_facts)
 
 
-def _best(group: Comparison) -> Entry:
-    """The smallest memory that scores almost as the full cache does, or else the highest score."""
+def _beside(ours: float, others: Sequence[tuple[str, float]]) -> str:
+    """Return what others score in the same memory, best first, and what follows."""
+    (best, theirs), *rest = others
+    said = f"In the same memory {short(best)}, which needs no search, scores {theirs:.2f}"
+    if rest:
+        said = (
+            f"In the same memory the best of {len(others)} methods that need no search, {short(best)}, scores "
+            f"{theirs:.2f}"
+        )
+    return said + (", so here evolution gained nothing." if theirs >= ours else ".")
+
+
+def named_first(group: Comparison) -> Entry:
+    """Return the evolved entry to name: the least memory that scores almost as the full cache, or the best score."""
     evolved = sorted(group.evolved, key=lambda entry: entry.row.kv_bytes)
     target = _CLOSE * (group.full.row.score if group.full else max(entry.row.score for entry in evolved))
     return next(
@@ -126,18 +131,33 @@ def _first(searches: Sequence[Search]) -> Search:
     return min(close, key=lambda search: (mean_of(of(search).budgets), -of(search).score))
 
 
-def _chosen(search: Search, model: str, task: str, sentences: list[str], facts: list[Fact]) -> Headline:
+def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headline:
     result = search.result
     assert result is not None
     entries = number(round(mean_of(result.budgets), 1))
-    heuristics = [entry for entry in search.validation if not entry.evolved]
-    others = listing([f"{short(other.name)} {other.score:.2f}" for other in heuristics])
+    heuristics = sorted((entry for entry in search.validation if not entry.evolved), key=lambda entry: -entry.score)
+    unseen = f"On {counted(result.n, 'example')} that the search never saw"
     if search.improved:
         title = f"{_of(model, task)}: evolved budgets score {result.score:.2f} with {entries} entries per KV head"
+        sentences = [f"{unseen}, its choice scores {result.score:.2f} (95\u202f% interval {interval(result.ci95)})."]
+        if heuristics:
+            others = listing([f"{short(entry.name)} {entry.score:.2f}" for entry in heuristics])
+            sentences.append(f"Budgets that need no evolution score less in the same memory: {others}.")
     else:
         title = f"{_of(model, task)}: no evolved budgets beat {short(result.name)} with {entries} entries per KV head"
-    score = Fact("Score", f"{result.score:.2f}", f"against {others}" if others and search.improved else "")
+        others = listing([f"{short(entry.name)} ({entry.score:.2f})" for entry in heuristics])
+        sentences = [f"{unseen}, no evolved budgets beat {others}: the profile holds {short(result.name)}."]
+    score = Fact("Score", f"{result.score:.2f}", f"in validation, n = {result.n}")
     return Headline(title, sentences, [score, Fact("Budget", entries, "entries per KV head"), *facts])
+
+
+def _so_far(searches: Sequence[Search], model: str, task: str, facts: list[Fact]) -> Headline:
+    search = searches[0]
+    course = search.course()
+    title = f"{_of(model, task)}: {counted(sum(len(s.history) for s in searches), 'candidate')} so far"
+    best = [Fact("Score", f"{course[-1][1]:.2f}", "on the training examples")] if course else []
+    stopped = "was interrupted: the budgets are what it had come to" if search.interrupted else "has chosen nothing yet"
+    return Headline(title, [f"The search {stopped}."] if len(searches) == 1 else [], best + facts)
 
 
 def _methods(comparisons: Sequence[Comparison]) -> Headline:
@@ -152,34 +172,6 @@ def _methods(comparisons: Sequence[Comparison]) -> Headline:
     return Headline(title, [sentence], [])
 
 
-def _search_sentences(search: Search, count: int) -> list[str]:
-    """Return sentences on how the budgets were found and chosen."""
-    if count > 1:
-        return []
-    settings, said = search.settings, []
-    how = f"Strategy {short(str(settings['strategy']))}" if "strategy" in settings else "The search"
-    on = _examples(settings.get("train"))
-    metric = f", scored by {short(str(settings['metric']))}" if "metric" in settings else ""
-    took = f" in {duration(search.seconds)}" if search.seconds else ""
-    if search.history:
-        tried = counted(candidates(search.evaluations, settings), "candidate")
-        first = f" after {counted(len(search.descent), 'step')} along the slope" if search.descent else ""
-        said.append(f"{how} evaluated {tried}{first}{took}{metric}{on}.")
-    if search.interrupted:
-        said.append("The search was interrupted: the budgets are what it had come to.")
-    elif search.result is not None:
-        said.append(_choice(search, search.result))
-    return said
-
-
-def _choice(search: Search, result: Validated) -> str:
-    heuristics = listing([f"{short(e.name)} ({e.score:.2f})" for e in search.validation if not e.evolved])
-    unseen = f"On {counted(result.n, 'example')} that it never saw"
-    if search.improved:
-        return f"{unseen}, its choice scores {result.score:.2f}" + (f" beside {heuristics}." if heuristics else ".")
-    return f"{unseen}, no evolved budgets beat {heuristics}: the profile holds {short(result.name)}."
-
-
 def _search_facts(searches: Sequence[Search]) -> list[Fact]:
     evaluations = sum(candidates(search.evaluations, search.settings) for search in searches)
     if not evaluations:
@@ -187,11 +179,6 @@ def _search_facts(searches: Sequence[Search]) -> list[Fact]:
     seconds = sum(search.seconds for search in searches)
     took = f" in {duration(seconds)}" if seconds else ""
     return [Fact("Search", number(evaluations), f"candidate{'s'[: evaluations > 1]}{took}")]
-
-
-def _examples(train: object) -> str:
-    n = train.get("n") if isinstance(train, dict) else train
-    return f" on {counted(n, 'training example')}" if isinstance(n, int) and not isinstance(n, bool) else ""
 
 
 def _of(model: str, task: str) -> str:

@@ -31,6 +31,7 @@ class HeatMap:
         y: axis along the rows.
         key: labelled places on the colour scale.
         table: the numbers.
+        marks: labelled places above the cells.
     """
 
     paths: list[tuple[int, str]]
@@ -40,6 +41,7 @@ class HeatMap:
     y: Axis
     key: list[Tick]
     table: Table
+    marks: Sequence[Tick] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def kept_chart(kept: Kept, caption: str) -> HeatMap:
         Axis("layer", index_ticks(len(shares))),
         [Tick(0, "none"), Tick(50, "half"), Tick(100, "all")],
         Table(caption, ["layer", *spans], rows),
+        [Tick(x((answer.start + answer.end) / 2), "answer") for answer in kept.answers],
     )
 
 

@@ -8,14 +8,17 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from evolkv.palette import ramp_css
 from evolkv.report import views
 from evolkv.report.comparisons import comparisons, model_name
+from evolkv.report.glossary import glossary
 from evolkv.report.headline import headline
 from evolkv.report.heatmaps import LEVELS
 from evolkv.report.needles import needle_grids
 from evolkv.report.recipes import recipes
 from evolkv.report.sources import Sources
-from evolkv.report.words import counted, interval, score, short
+from evolkv.report.usage import usage
+from evolkv.report.words import counted, short
 from evolkv.version import __version__
 
 
@@ -32,19 +35,17 @@ def render(sources: Sources) -> str:
     groups = comparisons(sources.rows, sources.curves, sources.profiles)
     model, task = _model(sources), _task(sources)
     budgets = views.allocations(sources)
-    in_memory = [views.memory(group, f"scores-{i}") for i, group in enumerate(groups, 1)]
     sections = [
+        ("use", "Use this profile", usage(sources, groups, model)),
         (
             "scores",
-            "Score by method" if all(group.single for group in groups) else "Score against budget",
-            [views.methods(each) for each in groups],
+            "Score by method" if all(group.single for group in groups) else "Score against memory",
+            [views.methods(each, sources.records) for each in groups],
         ),
-        ("memory", "Score against memory", list(filter(None, in_memory))),
         ("needles", "Needles found, by depth and context", needle_grids(sources.records)),
         ("budgets", "Budgets by layer" + " and head" * any(item.by_head for item in budgets), budgets),
         ("kept", "Prompt positions that are kept", [views.positions(s) for s in sources.searches if s.kept]),
-        ("descent", "Gradient start", [views.descent(s) for s in sources.searches if s.descent]),
-        ("fitness", "Fitness over evaluations", [views.evolution(s) for s in sources.searches if s.history]),
+        ("search", "How the search went", [views.course(s) for s in sources.searches if s.history or s.descent]),
         ("validation", "Choice on unseen examples", [views.validation(s) for s in sources.searches if s.validation]),
         ("reproduce", "Settings, and how to reproduce", recipes(sources, groups, model)),
     ]
@@ -56,17 +57,18 @@ def render(sources: Sources) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"counted": counted, "interval": interval, "score": score, "short": short}
+    environment.filters |= {"counted": counted, "short": short}
     page = environment.get_template("page.html").render(
         headline=headline(groups, sources.searches, sources.profiles, model, task),
         sections=[section for section in sections if section[2]],
+        glossary=glossary(_terms(sources, task)),
         levels=LEVELS,
         sources=sources.names,
         version=__version__,
         # Nothing is loaded and no script but this one runs, whatever the data hold.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{_digest(script)}'",
         script=script,
-        style=style,
+        style=f"{ramp_css()}{style}",
     )
     # Names may hold halves of characters, which no file can.
     return page.encode("utf-8", "replace").decode()
@@ -83,6 +85,16 @@ def _task(sources: Sources) -> str:
     """The task that was evolved for, or ""."""
     settings = [search.settings for search in sources.searches] + [profile.search for profile in sources.profiles]
     return next((task for each in settings if isinstance(task := each.get("task"), str)), "")
+
+
+def _terms(sources: Sources, task: str) -> str:
+    """Names that a report speaks of."""
+    rows = [f"{row.task} {row.metric} {row.protocol} {row.method}" for row in sources.rows]
+    settings = [
+        f"{search.settings.get(key)}" for search in sources.searches for key in ("metric", "protocol", "strategy")
+    ]
+    names = [entry.name for search in sources.searches for entry in search.validation]
+    return " ".join([task, *rows, *settings, *names])
 
 
 def _packaged(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any
@@ -51,12 +52,22 @@ class Validated(_Allocated, _Scored):
 
     name: str
     evolved: bool
+    scores: list[Share] = Field([])
+
+
+class Answer(Schema):
+    """An answer that stands in a prompt: its tokens, from `start` to before `end`, with the text around it."""
+
+    start: Count
+    end: Count
+    text: str = ""
 
 
 class Kept(Schema):
     """Prompt positions that are kept, for one example.
 
     `share` is ``L × bins``: of the tokens in a bin, the share that is kept, averaged over the layer's KV heads.
+    `answers` are the places where the prompt says what the answer repeats.
     """
 
     example: str
@@ -65,12 +76,15 @@ class Kept(Schema):
     share: Annotated[
         list[Annotated[list[Share], Field(min_length=1, max_length=65536)]], Field(min_length=1, max_length=4096)
     ]
+    answers: Annotated[list[Answer], Field(max_length=16)] = Field([])
 
     @model_validator(mode="after")
     def _rectangular(self) -> Kept:
         bins = -(-self.tokens // self.bin)
         if any(len(row) != bins for row in self.share):
             raise ValueError(f"{bins} shares per layer, for {self.tokens} tokens in bins of {self.bin}")
+        if any(not answer.start < answer.end <= self.tokens for answer in self.answers):
+            raise ValueError(f"answers within its {self.tokens} tokens")
         return self
 
 
@@ -103,9 +117,19 @@ class Search(Schema):
         return next((entry for entry in self.validation if entry.name == self.chosen), None)
 
     @property
+    def allocations(self) -> list[Validated]:
+        """The allocations that stood for choice, each once; of several names of one, the chosen or first."""
+        chosen = [entry for entry in self.validation if entry.name == self.chosen]
+        once: list[Validated] = []
+        for entry in chosen + self.validation:
+            if all(entry.budgets != other.budgets for other in once):
+                once.append(entry)
+        return sorted(once, key=lambda entry: -entry.score)
+
+    @property
     def rotating(self) -> bool:
         """True if generations were scored on a few of the training examples in turn."""
-        return any(entry.scores and None in entry.scores for entry in self.history)
+        return in_turn(self.history)
 
     @property
     def leader(self) -> Candidate | None:
@@ -117,27 +141,39 @@ class Search(Schema):
         last = self.history[-1].generation
         return next(entry for entry in self.history if entry.generation == last)
 
-    def course(self) -> list[tuple[int, float, float]]:
-        """Return (candidates evaluated, fitness, score) for each change of the best so far.
+    def course(self) -> list[tuple[int, float]]:
+        """Return (candidates evaluated, score) for each change of the fittest so far.
 
-        Fitness on different examples cannot be compared. Where generations are scored on a few examples in turn, what
+        Scores on different examples cannot be compared. Where generations are scored on a few examples in turn, what
         is followed is the first candidate of each, the mean of the distribution, with each example as last seen.
         """
-        steps: list[tuple[int, float, float]] = []
-        if not self.rotating:
-            for i, entry in enumerate(self.history, 1):
-                if not steps or entry.fitness > steps[-1][1]:
-                    steps.append((i, entry.fitness, entry.score))
-            return steps
-        seen: dict[int, float] = {}
-        done = 0
-        for _, members in groupby(self.history, key=lambda entry: entry.generation):
-            mean, *others = members
-            done += 1 + len(others)
-            seen |= {i: score for i, score in enumerate(mean.scores or []) if score is not None}
-            score = sum(seen.values()) / len(seen) if seen else mean.score
-            steps.append((done, score * (mean.fitness / mean.score if mean.score else 1), score))
+        if self.rotating:
+            return course_in_turn(self.history)
+        steps: list[tuple[int, float]] = []
+        best = -math.inf
+        for i, entry in enumerate(self.history, 1):
+            if entry.fitness > best:
+                best = entry.fitness
+                steps.append((i, entry.score))
         return steps
+
+
+def in_turn(entries: Sequence[Candidate]) -> bool:
+    """Return True if candidates were scored on a few of the training examples in turn."""
+    return any(entry.scores and None in entry.scores for entry in entries)
+
+
+def course_in_turn(entries: Sequence[Candidate]) -> list[tuple[int, float]]:
+    """Return (candidates evaluated, score) after each generation: of its first, with each example as last seen."""
+    steps: list[tuple[int, float]] = []
+    seen: dict[int, float] = {}
+    done = 0
+    for _, members in groupby(entries, key=lambda entry: entry.generation):
+        mean, *others = members
+        done += 1 + len(others)
+        seen |= {i: score for i, score in enumerate(mean.scores or []) if score is not None}
+        steps.append((done, sum(seen.values()) / len(seen) if seen else mean.score))
+    return steps
 
 
 class _Measured(_Scored):

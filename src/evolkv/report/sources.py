@@ -44,6 +44,7 @@ class Sources:
         searches: of all files, also those within curves.
         rows: of all results, also those that follow from records.
         profiles: also those that curves name.
+        profile_paths: where these lie, in the same order.
         curves: without their searches' profiles.
         records: of every example, as read.
         names: where it all came from.
@@ -54,6 +55,7 @@ class Sources:
     searches: list[Search] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     profiles: list[ProfileFile] = field(default_factory=list)
+    profile_paths: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     records: list[Records] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Sources:
                 self._add_rows(found.rows)
         elif isinstance(found, ProfileFile):
             self.profiles.append(found)
+            self.profile_paths.append(origin)
         else:
             self.curves.append(found)
             for search in found.searches:
@@ -221,7 +224,8 @@ def _add_profiles(sources: Sources, curve: Path, found: Curve) -> None:
                 profile = _checked(real, _read_json(real))
                 if not isinstance(profile, ProfileFile):
                     raise UsageError(f"{real}: not a profile, but {curve} names it as one")
-                sources.add(profile, str(real))
+                # As the user's shell finds it.
+                sources.add(profile, os.path.relpath(real))
                 break
 
 

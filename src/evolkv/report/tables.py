@@ -12,7 +12,7 @@ from evolkv.report.words import counted, in_chunks
 if TYPE_CHECKING:
     from evolkv.evaluation.certify import Certificate, RecordsCertificate
     from evolkv.evaluation.compare import MethodComparison
-    from evolkv.evaluation.significance import PairedComparison
+    from evolkv.significance import PairedComparison
 
 #: Columns of numbers, which stand right-aligned.
 NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "p", "safe budget", "loss"})
@@ -91,7 +91,7 @@ def _compared(task: str, metric: str, result: PairedComparison) -> list[str]:
         f"{result.mean_a:.3f}",
         f"{result.mean_b:.3f}",
         difference,
-        _p(result.p),
+        p_value(result.p),
         counts,
     ]
 
@@ -102,7 +102,7 @@ def certificates_table(found: RecordsCertificate) -> Table:
     rows = []
     for task, metric, method, each in found.rows:
         passed = [test for test in each.tested if test.certified]
-        loss, p = (f"{passed[-1].loss:.3f}", _p(passed[-1].p)) if passed else ("–", "–")
+        loss, p = (f"{passed[-1].loss:.3f}", p_value(passed[-1].p)) if passed else ("–", "–")
         rows.append(
             [task, method, metric, str(each.n), str(each.budget or "none"), loss, p, next_budget(each, found.loss)]
         )
@@ -114,7 +114,7 @@ def next_budget(found: Certificate, bound: float) -> str:
     """Say which budget failed, and what it would take; nothing if none did."""
     if not found.tested or (test := found.tested[-1]).certified:
         return ""
-    failed = f"{test.budget} loses {test.loss:.3f}, p {_p(test.p)}"
+    failed = f"{test.budget} loses {test.loss:.3f}, p {p_value(test.p)}"
     if found.needed is None:
         return f"{failed}; not below {bound:g}" if test.loss >= bound else failed
     return f"{failed}; about {found.needed:,} examples are needed"
@@ -132,5 +132,6 @@ def certificates_note(found: RecordsCertificate) -> str:
     return note
 
 
-def _p(p: float) -> str:
+def p_value(p: float) -> str:
+    """Return a p-value as tables and pages show it."""
     return f"{p:.4f}" if p >= _LEAST_P else f"<{_LEAST_P:.4f}"

@@ -5,29 +5,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from evolkv.report.axes import Table
-from evolkv.report.charts import FitnessChart, ScoreChart, descent_chart, fitness_chart
+from evolkv.report.charts import CourseChart, ScoreChart, course_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
+from evolkv.report.differences import Difference, held_out, in_validation
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
-from evolkv.report.schemas import Search, mean_of
+from evolkv.report.schemas import Candidate, Search, Validated, mean_of
 from evolkv.report.sources import Sources
-from evolkv.report.units import mebibytes
-from evolkv.report.words import counted, in_chunks, number, percent, short
+from evolkv.report.tables import p_value
+from evolkv.report.units import duration, mebibytes
+from evolkv.report.words import candidates, counted, in_chunks, interval, number, percent, score, short
+
+if TYPE_CHECKING:
+    from evolkv.evaluation.records import Records
 
 _PLAIN_STYLE, _EVOLVED_STYLE = 0, 1
+_MOST_HEADS = 10
 
 
 @dataclass(frozen=True)
 class Line:
-    """A score with its interval, on a line of its own."""
+    """A number with its interval, on a line of its own: in words, and as places in percent of the picture's width."""
 
     name: str
     note: str
     style: int
     strong: bool
-    score: float
-    ci95: Sequence[float]
+    at: float
+    left: float
+    right: float
+    value: str
+    interval: str
+
+    @classmethod
+    def of_score(cls, name: str, note: str, style: int, strong: bool, value: float, bounds: Sequence[float]) -> Line:
+        """A score, from 0 to 1."""
+        at, left, right = (round(100 * place, 2) for place in (value, *bounds))
+        return cls(name, note, style, strong, at, left, right, score(value), interval(bounds))
+
+    @classmethod
+    def of_difference(cls, found: Difference, most: float) -> Line:
+        """A difference, from −most to most; the interval is coloured where it leaves out 0."""
+        result = found.result
+        low, high = result.ci95
+        at, left, right = (round(50 + 50 * place / most, 2) for place in (result.difference, low, high))
+        note = ", ".join(filter(None, [found.note, f"n = {result.n}", f"p {p_value(result.p)}"]))
+        style = _EVOLVED_STYLE if low > 0 or high < 0 else _PLAIN_STYLE
+        name = f"{short(found.name, 60)} − {'full cache' if found.other == FULL else short(found.other, 60)}"
+        return cls(name, note, style, False, at, left, right, f"{result.difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Paired differences, a line each, on an axis with three labels."""
+
+    lines: Sequence[Line]
+    scale: tuple[str, str, str]
+
+    @classmethod
+    def of(cls, found: Sequence[Difference]) -> Differences | None:
+        """Lay out differences, if there are any, on the shortest round axis that holds their intervals."""
+        if not found:
+            return None
+        reach = max(abs(end) for each in found for end in (*each.result.ci95, each.result.difference))
+        most = next((step for step in (0.05, 0.1, 0.2, 0.5) if reach <= step), 1.0)
+        return cls([Line.of_difference(each, most) for each in found], (f"−{most:g}", "0", f"+{most:g}"))
 
 
 @dataclass(frozen=True)
@@ -39,34 +83,40 @@ class Panel:
         finding: what there is to see, in words.
         chart: the picture.
         lines: scores, a line each.
-        table: the numbers, or the id of the table that has them.
+        differences: between the scores.
+        table: the numbers.
         bars: above the chart.
         by_head: whether budgets differ among the heads of a layer.
+        largest: the heads that keep the most: name, entries, share of the cache, and percent of the largest.
     """
 
     title: str
     finding: str
-    chart: ScoreChart | FitnessChart | HeatMap | None = None
+    chart: ScoreChart | CourseChart | HeatMap | None = None
     lines: Sequence[Line] = ()
-    table: Table | str = ""
+    differences: Differences | None = None
+    table: Table | None = None
     bars: Bars | None = None
     by_head: bool = False
+    largest: Sequence[tuple[str, str, str, float]] = ()
 
 
-def methods(group: Comparison) -> Panel:
-    """The methods of a comparison."""
+def methods(group: Comparison, records: Sequence[Records]) -> Panel:
+    """The methods of a comparison, with paired differences where the records of its examples are there."""
     first, styles = group.first, group.styles()
     finding = f"Task {short(first.task)}, metric {short(first.metric)}, {group.examples}"
     finding += " that the choice of budgets was made on" if group.of_curve else ""
     finding += f", protocol {short(first.protocol)}" if first.protocol else ""
     finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
+    differences = Differences.of(held_out(group, records))
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
-        return Panel(_title(group), f"{finding}.{hollow}", group.by_budget(), table=group.table())
+        chart, table = group.by_budget(), group.table()
+        return Panel(_title(group), f"{finding}.{hollow}", chart, differences=differences, table=table)
     if group.budgets:
         finding += f"; mean budget {number(group.budgets[0])} entries per KV head"
     lines = [
-        Line(
+        Line.of_score(
             "full cache" if entry is group.full else entry.name,
             _memory_note(group, entry),
             styles[entry.name],
@@ -74,87 +124,87 @@ def methods(group: Comparison) -> Panel:
             entry.row.score,
             entry.row.ci95,
         )
-        for entry in sorted(group.entries, key=lambda entry: entry.row.method == FULL)
+        for entry in sorted(group.entries, key=lambda entry: (-entry.row.score, entry.row.kv_bytes))
     ]
-    return Panel(_title(group), finding + ".", lines=lines, table=group.table())
+    return Panel(_title(group), finding + ".", lines=lines, differences=differences, table=group.table())
 
 
-def memory(group: Comparison, table: str) -> Panel | None:
-    """Return a comparison's scores against memory, if it has several budgets; `table` is the id of its table."""
-    if group.single:
-        return None
-    finding = "What the cache holds after the prompt, averaged over examples."
-    if group.full and (evolved := max(group.evolved, key=lambda entry: entry.row.score, default=None)):
-        share = group.share(evolved)
-        assert share is not None
-        finding += (
-            f" The best evolved budgets score {evolved.row.score:.2f} in {mebibytes(evolved.row.kv_bytes)} MiB, "
-            f"{percent(share)} of the full cache's {mebibytes(group.full.row.kv_bytes)}."
-        )
-    return Panel(_title(group), finding, group.by_memory(), table=table)
+def course(search: Search) -> Panel:
+    """The scores of a search: steps of its gradient start and candidates, at least one of them."""
+    finding = [_descent(search)] if search.descent else []
+    finding += [_evolution(search)] if search.history else []
+    return Panel(search_title(search), " ".join(finding), course_chart(search))
 
 
-def evolution(search: Search) -> Panel:
-    """A search's candidates, at least one."""
-    course = search.course()
-    (_, first, _), (last, fitness, score) = course[0], course[-1]
+def _descent(search: Search) -> str:
+    few, of = _in_turn(search.descent)
+    then = " and the last step is where evolution begins" if search.history else ""
+    return (
+        f"The gradient start takes {counted(len(search.descent), 'step')} along the slope of the loss, each on {few} "
+        f"of {counted(of, 'training example')}. Its cuts are soft at first and nearly hard in the end, so its scores "
+        f"cannot be compared with those of candidates{then}."
+    )
+
+
+def _evolution(search: Search) -> str:
+    steps = search.course()
+    (_, first), (last, final) = steps[0], steps[-1]
     changes = sum(a.generation != b.generation for a, b in pairwise(search.history))
-    finding = f"{counted(len(search.history), 'candidate')} in {counted(1 + changes, 'generation')}"
+    took = f" in {duration(search.seconds)}" if search.seconds else ""
+    tried = candidates(search.evaluations, search.settings)
+    said = f"Evolution tries {counted(len(search.history), 'candidate')} in {counted(1 + changes, 'generation')}"
     if search.rotating:
-        few = sum(score is not None for score in search.history[0].scores or [])
-        finding += (
-            f", each scored on {few} of {counted(len(search.history[0].scores or []), 'training example')} in turn, so "
-            "that fitness rises and falls with the examples. With each example as last seen, the mean of the "
-            f"distribution goes from fitness {first:.3f} to {fitness:.3f}, a score of {score:.3f}."
+        few, of = _in_turn(search.history)
+        said += (
+            f", each on {few} of {counted(of, 'training example')} in turn, so scores rise and fall with the examples. "
+            f"With each example as last seen, the mean of the distribution goes from {first:.3f} to {final:.3f}."
         )
     else:
-        finding += (
-            f". The first has fitness {first:.3f}, the fittest {fitness:.3f}: candidate {last:,}, with a score of "
-            f"{score:.3f} on the training examples."
+        said += (
+            f". The first scores {first:.3f}, the fittest {final:.3f}: candidate {last:,}, on the training examples."
         )
-    lam = search.settings.get("lam")
-    if isinstance(lam, (int, float)) and all(entry.cache_score == 1 for entry in search.history):
-        finding += f" All have exactly the target memory, so fitness is {1 + lam:.4g}\u00a0×\u00a0score."
-    return Panel(search_title(search), finding, fitness_chart(search))
+    if tried != len(search.history):
+        said += f" All selectors together took {counted(tried, 'candidate')}{took}."
+    elif took:
+        said += f" The search took {duration(search.seconds)}."
+    return said
 
 
-def descent(search: Search) -> Panel:
-    """The steps of a search's gradient start, at least one."""
-    first = search.descent[0]
-    few = sum(score is not None for score in first.scores or [])
-    finding = (
-        f"{counted(len(search.descent), 'step')} along the slope of the loss, each on {few} of "
-        f"{counted(len(first.scores or []), 'training example')} in turn. Cuts are soft at first and nearly hard in "
-        "the end, and the budgets of each step carry noise, so scores rise and fall."
-    )
-    if search.history:
-        finding += " Evolution goes on from the last step."
-    return Panel(search_title(search), finding, descent_chart(search))
+def _in_turn(entries: Sequence[Candidate]) -> tuple[int, int]:
+    """Return the number of examples that each candidate was scored on, and of all that were in turn."""
+    scores = entries[0].scores or []
+    return sum(score is not None for score in scores), len(scores)
 
 
 def validation(search: Search) -> Panel:
-    """The allocations that a search chose from, best first."""
+    """The allocations that a search chose from, each once, best first."""
+    shown = search.allocations
     lines = [
-        Line(
+        Line.of_score(
             f"evolved, {entry.name}" if entry.evolved else entry.name,
-            "chosen" if entry.name == search.chosen else "",
+            _also(search, entry),
             _EVOLVED_STYLE if entry.evolved else _PLAIN_STYLE,
             entry.name == search.chosen,
             entry.score,
             entry.ci95,
         )
-        for entry in search.validation
+        for entry in shown
     ]
-    finding = (
-        f"{counted(search.validation[0].n, 'example')} that the search never saw decide which allocation it returns."
-    )
+    finding = f"{counted(shown[0].n, 'example')} that the search never saw decide which allocation it returns."
     if isinstance(metric := search.settings.get("metric"), str):
         finding += f" Metric {short(metric)}."
-    return Panel(search_title(search), finding, lines=lines)
+    return Panel(search_title(search), finding, lines=lines, differences=Differences.of(in_validation(search)))
+
+
+def _also(search: Search, entry: Validated) -> str:
+    """Return what there is to say of an allocation: that it was chosen, and its other names."""
+    others = [each.name for each in search.validation if each.budgets == entry.budgets and each.name != entry.name]
+    same = [f"also {short(' and '.join(others))}"] if others else []
+    return ", ".join(["chosen"] * (entry.name == search.chosen) + same)
 
 
 def positions(search: Search) -> Panel:
-    """Return the positions that the layers keep of one example."""
+    """Return the positions that the layers keep of one example, with its answers marked."""
     kept = search.kept
     assert kept is not None
     width = len(kept.share[0])
@@ -163,6 +213,11 @@ def positions(search: Search) -> Panel:
     held = sum(share * size for row in kept.share for share, size in zip(row, sizes, strict=True))
     finding = f"Example {short(kept.example)}: of its {kept.tokens:,} tokens, the layers keep "
     finding += f"{percent(held / (kept.tokens * len(kept.share)))} on average."
+    for answer in kept.answers[:1]:
+        bins = range(answer.start // kept.bin, (answer.end - 1) // kept.bin + 1)
+        there = sum(row[i] for row in kept.share for i in bins) / (len(bins) * len(kept.share))
+        finding += f" Around the answer, at tokens {answer.start:,} to {answer.end - 1:,}, they keep {percent(there)}"
+        finding += f": “{short(answer.text, 160)}”." if answer.text else "."
     return Panel(search_title(search), finding, kept_chart(kept, "Share of the tokens kept"))
 
 
@@ -195,7 +250,19 @@ def _allocation(budgets: list[list[int]], what: str) -> Panel:
         finding += f"{number(round(mean, 1))} entries per head on average, from {least:,} to {most:,} in {place}. "
         finding += f"Half of the cache belongs to {percent(_holders_of_half(cells))} of the heads."
     title = f"Mean budget {number(round(mean, 1))} ({what})"
-    return Panel(title, finding, heat, bars=bars, by_head=by_head)
+    total = sum(value for value, _, _ in cells)
+    largest = sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:_MOST_HEADS] if by_head else []
+    return Panel(
+        title,
+        finding,
+        heat,
+        bars=bars,
+        by_head=by_head,
+        largest=[
+            (f"layer {layer}, head {head}", number(value), percent(value / total), round(100 * value / most, 1))
+            for value, layer, head in largest
+        ],
+    )
 
 
 def _holders_of_half(cells: list[tuple[int, int, int]]) -> float:

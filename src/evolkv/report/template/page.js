@@ -17,9 +17,9 @@ function valuesOf(plot) {
     }
     return values;
   }
-  const dots = plot.querySelector("[data-points]");
+  const dots = Array.from(plot.querySelectorAll("[data-points]"), (path) => path.getAttribute("d")).join("");
   if (dots) {
-    const places = dots.getAttribute("d").matchAll(/M(\S+) ([^h]+)h0/g);
+    const places = dots.matchAll(/M(\S+) ([^h]+)h0/g);
     return Array.from(places, ([, x, y], row) => ({ x: x / 1000, y: y / 1000, row }));
   }
   const part = (mark, name) => parseFloat(mark.getAttribute(name) ?? "0") / 100;
@@ -27,7 +27,6 @@ function valuesOf(plot) {
     x: part(mark, "x") + part(mark, "width") / 2,
     y: part(mark, "y"),
     row: Number(mark.dataset.row),
-    shift: mark.parentNode.transform.baseVal[0]?.matrix.e ?? 0,
     line: mark.tagName === "rect",
   })).sort((a, b) => a.x - b.x || a.row - b.row);
 }
@@ -66,7 +65,6 @@ function enliven(plot) {
     at = index;
     const value = values[at];
     const box = plot.getBoundingClientRect();
-    const shift = value.shift ?? 0;
     if (wide) {
       const size = [box.width / wide, box.height / Number(plot.dataset.rows)];
       Object.assign(cursor.style, {
@@ -76,11 +74,11 @@ function enliven(plot) {
         height: `${size[1] + 2}px`,
       });
     } else {
-      Object.assign(cursor.style, { left: `calc(${value.x * 100}% + ${shift}px)`, top: `${value.y * 100}%` });
+      Object.assign(cursor.style, { left: `${value.x * 100}%`, top: `${value.y * 100}%` });
     }
     cursor.hidden = tip.hidden = false;
     tip.textContent = textOf(table, value);
-    const left = box.left + value.x * box.width + shift;
+    const left = box.left + value.x * box.width;
     const top = box.top + value.y * box.height;
     const { offsetWidth, offsetHeight } = tip;
     const { clientWidth, clientHeight } = document.documentElement;
@@ -101,7 +99,7 @@ function enliven(plot) {
     let nearest = Infinity;
     let index = -1;
     values.forEach((value, i) => {
-      const x = box.left + value.x * box.width + (value.shift ?? 0) - event.clientX;
+      const x = box.left + value.x * box.width - event.clientX;
       const y = value.line ? 0 : box.top + value.y * box.height - event.clientY;
       if (x * x + y * y < nearest) [nearest, index] = [x * x + y * y, i];
     });
@@ -127,8 +125,15 @@ function enliven(plot) {
 }
 
 document.querySelectorAll(".plot").forEach(enliven);
-// A link to a table opens what it is folded into.
-for (const link of document.querySelectorAll(".numbers a")) {
-  link.addEventListener("click", () => { document.querySelector(link.hash).closest("details").open = true; });
+// A file that was opened from disk has a clipboard in some browsers only; a click on the text selects it in all.
+for (const box of navigator.clipboard ? document.querySelectorAll(".copy") : []) {
+  const button = box.appendChild(document.createElement("button"));
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(box.querySelector("code").innerText.trim());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
 }
 document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evolkv.errors import UsageError
-from evolkv.evaluation.intervals import bootstrap95
+from evolkv.intervals import bootstrap95
 
 #: Up to this many examples that differ, every way to flip their signs is counted.
 _MOST_EXACT = 16

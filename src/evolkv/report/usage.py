@@ -1,0 +1,55 @@
+"""How to use the profile that a report is about: commands and lines of Python to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evolkv.profile_card import python_example
+from evolkv.profile_file import ProfileFile
+from evolkv.report.comparisons import Comparison, is_path
+from evolkv.report.headline import named_first
+from evolkv.report.schemas import mean_of
+from evolkv.report.sources import Sources
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Text to copy: a command and a program."""
+
+    finding: str
+    command: str
+    python: str
+
+
+def usage(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Usage]:
+    """Return how to use the profile that the headline names; nothing where there is none."""
+    group = next((group for group in groups if group.evolved), None)
+    target = named_first(group).row if group else None
+    path = (
+        target.method
+        if target is not None and is_path(target.method)
+        else _path(sources, target and target.mean_budget)
+    )
+    if not path:
+        return []
+    model = model or "MODEL"
+    generate = shlex.join(["evolkv", "generate", model, "--profile", path, "--prompt-file", "prompt.txt"])
+    finding = f"Generate with this cache on the command line, or in Python with any call of the model. Profile: {path}."
+    return [Usage(finding, generate, python_example(model, path))]
+
+
+def _path(sources: Sources, budget: float | None) -> str:
+    """Return where the profile with a mean budget lies, or the only one; of a search alone, where it puts it."""
+    files = list(zip(sources.profiles, sources.profile_paths, strict=True))
+
+    def far(entry: tuple[ProfileFile, str]) -> float:
+        return abs(mean_of(entry[0].budgets) - budget) if budget is not None else 0.0
+
+    if files:
+        return min(files, key=far)[1]
+    points = [point for curve in sources.curves for point in curve.points if point.profile]
+    if points and budget is not None:
+        return min(points, key=lambda point: abs(point.mean_budget - budget)).profile
+    return "profile.json" if any(search.profile or search.result for search in sources.searches) else ""
