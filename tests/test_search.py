@@ -17,7 +17,7 @@ from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import get_task
+from evolkv.tasks import encode_prompt, get_task
 from tiny import KV_HEADS, LAYERS, tiny_model
 
 #: Candidates of a generation for the budgets of `small`: one group of four layers.
@@ -190,6 +190,18 @@ def test_the_training_score_in_a_profile_is_that_of_its_budgets(small):
     found = evolkv.search(*small, on_progress=stop, **{**SETTINGS, "minibatch": 1, "train": 2})
     assert found.chosen == "mean"
     assert "train" not in found.profile.scores
+
+
+def test_what_is_kept_of_an_example_says_where_its_answer_stands(result, small):
+    found, _ = result
+    (example,) = (
+        e for e in get_task("niah:context=200").examples("validation", 2, small[1], 0) if e.id == found.kept["example"]
+    )
+    (answer,) = found.kept["answers"]
+    ids = encode_prompt(small[1], example)[0]
+    assert example.references[0] in small[1].decode(ids[answer["start"] : answer["end"]])
+    assert answer["end"] - answer["start"] <= len(example.references[0]) + 1
+    assert example.references[0] in answer["text"]
 
 
 def test_interruption_during_validation_keeps_the_best_so_far(small):

@@ -30,7 +30,7 @@ def usage(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Us
     path = (
         target.method
         if target is not None and is_path(target.method)
-        else _path(sources, target and target.mean_budget)
+        else _path(sources, target.mean_budget if target else None)
     )
     if not path:
         return []
