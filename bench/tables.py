@@ -64,8 +64,7 @@ class Record:
     def caption(self) -> str:
         """Model, n, seed, machine and origin, as a line."""
         origin = f" **{TRANSCRIBED[0].upper()}{TRANSCRIBED[1:]}.**" if self.mark else f" Measured {self['date'][:10]}."
-        versions = f"torch {self['versions']['torch']}, transformers {self['versions']['transformers']}"
-        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", versions, self.setting.removesuffix(" †")]
+        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", self.setting.removesuffix(" †")]
         return f"{'; '.join(facts)}.{origin}"
 
 
@@ -98,16 +97,36 @@ def methods(records: Sequence[Record]) -> Lines:
         yield from table(["method", *record.table["budgets"]], rows)
 
 
-def tasks(records: Sequence[Record], rival: str | None = None) -> Lines:
-    """Yield the best other method, or one, → evolved budgets, by task and budget, with the paired difference."""
+def tasks(records: Sequence[Record]) -> Lines:
+    """Yield the best other method → evolved budgets, by task and budget; bold where the difference is above chance."""
     rows = []
     for record in records:
         for compared in record.table["comparisons"]:
+            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in compared["cells"]]
+            rows.append([compared["task"], f"{compared['full']:.3f}", *cells])
+    yield from table(["task", "full", *records[0].table["budgets"]], rows)
+    counts = " or ".join(dict.fromkeys(str(record["n"]) for record in records))
+    places = ", ".join(record.setting for record in records)
+    yield from ("", f"n = {counts}; from the top: {places}." if len(records) > 1 else f"n = {counts}; {places}.")
+    yield from _dagger(records)
+
+
+def _marked(cell: dict[str, Any]) -> str:
+    low, high = cell["ci95"]
+    return f"**{cell['mean_a']:.3f}**" if low > 0 else f"{cell['mean_a']:.3f}{' ↓' if high < 0 else ''}"
+
+
+def differences(records: Sequence[Record], rival: str | None = None) -> Lines:
+    """Yield what `tasks` does with the paired differences; against one rival, only where it is not the best anyway."""
+    rows = []
+    for record in records:
+        for compared in record.table["comparisons"]:
+            if rival is not None and all(cell["best"] == rival for cell in compared["cells"]):
+                continue
             n = record["n"] if compared["n"] is None else compared["n"]
             cells = [_compared(cell if rival is None else {"best": rival, **cell[rival]}) for cell in compared["cells"]]
-            rows.append([compared["task"], f"{compared['full']:.3f}", *cells, n, record.setting])
-    yield from table(["task", "full", *records[0].table["budgets"], "n", "measured on"], rows)
-    yield from _dagger(records)
+            rows.append([compared["task"], f"{compared['full']:.3f}", *cells, n])
+    yield from table(["task", "full", *records[0].table["budgets"], "n"], rows)
 
 
 def _compared(cell: dict[str, Any]) -> str:
@@ -123,14 +142,14 @@ def _dagger(records: Sequence[Record]) -> Lines:
 
 
 def results(records: Sequence[Record]) -> Lines:
-    """Yield scores by method, then the comparison by task in a fold."""
+    """Yield scores by method, then the paired differences by task in a fold."""
     for record in records:
         yield from methods([record])
         yield from ("", "<details><summary>By task, with paired differences</summary>", "")
-        yield from tasks([record])
+        yield from differences([record])
         if all("lukv" in cell for compared in record.table["comparisons"] for cell in compared["cells"]):
-            yield from ("", "The same with LU-KV, calibrated on the examples that budgets were evolved on:", "")
-            yield from tasks([record], "lukv")
+            yield from ("", "Where another method is best, against LU-KV:", "")
+            yield from differences([record], "lukv")
         yield from ("", "</details>")
 
 
@@ -397,7 +416,9 @@ def one_by_one(view: Callable[[Record], Table]) -> View:
         for record in records:
             taken = record.content.get("seconds") if record["benchmark"] == "cli" else None
             seconds = f", {taken:.0f} seconds" if taken else ""
-            yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
+            # What was transcribed names a command that is gone since.
+            command = "" if record.mark else f"`{record['command']}`{seconds}; "
+            yield from (f"{command}{record.caption}", "")
             yield from table(*view(record))
 
     return lines

@@ -23,6 +23,8 @@ from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table, print_whole, validation_table
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
+from evolkv.evaluation.evaluation import summarise
+from evolkv.evaluation.records import read_records
 from evolkv.profile import BudgetProfile
 from evolkv.report.tables import results_table
 from evolkv.report.units import mebibytes
@@ -321,6 +323,7 @@ def test_demo_writes_the_contracts_results(demo):
     assert 0.99 < held.pop("evolkv") <= 1
     assert set(held.values()) == {1}
     assert rows["full"]["kv_bytes"] > 4 * rows["evolkv"]["kv_bytes"]
+    assert summarise(read_records(demo / "records.jsonl")) == results["rows"]
 
 
 def test_demo_writes_profile_search_and_picture(demo):
@@ -367,6 +370,7 @@ def test_interrupted_comparison_keeps_the_profile_and_drops_results_of_another(s
     assert result.interrupted
     assert BudgetProfile.load(tmp_path / "profile.json") == result.search.profile
     assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "records.jsonl").exists()
 
 
 def test_eval_takes_several_values_after_one_option(run_smollm2, demo, tmp_path):
@@ -1061,7 +1065,8 @@ def test_numbers_are_whole_on_a_narrow_terminal(run, demo, monkeypatch, columns)
     monkeypatch.setattr(console.OUT, "width", columns)
     rows = json.loads((demo / "results.json").read_text())["rows"]
     print_table(results_table(rows))
-    print_whole(validation_table([{"name": "x", "evolved": True, "n": 24, "score": 0.5, "ci95": [0.25, 0.75]}], "x"))
+    row = {"name": "x", "evolved": True, "budgets": [[1]], "n": 24, "score": 0.5, "ci95": [0.25, 0.75]}
+    print_whole(validation_table([row], "x"))
     _, out, _ = run("profile", "show", demo / "profile.json")
     numbers = {"0.500", "(0.25–0.75)", "24", *(f"{row['score']:.3f}" for row in rows)}
     numbers |= {mebibytes(row["kv_bytes"]) for row in rows}

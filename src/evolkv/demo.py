@@ -173,6 +173,8 @@ def run_demo(
                 records=files.records,
                 on_progress=on_evaluation,
             )
+    if not rows:
+        files.records.unlink(missing_ok=True)
     if rows:
         write_json(files.results, {"format": RESULTS_FORMAT, "rows": rows})
         write_text(files.report, render(read_sources([str(files.folder)], None)))

@@ -32,7 +32,7 @@ class CompressedCache(HookedCache):
     forward call is the prompt: it attends to all of itself and is then cut down layer by layer, so that its full keys
     and values never exist for more than one layer at a time. Later tokens are appended. `reset` makes it ready for
     another prompt. With `prefill_chunk`, `evict` or `evict_every` it evicts again after the first call
-    (docs/inference.md).
+    (docs/generation.md).
 
     `prefill` has a prompt read without an answer; `followed_by` says what `generate` needs to go on from there; `copy`
     branches off; `save` and `load` carry what was read to another day.

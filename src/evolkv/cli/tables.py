@@ -121,8 +121,12 @@ def validation_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
         rows: the `validation` of a search result.
         chosen: name of the one chosen.
     """
-    cells = []
-    for row in rows:
+    cells, seen = [], []
+    for row in sorted(rows, key=lambda row: (-row["score"], row["name"] != chosen)):
+        # A descent that nothing evolved from is the best candidate too.
+        if row["budgets"] in seen:
+            continue
+        seen.append(row["budgets"])
         name = f"evolved, {row['name']}" if row["evolved"] else row["name"]
         mark = "← chosen" if row["name"] == chosen else ""
         cells.append([name, str(row["n"]), with_interval(row["score"], row["ci95"]), mark])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from evolkv.report.axes import Axis, Scale, Table, Tick, linear_ticks, log_ticks
 from evolkv.report.schemas import Candidate, Search, course_in_turn
 from evolkv.report.words import number, score
 
 UNIT = 1000
+#: Labels of budgets: how many, and how far apart in percent.
+_MOST_TICKS, _LEAST_GAP = 8, 9
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,14 @@ def _stage(
 def _course_table(search: Search) -> Table:
     """All scores; fitness only where it is not the score times a constant."""
     weighed = any(entry.cache_score != 1 for entry in search.history)
-    columns = (
-        ["step"] * bool(search.descent) + ["candidate", "generation", "score"] + ["cache score", "fitness"] * weighed
-    )
-    steps = [[str(i), "", "", score(e.score), *["", ""] * weighed] for i, e in enumerate(search.descent, 1)]
-    rows = []
-    for i, e in enumerate(search.history, 1):
-        cells = [""] * bool(search.descent) + [str(i), number(e.generation), score(e.score)]
-        rows.append(cells + [f"{e.cache_score:.3f}", f"{e.fitness:.4f}"] * weighed)
+    several = bool(search.descent)
+    columns = ["evaluated" if several else "candidate", "generation", "score", *["cache score", "fitness"] * weighed]
+    steps = [[f"step {i}", "", score(e.score), *["", ""] * weighed] for i, e in enumerate(search.descent, 1)]
+    rows = [
+        [f"candidate {i}" if several else str(i), number(e.generation), score(e.score)]
+        + [f"{e.cache_score:.3f}", f"{e.fitness:.4f}"] * weighed
+        for i, e in enumerate(search.history, 1)
+    ]
     return Table("Steps and candidates of the search", columns, steps + rows)
 
 
@@ -172,13 +173,17 @@ def score_chart(
         title: of the horizontal axis.
         table: the numbers.
         full: the full cache's score, to be drawn as a reference over the whole width.
-        ticks_at: where the axis is labelled, and a second line for each label; else at round numbers.
+        ticks_at: where the axis is labelled, as far as there is room, and a second line for each label.
     """
     values = [point.x for point in points]
     room = max((max(values) / min(values)) ** 0.08, 1.15)
     x, y = Scale(min(values) / room, max(values) * room, log=True), Scale(0, 1)
-    ticks = [Tick(x(value), f"{value:,.6g}", note) for value, note in sorted(ticks_at.items())]
-    if len(ticks) > 8 or any(b.at - a.at < 9 for a, b in pairwise(ticks)):
+    ticks: list[Tick] = []
+    for value, note in sorted(ticks_at.items(), reverse=True):
+        # Of neighbours that would write over each other the larger is labelled.
+        if not ticks or ticks[-1].at - x(value) >= _LEAST_GAP:
+            ticks.append(Tick(x(value), f"{value:,.6g}", note))
+    if len(ticks) > _MOST_TICKS:
         ticks = log_ticks(x)
     series = []
     for name in dict.fromkeys(point.series for point in points):

@@ -43,7 +43,7 @@ def held_out(group: Comparison, records: Sequence[Records]) -> list[Difference]:
             theirs = _scores(records, other.row) if other is not None else {}
             if other is not None and (both := [name for name in ours if name in theirs]):
                 result = _compared([ours[name] for name in both], [theirs[name] for name in both])
-                note = "" if group.single else f"budget {entry.row.mean_budget:,.6g}"
+                note = "" if group.single else f"budget {_budget(entry)}"
                 found.append(Difference(entry.name, other.name, note, result))
     return found
 
@@ -62,12 +62,18 @@ def in_validation(search: Search) -> list[Difference]:
 
 
 def _best_of_each_budget(entries: Iterable[Entry]) -> list[Entry]:
-    best: dict[int, Entry] = {}
+    best: dict[str, Entry] = {}
     for entry in entries:
-        known = best.setdefault(round(entry.row.mean_budget), entry)
-        if entry.row.score > known.row.score:
-            best[round(entry.row.mean_budget)] = entry
+        known = best.setdefault(_budget(entry), entry)
+        # Of equals the later holds more, as its rivals do.
+        if entry.row.score >= known.row.score:
+            best[_budget(entry)] = entry
     return list(best.values())
+
+
+def _budget(entry: Entry) -> str:
+    """Return the budget that was asked for. What is held may be less, where heads have more room than a prompt."""
+    return str(entry.row.budget or round(entry.row.mean_budget))
 
 
 def _scores(records: Sequence[Records], row: Row) -> dict[str, float]:

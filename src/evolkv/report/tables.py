@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: Columns of numbers, which stand right-aligned.
 NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "p", "safe budget", "loss"})
 _LEAST_P = 1e-4
+NO_WIDTH = "An interval without width: all examples differ alike, and resampling cannot tell how others would."
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -74,7 +75,7 @@ def comparison_note(found: MethodComparison) -> str:
     how = " or ".join(counts[exact] for exact in sorted({each.exact for each in results}, reverse=True))
     note = f"Intervals: BCa bootstrap over examples, 10,000 resamples. p: sign-flip test, {how}, two-sided."
     if any(each.ci95[0] == each.ci95[1] for each in results):
-        note += " An interval without width: all examples differ alike, and resampling cannot tell how others would."
+        note += f" {NO_WIDTH}"
     left_out = [counted(unpaired, "example")] if (unpaired := sum(each.unpaired for each in found.tasks)) else []
     left_out += found.left_out
     return f"{note} Left out: {', '.join(left_out)} on record for only one." if left_out else note

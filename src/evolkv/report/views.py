@@ -14,7 +14,7 @@ from evolkv.report.differences import Difference, held_out, in_validation
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.schemas import Candidate, Search, Validated, mean_of
 from evolkv.report.sources import Sources
-from evolkv.report.tables import p_value
+from evolkv.report.tables import NO_WIDTH, p_value
 from evolkv.report.units import duration, mebibytes
 from evolkv.report.words import candidates, counted, in_chunks, interval, number, percent, score, short
 
@@ -63,6 +63,7 @@ class Differences:
 
     lines: Sequence[Line]
     scale: tuple[str, str, str]
+    note: str
 
     @classmethod
     def of(cls, found: Sequence[Difference]) -> Differences | None:
@@ -71,7 +72,10 @@ class Differences:
             return None
         reach = max(abs(end) for each in found for end in (*each.result.ci95, each.result.difference))
         most = next((step for step in (0.05, 0.1, 0.2, 0.5) if reach <= step), 1.0)
-        return cls([Line.of_difference(each, most) for each in found], (f"−{most:g}", "0", f"+{most:g}"))
+        note = "Differences on the same examples, pair by pair. Blue: the interval leaves out 0. p: sign-flip test."
+        if any(each.result.ci95[0] == each.result.ci95[1] for each in found):
+            note += f" {NO_WIDTH}"
+        return cls([Line.of_difference(each, most) for each in found], (f"−{most:g}", "0", f"+{most:g}"), note)
 
 
 @dataclass(frozen=True)
