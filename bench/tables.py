@@ -22,6 +22,7 @@ from typing import Any
 from lib.records import RECORDS, ROOT, read
 
 _MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
+_LINKED = re.compile(r"bench/records/([\w.-]+)\.json")
 TRANSCRIBED = "transcribed: raw output not kept"
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -484,6 +485,8 @@ def main() -> None:
         if before.count("<!-- table:") != len(_MARKED.findall(before)):
             raise SystemExit(f"{page.relative_to(ROOT)}: a comment 'table:NAME' lacks its '/table:NAME'")
         used |= {name for found in _MARKED.findall(before) for name in _expanded(found[1].partition(":")[0])}
+        # A sentence may say what a small record holds, with a link to it.
+        used |= set(_LINKED.findall(before))
         if before != after:
             differing.append(str(page.relative_to(ROOT)))
             if not check:
