@@ -24,6 +24,8 @@ from lib.records import RECORDS, ROOT, read
 _MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 _LINKED = re.compile(r"bench/records/([\w.-]+)\.json")
 TRANSCRIBED = "transcribed: raw output not kept"
+#: Budgets of tables by task: all of them would be too wide to read, and the records have them.
+_SHOWN = slice(None, None, 2)
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -55,11 +57,19 @@ class Record:
         return "" if self["origin"] == "measured" else " †"
 
     @property
+    def link(self) -> str:
+        """Path of the record, as the page links to it."""
+        return os.path.relpath(RECORDS / f"{self.name}.json", self.page.parent)
+
+    @property
+    def place(self) -> str:
+        """Machine and number format that it was measured with."""
+        return f"{self['machine']['processor']}, {_SHORT.get(self['dtype'], self['dtype'])}"
+
+    @property
     def setting(self) -> str:
         """Where and how it was measured, for a cell, with a link to the record."""
-        link = os.path.relpath(RECORDS / f"{self.name}.json", self.page.parent)
-        dtype = _SHORT.get(self["dtype"], self["dtype"])
-        return f"[{self['machine']['processor']}, {dtype}]({link}){self.mark}"
+        return f"[{self.place}]({self.link}){self.mark}"
 
     @property
     def caption(self) -> str:
@@ -99,16 +109,28 @@ def methods(records: Sequence[Record]) -> Lines:
 
 
 def tasks(records: Sequence[Record]) -> Lines:
-    """Yield the best other method → evolved budgets, by task and budget; bold where the difference is above chance."""
+    """Yield the best other method → evolved, by task and every other budget; bold: the difference is above chance."""
     rows = []
     for record in records:
         for compared in record.table["comparisons"]:
-            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in compared["cells"]]
+            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in compared["cells"][_SHOWN]]
             rows.append([compared["task"], f"{compared['full']:.3f}", *cells])
-    yield from table(["task", "full", *records[0].table["budgets"]], rows)
+    yield from table(["task", "full", *records[0].table["budgets"][_SHOWN]], rows)
     counts = " or ".join(dict.fromkeys(str(record["n"]) for record in records))
-    places = ", ".join(record.setting for record in records)
-    yield from ("", f"n = {counts}; from the top: {places}." if len(records) > 1 else f"n = {counts}; {places}.")
+    places: dict[str, list[str]] = {}
+    for record in records:
+        places.setdefault(record.place, []).append(f"[{sum(map(len, places.values())) + 1}]({record.link})")
+    measured = "; ".join(f"{place} ({', '.join(links)})" for place, links in places.items())
+    yield from ("", f"n = {counts}; {measured}{records[0].mark}.")
+
+
+def overall(records: Sequence[Record]) -> Lines:
+    """Yield what `differences` does over all examples of a record, a row for each record."""
+    rows = []
+    for record in records:
+        compared = next(each for each in record.table["comparisons"] if each["task"] == "all examples")
+        rows.append([record["model"], f"{compared['full']:.3f}", *map(_compared, compared["cells"]), record.setting])
+    yield from table(["model", "full", *records[0].table["budgets"], "measured on"], rows)
     yield from _dagger(records)
 
 
@@ -448,6 +470,7 @@ VIEWS: dict[str, View] = {
     "scoring-memory": one_by_one(scoring_memory),
     "methods": methods,
     "tasks": tasks,
+    "overall": overall,
     "headline": headline,
     "summary": summary,
 }
