@@ -841,6 +841,8 @@ def test_lists_are_spelt_out_for_the_options_that_take_several_values():
     searching = ["search", "m", "--task", "a", "b", "--budget", "1", "2"]
     expected = ["search", "m", "--task", "a", "--task", "b", "--budget", "1", "--budget", "2"]
     assert for_typer(searching) == expected
+    short = ["eval", "m", "-t", "a", "-m", "b", "c", "-b", "1", "2"]
+    assert for_typer(short) == ["eval", "m", "-t", "a", "-m", "b", "-m", "c", "-b", "1", "-b", "2"]
     assert for_typer(["generate", "m", "--task", "a", "b"]) == ["generate", "m", "--task", "a", "b"]
 
 

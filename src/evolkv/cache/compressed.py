@@ -350,7 +350,7 @@ class CompressedCache(HookedCache):
 
     @property
     def reeviction(self) -> Reeviction:
-        """When the cache evicts again."""
+        """Return the moments at which the cache evicts again."""
         layer = self.kv_layers[0]
         return layer.reeviction if isinstance(layer, ReevictingLayer) else ONCE
 

@@ -1,4 +1,4 @@
-"""What `generate` brings to a cache that holds a text already, and what it needs to go on from there."""
+"""Checks of what `generate` brings to a cache that holds a text already, and its inputs to go on from there."""
 
 from __future__ import annotations
 

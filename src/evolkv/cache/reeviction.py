@@ -26,7 +26,7 @@ from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 @dataclass(frozen=True)
 class Reeviction:
-    """When a cache evicts again, after the first forward call.
+    """Moments at which a cache evicts again, after the first forward call.
 
     Args:
         prefill_chunk: tokens of the chunks in which a prompt is read, or None for all at once. A prompt may then come

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 GLOBAL_FLAGS = {"--debug", "--quiet", "--log-json"}
 #: Options that take several values, by command.
 _SEVERAL_VALUES = {
-    "eval": {"--task", "--method", "--budget", "--sample-ids"},
-    "search": {"--task", "--selector", "--budget"},
-    "plan": {"--task", "--selector", "--budget"},
+    "eval": {"--task", "-t", "--method", "-m", "--budget", "-b", "--sample-ids"},
+    "search": {"--task", "-t", "--selector", "-s", "--budget", "-b"},
+    "plan": {"--task", "-t", "--selector", "-s", "--budget", "-b"},
 }
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}

@@ -26,7 +26,7 @@ def compare(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", metavar="C", help="Which budget, where the records have several."),
+        typer.Option("--budget", "-b", metavar="C", help="Which budget, where the records have several."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other resamples.")] = 0,
     json_out: Annotated[

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Model,
-    task: Annotated[list[str], typer.Option("--task", metavar="TASK...", help="What to answer.")],
+    task: Annotated[list[str], typer.Option("--task", "-t", metavar="TASK...", help="What to answer.")],
     method: Annotated[
         list[str],
         typer.Option(
             "--method",
+            "-m",
             metavar="METHOD...",
             callback=to_read,
             help="full, a selector (snapkv, snapkv:gqa=max), ALLOCATOR+SELECTOR, pyramidkv, or the path of a "
@@ -49,11 +50,12 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--budget",
+            "-b",
             metavar="C...",
             help="Mean cache entries per KV head, or a share of each prompt (10%); profiles have their own.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", help="Examples per task.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Examples per task.")] = 50,
     sample_ids: Annotated[
         list[str] | None,
         typer.Option("--sample-ids", metavar="ID...", help="Only these of the examples that --samples draws."),

@@ -38,13 +38,14 @@ def generate(
     profile: Annotated[
         str | None,
         typer.Option(
-            "--profile", metavar="P.json", callback=to_read, help="How much cache to keep. Default: all of it."
+            "--profile", "-p", metavar="P.json", callback=to_read, help="How much cache to keep. Default: all of it."
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
+            "-m",
             metavar="METHOD",
             callback=to_read,
             help="Instead of a profile, a method of eval: snapkv, adakv+snapkv.",
@@ -54,6 +55,7 @@ def generate(
         str | None,
         typer.Option(
             "--budget",
+            "-b",
             metavar="C",
             help="Mean cache entries per KV head, or a share of the prompt (10%); a profile has its own.",
         ),
@@ -69,7 +71,7 @@ def generate(
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", metavar="F", callback=to_read, help="A UTF-8 file with the prompt.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy; above 0 samples.")] = 0.0,
     seed: Annotated[

@@ -31,6 +31,7 @@ def search(
         list[str],
         typer.Option(
             "--task",
+            "-t",
             metavar="TASK...",
             help="What to evolve for, such as niah:context=1600; several take turns.",
         ),
@@ -39,6 +40,7 @@ def search(
         list[str],
         typer.Option(
             "--budget",
+            "-b",
             metavar="C[,C...]",
             help="Mean cache entries per KV head, or a share of each prompt (10%); several make a curve; auto: the "
             "smallest that is safe.",
@@ -48,6 +50,7 @@ def search(
         list[str] | None,
         typer.Option(
             "--selector",
+            "-s",
             metavar="S...",
             help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on unseen examples is taken. "
             "(default: three compete; without a slope snapkv)",

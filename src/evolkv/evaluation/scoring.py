@@ -225,7 +225,7 @@ class ProbabilityScorer(Scorer):
 
 
 class FidelityScorer(Scorer):
-    """How much of the full cache's behaviour is kept: exp(-KL), the mean over its own answer, in [0, 1].
+    """Share of the full cache's behaviour that is kept: exp(-KL), the mean over its own answer, in [0, 1].
 
     The answer is the model's greedy continuation under the full cache, up to the example's `max_new_tokens`; the token
     that ends it counts. Each of its tokens is predicted twice: with the full cache and with what is kept of it. KL(full
@@ -305,7 +305,7 @@ class FidelityScorer(Scorer):
 
 
 class AgreementScorer(FidelityScorer):
-    """How often the full cache's most probable token stays it: the share of its own answer's tokens, in [0, 1].
+    """Share of its own answer's tokens whose most probable token stays that of the full cache, in [0, 1].
 
     The answer and its two predictions are those of `FidelityScorer`. So is the loss, since a share has no slope.
     """

@@ -53,7 +53,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who shares the memory of a machine or device.
+    """Sharers of the memory of a machine or device.
 
     Args:
         shards: how many shards, over all replicas of the model there.
@@ -156,7 +156,7 @@ class ShardServer:
 
 
 class Backend(Protocol):
-    """Where shards are computed."""
+    """Threads or processes that compute shards."""
 
     def sharing(self, shards: int) -> Sharing:
         """Return who shares the memory of a machine or device, of so many shards in all."""

@@ -232,22 +232,22 @@ class SearchConfig:
 
     @property
     def has_slope(self) -> bool:
-        """Whether there is a slope that a search could follow."""
+        """Return True if there is a slope that a search could follow."""
         return self.engine == "replay" and has_slope(self.metric)
 
     @property
     def follows_slope(self) -> bool:
-        """Whether the search starts with a descent."""
+        """Return True if the search starts with a descent."""
         return self.begins_at == GRADIENT
 
     @property
     def competes(self) -> bool:
-        """Whether of several selectors only the one whose descent does best goes on to evolve."""
+        """Return True if of several selectors only the one whose descent does best goes on to evolve."""
         return self.follows_slope and self.strategy not in (GRADIENT, START_ONLY)
 
     @property
     def calibrates(self) -> bool:
-        """Whether LU-KV can be calibrated, and so is among what the search chooses from."""
+        """Return True if LU-KV can be calibrated, and so is among what the search chooses from."""
         return self.engine == "replay" and reads_answer(self.metric)
 
     def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:

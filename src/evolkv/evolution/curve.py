@@ -51,7 +51,7 @@ class CurveResult:
 
     @property
     def stopped(self) -> str | None:
-        """What ended at least one of the searches early: "time limit", or None."""
+        """Return the reason that ended at least one of the searches early: "time limit", or None."""
         return next((result.stopped for result in self.results if result.stopped), None)
 
     def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Engines:
 
     @cached_property
     def backend(self) -> Backend:
-        """Where shards are computed."""
+        """Return the backend that computes shards."""
         return make_backend(self._model, self._tokenizer, self._config)
 
     def side_by_side(self, examples: int) -> int:

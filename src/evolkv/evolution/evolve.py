@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What is computed at a budget before evolution.
+    """Results at a budget that are there before evolution.
 
     Args:
         descent: the steps of the gradient start; none of a search that starts elsewhere.

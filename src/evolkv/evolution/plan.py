@@ -70,7 +70,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search will take.
+    """Time and memory that a search will take.
 
     Args:
         seconds: by stage: prefill, calibration (of LU-KV), gradient, evolution, validation. Loading the model is not

@@ -1,4 +1,4 @@
-"""How to use the profile that a report is about: commands and lines of Python to copy."""
+"""Commands and lines of Python that use the profile which a report is about."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Usage:
 
 
 def usage(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Usage]:
-    """Return how to use the profile that the headline names; nothing where there is none."""
+    """Return text that uses the profile which the headline names; nothing where there is none."""
     group = next((group for group in groups if group.evolved), None)
     target = named_first(group).row if group else None
     path = (
