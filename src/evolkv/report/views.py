@@ -54,7 +54,8 @@ class Line:
         note = ", ".join(filter(None, [found.note, f"n = {result.n}", f"p {p_value(result.p)}"]))
         style = _EVOLVED_STYLE if low > 0 or high < 0 else _PLAIN_STYLE
         name = f"{short(found.name, 60)} − {'full cache' if found.other == FULL else short(found.other, 60)}"
-        return cls(name, note, style, False, at, left, right, f"{result.difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
+        value, bounds = (text.replace("-", "−") for text in (f"{result.difference:+.3f}", f"{low:+.2f} to {high:+.2f}"))
+        return cls(name, note, style, False, at, left, right, value, bounds)
 
 
 @dataclass(frozen=True)
