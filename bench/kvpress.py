@@ -44,13 +44,14 @@ PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "ChunkKVPress",
         {"chunk_length": 10, "press": ["SnapKVPress", {"window_size": 32, "kernel_size": 5}]},
     ),
+    "kvzip": ({"name": "kvzip", "chunk": 2048}, "KVzipPress", {"n_sink": 4}),
 }
 
 # Runs under the other environment's Python: records the indices that each press keeps.
 KEPT = """
 import json, sys
 import torch, kvpress
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 job = json.load(open(sys.argv[1]))
 torch.set_grad_enabled(False)
 model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
@@ -73,6 +74,19 @@ def recording_chunks(press, layers):
         layers[module.layer_idx] = kept[0, ..., 0].long().tolist()
         return compress(module, hidden_states, keys, values, *rest)
     press.compress = record
+def recording_repetition(press, layers):
+    prepare = press.prepare
+    def whole(*args):
+        # What the chat template puts before a message is repeated too; left to itself the press evicts it first.
+        press.prefix_length = 0
+        return prepare(*args)
+    def record(model):
+        # What the press means to keep; where a context begins at the first token its first chunk overwrites that.
+        press.score_val[..., : press.n_sink] = 1
+        for i, scores in enumerate(press.score_val):
+            count = int(scores.shape[-1] * (1 - ratio))
+            layers[i] = scores.topk(count, dim=-1).indices[0].sort(-1).values.tolist()
+    press.prepare, press.compress_post = whole, record
 for name, (press_name, arguments) in job["presses"].items():
     ratio = 1 - (job["budget"] + 0.5) / ids.shape[1]
     layers = {}
@@ -83,9 +97,9 @@ for name, (press_name, arguments) in job["presses"].items():
         recording_chunks(press, layers)
     else:
         press = getattr(kvpress, press_name)(compression_ratio=ratio, **arguments)
-        recording_scores(press, layers)
+        (recording_scores if hasattr(press, "score") else recording_repetition)(press, layers)
     with press(model):
-        model(ids, use_cache=True)
+        model(ids, past_key_values=DynamicCache(), use_cache=True)
     kept[name] = [layers[i] for i in range(len(layers))]
 json.dump(kept, open(sys.argv[2], "w"))
 """
@@ -134,11 +148,14 @@ json.dump(found, open(sys.argv[2], "w"))
 SELECTORS = ("snapkv", "tova", "streaming_llm", "knorm", "keydiff", "expected_attention")
 
 
-def under_kvpress(python: Path, worker: str, model: Any, job: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+def under_kvpress(
+    python: Path, worker: str, model: Any, tokenizer: Any, job: dict[str, Any], files: dict[str, str]
+) -> dict[str, Any]:
     """Run a worker under the other environment's Python, beside some files; return what it says."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
         for file, text in {**files, "worker.py": worker}.items():
             (folder / file).write_text(text)
         (folder / "job.json").write_text(json.dumps({"model": str(folder / "model"), "folder": name, **job}))
@@ -147,11 +164,11 @@ def under_kvpress(python: Path, worker: str, model: Any, job: dict[str, Any], fi
         return json.loads(out.read_text())
 
 
-def needle(bench: Bench, context: int) -> tuple[Any, torch.Tensor]:
-    """Return the model, in float32, and the token ids of one prompt."""
+def needle(bench: Bench, context: int) -> tuple[Any, Any, torch.Tensor]:
+    """Return the model, in float32, its tokenizer, and the token ids of one prompt."""
     model, tokenizer = evolkv.load_model(bench.model, dtype="float32", device="cpu")
     example = get_task(f"niah:context={context}").examples("train", 1, tokenizer, bench.seed)[0]
-    return model, encode_prompt(tokenizer, example)
+    return model, tokenizer, encode_prompt(tokenizer, example)
 
 
 def overlaps(cache: evolkv.CompressedCache, theirs: list[list[list[int]]]) -> list[float]:
@@ -168,10 +185,10 @@ def kept_tokens(bench: Bench, context: int = 800, budget: int = 128, kvpress_env
         budget: cache entries per KV head.
         kvpress_env: folder of kvpress's environment.
     """
-    model, ids = needle(bench, context)
+    model, tokenizer, ids = needle(bench, context)
     presses = {name: (press, arguments) for name, (_, press, arguments) in PAIRS.items()}
     job = {"ids": ids[0].tolist(), "budget": budget, "presses": presses}
-    theirs = under_kvpress(kvpress_env, KEPT, model, job, {})
+    theirs = under_kvpress(kvpress_env, KEPT, model, tokenizer, job, {})
     rows = {}
     for name, (selector, press, _) in PAIRS.items():
         # Whole chunks need not come to the budget.
@@ -208,11 +225,11 @@ def export(bench: Bench, context: int = 800, budget: int = 64, kvpress_env: Path
         budget: mean cache entries per KV head.
         kvpress_env: folder of kvpress's environment.
     """
-    model, ids = needle(bench, context)
+    model, tokenizer, ids = needle(bench, context)
     exported = profiles(model, budget, bench.seed)
     files = {f"{name}.py": press_source(profile, name) for name, profile in exported.items()}
     job = {"ids": ids[0].tolist(), "names": list(exported)}
-    theirs = under_kvpress(kvpress_env, EXPORTED, model, job, files)
+    theirs = under_kvpress(kvpress_env, EXPORTED, model, tokenizer, job, files)
     rows = {}
     for each, profile in exported.items():
         cache = evolkv.CompressedCache(model, profile)

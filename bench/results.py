@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 import evolkv
+from evolkv.budgets import Budget, Share, read_budgets, size_of
 from evolkv.errors import UsageError
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import label
@@ -131,6 +132,11 @@ TABLES = {
         val=4,
         protocols=("aware",),
     ),
+    # For docs/leaderboard.md, with budgets as shares of each prompt.
+    "leaderboard-needles": Table(("niah:context=1600",), (None,), 24, val=8, protocols=("agnostic",)),
+    "leaderboard-multikey": Table(
+        ("ruler:task=niah_multikey_1,context=1024",), ("logprob",), 24, val=8, protocols=("agnostic",)
+    ),
     "code": Table(("code:context=1600",), ("logprob", None), 64, train=12, val=24, protocols=("aware",)),
     "gsm8k": Table(("gsm8k:path={data}/gsm8k_test.jsonl",), ("logprob",), 64, train=12, val=24),
 }
@@ -141,7 +147,7 @@ class Runner:
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, arguments: SimpleNamespace):
         self.model, self.tokenizer, self.seed, self.arguments = model, tokenizer, seed, arguments
-        self.budgets: list[int] = sorted(arguments.budgets)
+        self.budgets = sorted(read_budgets(arguments.budgets), key=size_of)
         self.granularity: Granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
 
     def run(self, name: str, table: Table) -> list[dict[str, Any]]:
@@ -223,8 +229,12 @@ class Runner:
 
     def _selectors(self, protocol: str) -> list[str]:
         """Return what budgets are evolved under: unless said otherwise, what `evolkv search` takes."""
-        chosen = self.arguments.selector or competing(protocol, min(self.budgets))
-        return [get_selector(each).spec for each in chosen]
+        chosen, least = self.arguments.selector, self.budgets[0]
+        if chosen is None and isinstance(least, Share):
+            raise UsageError(
+                f"the budgets are shares, of which {least} is the smallest; name selectors with --selector"
+            )
+        return [get_selector(each).spec for each in chosen or competing(protocol, int(least))]
 
     def _evolved_under(self, stem: str, protocol: str) -> list[str]:
         """Return the selectors of the profiles, by budget and, where each task has its own, by task."""
@@ -270,12 +280,17 @@ def _best(rows: Sequence[dict[str, Any]]) -> str:
     return max(sums, key=lambda method: sums[method])
 
 
-def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: list[int]) -> dict[str, Any]:
-    """Return scores by method and budget (means over tasks), and evolved budgets beside the best other by task."""
+def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: list[Budget]) -> dict[str, Any]:
+    """Return scores by method and budget (means over tasks), and evolved budgets beside the best other by task.
+
+    Where there is one task, also intervals, bytes held and prefill factors by method and budget.
+    """
+
+    def at(method: str, budget: Budget) -> list[dict[str, Any]]:
+        return [row for row in rows if row["method"] == method and row["budget"] in (budget, None)]
 
     def means(method: str) -> list[float]:
-        mine = [row for row in rows if row["method"] == method]
-        return [float(np.mean([row["score"] for row in mine if row["budget"] in (budget, None)])) for budget in budgets]
+        return [float(np.mean([row["score"] for row in at(method, budget)])) for budget in budgets]
 
     full = {row["task"]: (row["score"], row["n"]) for row in rows if row["method"] == "full"}
     comparisons = []
@@ -289,7 +304,11 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
         whole = float(np.average(scores, weights=counts))
         comparisons.append({"task": _short(task), "n": sum(counts), "full": whole, "cells": cells})
     methods = dict.fromkeys(row["method"] for row in rows)
-    return {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
+    found = {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
+    if len({row["task"] for row in rows}) == 1:
+        for key in ("ci95", "kv_bytes", "prefill_factor"):
+            found[key] = {method: [at(method, budget)[0][key] for budget in budgets] for method in methods}
+    return found
 
 
 def _short(task: str) -> str:
@@ -313,7 +332,7 @@ def main(
     out: Path,
     table: list[str] = list(TABLES),  # noqa: B006
     data: Path = Path("data"),
-    budgets: list[int] = [64, 128, 256, 512],  # noqa: B006
+    budgets: list[str] = ["64", "128", "256", "512"],  # noqa: B006
     protocol: list[Literal["aware", "agnostic"]] = ["aware", "agnostic"],  # noqa: B006
     methods: list[str] = list(PUBLISHED),  # noqa: B006
     selector: list[str] | None = None,
@@ -330,7 +349,7 @@ def main(
         out: folder for everything.
         table: tables to make.
         data: folder with gsm8k_test.jsonl and minilongbench/.
-        budgets: mean cache entries per KV head.
+        budgets: mean cache entries per KV head, or shares of each prompt, such as 10%.
         protocol: whether the question is compressed with the context (aware) or comes later (agnostic).
         methods: published methods to compare with.
         selector: what budgets are evolved under, the best on validation; default: what `evolkv search` takes.

@@ -176,6 +176,43 @@ def results(records: Sequence[Record]) -> Lines:
         yield from ("", "</details>")
 
 
+def leaderboard(records: Sequence[Record]) -> Lines:
+    """Yield scores with intervals by method and budget, bytes held and prefill factors; the records share a task.
+
+    Evolved and LU-KV's budgets stand under the selector that they cut.
+    """
+    for record in records:
+        yield from (f"`{record['command']}`; {record.caption}", "")
+    budgets = records[0].table["budgets"]
+    lines: dict[tuple[str, str], Sequence[Any]] = {}
+    for record in records:
+        found = record.table
+        for method, scores in found["scores"].items():
+            allocator, _, selector = method.rpartition("+")
+            if method in ("evolved", "lukv"):
+                allocator, (selector,) = method, dict.fromkeys(found["evolved_under"])
+            cells = [
+                "{:.3f} ({:.2f}–{:.2f})".format(score, *interval)
+                for score, interval in zip(scores, found["ci95"][method], strict=True)
+            ]
+            held = " / ".join(f"{held / 2**20:.1f}" for held in dict.fromkeys(found["kv_bytes"][method]))
+            factor = f"{max(found['prefill_factor'][method]):.2f} ×"
+            lines.setdefault((selector, allocator), [selector, allocator or "equal", *cells, held, factor])
+    order = list(dict.fromkeys(selector for selector, _ in lines))
+    rows = sorted(lines.items(), key=lambda item: order.index(item[0][0]))
+    shown = [["full", "", *row[2:]] if name == ("full", "") else row for name, row in rows]
+    yield from table(["selector", "budgets", *(f"{each} kept" for each in budgets), "held, MiB", "prefill"], shown)
+    yield from ("", "Evolved budgets minus the best other method, and minus LU-KV's, on the same examples:", "")
+    differences = []
+    for record in records:
+        (selector,) = dict.fromkeys(record.table["evolved_under"])
+        for rival in (None, "lukv"):
+            (compared,) = record.table["comparisons"][:1]
+            cells = [_compared(cell if rival is None else {"best": rival, **cell[rival]}) for cell in compared["cells"]]
+            differences.append([selector, rival or "best other", *cells])
+    yield from table(["evolved under", "against", *budgets], differences)
+
+
 def headline(records: Sequence[Record]) -> Lines:
     """Yield needles found at the smallest budget: the best published method, equal budgets, evolved ones."""
     rows = []
@@ -473,6 +510,7 @@ VIEWS: dict[str, View] = {
     "overall": overall,
     "headline": headline,
     "summary": summary,
+    "leaderboard": leaderboard,
 }
 
 

@@ -126,7 +126,9 @@ def test_allocators_and_selectors_go_together(family, name):
     model = tiny_model(family)
     method = get_method(name)
     window = {"window": 4} if "window" in method.selector.parameters() else {}
-    method = replace(method, selector=get_selector({**method.selector.to_dict(), **window}))
+    # A random model has no tokenizer to put words into.
+    wordless = {"words": False} if "words" in method.selector.parameters() else {}
+    method = replace(method, selector=get_selector({**method.selector.to_dict(), **window, **wordless}))
     budget, length = 12, 40
     start = method.resolve(model, budget)[1]
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))

@@ -33,6 +33,7 @@ def prompt(sliding_window=None, softcap=None, length=LENGTH, layer=0):
         softcap=softcap,
         sliding_window=sliding_window,
         layer=LayerContext(layer, lambda: ROTARY),
+        repeated=torch.rand(BATCH, KV_HEADS, length),
     )
 
 
@@ -350,6 +351,7 @@ def test_ties_are_broken_alike_at_every_budget():
         ({"name": "snapkv", "gqa": "sum"}, "'mean' or 'max'"),
         ({"name": "chunkkv", "chunk": 0}, "chunk is 0"),
         ({"name": "chunkkv", "window": 0}, "at least 1"),
+        ("kvzip:chunk=0", "chunk is 0"),
         ({"name": "expected_attention", "future": 0}, "future is 0"),
         ({"name": "expected_attention", "sinks": -1}, "must not be negative"),
         ({"window": 3}, "with a 'name'"),

@@ -24,7 +24,7 @@ PRESSES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "ExpectedAttention": ("ExpectedAttentionPress", {}, "expected_attention"),
     "ChunkKV": ("ChunkKVPress", {"chunk_length": 10, "press": ["SnapKVPress", {"window_size": 32}]}, "chunkkv"),
     "Ada-KV": ("AdaKVPress", {"press": ["SnapKVPress", {"window_size": 32}]}, "adakv+snapkv:kernel=5,pooling=mean"),
-    "KVzip": ("KVzipPress", {}, None),
+    "KVzip": ("KVzipPress", {}, "dynamickv+adakv:safeguard=0+kvzip:chunk=2048"),
 }
 
 # One side: reads a line (a prompt and a method), prefills, decodes, writes a line. Runs under either environment.

@@ -62,6 +62,11 @@ def _reasons(config: Any, selector: Selector, classes: int) -> list[tuple[bool, 
             "'keydiff'",
         ),
         (
+            selector.rereads,
+            f"the selector {selector.name!r}, which has the model read the whole prompt a second time, and vLLM reads "
+            "prompts once; use one that looks at keys alone, such as 'keydiff'",
+        ),
+        (
             model.runner_type != "generate",
             f"a model that is served for {model.runner_type!r}; it is for models that generate text",
         ),

@@ -126,6 +126,7 @@ def test_settings_that_make_no_sense(given, message):
         ({"method": "full"}, "evicts nothing"),
         ({"method": "cake+snapkv", "budget": 64}, "for each prompt anew"),
         ({"method": "h2o", "budget": 64}, "looks at every query"),
+        ({"method": "kvzip", "budget": 64}, "read the whole prompt a second time"),
         ({"method": "expected_attention", "budget": 64}, "looks at every query"),
     ],
 )

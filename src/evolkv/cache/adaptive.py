@@ -54,6 +54,7 @@ class AdaptiveLayer(CompressedLayer):
     ):
         assert method.selector is not None
         self._method, self.start, self._layers = method, start, layers
+        self.keeps_queries = any(allocator.observed_queries for allocator, _ in method.observers)
         self._waiting: _Waiting | None = None
         super().__init__(start, method.selector, sliding_window, context)
 
@@ -81,6 +82,10 @@ class AdaptiveLayer(CompressedLayer):
         assert isinstance(twin, AdaptiveLayer)
         twin._layers = cast("list[AdaptiveLayer]", layers)
         return twin
+
+    def covers(self, tokens: int) -> bool:
+        """Return False: who looks at the scores wants them of every prompt."""
+        return False
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what layers compete for is stored with the last of them."""

@@ -67,10 +67,11 @@ def read_all_but_last(
 
 def put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Return the output of one call for the pieces that were read: the last hidden state of every token."""
-    cache = given_cache(by_name(module, args, kwargs))
+    kwargs = by_name(module, args, kwargs)
+    cache = given_cache(kwargs)
     if not hasattr(cache, "end_call"):
         return None
-    cache.end_call()
+    cache.end_call(kwargs)
     states = cache.states_of_chunks
     if not states:
         return None

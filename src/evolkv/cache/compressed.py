@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
+from evolkv.cache.rereading import refuse_drafts, store_reread
 from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -41,6 +42,8 @@ class CompressedCache(HookedCache):
         input_ids: ids of the text so far, ``[batch, tokens]``, padding included: all tokens seen, and perhaps some that
             are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`,
             unless that was beam search. None where nobody said.
+        prefill_factor: how many tokens the model read for each of the prompt's: above 1 under a selector that has it
+            read the prompt again (kvzip).
 
     Args:
         model: a transformers decoder-only model.
@@ -66,6 +69,7 @@ class CompressedCache(HookedCache):
 
     kv_layers: list[CompressedLayer]
     input_ids: Tensor | None = None
+    prefill_factor: float = 1.0
     _searched: bool = False
     _awaits_drafts: bool = False
 
@@ -334,6 +338,7 @@ class CompressedCache(HookedCache):
                 "assisted decoding cannot go on from a cache that holds a prompt, since transformers would read it a "
                 "second time; pass a new CompressedCache, or generate without assistance"
             )
+        refuse_drafts(self.kv_layers[0].selector)
         super().activate_past_recording()
         self._awaits_drafts = True
         hook_model(self.model())
@@ -347,6 +352,11 @@ class CompressedCache(HookedCache):
                 # transformers wants logits of the last prompt token and of each draft.
                 layer.drafted = kept - 1
         self._awaits_drafts = False
+
+    def read_again(self, arguments: Mapping[str, Any]) -> None:
+        """See `HookedCache.read_again`."""
+        if self.kv_layers[0].awaiting is not None:
+            self.prefill_factor = store_reread(self.model(), self.kv_layers, arguments)
 
     @property
     def reeviction(self) -> Reeviction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,15 +145,27 @@ class HookedCache(Cache):
         wrap_again(decoder)
 
     @torch.compiler.disable
-    def end_call(self) -> None:
-        """Check that all keys of a call reached attention; the decoder asks for it.
+    def end_call(self, arguments: Mapping[str, Any]) -> None:
+        """Check that all keys of a call reached attention, and do what comes after; the decoder asks for it.
+
+        Args:
+            arguments: of the call, by name.
 
         Raises:
             ModelError: if keys and values did not reach attention.
+            UsageError: as `read_again`.
         """
         if self._sent is not None:
             check_arrival(self._sent)
+        self.read_again(arguments)
         self.unfinished = False
+
+    def read_again(self, arguments: Mapping[str, Any]) -> None:
+        """Have the model read a prompt again, where a selector needs that; `arguments` are those of the first call.
+
+        Raises:
+            UsageError: if the model cannot read it again.
+        """
 
     def expect_answers(self, first: Sequence[int]) -> None:
         """Have tokens of the next call count as generated, each by itself, so that a given answer is scored as such.

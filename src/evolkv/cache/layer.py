@@ -50,6 +50,8 @@ class CompressedLayer(CacheLayerMixin):
 
     # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
     is_sliding = False
+    #: Whether a prompt that is `awaiting` has its queries.
+    keeps_queries = False
     #: Where budgets are a share of the text: those of a text of so many tokens, ``[kv_heads]``.
     by_length: Callable[[int], np.ndarray] | None = None
 
@@ -78,6 +80,8 @@ class CompressedLayer(CacheLayerMixin):
         self.appended = 0
         #: Tokens at the end of the first call that come after the prompt: drafts of assisted decoding.
         self.drafted = 0
+        #: A prompt that is stored when the model has read it again, and its padding.
+        self.awaiting: tuple[PromptAttention, Tensor | None] | None = None
         #: Which columns after the prompt are real tokens, ``[batch, appended]``; None where all are. Replaced, never
         #: written to: copies of the layer share it.
         self.real: Tensor | None = None
@@ -280,7 +284,10 @@ class CompressedLayer(CacheLayerMixin):
             prompt = PromptAttention(
                 query, key, value, sliding_window=self.sliding_window, layer=self.context, **logit_terms(query, kwargs)
             )
-            self.store_prompt(prompt, padding_of(mask))
+            if self.selector.rereads:
+                self.awaiting = (prompt if self.keeps_queries else prompt.without_queries()), padding_of(mask)
+            else:
+                self.store_prompt(prompt, padding_of(mask))
             if self.context is not None:
                 self.context.leave()
             return output
@@ -321,16 +328,19 @@ class CompressedLayer(CacheLayerMixin):
 
     def _rank(self, prompt: PromptAttention) -> Tensor | None:
         """Return the selector's ranking ``[batch, kv_heads, tokens]``, or None where every token is kept anyway."""
-        least = int(self.budgets.min()) if self.by_length is None else 0
-        covered = min(least, self.sliding_window or prompt.num_tokens) >= prompt.num_tokens
         # A layer that keeps everything may still have to tell the others what to keep.
-        if covered and not self.selector.looks_at_other_layers:
+        if self.covers(prompt.num_tokens) and not self.selector.looks_at_other_layers:
             return None
         return self.selector.rank(prompt)
 
+    def covers(self, tokens: int) -> bool:
+        """Return whether every token of a prompt is kept anyway."""
+        least = int(self.budgets.min()) if self.by_length is None else 0
+        return min(least, self.sliding_window or tokens) >= tokens
+
     def _lay_out(self, lengths: list[int]) -> None:
         if self.by_length is not None:
-            self.budgets = np.stack([self.by_length(tokens) for tokens in lengths])
+            self.budgets = np.stack([*map(self.by_length, lengths)])
 
     def _counts(self, lengths: list[int]) -> np.ndarray:
         """Return the entries that each row keeps, ``[batch * kv_heads]``."""

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.errors import ModelError
-from evolkv.selectors.base import softmax_with_sinks
+from evolkv.selectors.base import PromptAttention, softmax_with_sinks
+
+# Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
+_BLOCK = 200
 
 # What models pass along with their queries that changes the attention logits in a way we do not compute.
 _UNKNOWN_TERMS = ("position_bias", "alibi")
@@ -88,3 +91,29 @@ def attention(
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     return softmax_with_sinks(logits, sinks).to(query.dtype) @ value
+
+
+def continue_prompt(prompt: PromptAttention) -> Tensor:
+    """Return the attention of the end of a prompt to all of it, ``[1, queries, heads, dim]``, in blocks of queries.
+
+    A mask over the whole prompt would have every query look at every later token only to drop it; a block looks no
+    further than its own end. And the query heads of a KV head are folded, so that keys are not repeated for them.
+    """
+    key, value, heads = prompt.key[0], prompt.value[0], prompt.key.shape[1]
+    device = key.device
+    outputs = []
+    for start in range(prompt.first_query, prompt.num_tokens, _BLOCK):
+        stop = min(start + _BLOCK, prompt.num_tokens)
+        rows = prompt.query[0, :, start - prompt.first_query : stop - prompt.first_query]
+        fold = len(rows) // heads
+        asking = torch.arange(start, stop, device=device)[:, None]
+        position = torch.arange(stop, device=device)
+        visible = position <= asking
+        if prompt.sliding_window is not None:
+            visible &= position > asking - prompt.sliding_window
+        folded = rows.reshape(heads, fold * (stop - start), -1)
+        visible = visible.repeat(fold, 1)[None]
+        sinks = fold_sinks(prompt.sinks, heads, stop - start)
+        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap, sinks)
+        outputs.append(output.view(heads * fold, stop - start, -1))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()

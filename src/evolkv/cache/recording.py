@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -17,14 +16,12 @@ from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import attention, extra_term, fold_sinks, logit_terms
+from evolkv.cache.math import continue_prompt, extra_term, logit_terms
+from evolkv.cache.rereading import check_rereading, reread
 from evolkv.cache.resolve import make_layers
 from evolkv.cache.state import StateLayer
 from evolkv.models import model_facts
 from evolkv.selectors import LayerContext, PromptAttention, Selector
-
-# Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
-_BLOCK = 200
 
 
 class RecordingLayer(DynamicLayer):
@@ -53,6 +50,8 @@ class RecordingLayer(DynamicLayer):
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
         self.observations: Observations = {}
+        #: The prompt, while selectors wait for the model to read it again.
+        self._waiting: PromptAttention | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values, and mark the keys for `attend`."""
@@ -75,14 +74,29 @@ class RecordingLayer(DynamicLayer):
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
             return own(module, query, key, value, mask, **kwargs)
-        return _continue(prompt), None
+        return continue_prompt(prompt), None
 
     def _record(self, prompt: PromptAttention) -> None:
         self.rankings, self.observations = {}, {}
         for selector in self.selectors:
-            self.rankings[selector], observed = rank_and_observe(prompt, selector, self.observers)
-            self.observations |= observed
+            if not selector.rereads:
+                self.rank(prompt, selector)
+        if len(self.rankings) < len(self.selectors):
+            looks = any(allocator.observed_queries for allocator, selector in self.observers if selector.rereads)
+            self._waiting = prompt if looks else prompt.without_queries()
         self.context.leave()
+
+    def rank(self, prompt: PromptAttention, selector: Selector) -> None:
+        """Record a selector's ranking, and what allocators observe of its scores."""
+        self.rankings[selector], observed = rank_and_observe(prompt, selector, self.observers)
+        self.observations |= observed
+
+    def rank_reread(self, selector: Selector, repeated: Tensor) -> None:
+        """Record the ranking of a selector that `rereads`, from what each entry received, ``[1, kv_heads, tokens]``."""
+        assert self._waiting is not None
+        self.rank(replace(self._waiting, repeated=repeated), selector)
+        if len(self.rankings) == len(self.selectors):
+            self._waiting = None
 
     def most_held(self, tokens: int) -> int:
         """Return the most entries that a head may keep of a prompt."""
@@ -101,32 +115,6 @@ class RecordingLayer(DynamicLayer):
             self.keys, self.values = (held[:, :, :tokens] for held in self.held())
 
 
-def _continue(prompt: PromptAttention) -> Tensor:
-    """Return the attention of the end of a prompt to all of it, ``[1, queries, heads, dim]``, in blocks of queries.
-
-    A mask over the whole prompt would have every query look at every later token only to drop it; a block looks no
-    further than its own end. And the query heads of a KV head are folded, so that keys are not repeated for them.
-    """
-    key, value, heads = prompt.key[0], prompt.value[0], prompt.key.shape[1]
-    device = key.device
-    outputs = []
-    for start in range(prompt.first_query, prompt.num_tokens, _BLOCK):
-        stop = min(start + _BLOCK, prompt.num_tokens)
-        rows = prompt.query[0, :, start - prompt.first_query : stop - prompt.first_query]
-        fold = len(rows) // heads
-        asking = torch.arange(start, stop, device=device)[:, None]
-        position = torch.arange(stop, device=device)
-        visible = position <= asking
-        if prompt.sliding_window is not None:
-            visible &= position > asking - prompt.sliding_window
-        folded = rows.reshape(heads, fold * (stop - start), -1)
-        visible = visible.repeat(fold, 1)[None]
-        sinks = fold_sinks(prompt.sinks, heads, stop - start)
-        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap, sinks)
-        outputs.append(output.view(heads * fold, stop - start, -1))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()
-
-
 @dataclass(frozen=True)
 class RecordedPrompt:
     """A prompt that has been prefilled, whole, with rankings. The prompts that its cache reads later do not change it.
@@ -136,12 +124,18 @@ class RecordedPrompt:
         state_layers: what the other layers of a hybrid model keep.
         tokens: length of the prompt.
         next_logits: logits of the first new token, ``[vocabulary]`` float32.
+        reread: tokens that the model read behind the prompt for a selector, where it read any.
     """
 
     kv_layers: list[RecordingLayer]
     state_layers: list[StateLayer]
     tokens: int
     next_logits: Tensor
+    reread: Mapping[Selector, int] = field(default_factory=dict)
+
+    def prefill_factor(self, selector: Selector) -> float:
+        """Return how many tokens were read for each of the prompt's, so that a selector could rank it."""
+        return 1 + self.reread.get(selector, 0) / self.tokens
 
     @property
     def nbytes(self) -> int:
@@ -166,17 +160,35 @@ class RecordingCache(HookedCache):
         super().__init__(
             model, [RecordingLayer(selectors, list(observers), window, context) for window, context in places]
         )
+        self._rereading = [each for each in selectors if each.rereads]
+        for selector in self._rereading:
+            check_rereading(model, selector)
+        #: Of the text so far, where a selector has the model read it again.
+        self._ids: list[int] = []
+        self._reread: dict[Selector, int] = {}
+
+    def read_again(self, arguments: Mapping[str, Any]) -> None:
+        """See `HookedCache.read_again`."""
+        if not self._rereading:
+            return
+        self._ids += arguments["input_ids"][0].tolist()
+        for selector in self._rereading:
+            held = [layer.held() for layer in self.kv_layers]
+            repeated, self._reread[selector] = reread(self.model(), selector, self._ids, held)
+            for layer, received in zip(self.kv_layers, repeated, strict=True):
+                layer.rank_reread(selector, received)
 
     def recorded(self, next_logits: Tensor) -> RecordedPrompt:
         """Return the prompt as it is now, with the logits ``[vocabulary]`` that it ended in."""
         # What a layer holds is replaced by the next prompt, never written to.
         layers = [copy.copy(layer) for layer in self.kv_layers]
         states = [StateLayer.merge([state]) for state in self.state_layers]
-        return RecordedPrompt(layers, states, self.get_seq_length(), next_logits)
+        return RecordedPrompt(layers, states, self.get_seq_length(), next_logits, dict(self._reread))
 
     def cut(self, tokens: int) -> None:
         """Forget everything from position `tokens` on, in every layer; a recurrent state cannot be taken back."""
         assert not self.state_layers or tokens in (0, self.get_seq_length())
+        del self._ids[tokens:]
         for layer in self.kv_layers:
             layer.cut(tokens)
 

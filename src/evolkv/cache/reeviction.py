@@ -81,6 +81,12 @@ class Reeviction:
                 f"selector {selector.name!r} evicts once, after the prompt, because its caches have layers of their "
                 "own; leave out prefill_chunk, evict and evict_every, or choose another selector"
             )
+        if self.wanted and selector.rereads:
+            raise UsageError(
+                f"selector {selector.name!r} has the model read a whole prompt again before anything is evicted, so it "
+                "cannot evict within a prompt or after it; leave out prefill_chunk, evict and evict_every, or use "
+                "another selector, such as keydiff"
+            )
 
 
 #: What a cache does that evicts once.

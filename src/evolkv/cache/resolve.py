@@ -16,6 +16,7 @@ from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hooked import layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
+from evolkv.cache.rereading import check_rereading
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec, get_method
 from evolkv.models import model_facts
@@ -76,6 +77,7 @@ class LayerMaker:
                 f"out prefill_chunk, evict and evict_every, or use fixed budgets: {method.selector.name!r} or a profile"
             )
         reeviction.check_selector(method.selector)
+        check_rereading(model, method.selector)
         if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
             raise UsageError(
                 f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "

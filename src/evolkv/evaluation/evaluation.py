@@ -117,11 +117,13 @@ def evaluate(
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
-        mean_budget, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide in),
-        ``prefill_chunk``, ``block_size``, ``expanded_from`` (the budget that a profile was found at) and ``bins``
+        mean_budget, prefill_factor, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide
+        in), ``prefill_chunk``, ``block_size``, ``expanded_from`` (the budget that a profile was found at) and ``bins``
         (number and score of the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and
         `mean_budget` are what the cache held after prefill, averaged over examples (and heads); ``read_bytes`` is what
-        the attention of one generated token reads of it.
+        the attention of one generated token reads of it; `prefill_factor`
+        says how many tokens the model read for each of the prompt's, above 1 where a selector has it read the prompt
+        again.
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -245,6 +247,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
                 "read_bytes": float(np.mean([record.read_bytes or record.kv_bytes for record in column])),
                 "mean_budget": float(np.mean([record.mean_budget for record in column])),
+                "prefill_factor": float(np.mean([record.prefill_factor for record in column])),
                 "seed": settings.seed,
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,

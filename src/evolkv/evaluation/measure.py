@@ -164,11 +164,15 @@ def measure(
 
 @dataclass(frozen=True)
 class _Cut:
-    """One prompt in a cache of some rows, one sequence each; `next_logits` are ``[rows, vocabulary]``."""
+    """One prompt in a cache of some rows, one sequence each; `next_logits` are ``[rows, vocabulary]``.
+
+    `prefill_factors` say how many tokens were read for each row and token of the prompt.
+    """
 
     cache: CompressedCache
     entry_bytes: int
     next_logits: Tensor
+    prefill_factors: list[float]
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,15 @@ class _Prefilled:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer."""
+    """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer.
+
+    `prefill_factor` says how many tokens were read for each of the prompt's.
+    """
 
     row: Row
     kv_bytes: int
     read_bytes: int
+    prefill_factor: float
     answer: Answer
 
 
@@ -275,7 +283,8 @@ class _Shard:
             check_wanted()
         group = caches[0].kv_layers[0].groups[0]
         merged = CompressedCache.merge(self.model, caches, new)
-        return _Cut(merged, _entry_bytes(group.keys, group.values), torch.cat(logits))
+        factors = [cache.prefill_factor for cache in caches]
+        return _Cut(merged, _entry_bytes(group.keys, group.values), torch.cat(logits), factors)
 
     def _cut(self, rows: list[Row], recorded: RecordedPrompt | None, new: int) -> _Cut:
         """Return a compressed cache with one sequence per row, cut from one recorded prompt."""
@@ -287,7 +296,8 @@ class _Shard:
         selector = rows[0].selector
         cache = from_rankings(self.model, keys_values, rankings, budgets, selector, new, recorded.state_layers)
         logits = recorded.next_logits.expand(len(rows), -1)
-        return _Cut(cache, _entry_bytes(*keys_values[0]), logits)
+        factors = [recorded.prefill_factor(row.selector) for row in rows]
+        return _Cut(cache, _entry_bytes(*keys_values[0]), logits, factors)
 
     def _budgets(self, row: Row, recorded: RecordedPrompt) -> np.ndarray:
         if row.budget is None:
@@ -338,7 +348,8 @@ class _Shard:
             answers = questions[0].scorer.score(cache, logits, questions)
             for place, (size, answer) in enumerate(zip(sizes, answers, strict=True)):
                 example, row = divmod(place, len(rows))
-                measured[example].append(_Measured(rows[row], *size, answer))
+                factor = items[example].parts[number].prefill_factors[row]
+                measured[example].append(_Measured(rows[row], *size, factor, answer))
         for item, found in zip(items, measured, strict=True):
             self._record(item, found)
             if item.column in missing:
@@ -372,6 +383,7 @@ class _Shard:
                     kv_bytes=each.kv_bytes,
                     read_bytes=each.read_bytes,
                     mean_budget=each.kv_bytes / entry_bytes / self.heads,
+                    prefill_factor=each.prefill_factor,
                 )
                 for each in measured
             ]

@@ -120,6 +120,8 @@ class Record(_Checked):
         read_bytes: what the attention of one generated token would read of that; None in records of earlier versions,
             whose methods read all that they held.
         mean_budget: the same as entries per KV head.
+        prefill_factor: tokens that the model read before the first answer token for each of the prompt's; above 1 where
+            the selector has it read the prompt again.
         extra: facts about the example (depth, length, …) and keyword arguments of the metric.
     """
 
@@ -139,6 +141,7 @@ class Record(_Checked):
     kv_bytes: Annotated[int, Field(ge=1, le=2**53)]
     read_bytes: Annotated[int | None, Field(ge=1, le=2**53)] = None
     mean_budget: Annotated[float, Field(gt=0)]
+    prefill_factor: Annotated[float, Field(ge=1)] = 1.0
     extra: dict[str, Any] = {}
 
     @property

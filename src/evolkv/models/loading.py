@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,29 @@ def loaded_from(model: Any) -> Origin | None:
     return origin if isinstance(origin, Origin) else None
 
 
+#: Of the models that `load_model` made.
+_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Return the tokenizer of a model; None if it cannot be found.
+
+    That is what `load_model` loaded along with the model, or else what stands where the model says that it came from.
+    """
+    if (known := _tokenizers.get(model)) is not None:
+        return known
+    origin = loaded_from(model)
+    name = getattr(model, "name_or_path", "") if origin is None else origin.name
+    if not name:
+        return None
+    try:
+        with _quiet():
+            tokenizer = _load_tokenizer(*_find(name), origin is not None and origin.trust_remote_code)
+    except EvolKVError:
+        return None
+    return _tokenizers.setdefault(model, tokenizer)
+
+
 def load_model(
     name: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
@@ -91,6 +115,7 @@ def load_model(
         source, label = _find(os.fspath(name))
         try:
             model, tokenizer = _load(source, label, kind, place, attn_implementation, trust_remote_code, check)
+            _tokenizers[model] = tokenizer
             path = Path(name).expanduser()
             origin = str(path.resolve()) if os.fspath(name) not in ALIASES and path.exists() else os.fspath(name)
             setattr(model, _ORIGIN, Origin(origin, kind, attn_implementation, trust_remote_code))

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from evolkv.significance import PairedComparison
 
 #: Columns of numbers, which stand right-aligned.
-NUMERIC = frozenset({"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "p", "safe budget", "loss"})
+NUMERIC = frozenset(
+    {"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "prefill", "p", "safe budget", "loss"}
+)
 _LEAST_P = 1e-4
 NO_WIDTH = "An interval without width: all examples differ alike, and resampling cannot tell how others would."
 
@@ -34,6 +36,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     reads = any(row.get("read_bytes", row["kv_bytes"]) != row["kv_bytes"] for row in rows)
     columns += ["mean budget", "n", "metric", "score (95 % interval)", *bins, "KV MiB"] + ["of full"] * bool(full)
     columns += ["read MiB"] * reads
+    reread = any(row.get("prefill_factor", 1) > 1 for row in rows)
+    columns += ["prefill"] * reread
     cells = []
     for row in rows:
         line = [row["task"]] * several_tasks + [row["method"]]
@@ -45,6 +49,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
             line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
         if reads:
             line.append(mebibytes(row.get("read_bytes", row["kv_bytes"])))
+        line += [f"{row.get('prefill_factor', 1):.2f} ×"] * reread
         cells.append(line)
     read = in_chunks(rows[0].get("prefill_chunk"))
     title = "Scores of methods on the same held-out examples"

@@ -10,12 +10,13 @@ from typing import Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import Registry, with_parameters
-from evolkv.selectors.base import LayerContext, PromptAttention, Selector
+from evolkv.selectors.base import LayerContext, Passage, PromptAttention, Selector, Words
 from evolkv.selectors.chunkkv import ChunkKV
 from evolkv.selectors.expected_attention import ExpectedAttention
 from evolkv.selectors.h2o import H2O
 from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
+from evolkv.selectors.kvzip import KVzip
 from evolkv.selectors.rocketkv import RocketKV
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
@@ -24,7 +25,10 @@ from evolkv.specs import parse_named
 
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
-    {cls.name: cls for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention, RocketKV)},
+    {
+        cls.name: cls
+        for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention, RocketKV, KVzip)
+    },
     "evolkv.selectors",
     Selector,
 )
@@ -61,13 +65,16 @@ __all__ = [
     "ChunkKV",
     "ExpectedAttention",
     "KNorm",
+    "KVzip",
     "KeyDiff",
     "LayerContext",
+    "Passage",
     "PromptAttention",
     "RocketKV",
     "Selector",
     "SelectorSpec",
     "SnapKV",
     "StreamingLLM",
+    "Words",
     "get_selector",
 ]

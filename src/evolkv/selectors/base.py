@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -64,6 +64,8 @@ class PromptAttention:
         seen: tokens seen so far, held or not; None where every one is there.
         received: what a selector that `accumulates` had found of each entry before these queries,
             ``[batch, kv_heads, tokens]``.
+        repeated: what each entry received while the model read the prompt again, for a selector that `rereads`,
+            ``[batch, kv_heads, tokens]``.
     """
 
     query: Tensor
@@ -78,6 +80,7 @@ class PromptAttention:
     positions: Tensor | None = None
     seen: int | None = None
     received: Tensor | None = None
+    repeated: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,14 +104,21 @@ class PromptAttention:
         """Tokens that the next query may see: all, or those in the sliding window."""
         return min(self.num_tokens, self.sliding_window or self.num_tokens)
 
+    def without_queries(self) -> PromptAttention:
+        """Return the same without the queries, which can take more memory than keys and values."""
+        return replace(self, query=self.query.new_empty(self.query[:, :, :0].shape), first_query=self.num_tokens)
+
     def of_sequence(self, index: int, tokens: Tensor) -> PromptAttention:
         """Return one sequence of a padded batch, cut down to its real tokens."""
         at = slice(index, index + 1)
+        asking = tokens[tokens >= self.first_query]
         return replace(
             self,
-            query=self.query[at, :, tokens],
+            query=self.query[at, :, asking - self.first_query],
             key=self.key[at, :, tokens],
             value=self.value[at, :, tokens],
+            first_query=len(tokens) - len(asking),
+            repeated=None if self.repeated is None else self.repeated[at, :, tokens],
             layer=None if self.layer is None else self.layer.of_sequence(index),
         )
 
@@ -160,6 +170,35 @@ class PromptAttention:
         return softmax_with_sinks(logits, sinks)
 
 
+@dataclass(frozen=True)
+class Words:
+    """Token ids of the words around what a model is to repeat.
+
+    Args:
+        first: ask for the beginning of the prompt.
+        later: ask for a later part; the tokens that it follows come behind.
+        answer: end the question, and begin the answer.
+    """
+
+    first: Sequence[int]
+    later: Sequence[int]
+    answer: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that a model reads behind a prompt, to repeat a part of it.
+
+    Args:
+        start, stop: the part of the prompt, in positions.
+        ids: what the model reads.
+    """
+
+    start: int
+    stop: int
+    ids: Sequence[int]
+
+
 def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the keys of ``[..., queries, keys]``, with a sink for each query, ``[..., queries]``, or none."""
     if sinks is None:
@@ -190,6 +229,9 @@ class Selector(ABC):
     replay_layer: ClassVar[str | None] = None
     #: Whether the budgets decide what is computed of the prompt itself, so that each candidate has to read the prompt.
     prunes_prefill: ClassVar[bool] = False
+    #: Whether the model has to read the prompt again for the score. Such a selector implements `passages` and
+    #: `received`, and finds in `PromptAttention.repeated` what the passages gave.
+    rereads: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, prompt: PromptAttention) -> Tensor:
@@ -234,6 +276,31 @@ class Selector(ABC):
     def protect(self, scores: Tensor) -> Tensor:
         """Return the scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps."""
         raise NotImplementedError(f"{self.name} does not accumulate")
+
+    @property
+    def asks_in_words(self) -> bool:
+        """Return whether `passages` needs words, and so the model's tokenizer."""
+        return False
+
+    def passages(self, ids: Sequence[int], words: Words | None) -> Iterator[Passage]:
+        """Yield what the model reads behind a prompt, for a selector that `rereads`.
+
+        Each passage stands directly behind the prompt, and together they cover it.
+
+        Args:
+            ids: token ids of the prompt.
+            words: ids of the words to ask with; None where the selector asks without.
+        """
+        raise NotImplementedError(f"{self.name} does not have the model read a prompt again")
+
+    def received(self, reading: PromptAttention, passage: Passage) -> Tensor:
+        """Return what the entries of a passage's part of the prompt receive, ``[batch, kv_heads, stop - start]``.
+
+        Args:
+            reading: attention inputs over the prompt and the passage; the queries are the passage's.
+            passage: the passage.
+        """
+        raise NotImplementedError(f"{self.name} does not have the model read a prompt again")
 
     def rank(self, prompt: PromptAttention) -> Tensor:
         """Entries from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
