@@ -28,7 +28,7 @@ class PromptRow:
         count: its queries of the prompt.
         computed: tokens of the prompt that were read before.
         prompt: length of the prompt.
-        dropped: blocks that are given back once it has been read.
+        evicted: entries that the layers do without once it has been read.
         key: a block that belongs to this request alone, as a name for it from chunk to chunk.
         blocks: the prompt's blocks, ``[blocks]`` int64; None unless this is the last chunk.
         memory: what selectors remember of the request from layer to layer.
@@ -39,7 +39,7 @@ class PromptRow:
     count: int
     computed: int
     prompt: int
-    dropped: int
+    evicted: int
     key: int
     blocks: Tensor | None
     memory: dict[Any, Any]
@@ -77,17 +77,18 @@ class BudgetBuilder:
             return plain(common_prefix_len, common, fast_build)
         spec = self.kv_cache_spec
         step = Step.of(common, spec.rule, spec.block_size)
-        dropped = step.dropped[spec.layer_class]
-        rows = self._rows(common, step, spec)
-        if dropped.any() or self.device.type != "cpu":
-            common = self._shifted(common, step, dropped, spec.block_size)
+        evicted = step.evicted[spec.layer_class]
+        rows = prompt_rows(common.block_table_tensor, step, spec)
+        if evicted.any() or self.device.type != "cpu":
+            move_slots(common, step, evicted % spec.block_size, spec.block_size)
+            common = self._shifted(common, step, evicted, spec.block_size)
         else:
             common = common.replace(rswa_prefix_lens=None)
         metadata = plain(common_prefix_len, common, fast_build)
         metadata.prompt_rows = rows
         return metadata
 
-    def _shifted(self, common: Any, step: Step, dropped: np.ndarray, block_size: int) -> Any:
+    def _shifted(self, common: Any, step: Step, evicted: np.ndarray, block_size: int) -> Any:
         """Return the metadata of sequences that begin some blocks later.
 
         Table and lengths are in buffers that stay where they are, because a CUDA graph that was captured reads them
@@ -98,17 +99,17 @@ class BudgetBuilder:
             rows = max(self._most_requests, number)
             self._table = torch.zeros((rows, table.shape[1]), dtype=table.dtype, device=table.device)
             self._lengths = torch.zeros(rows, dtype=common.seq_lens.dtype, device=table.device)
-        left = step.lengths - dropped * block_size
+        left = step.lengths - evicted
         longest = int(left.max())
         # On a CPU only the columns that are read; a graph may read all.
         width = table.shape[1] if table.device.type != "cpu" else min(table.shape[1], -(-longest // block_size))
-        key = dropped.tobytes(), width
+        key = evicted.tobytes(), width
         if self._shift is None or self._shift[0] != key:
             # The same from step to step as long as the same requests write.
-            shift = torch.from_numpy(dropped).to(table.device, non_blocking=True)
+            shift = torch.from_numpy(evicted).to(table.device, non_blocking=True)
             columns = torch.arange(width, device=table.device)
-            where = (columns + shift[:, None]).clamp_(max=table.shape[1] - 1)
-            self._shift = key, where, (shift * block_size).to(common.seq_lens.dtype)
+            where = (columns + shift[:, None] // block_size).clamp_(max=table.shape[1] - 1)
+            self._shift = key, where, shift.to(common.seq_lens.dtype)
         _, where, tokens = self._shift
         self._table[:number, :width] = table[:number].gather(1, where)
         torch.sub(common.seq_lens[:number], tokens, out=self._lengths[:number])
@@ -116,49 +117,74 @@ class BudgetBuilder:
             block_table_tensor=self._table[:number],
             seq_lens=self._lengths[:number],
             seq_lens_cpu_upper_bound=torch.from_numpy(left.astype(np.int32)),
-            max_seq_len=longest if dropped.any() else common.max_seq_len,
+            max_seq_len=longest if evicted.any() else common.max_seq_len,
             rswa_prefix_lens=None,
             _num_computed_tokens_cache=None,
         )
 
-    def _rows(self, common: Any, step: Step, spec: EvolKVSpec) -> list[PromptRow]:
-        """Return the prompts of which this step computes queries that a selector looks at, or the end.
 
-        Raises:
-            RunError: a chunk runs past the end of a prompt that is to be compressed.
-        """
-        selector = spec.rule.selector
-        # A selector that looks at no query still ranks at the end, which is where the last one is.
-        observed = max(1, selector.observed_queries or 0)
-        rows = []
-        for request in step.reading:
-            dropped = int(step.to_drop[spec.layer_class, request])
-            # A layer that keeps everything may have to tell others what to keep.
-            wanted = step.to_drop[:, request].any() if selector.looks_at_other_layers else dropped
-            prompt, length = int(step.prompts[request]), int(step.lengths[request])
-            if not wanted or length <= prompt - observed:
-                continue
-            table = common.block_table_tensor[request]
-            ends = length >= prompt
-            # The first block with an observed query: no other request shares it, and it is there from the first such
-            # query on.
-            key = int(table[min(prompt - 1, max(0, prompt - observed)) // spec.block_size])
-            if key == 0:
-                # vLLM's placeholder: a rehearsal, of which nothing is kept.
-                continue
-            if length > prompt:
-                raise RunError("EvolKV: vLLM reads past the end of a prompt in one chunk; this version cannot be used")
-            rows.append(
-                PromptRow(
-                    request=request,
-                    start=int(step.starts[request]),
-                    count=length - int(step.computed[request]),
-                    computed=int(step.computed[request]),
-                    prompt=prompt,
-                    dropped=dropped,
-                    key=key,
-                    blocks=table[: -(-prompt // spec.block_size)].long() if ends else None,
-                    memory=step.memories.setdefault(request, {}),
-                )
+def prompt_rows(tables: Tensor, step: Step, spec: EvolKVSpec) -> list[PromptRow]:
+    """Return the prompts of which this step computes queries that a selector looks at, or the end.
+
+    Args:
+        tables: blocks of each request, ``[requests, blocks]``.
+        step: what is computed.
+        spec: of the group of layers.
+
+    Raises:
+        RunError: a chunk runs past the end of a prompt that is to be compressed.
+    """
+    selector = spec.rule.selector
+    # A selector that looks at no query still ranks at the end, which is where the last one is.
+    observed = max(1, selector.observed_queries or 0)
+    rows = []
+    for request in step.reading:
+        evicted = int(step.to_evict[spec.layer_class, request])
+        # A layer that keeps everything may have to tell others what to keep.
+        wanted = step.to_evict[:, request].any() if selector.looks_at_other_layers else evicted
+        prompt, length = int(step.prompts[request]), int(step.lengths[request])
+        if not wanted or length <= prompt - observed:
+            continue
+        table = tables[request]
+        ends = length >= prompt
+        # The first block with an observed query: no other request shares it, and it is there from the first such
+        # query on.
+        key = int(table[min(prompt - 1, max(0, prompt - observed)) // spec.block_size])
+        if key == 0:
+            # vLLM's placeholder: a rehearsal, of which nothing is kept.
+            continue
+        if length > prompt:
+            raise RunError("EvolKV: vLLM reads past the end of a prompt in one chunk; this version cannot be used")
+        rows.append(
+            PromptRow(
+                request=request,
+                start=int(step.starts[request]),
+                count=length - int(step.computed[request]),
+                computed=int(step.computed[request]),
+                prompt=prompt,
+                evicted=evicted,
+                key=key,
+                blocks=table[: -(-prompt // spec.block_size)].long() if ends else None,
+                memory=step.memories.setdefault(request, {}),
             )
-        return rows
+        )
+    return rows
+
+
+def move_slots(common: Any, step: Step, gaps: np.ndarray, block_size: int) -> None:
+    """Let new tokens be written behind an exact budget's entries, which end before the prompt's last slot.
+
+    Args:
+        common: vLLM's `CommonAttentionMetadata`; its slots are changed where they are, because what writes keys and
+            values has them, too.
+        step: what is computed.
+        gaps: slots that each request's tokens move towards the front, ``[requests]``.
+        block_size: tokens of a block.
+    """
+    if not gaps.any():
+        return
+    table = common.block_table_tensor
+    requests = torch.from_numpy(step.requests).to(table.device)
+    at = common.positions[: len(requests)] - torch.from_numpy(gaps).to(table.device)[requests]
+    slots = table[requests, at // block_size].long() * block_size + at % block_size
+    common.slot_mapping[: len(requests)] = slots

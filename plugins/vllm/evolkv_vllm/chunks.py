@@ -27,7 +27,7 @@ def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> in
         return number
     specs = (group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups)
     spec = next((spec for spec in specs if isinstance(spec, EvolKVSpec)), None)
-    if spec is None or not spec.rule.any_drops(prompt, spec.block_size):
+    if spec is None or not spec.rule.any_evicts(prompt, spec.block_size):
         return number
     end = computed + number
     if end >= prompt:

@@ -21,7 +21,7 @@ class Storage(Protocol):
         """Return the keys and values of some blocks, ``[kv_heads, blocks * block_size, head_dim]`` each."""
 
     def write(self, kv_cache: Tensor, blocks: Tensor, key: Tensor, value: Tensor) -> None:
-        """Fill the last slots of some blocks that stand in a row.
+        """Fill some blocks that stand in a row, from the first slot on.
 
         Args:
             kv_cache: the layer's.
@@ -109,11 +109,11 @@ class Compactor:
             first_query=row.prompt - len(queries),
             layer=LayerContext(self.layer, _no_rotary, row.memory, last=self.layer == self.num_layers - 1),
         )
-        block_size = storage_block_size(kv_cache)
-        kept = self.kept(prompt, row.prompt - row.dropped * block_size)
-        if row.dropped:
+        kept = self.kept(prompt, row.prompt - row.evicted)
+        if row.evicted:
             index = kept[..., None].expand(-1, -1, key.shape[-1])
-            storage.write(kv_cache, blocks[row.dropped :], key.gather(1, index), value.gather(1, index))
+            first = row.evicted // storage_block_size(kv_cache)
+            storage.write(kv_cache, blocks[first:], key.gather(1, index), value.gather(1, index))
 
     def kept(self, prompt: PromptAttention, entries: int) -> Tensor:
         """Return the positions that each KV head keeps, ascending, ``[kv_heads, entries]``."""

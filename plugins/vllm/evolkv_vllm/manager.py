@@ -61,6 +61,15 @@ class EvolKVManager(FullAttentionManager):
         self._compressed.add(request_id)
         self._remove_blocks_in_range(request_id, 0, self.kv_cache_spec.dropped_blocks(num_prompt_tokens))
 
+    def is_compressed(self, request_id: str) -> bool:
+        """Return whether the request's prompt is compressed, and what it gave back is free."""
+        return request_id in self._compressed
+
+    def has_more_to_hash(self, request: Request, num_tokens: int) -> bool:
+        """Return whether so many tokens of a request, computed or about to be, fill a block that has no hash yet."""
+        blocks = min(num_tokens, request.num_tokens) // self.block_size
+        return blocks > self.num_cached_block.get(request.request_id, 0)
+
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Forget a request that has finished or is preempted, and return its blocks."""
         self._compressed.discard(request_id)
@@ -75,9 +84,9 @@ class EvolKVManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Let the prefix cache find the blocks that compression never writes to: those that it drops."""
-        dropped = self.kv_cache_spec.dropped_blocks(request.num_prompt_tokens)
-        if dropped:
-            num_tokens = min(num_tokens, dropped * self.block_size)
+        evicted = self.kv_cache_spec.evicted_tokens(request.num_prompt_tokens)
+        if evicted:
+            num_tokens = min(num_tokens, evicted // self.block_size * self.block_size)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     @classmethod

@@ -77,9 +77,9 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
         )
     assert method.selector is not None
     if method.share is not None:
-        rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context)
+        rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context, settings.exact)
     else:
-        rule = BudgetRule.fixed(budgets[:, 0], method.selector, facts.sliding_windows)
+        rule = BudgetRule.fixed(budgets[:, 0], method.selector, facts.sliding_windows, settings.exact)
     checks.check_config(config, method.selector, classes=len(set(rule.classes)))
     return rule
 

@@ -1,4 +1,4 @@
-"""How many blocks a layer gives back after a prompt: one pure function, for the scheduler and for every worker.
+"""How much of a prompt a layer gives back: one pure function, for the scheduler and for every worker.
 
 The scheduler frees blocks and the workers move keys and values. They exchange no messages about it, because both
 compute the same number from the prompt's length, the budgets and the block size.
@@ -39,24 +39,29 @@ class BudgetRule:
     text: str
 
     @classmethod
-    def fixed(cls, budgets: NDArray[np.int64], selector: Selector, windows: list[int | None]) -> BudgetRule:
+    def fixed(
+        cls, budgets: NDArray[np.int64], selector: Selector, windows: list[int | None], exact: bool = False
+    ) -> BudgetRule:
         """Return the rule of budgets that are the same for every prompt.
 
         Args:
             budgets: entries of each layer, ``[layers]``.
             selector: chooses what is kept.
             windows: the sliding window of each layer in tokens, None where it sees everything.
+            exact: whether budgets are kept to the entry; by default they are rounded up to where a block begins.
         """
-        return cls._of({"budgets": budgets.tolist(), "selector": selector.to_dict(), "windows": windows})
+        content = {"budgets": budgets.tolist(), "selector": selector.to_dict(), "windows": windows}
+        return cls._of({**content, "exact": exact})
 
     @classmethod
-    def of_share(cls, method: Method, windows: list[int | None], max_context: int) -> BudgetRule:
+    def of_share(cls, method: Method, windows: list[int | None], max_context: int, exact: bool = False) -> BudgetRule:
         """Return the rule of a method whose budgets are a share of each prompt.
 
         Args:
             method: as `Method.resolve` returns it, with a `share`.
             windows: the sliding window of each layer in tokens, None where it sees everything.
             max_context: the longest context of the model, in tokens.
+            exact: as for `fixed`.
         """
         assert method.selector is not None
         return cls._of(
@@ -67,6 +72,7 @@ class BudgetRule:
                 "selector": method.selector.to_dict(),
                 "windows": windows,
                 "max_context": max_context,
+                "exact": exact,
             }
         )
 
@@ -93,22 +99,27 @@ class BudgetRule:
         """Return the entries that each layer keeps of a prompt of so many tokens, ``[layers]``, at most `tokens`."""
         return np.minimum(_parsed(self.text).budgets_at(tokens), tokens)
 
-    def drops(self, tokens: int, block_size: int) -> NDArray[np.int64]:
-        """Return the blocks at the head of a prompt that each class gives back, ``[classes]``; 0 where it keeps all.
+    def evicts(self, tokens: int, block_size: int) -> NDArray[np.int64]:
+        """Return the entries of a prompt that each class does without, ``[classes]``; 0 where it keeps all.
 
         The kept entries fill the last slots of the prompt. So a budget is rounded up, by less than a block, until
-        they begin where a block begins: these slots are paid for anyway. Layers with a sliding window are vLLM's own,
-        and give back nothing here.
+        they begin where a block begins: these slots are paid for anyway. An exact budget is not; its entries, and the
+        tokens after them, begin at the same block and lie that much earlier than they would. Layers with a sliding
+        window are vLLM's own, and keep all here.
 
         Args:
             tokens: length of the prompt.
             block_size: tokens of a block.
         """
-        return _drops(self.text, tokens, block_size)
+        return _evicts(self.text, tokens, block_size)
 
-    def any_drops(self, tokens: int, block_size: int) -> bool:
-        """Return whether any layer gives back blocks of a prompt of so many tokens."""
-        return bool(self.drops(tokens, block_size).any())
+    def drops(self, tokens: int, block_size: int) -> NDArray[np.int64]:
+        """Return the blocks at the head of a prompt that each class gives back, ``[classes]``; see `evicts`."""
+        return self.evicts(tokens, block_size) // block_size
+
+    def any_evicts(self, tokens: int, block_size: int) -> bool:
+        """Return whether any layer does without entries of a prompt of so many tokens."""
+        return bool(self.evicts(tokens, block_size).any())
 
 
 class _Parsed:
@@ -118,6 +129,7 @@ class _Parsed:
         content = json.loads(text)
         self.selector = get_selector(content["selector"])
         self.windows: list[int | None] = content["windows"]
+        self.exact: bool = content["exact"]
         self._fixed = np.array(content["budgets"], dtype=np.int64) if "budgets" in content else None
         if self._fixed is None:
             described = content["profile"]
@@ -159,13 +171,13 @@ def _parsed(text: str) -> _Parsed:
 
 
 @functools.lru_cache(maxsize=_LENGTHS)
-def _drops(text: str, tokens: int, block_size: int) -> NDArray[np.int64]:
+def _evicts(text: str, tokens: int, block_size: int) -> NDArray[np.int64]:
     parsed = _parsed(text)
     most = np.zeros(max(parsed.classes) + 1, dtype=np.int64)
     np.maximum.at(most, np.array(parsed.classes), np.minimum(parsed.budgets_at(tokens), tokens))
     for layer_class, window in zip(parsed.classes, parsed.windows, strict=True):
         if window is not None:
             most[layer_class] = tokens
-    dropped = (tokens - held_in_blocks(most, tokens, block_size)) // block_size
-    dropped.flags.writeable = False
-    return dropped
+    evicted = tokens - (most if parsed.exact else held_in_blocks(most, tokens, block_size))
+    evicted.flags.writeable = False
+    return evicted

@@ -14,7 +14,7 @@ from evolkv.methods import Method, chosen_method
 VARIABLE = "EVOLKV_PROFILE"
 #: The key in vLLM's ``additional_config``.
 KEY = "evolkv"
-_FIELDS = ("profile", "method", "budget")
+_FIELDS = ("profile", "method", "budget", "exact")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Settings:
         method: a method's name, such as ``pyramidkv``, or None.
         budget: mean cache entries per KV head, or a share of each prompt such as ``10%``; None for the profile's own.
         source: where the settings come from, for messages.
+        exact: whether budgets are kept to the entry, instead of rounded up to where a block begins.
     """
 
     profile: str | None
     method: str | None
     budget: int | str | None
     source: str
+    exact: bool = False
 
     @classmethod
     def read(cls, additional_config: Any) -> Settings | None:
@@ -64,7 +66,10 @@ class Settings:
             raise UsageError(
                 f"{source}['budget'] is {budget!r}; expected a number such as 512, or a share such as '10%'"
             )
-        settings = cls(given.get("profile"), given.get("method"), budget, source)
+        exact = given.get("exact", False)
+        if not isinstance(exact, bool):
+            raise UsageError(f"{source}['exact'] is {exact!r}; expected true or false")
+        settings = cls(given.get("profile"), given.get("method"), budget, source, exact)
         if settings.profile is None and settings.method is None:
             raise UsageError(f"{source} names neither a profile nor a method; add 'profile', or 'method' and 'budget'")
         return settings

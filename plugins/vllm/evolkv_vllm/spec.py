@@ -54,9 +54,13 @@ class EvolKVSpec(FullAttentionSpec):
         """Return whether all layers can share one block table: where all have the same budgets."""
         return all(spec == self for spec in kv_cache_specs.values())
 
+    def evicted_tokens(self, prompt_tokens: int) -> int:
+        """Return how many entries of a prompt of so many tokens the layer does without."""
+        return int(self.rule.evicts(prompt_tokens, self.block_size)[self.layer_class])
+
     def dropped_blocks(self, prompt_tokens: int) -> int:
         """Return how many blocks at the head of a prompt of so many tokens the layer gives back."""
-        return int(self.rule.drops(prompt_tokens, self.block_size)[self.layer_class])
+        return self.evicted_tokens(prompt_tokens) // self.block_size
 
     def reusable_tokens(self, prompt_tokens: int) -> int | None:
         """Return how many tokens of a prompt may come from the prefix cache; None for no limit.
@@ -66,9 +70,9 @@ class EvolKVSpec(FullAttentionSpec):
         computes a single one looks like a step of decoding. Where layers decide for each other, those that keep
         everything rank the prompt, too.
         """
-        dropped, selector = self.dropped_blocks(prompt_tokens), self.rule.selector
-        ranks = selector.looks_at_other_layers and self.rule.any_drops(prompt_tokens, self.block_size)
-        if not dropped and not ranks:
+        evicted, selector = self.evicted_tokens(prompt_tokens), self.rule.selector
+        ranks = selector.looks_at_other_layers and self.rule.any_evicts(prompt_tokens, self.block_size)
+        if not evicted and not ranks:
             return None
         limit = prompt_tokens - max(2, selector.observed_queries or 0)
-        return max(0, min(limit, dropped * self.block_size) if dropped else limit)
+        return max(0, min(limit, evicted // self.block_size * self.block_size) if evicted else limit)

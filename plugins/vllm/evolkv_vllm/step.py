@@ -23,9 +23,9 @@ class Step:
         counts: how many queries each request brings, ``[requests]``.
         computed: tokens of each request before this step, ``[requests]``.
         lengths: tokens after it, ``[requests]``.
-        dropped: blocks that each class of layers does without in this step, ``[classes, requests]``; 0 where the
+        evicted: entries that each class of layers does without in this step, ``[classes, requests]``; 0 where the
             prompt is still being read.
-        to_drop: blocks that each class gives back at the end of the prompt, ``[classes, requests]``.
+        to_evict: entries that each class does without from the end of the prompt on, ``[classes, requests]``.
         reading: requests whose prompt is being read in this step.
         memories: what selectors remember of a request from layer to layer, by its number in the batch.
     """
@@ -35,10 +35,15 @@ class Step:
     counts: NDArray[np.int64]
     computed: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    dropped: NDArray[np.int64]
-    to_drop: NDArray[np.int64]
+    evicted: NDArray[np.int64]
+    to_evict: NDArray[np.int64]
     reading: list[int]
     memories: dict[int, dict[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> NDArray[np.int64]:
+        """The request of each query, ``[queries]``."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @classmethod
     def of(cls, common: Any, rule: BudgetRule, block_size: int) -> Step:
@@ -73,12 +78,12 @@ class Step:
     ) -> Step:
         counts = np.diff(ends)
         computed = lengths - counts
-        to_drop = _to_drop(rule, block_size, prompts.tobytes())
+        to_evict = _to_evict(rule, block_size, prompts.tobytes())
         # Rows without queries are there for the shape of a graph.
         real = counts > 0
         reads = real & (computed < prompts)
-        dropped = np.where(real & ~reads, to_drop, 0)
-        return cls(prompts, ends[:-1], counts, computed, lengths, dropped, to_drop, reads.nonzero()[0].tolist())
+        evicted = np.where(real & ~reads, to_evict, 0)
+        return cls(prompts, ends[:-1], counts, computed, lengths, evicted, to_evict, reads.nonzero()[0].tolist())
 
 
 #: The latest step of this process and what it was made of.
@@ -86,7 +91,7 @@ _latest: tuple[Any, Step] | None = None
 
 
 @lru_cache(maxsize=64)
-def _to_drop(rule: BudgetRule, block_size: int, prompts: bytes) -> NDArray[np.int64]:
-    """Return the blocks to give back for some lengths of prompts, ``[classes, requests]``."""
-    columns = [rule.drops(tokens, block_size) for tokens in np.frombuffer(prompts, dtype=np.int64).tolist()]
+def _to_evict(rule: BudgetRule, block_size: int, prompts: bytes) -> NDArray[np.int64]:
+    """Return the entries to do without for some lengths of prompts, ``[classes, requests]``."""
+    columns = [rule.evicts(tokens, block_size) for tokens in np.frombuffer(prompts, dtype=np.int64).tolist()]
     return np.stack(columns, axis=1)

@@ -38,6 +38,11 @@ def windows():
 
 
 @pytest.fixture(scope="session")
+def lora():
+    return read_reference("lora")
+
+
+@pytest.fixture(scope="session")
 def smollm():
     return read_reference("smollm")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from evolkv import BudgetProfile, CompressedCache, load_model
@@ -30,13 +31,14 @@ BYTES = 256
 WINDOW = 64
 ANSWER = 12
 PROMPTS = 40
+ADAPTED = ["q_proj", "k_proj", "v_proj"]
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    makers = {"tiny": of_tiny, "windows": of_windows, "smollm": of_smollm}
+    makers = {"tiny": of_tiny, "windows": of_windows, "lora": of_lora, "smollm": of_smollm}
     for name in sys.argv[2:] or makers:
         make = makers[name]
         (folder / f"{name}.json").write_text(json.dumps(make(folder)), "utf-8")
@@ -60,6 +62,7 @@ def of_smollm(folder: Path) -> dict[str, Any]:
     # Each of another length, by which the tests tell them apart.
     prompts = [prompt[-(150 + 5 * number) :] for number, prompt in enumerate(prompts[:PROMPTS])]
     cases = cases_of(model, profiles, prompts, "classes", folder / "smollm")
+    cases += exact_cases(model, profiles, prompts)
     return {"model": str(gguf.converted(entry.paths(name), name, entry.sha256)), "prompts": prompts, "cases": cases}
 
 
@@ -78,7 +81,42 @@ def of_tiny(folder: Path) -> dict[str, Any]:
     }
     prompts = [rng.integers(0, BYTES, size=30 + 7 * number).tolist() for number in range(40)]
     cases = cases_of(model, profiles, prompts, "snapkv", folder / "tiny")
+    cases += exact_cases(model, {name: profiles[name] for name in ("snapkv", "chunkkv", "keydiff")}, prompts)
     return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+def of_lora(folder: Path) -> dict[str, Any]:
+    """The tiny model with and without an adapter, which changes what the same budgets keep."""
+    path = write_tiny_model(folder / "tiny-lora")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rng = np.random.default_rng(3)
+    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
+    profile.save(folder / "lora-mixed.json")
+    prompts = [rng.integers(0, BYTES, size=60 + 11 * number).tolist() for number in range(20)]
+    cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
+    write_adapter(folder / "adapter", model)
+    cases += [case(model, "adapter", profile, number, prompt) for number, prompt in enumerate(prompts)]
+    return {"model": str(path), "adapter": str(folder / "adapter"), "prompts": prompts, "cases": cases}
+
+
+def write_adapter(folder: Path, model: Any, rank: int = 8) -> None:
+    """Write a random adapter of queries, keys and values, and add it to the model's weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in ADAPTED:
+            down = torch.randn(rank, parameter.shape[1], generator=generator) * 0.1
+            up = torch.randn(parameter.shape[0], rank, generator=generator) * 0.1
+            parameter.data += up @ down
+            weights |= {
+                f"base_model.model.{module}.lora_A.weight": down,
+                f"base_model.model.{module}.lora_B.weight": up,
+            }
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": ADAPTED}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}), "utf-8")
 
 
 def of_windows(folder: Path) -> dict[str, Any]:
@@ -107,13 +145,25 @@ def cases_of(
     ]
 
 
+def exact_cases(model: Any, profiles: dict[str, BudgetProfile], prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Answer every second prompt under each profile, with budgets kept to the entry."""
+    numbered = list(enumerate(prompts))[1::2]
+    return [
+        case(model, name, profiles[name], number, prompt, exact=True)
+        for name in profiles
+        for number, prompt in numbered
+    ]
+
+
 @torch.no_grad()
-def case(model: Any, name: str, profile: BudgetProfile, number: int, prompt: list[int]) -> dict[str, Any]:
-    """Return the answer to one prompt under budgets as the server rounds them, and what was kept."""
+def case(
+    model: Any, name: str, profile: BudgetProfile, number: int, prompt: list[int], exact: bool = False
+) -> dict[str, Any]:
+    """Return the answer to one prompt under budgets as the server rounds them, or exact ones, and what was kept."""
     windows = model_facts(model).sliding_windows
-    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), windows)
-    dropped = rule.drops(len(prompt), BLOCK)[list(rule.classes)]
-    held = BudgetProfile.from_budgets(model, len(prompt) - dropped * BLOCK, profile.selector)
+    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), windows, exact)
+    evicted = rule.evicts(len(prompt), BLOCK)[list(rule.classes)]
+    held = BudgetProfile.from_budgets(model, len(prompt) - evicted, profile.selector)
     cache = CompressedCache(model, held)
     logits = model(torch.tensor([prompt]), cache=cache).logits[0, -1]
     tokens = []
@@ -121,7 +171,7 @@ def case(model: Any, name: str, profile: BudgetProfile, number: int, prompt: lis
         tokens.append(int(logits.argmax()))
         logits = model(torch.tensor([tokens[-1:]]), cache=cache).logits[0, -1]
     positions = [[head[head < len(prompt)].tolist() for head in layer] for layer in cache.positions]
-    return {"profile": name, "prompt": number, "tokens": tokens, "positions": positions}
+    return {"profile": name, "exact": exact, "prompt": number, "tokens": tokens, "positions": positions}
 
 
 if __name__ == "__main__":

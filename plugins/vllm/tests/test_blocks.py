@@ -143,6 +143,30 @@ def test_pool_is_as_at_the_start_after_any_requests(data, budgets, caching):
 
 
 @settings(max_examples=100, deadline=None)
+@given(data=st.data(), budgets=st.lists(st.integers(4, 200), min_size=2, max_size=4), caching=st.booleans())
+def test_the_short_cut_for_tokens_with_slots_changes_nothing(data, budgets, caching):
+    rule = rule_of(budgets)
+    short, plain = (manager_of(rule, 16, caching=caching) for _ in range(2))
+    if len(set(budgets)) > 1:
+        assert "allocate_slots" in vars(short)
+        del plain.allocate_slots
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
+    requests = [[request_of(str(at), list(range(length)), 16) for at, length in enumerate(lengths)] for _ in range(2)]
+    for pair in zip(*requests, strict=True):
+        for manager, request in zip((short, plain), pair, strict=True):
+            read(manager, request, 50)
+    for at in data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=100)):
+        for manager, mine in zip((short, plain), requests, strict=True):
+            decode(manager, mine[at])
+        blocks = [manager.get_block_ids(str(at)) for manager in (short, plain)]
+        assert blocks[0] == blocks[1]
+    pools = [manager.block_pool for manager in (short, plain)]
+    assert pools[0].get_num_free_blocks() == pools[1].get_num_free_blocks()
+    hashes = [[block.block_hash for block in pool.blocks] for pool in pools]
+    assert hashes[0] == hashes[1]
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     budgets=st.lists(st.integers(4, 300), min_size=1, max_size=4),
     first=st.integers(20, 500),
@@ -219,11 +243,11 @@ def test_line_at_start():
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 64, 500])
 def test_a_budget_that_covers_the_prompt_drops_nothing(tokens):
-    assert not rule_of([500, 600]).any_drops(tokens, 32)
+    assert not rule_of([500, 600]).any_evicts(tokens, 32)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 600), st.sampled_from([16, 32, 128]))
 def test_a_layer_keeps_its_budget_and_less_than_a_block_more(tokens, budget, block_size):
-    left = tokens - int(rule_of([budget]).drops(tokens, block_size)[0]) * block_size
+    left = tokens - int(rule_of([budget]).evicts(tokens, block_size)[0])
     assert min(tokens, budget) <= left < min(tokens, budget) + block_size

@@ -43,10 +43,10 @@ class Builder(BudgetBuilder, PlainBuilder):
 class Layer:
     """One layer with requests whose tokens arrive in chunks, as vLLM's runner would bring them."""
 
-    def __init__(self, budgets, selector, block_size, seed, dtype=torch.float32, paged=False):
+    def __init__(self, budgets, selector, block_size, seed, dtype=torch.float32, paged=False, exact=False):
         self.generator = torch.Generator().manual_seed(seed)
         self.block_size, self.dtype, self.paged = block_size, dtype, paged
-        rule = BudgetRule.fixed(np.array(budgets), get_selector(selector), [None] * len(budgets))
+        rule = BudgetRule.fixed(np.array(budgets), get_selector(selector), [None] * len(budgets), exact)
         plain = FullAttentionSpec(block_size=block_size, num_kv_heads=KV_HEADS, head_size=DIM, dtype=dtype)
         self.spec = EvolKVSpec.of_layer(plain, rule, 0)
         config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
@@ -82,7 +82,7 @@ class Layer:
             torch.cat([getattr(r, name)[r.computed : length] for r, length in zip(requests, lengths, strict=True)])
             for name in ("query", "key", "value")
         )
-        self.put(key, value, slots)
+        positions = [torch.arange(r.computed, length) for r, length in zip(requests, lengths, strict=True)]
         common = CommonAttentionMetadata(
             query_start_loc=torch.tensor(ends, dtype=torch.int32),
             query_start_loc_cpu=torch.tensor(ends, dtype=torch.int32),
@@ -94,9 +94,12 @@ class Layer:
             max_seq_len=max(lengths),
             block_table_tensor=table.int(),
             slot_mapping=slots,
+            positions=torch.cat(positions),
             rswa_prefix_lens=torch.tensor([request.prompt for request in requests], dtype=torch.int32),
         )
         metadata = self.builder.build(0, common)
+        # As vLLM does it: when all metadata is there, with the slots that the builder was given.
+        self.put(key, value, slots)
         self.compactor.run(metadata.prompt_rows, query, self.cache, self.storage)
         for request, length in zip(requests, lengths, strict=True):
             request.computed = length
@@ -128,7 +131,7 @@ class Layer:
         """What EvolKV's selector keeps of the whole prompt, and every token since."""
         prompt = request.prompt
         states = [part[:prompt].transpose(0, 1)[None] for part in (request.query, request.key, request.value)]
-        held = prompt - self.spec.dropped_blocks(prompt) * self.block_size
+        held = prompt - self.spec.evicted_tokens(prompt)
         ranking = self.spec.rule.selector.rank(PromptAttention(*states, scaling=DIM**-0.5))
         index = ranking[0, :, :held].sort(dim=-1).values[..., None].expand(-1, -1, DIM)
         entries = [part[: request.computed].transpose(0, 1) for part in (request.key, request.value)]
@@ -148,9 +151,10 @@ def chunks(total, chunk):
     selector=st.sampled_from(SELECTORS),
     seed=st.integers(0, 10_000),
     paged=st.booleans(),
+    exact=st.booleans(),
 )
-def test_attention_sees_what_the_selector_keeps(budget, prompts, block_size, chunk, selector, seed, paged):
-    layer = Layer([budget], selector, block_size, seed, paged=paged)
+def test_attention_sees_what_the_selector_keeps(budget, prompts, block_size, chunk, selector, seed, paged, exact):
+    layer = Layer([budget], selector, block_size, seed, paged=paged, exact=exact)
     requests = [layer.request(prompt, prompt + 5) for prompt in prompts]
     # In turns, so that some decode while others are being read.
     while any(request.computed < request.prompt + 5 for request in requests):

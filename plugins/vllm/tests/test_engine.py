@@ -60,6 +60,15 @@ def test_preempted_requests_answer_as_if_they_had_not_been(tiny, profile, prompt
         assert any(written for _, written in preempted), "the pool was too large for this test"
 
 
+def test_exact_budgets_survive_small_chunks_and_preemption(tiny, profile, prompts):
+    exact = {**profile, "exact": True}
+    with engine(tiny["model"], exact, max_num_seqs=1, max_num_batched_tokens=512) as llm:
+        alone = answers(llm, prompts, 60)
+    settings = {"num_gpu_blocks_override": 130, "enable_prefix_caching": True, "max_num_batched_tokens": 64}
+    with engine(tiny["model"], exact, **settings) as llm:
+        assert answers(llm, prompts, 60) == alone
+
+
 def test_prefix_caching_changes_no_answer(tiny, profile):
     from vllm import SamplingParams
 

@@ -91,6 +91,12 @@ def test_profile_carried_to_another_budget_or_a_share(model, profile):
     assert len(set(shares.classes)) == 3
 
 
+def test_exact_budgets_are_not_rounded(model, profile):
+    for exact, held in ((False, [57, 57, 89]), (True, [40, 50, 60])):
+        rule = plan.rule_of(config_of(model, {"profile": str(profile), "exact": exact}))
+        assert (185 - rule.evicts(185, 32)).tolist() == held
+
+
 def test_window_of_a_layer_stays_vllms(tmp_path):
     folder = write_tiny_model(tmp_path / "windows", window=64)
     rule = plan.rule_of(config_of(folder, {"method": "snapkv", "budget": 40}))
@@ -108,6 +114,7 @@ def test_window_of_a_layer_stays_vllms(tmp_path):
         ({"profile": 3}, r"\['profile'\] is 3; expected a text"),
         ({"method": "snapkv", "budget": True}, r"\['budget'\] is True"),
         ({"method": "snapkv", "budget": 1.5}, r"\['budget'\] is 1.5"),
+        ({"method": "snapkv", "budget": 64, "exact": "yes"}, r"\['exact'\] is 'yes'; expected true or false"),
     ],
 )
 def test_settings_that_make_no_sense(given, message):
