@@ -1,12 +1,13 @@
-"""Where the plugin takes hold of vLLM: what it registers, and the five methods that it wraps.
+"""Where the plugin takes hold of vLLM: what it registers, and the six methods that it wraps.
 
 vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
 
 * `VllmConfig.__post_init__`: settings are checked before anything is loaded.
 * `Attention.get_kv_cache_spec`: a layer's spec carries its budget.
-* `KVCacheManager.__init__`: one line at start says what the budgets come to.
+* `KVCacheManager.__init__`: one line at start says what the budgets come to, and tokens with slots take a short cut.
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
 * `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
+* `GPUModelRunner.initialize_kv_cache`, which the runner for CPUs has, too: all groups of layers are done at once there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.config.model_arch", "ModelArchitectureConfig", ("rswa_window",)),
     ("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
     ("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
-    ("vllm.v1.attention.backend", "CommonAttentionMetadata", ("rswa_prefix_lens", "seq_lens_cpu_upper_bound")),
+    (
+        "vllm.v1.attention.backend",
+        "CommonAttentionMetadata",
+        ("rswa_prefix_lens", "seq_lens_cpu_upper_bound", "positions"),
+    ),
     ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("kv_cache_config", "max_model_len")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
@@ -58,6 +63,8 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("block_hashes", "max_length", "kv_cache_spec"),
     ),
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free", ("request_id",)),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.allocate_slots", ("request", "num_new_tokens")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheBlocks.get_block_ids", ("allow_none",)),
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec.merge", ("specs",)),
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec.is_uniform_with_collection", ("kv_cache_specs",)),
     ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered", ()),
@@ -65,6 +72,19 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "vllm.v1.kv_cache_spec_registry",
         "KVCacheSpecRegistry.register",
         ("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
+    ),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.initialize_kv_cache", ("kv_cache_config",)),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_slot_mappings",
+        ("num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded", "ubatch_slices"),
+    ),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._build_attention_metadata", ("num_tokens", "slot_mappings")),
+    ("vllm.v1.worker.block_table", "MultiGroupBlockTable.commit_block_table", ("num_reqs",)),
+    (
+        "vllm.v1.worker.block_table",
+        "MultiGroupBlockTable.compute_slot_mapping",
+        ("num_reqs", "query_start_loc", "positions"),
     ),
 )
 
@@ -128,6 +148,7 @@ def install() -> None:
     _wrap_layers()
     _wrap_block_managers()
     _wrap_scheduler()
+    _wrap_runner()
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -228,19 +249,22 @@ def _wrap_block_managers() -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     from evolkv_vllm.manager import looking_up
+    from evolkv_vllm.slots import shorten
     from evolkv_vllm.startup import announce
 
     def init(plain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
             plain(self, *args, **kwargs)
             announce(self)
+            shorten(self)
 
         return wrapped
 
     def look_up(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def get_computed_blocks(self: Any, request: Any) -> Any:
+        def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            # vLLM 0.33 says how long a prefix may be, too.
             with looking_up(request.num_prompt_tokens):
-                return plain(self, request)
+                return plain(self, request, *args, **kwargs)
 
         return get_computed_blocks
 
@@ -261,3 +285,18 @@ def _wrap_scheduler() -> None:
         return reserve
 
     _wrap(Scheduler, "_reserve_prefill_lookahead", wrapper)
+
+
+def _wrap_runner() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from evolkv_vllm.groups import take_over
+
+    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            take_over(self)
+
+        return initialize_kv_cache
+
+    _wrap(GPUModelRunner, "initialize_kv_cache", wrapper)

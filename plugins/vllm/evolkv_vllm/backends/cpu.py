@@ -23,6 +23,19 @@ from evolkv_vllm.compaction import Storage
 class EvolKVCPUBuilder(BudgetBuilder, CPUAttentionMetadataBuilder):
     """Builds the metadata of a group of layers."""
 
+    #: Builds those of all groups, where this is the builder of the first of several.
+    all_groups: Any = None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """Return vLLM's metadata for what the layers of the group still hold."""
+        if self.all_groups is not None:
+            return self.all_groups.build(common_attn_metadata)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    def build_plain(self, common: Any) -> Any:
+        """Return vLLM's metadata as it is."""
+        return CPUAttentionMetadataBuilder.build(self, 0, common)
+
 
 class EvolKVCPUImpl(CompressingAttention, CPUAttentionBackendImpl):
     """One layer's attention, which compresses prompts after it has attended to them."""
