@@ -442,6 +442,35 @@ def way_back(record: Record) -> Table:
     return heads, [row]
 
 
+def serving(record: Record) -> Table:
+    """Return requests per second, waiting times and needles of each server, by length of the answers."""
+    heads = ["answer", "server", "requests/s", "over plain", "at once", "over plain", "blocks in use"]
+    rows = [
+        [
+            each["answer"],
+            each["contender"],
+            _spread(each["requests_per_second"], 2),
+            _spread(each["requests_per_second_over_plain"], 2),
+            f"{each['most_running']['median']:.0f}",
+            f"{each['most_running_over_plain']['median']:.1f}",
+            f"{100 * each['most_blocks']['median']:.0f} %",
+            _spread(each["seconds_to_first_token"]),
+            f"{1000 * each['seconds_between_tokens']['median']:.0f}",
+            f"{each['score']['median']:.2f}",
+        ]
+        for each in sorted(record["rows"], key=lambda each: each["answer"])
+    ]
+    return [*heads, "seconds to the first token", "milliseconds between tokens", "needles found"], rows
+
+
+def host(record: Record) -> Table:
+    """Return what a step of decoding costs besides the model, by groups of layers."""
+    rows = [
+        [each["groups"], _spread(each["milliseconds"], 2), _spread(each["over_plain"], 2)] for each in record["rows"]
+    ]
+    return [f"groups of {record['layers']} layers", "milliseconds a step", "over plain vLLM"], rows
+
+
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
@@ -501,6 +530,8 @@ BY_BENCHMARK: dict[str, View] = {
     "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),
     "against": one_by_one(against),
+    "serving serve": one_by_one(serving),
+    "serving host": one_by_one(host),
 }
 VIEWS: dict[str, View] = {
     "found": one_by_one(found),
