@@ -471,6 +471,12 @@ def host(record: Record) -> Table:
     return [f"groups of {record['layers']} layers", "milliseconds a step", "over plain vLLM"], rows
 
 
+def heads(record: Record) -> Table:
+    """Return microseconds of a layer's attention, by calls."""
+    rows = [[name, _spread(each, 0)] for name, each in record["microseconds"].items()]
+    return ["attention of a layer", "microseconds"], [*rows, ["ratio of pairs", _spread(record["ratio_of_pairs"], 2)]]
+
+
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
@@ -532,6 +538,7 @@ BY_BENCHMARK: dict[str, View] = {
     "against": one_by_one(against),
     "serving serve": one_by_one(serving),
     "serving host": one_by_one(host),
+    "serving heads": one_by_one(heads),
 }
 VIEWS: dict[str, View] = {
     "found": one_by_one(found),
