@@ -99,7 +99,8 @@ def host(
         }
         for name, taken in spent.items()
     ]
-    return {"n": rounds, "requests": requests, "steps": steps, "layers": layers, "rows": rows, "versions": _versions()}
+    about = {"model": f"a random one of {layers} layers", "n": rounds, "requests": requests, "steps": steps}
+    return {**about, "layers": layers, "rows": rows, "versions": _versions()}
 
 
 def serve(
