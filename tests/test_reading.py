@@ -17,6 +17,7 @@ from evolkv.errors import UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine
 from evolkv.evaluation.decode import greedy, target_log_probs
 from evolkv.evaluation.prefill import Prefiller
+from evolkv.report.tables import results_table
 from evolkv.selectors import PromptAttention, RocketKV, get_selector
 from evolkv.tasks import get_task
 from reading_reference import UndecidedError, chosen, split
@@ -223,6 +224,8 @@ def test_evaluate_measures_it_beside_others_as_by_itself_and_says_what_is_read(s
     (alone,) = evolkv.evaluate(model, tokenizer, methods=[selector], **options)
     full, rocket, snapkv = rows
     assert rocket == alone
+    assert "read MiB" in results_table(rows).columns
+    assert "read MiB" not in results_table([full, snapkv]).columns
     assert rocket["read_bytes"] < rocket["kv_bytes"] / 2
     assert [row["read_bytes"] for row in (full, snapkv)] == [row["kv_bytes"] for row in (full, snapkv)]
     # Generated token by token, or read at once: what is measured is what a user's cache does.

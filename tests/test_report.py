@@ -565,6 +565,16 @@ def test_how_prompts_were_read_is_named(write):
     assert "--prefill-chunk 512" in text
 
 
+def test_what_is_read_stands_beside_what_is_held_where_a_method_reads_less(write):
+    rows = [row("full", None, 1.0), row("snapkv", 128, 0.1)]
+    text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "read MiB" not in text
+    rows.append(row("rocketkv", 128, 0.5, read_bytes=3.5 * 2**20))
+    text = page(write("b.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "read MiB" in text
+    assert "3.50" in text
+
+
 def test_marks_of_a_score_stand_where_its_number_says():
     rows = _rows([row("evolkv", 64, 0.25), row("evolkv", 256, 1.0), row("full", None, 1.0)])
     (group,) = comparisons(rows, [], [])

@@ -232,37 +232,34 @@ class ReadingLayer(CompressedLayer):
     def _read_ways(self) -> list[tuple[RowGroup, tuple[Reading, Pages | None] | None]]:
         """Return each group and how it is read; groups are taken apart so that all rows of one are read alike."""
         if self._ways_of is not self.groups:
-            self.groups = [part for group in self.groups for part in self._alike(group)]
-            self._ways_of, self._ways = self.groups, [None] * len(self.groups)
-        for number, group in enumerate(self.groups):
-            reading, known = self._reading(group, 0), self._ways[number]
-            if reading is None:
+            # Asked once: on a GPU each look at row numbers would wait for it.
+            parts = [part for group in self.groups for part in self._alike(group)]
+            self.groups = self._ways_of = [group for group, _ in parts]
+            self._ways = [None if reading is None else (reading, None) for _, reading in parts]
+        for number, (group, way) in enumerate(zip(self.groups, self._ways, strict=True)):
+            if way is None or way[0].page == 1:
                 continue
-            pages = None if known is None else known[1]
+            reading, pages = way
             # Tokens that several came at once, or were taken back, are not in the pages.
-            if reading.page > 1 and (pages is None or pages.entries != group.keys.shape[1]):
-                pages = Pages(group.keys, reading.page)
-            self._ways[number] = reading, pages
+            if pages is None or pages.entries != group.keys.shape[1]:
+                self._ways[number] = reading, Pages(group.keys, reading.page)
         return [*zip(self.groups, self._ways, strict=True)]
 
-    def _alike(self, group: RowGroup) -> list[RowGroup]:
-        """Return the rows of a group, those apart that are read in different ways."""
-        slots: dict[Reading | None, list[int]] = {}
-        for slot in range(len(group.rows)):
-            slots.setdefault(self._reading(group, slot), []).append(slot)
-        if len(slots) == 1:
-            return [group]
-        return [
-            RowGroup(group.rows[which], group.keys[which], group.values[which], group.positions[which])
-            for which in slots.values()
-        ]
-
-    def _reading(self, group: RowGroup, slot: int) -> Reading | None:
-        """Return how a row of a group is read."""
+    def _alike(self, group: RowGroup) -> list[tuple[RowGroup, Reading | None]]:
+        """Return the rows of a group and how they are read, those apart that are read in different ways."""
         if self.is_sliding:
-            return None
-        tokens = self.prompt_lengths[int(group.rows[slot]) // self.num_kv_heads]
-        return self.selector.reading(group.positions.shape[1], tokens, group.keys.shape[2])
+            return [(group, None)]
+        held, head_dim = group.positions.shape[1], group.keys.shape[2]
+        slots: dict[Reading | None, list[int]] = {}
+        for slot, row in enumerate(group.rows.tolist()):
+            reading = self.selector.reading(held, self.prompt_lengths[row // self.num_kv_heads], head_dim)
+            slots.setdefault(reading, []).append(slot)
+        if len(slots) == 1:
+            return [(group, next(iter(slots)))]
+        return [
+            (RowGroup(group.rows[which], group.keys[which], group.values[which], group.positions[which]), reading)
+            for reading, which in slots.items()
+        ]
 
     def _extreme_bytes(self, group: RowGroup, way: tuple[Reading, Pages | None] | None) -> int:
         """Return the bytes of one row's extremes."""

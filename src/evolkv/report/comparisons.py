@@ -107,7 +107,9 @@ class Comparison:
     def table(self) -> Table:
         """All numbers."""
         columns = ["method", "budget", "mean budget", "n", "score", "95 % interval", "KV MiB"]
-        columns += ["of full"] * bool(self.full) + ["from", "on the front"] * self.of_curve
+        # What all methods read, they hold.
+        reads = any(entry.row.read_bytes not in (None, entry.row.kv_bytes) for entry in self.entries)
+        columns += ["of full"] * bool(self.full) + ["read MiB"] * reads + ["from", "on the front"] * self.of_curve
         rows = []
         for entry in self.entries:
             row = entry.row
@@ -115,6 +117,7 @@ class Comparison:
             cells += [number(row.n), score(row.score), interval(row.ci95), mebibytes(row.kv_bytes)]
             if (share := self.share(entry)) is not None:
                 cells.append(percent(share))
+            cells += [mebibytes(row.read_bytes or row.kv_bytes)] * reads
             cells += [entry.source, ("yes" if entry.on_front else "no") if entry.source else ""] * self.of_curve
             rows.append(cells)
         return Table(f"{self.first.task}: {self.first.metric} by method{self.asked}", columns, rows)

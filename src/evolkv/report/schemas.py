@@ -191,6 +191,7 @@ class Row(_Measured):
     budget: RecordedBudget | None = None
     seed: int | None = None
     protocol: str = ""
+    read_bytes: Annotated[float | None, Field(gt=0, le=2**63)] = None
     prefill_chunk: Count | None = None
     block_size: Count | None = None
     dtype: str = ""
