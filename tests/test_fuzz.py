@@ -173,6 +173,56 @@ class Reads(Once):
                 visible[head, token, entries[chosen]] = True
 
 
+@dataclass(frozen=True)
+class Turns(Masking):
+    """Each of some tokens attends to what RocketKV's equations choose of what the turn before it wanted, and since.
+
+    `calls` are ``(first token, first that is read alone, token after the last)``; `decided` as in `Reads`.
+    """
+
+    model: object
+    selector: object
+    budgets: np.ndarray
+    calls: list
+    decided: list
+    layers: list
+
+    def evict(self, visible, module, query, key, value, scaling, softcap, window, sinks):
+        """Hides what each token does not choose."""
+        budgets = self.budgets[len(self.layers)].tolist()
+        self.layers.append(None)
+        if window is not None:
+            return
+        fold, readable, since = query.shape[1] // key.shape[1], [], 0
+        for start, alone, stop in self.calls:
+            if alone > start:
+                seen = (query[:, :, start:alone], key[:, :, :alone], value[:, :, :alone])
+                prompt = PromptAttention(*seen, scaling, softcap, first_query=start, sinks=sinks)
+                scores = self.selector.score(prompt)[0].double().sort(descending=True, stable=True)
+                since, readable = alone, []
+                for head, budget in enumerate(budgets):
+                    count, ranked = min(budget, alone), scores.values[head].tolist()
+                    if count < alone and 0 < ranked[count - 1] - ranked[count] < 1e-4 * ranked[count - 1]:
+                        self.decided[0] = min(self.decided[0], alone)
+                    readable.append(scores.indices[head, :count].sort().values.tolist())
+            for token in range(alone, stop):
+                for head, kept in enumerate(readable):
+                    if token >= self.decided[0]:
+                        return
+                    entries = torch.tensor([*kept, *range(since, token + 1)])
+                    asking = query[0, head * fold : (head + 1) * fold, token]
+                    read = self.selector.entries_read(len(kept), since)
+                    try:
+                        chosen = reading_reference.chosen(
+                            asking, key[0, head, entries], len(kept), read, scaling, margin=1e-4
+                        )
+                    except reading_reference.UndecidedError:
+                        self.decided[0] = token
+                        return
+                    visible[head, token] = False
+                    visible[head, token, entries[chosen]] = True
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -358,7 +408,7 @@ class Case:
         """Raises AssertionError if the logits of a sequence are not those of the reference, as far as it decides."""
         got = torch.cat(self.got[i])
         expected = reference.logits(self.rows[i][: len(got)])
-        if isinstance(reference, Reads):
+        if isinstance(reference, (Reads, Turns)):
             got, expected = got[: reference.decided[0]], expected[: reference.decided[0]]
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
         assert error <= _TOLERANCE[self.model.dtype], f"sequence {i} of {self.said()}: off by {error:.2g}"
@@ -412,6 +462,35 @@ def reads_a_part(number, model):
     for i, length in enumerate(case.lengths):
         first = [len(case.rows[i])]
         case.compare(i, Reads(model, case.selector, case.budgets, length, given[i], {}, [], alone[i], first))
+
+
+def random_multi_turn(rng):
+    return get_selector({**random_rocketkv(rng).to_dict(), "name": "rocketkv_mt"})
+
+
+def takes_turns(number, model):
+    """One case of the first test under RocketKV's multi-turn variant, which drops nothing."""
+    model = model.float()
+    case = Case(number, model, selector=random_multi_turn)
+    cache = CompressedCache(model, BudgetProfile.from_budgets(model, case.budgets, case.selector.to_dict()))
+    calls, decided = [[(0, length, length)] for length in case.lengths], [[len(row)] for row in case.rows]
+    case.feed(case.lengths, case.side, cache)
+    for step in case.steps:
+        counts = case.counts_of(step)
+        first = int(case.rng.integers(0, step + 1))
+        cache.expect_answers([first] * case.batch)
+        if step == 1 or first == 1 or model.config.model_type == "bamba":
+            first = 0
+        for i, count in enumerate(counts):
+            start, stop = case.read[i], case.read[i] + count
+            calls[i].append((start, max(start, stop - (step - first)), stop))
+            if first and count <= step - first:
+                # A turn that is nothing but padding has no queries to choose by.
+                decided[i][0] = min(decided[i][0], start)
+        case.feed(counts, "left", cache)
+    cache.release()
+    for i in range(case.batch):
+        case.compare(i, Turns(model, case.selector, case.budgets, calls[i], decided[i], []))
 
 
 def evicts_again(number, model):
@@ -488,6 +567,7 @@ def cases(name, check, total):
         *cases("once", evicts_once, CASES),
         *cases("again", evicts_again, CASES // 5),
         *cases("reading", reads_a_part, CASES // 10),
+        *cases("turns", takes_turns, CASES // 10),
     ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):

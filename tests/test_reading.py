@@ -309,3 +309,25 @@ def test_a_search_finds_budgets_under_it(small):
     replay = ReplayEngine(model, tokenizer, [each.example for each in naive.questions], RocketKV(8, 7, 10), "logprob")
     budgets = np.stack([found.profile.budgets, np.full((LAYERS, KV_HEADS), 40)])
     np.testing.assert_allclose(replay.score(budgets), naive.score(budgets), rtol=1e-4)
+
+
+def test_the_multi_turn_variant_drops_nothing_and_chooses_anew_after_each_turn(tmp_path):
+    model, ids, question = tiny_model(), tokens(1, 40), tokens(1, 6, seed=1)
+    cache = prefilled(model, ids, "rocketkv_mt:window=4,kernel=3,read=6")
+    plain = prefilled(model, ids)
+    assert cache.kv_bytes == LAYERS * KV_HEADS * 40 * 2 * HEAD_DIM * 4 + plain.kv_bytes
+    assert sum(cache.kv_bytes_by_sequence) == cache.kv_bytes
+    assert cache.read_bytes == plain.read_bytes
+    assert all(head.tolist() == list(range(40)) for layer in cache.positions for head in layer)
+    later = tokens(1, 4, seed=2)
+    # Until a turn comes, it reads what the other variant reads.
+    assert torch.allclose(steps(model, copy.copy(cache), later), steps(model, plain, later), atol=1e-5)
+    with torch.inference_mode():
+        model(question, cache=cache)
+    readable = cache.kv_layers[0].readable
+    assert readable.prompt_lengths == [46]
+    assert readable.kept_positions(0, 0).tolist()[-4:] == [42, 43, 44, 45]
+    with pytest.raises(UsageError, match="cannot say what is chosen now"):
+        cache.save(tmp_path / "a.cache")
+    with pytest.raises(UsageError, match=r"'rocketkv_mt' .*add --engine naive"):
+        ReplayEngine(model, None, [], get_selector("rocketkv_mt"))

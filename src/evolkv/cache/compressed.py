@@ -424,14 +424,10 @@ class CompressedCache(HookedCache):
         return sum(self.read_bytes_by_sequence)
 
     def _by_sequence(self, which: int) -> list[int]:
-        """Return the sums over the layers of one of the numbers of `CompressedLayer.bytes_by_group`."""
-        totals = torch.zeros(self.kv_layers[0].batch, dtype=torch.long)
-        for layer in self.kv_layers:
-            # Asked first, since a layer may then take its groups apart.
-            sizes = layer.bytes_by_group()
-            for group, size in zip(layer.groups, sizes, strict=True):
-                rows = torch.bincount(group.rows.cpu() // layer.num_kv_heads, minlength=len(totals))
-                totals += rows * size[which]
+        """Return the sums over layers and heads of one of the two that `CompressedLayer.bytes_by_row` gives."""
+        totals = torch.zeros(self.num_rows, dtype=torch.long)
+        for layer in self.kv_layers if self.num_rows else ():
+            totals += layer.bytes_by_row()[which].view(self.num_rows, -1).sum(1)
         return totals.tolist()
 
     @classmethod

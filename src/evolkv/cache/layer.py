@@ -26,7 +26,7 @@ from evolkv.cache.attend import (
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, was_padding
 from evolkv.cache.math import check_plain_logits, logit_terms
-from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions
+from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions, rows_of
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
@@ -102,9 +102,9 @@ class CompressedLayer(CacheLayerMixin):
         """Return the bytes of the keys and values held."""
         return sum(group.nbytes for group in self.groups)
 
-    def bytes_by_group(self) -> list[tuple[int, int]]:
-        """Return the bytes that a row of each group holds, without spare room, and that a new token reads of it."""
-        return [(group.keys[0].nbytes + group.values[0].nbytes,) * 2 for group in self.groups]
+    def bytes_by_row(self) -> tuple[Tensor, Tensor]:
+        """Return the bytes that each row holds, without spare room, and that a new token reads of it, ``[rows]``."""
+        return (rows_of(self.groups, [group.keys[0].nbytes + group.values[0].nbytes for group in self.groups]),) * 2
 
     def kept_positions(self, sequence: int, head: int) -> Tensor:
         """Return the prompt positions held for one row, ascending, ``[entries]`` int64."""

@@ -17,7 +17,7 @@ from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import boolean_mask, hides_nothing, is_causal
 from evolkv.cache.math import attention, check_plain_logits
-from evolkv.cache.rows import RowGroup
+from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import UsageError
 from evolkv.selectors import LayerContext
 from evolkv.selectors.rocketkv import Reading, RocketKV
@@ -147,18 +147,17 @@ class ReadingLayer(CompressedLayer):
         extremes = sum(len(group.rows) * self._extreme_bytes(group, way) for group, way in self._read_ways())
         return super().kv_bytes + extremes
 
-    def bytes_by_group(self) -> list[tuple[int, int]]:
-        """See `CompressedLayer.bytes_by_group`."""
-        ways = self._read_ways()
-        sizes = super().bytes_by_group()
-        for number, (group, way) in enumerate(ways):
+    def bytes_by_row(self) -> tuple[Tensor, Tensor]:
+        """See `CompressedLayer.bytes_by_row`."""
+        held, read = [], []
+        for group, way in self._read_ways():
+            entries, size = group.keys.shape[1], group.keys[0].nbytes + group.values[0].nbytes
+            held.append(size + self._extreme_bytes(group, way))
             if way is not None:
-                extremes = self._extreme_bytes(group, way)
-                entries, (held, _) = group.keys.shape[1], sizes[number]
-                pages = -(-entries // way[0].page)
-                scored = pages * way[0].channels * group.keys.element_size()
-                sizes[number] = held + extremes, way[0].tokens * held // entries + scored
-        return sizes
+                scored = -(-entries // way[0].page) * way[0].channels * group.keys.element_size()
+                size = way[0].tokens * size // entries + scored
+            read.append(size)
+        return rows_of(self.groups, held), rows_of(self.groups, read)
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

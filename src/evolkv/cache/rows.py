@@ -206,6 +206,14 @@ class RowOrder:
         return torch.cat(list(shares)).index_select(0, self.places)
 
 
+def rows_of(groups: Sequence[RowGroup], values: Sequence[int]) -> Tensor:
+    """Return for each row the value of its group, ``[rows]`` int64 on the CPU."""
+    found = torch.zeros(sum(len(group.rows) for group in groups), dtype=torch.long)
+    for group, value in zip(groups, values, strict=True):
+        found[group.rows.cpu()] = value
+    return found
+
+
 def later_positions(lengths: Tensor, count: int, real: Tensor | None) -> Tensor:
     """Return the positions of the tokens after prompts, ``[batch, count]`` int32, -1 for padding.
 

@@ -17,7 +17,7 @@ from evolkv.selectors.h2o import H2O
 from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.kvzip import KVzip
-from evolkv.selectors.rocketkv import RocketKV
+from evolkv.selectors.rocketkv import RocketKV, RocketKVMultiTurn
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
@@ -27,7 +27,19 @@ SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
     {
         cls.name: cls
-        for cls in (SnapKV, H2O, TOVA, StreamingLLM, KNorm, KeyDiff, ChunkKV, ExpectedAttention, RocketKV, KVzip)
+        for cls in (
+            SnapKV,
+            H2O,
+            TOVA,
+            StreamingLLM,
+            KNorm,
+            KeyDiff,
+            ChunkKV,
+            ExpectedAttention,
+            RocketKV,
+            RocketKVMultiTurn,
+            KVzip,
+        )
     },
     "evolkv.selectors",
     Selector,
@@ -71,6 +83,7 @@ __all__ = [
     "Passage",
     "PromptAttention",
     "RocketKV",
+    "RocketKVMultiTurn",
     "Selector",
     "SelectorSpec",
     "SnapKV",

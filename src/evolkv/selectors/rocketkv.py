@@ -69,7 +69,7 @@ class RocketKV(Selector):
             raise UsageError(str(error).replace("snapkv", self.name)) from None
         if self.read < 0 or self.read == 1:
             raise UsageError(
-                f"rocketkv: read is {self.read}; expected at least 2 entries, or 0 for what follows from the budget"
+                f"{self.name}: read is {self.read}; expected at least 2 entries, or 0 for what follows from the budget"
             )
 
     @property
@@ -80,7 +80,8 @@ class RocketKV(Selector):
     def score(self, prompt: PromptAttention) -> Tensor:
         """Pooled sum of the window's attention, ``[batch, kv_heads, tokens]``."""
         tokens = prompt.num_tokens
-        window = min(self.window, tokens)
+        # A later turn may have fewer queries than the window.
+        window = min(self.window, tokens - prompt.first_query)
         older = tokens - window
         votes = prompt.probabilities(older, tokens)[..., :older].sum(dim=3).sum(dim=2)
         if older and self.kernel > 1:
@@ -113,3 +114,23 @@ class RocketKV(Selector):
         page = math.ceil(math.sqrt(compression))
         page = 1 if page > compression else page
         return Reading(read // 2, page, max(1, int(head_dim * page / compression)))
+
+
+@dataclass(frozen=True)
+class RocketKVMultiTurn(RocketKV):
+    """Keeps every token, and chooses after each turn anew what the tokens to come may read.
+
+    The multi-turn variant of RocketKV: a later question may want what stage 1 leaves out, so nothing is dropped. The
+    budget is what may be read. It is chosen by the last queries of the prompt, and anew by those of each later call of
+    several tokens. Stage 2 goes on as under `RocketKV`. So it saves reading, and no memory: what may be read is held a
+    second time.
+
+    Behnam et al. 2025, arXiv 2502.14051v3, section 3.6 (RocketKV-MT).
+
+    Args:
+        window, kernel, read: see `RocketKV`.
+    """
+
+    name: ClassVar[str] = "rocketkv_mt"
+    layer: ClassVar[str | None] = "evolkv.cache.multi_turn:MultiTurnLayer"
+    replay_layer: ClassVar[str | None] = None

@@ -1,0 +1,160 @@
+"""Layers that drop nothing, and choose anew after each turn what the tokens to come may read: RocketKV-MT.
+
+Behnam et al. 2025, arXiv 2502.14051v3, section 3.6. See `evolkv.selectors.rocketkv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evolkv.cache.hook import Attention
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.math import logit_terms
+from evolkv.cache.reading import ReadingLayer
+from evolkv.cache.rows import RowGroup
+from evolkv.selectors import LayerContext, PromptAttention
+from evolkv.selectors.rocketkv import Reading
+
+
+class MultiTurnLayer(ReadingLayer):
+    """A layer that holds every token, and beside them a copy of those that generated tokens may read.
+
+    Budgets say how many may be read. They are chosen among all tokens by the prompt's last queries, and anew by those
+    of each later call of several tokens, which reads everything itself. What is generated since may be read, too.
+    """
+
+    #: What may be read, as if all tokens up to the last choice were its prompt; None in layers with a sliding window.
+    readable: ReadingLayer | None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.readable = None
+
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+        """See `CompressedLayer.copy`."""
+        twin = super().copy(layers, context)
+        assert isinstance(twin, MultiTurnLayer)
+        if self.readable is not None:
+            inner = self.readable.copy([], context)
+            assert isinstance(inner, ReadingLayer)
+            twin.readable = inner
+        return twin
+
+    @classmethod
+    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+        """See `CompressedLayer.merge`."""
+        merged = super().merge(layers, room)
+        inner = [layer.readable for layer in layers if isinstance(layer, MultiTurnLayer) and layer.readable is not None]
+        if inner and isinstance(merged, MultiTurnLayer):
+            readable = ReadingLayer.merge([*inner], room)
+            assert isinstance(readable, ReadingLayer)
+            merged.readable = readable
+        return merged
+
+    def move(self, device: torch.device) -> None:
+        """See `CompressedLayer.move`."""
+        super().move(device)
+        if self.readable is not None:
+            self.readable.move(device)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CompressedLayer.crop`; tokens of a turn cannot be taken back."""
+        if self.readable is not None:
+            self.readable.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `CompressedLayer.batch_select_indices`."""
+        super().batch_select_indices(indices)
+        if self.readable is not None:
+            self.readable.batch_select_indices(indices)
+
+    def note_padding(self, real: Tensor) -> None:
+        """See `CompressedLayer.note_padding`."""
+        super().note_padding(real)
+        if self.readable is not None:
+            self.readable.note_padding(real[:, real.shape[1] - self.readable.appended :])
+
+    @property
+    def kv_bytes(self) -> int:
+        """Return the bytes of all keys and values, of the copies that may be read, and of their extremes."""
+        return super().kv_bytes + (0 if self.readable is None else self.readable.kv_bytes)
+
+    def bytes_by_row(self) -> tuple[Tensor, Tensor]:
+        """See `CompressedLayer.bytes_by_row`."""
+        held, read = super().bytes_by_row()
+        if self.readable is None:
+            return held, read
+        copied, read = self.readable.bytes_by_row()
+        return held + copied, read
+
+    def _alike(self, group: RowGroup) -> list[tuple[RowGroup, Reading | None]]:
+        return [(group, None)]
+
+    def _store(
+        self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any = None, room: int = 0
+    ) -> None:
+        """Hold prompts whole, and choose what may be read of them."""
+        if not self.is_sliding:
+            self._choose(key, value, rankings, real, room)
+            rankings = [None] * len(key)
+        super()._store(key, value, rankings, real, room)
+
+    def _counts(self, lengths: list[int]) -> np.ndarray:
+        """Return the entries that each row holds: all that its window leaves."""
+        return np.minimum(lengths, self.sliding_window or max(lengths)).repeat(self.num_kv_heads)
+
+    def _decode(
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.readable is not None and key.shape[2] == 1:
+            self._append(key, value, self._row_order())
+            return self.readable.attend(own, module, query, key, value, mask, **kwargs)
+        output = super()._decode(own, module, query, key, value, mask, **kwargs)
+        if self.readable is not None:
+            with torch.no_grad():
+                self._choose_again(query, logit_terms(query, kwargs))
+        return output
+
+    def _choose(self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any, room: int = 0) -> None:
+        """Copy what may be read from now on; see `CompressedLayer._store`."""
+        self.readable = ReadingLayer(self.budgets, self.selector, None, self.context)
+        self.readable.by_length = self.by_length
+        self.readable.lazy_initialization(key, value)
+        self.readable._store(key, value, rankings, real, room)
+
+    def _choose_again(self, query: Tensor, logits: dict[str, Any]) -> None:
+        """Choose among all tokens by the queries of a call, ``[batch, heads, new, head_dim]``."""
+        width, new = self.get_seq_length(), query.shape[2]
+        rows = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
+        parts = []
+        for held in ("keys", "values"):
+            tensors = [getattr(group, held)[slot] for group, slot in (rows[row] for row in sorted(rows))]
+            # Shorter prompts were padded in front, or are as if they had been.
+            tensors = [F.pad(each, (0, 0, width - len(each), 0)) for each in tensors]
+            parts.append(torch.stack(tensors).unflatten(0, (self.batch, self.num_kv_heads)))
+        key, value = parts
+        real = self.real_tokens()
+        if bool(real.all()):
+            prompt = PromptAttention(query, key, value, **logits, first_query=width - new, layer=self.context)
+            self._choose(key, value, self.selector.rank(prompt).split(1), None)
+            return
+        rankings, tokens = [], [row.nonzero()[:, 0] for row in real]
+        for i, at in enumerate(tokens):
+            asking = query[i : i + 1, :, real[i, -new:]]
+            prompt = PromptAttention(
+                asking,
+                key[i : i + 1, :, at],
+                value[i : i + 1, :, at],
+                **logits,
+                first_query=len(at) - asking.shape[2],
+                layer=self.context,
+            )
+            rankings.append(self.selector.rank(prompt))
+        self._choose(key, value, rankings, tokens)
