@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -98,6 +99,16 @@ def snippets():
         for language, start, text in blocks(page):
             if language == "python" or (not language and is_python(text)):
                 yield pytest.param(text, id=f"{page.name}:{start}")
+
+
+def notebook_cells():
+    """The code of docs/tutorial.ipynb, cell by cell."""
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_uses_what_there_is():
+    test_documented_python_uses_what_there_is("\n".join(notebook_cells()))
 
 
 def is_python(text):

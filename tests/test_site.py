@@ -19,6 +19,7 @@ import yaml
 
 import evolkv
 from evolkv.cli.app import app
+from test_docs import notebook_cells
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -210,3 +211,16 @@ def test_pages_fit_their_window_and_ask_nothing_of_the_network(built, width):
         browser.close()
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
     assert heard == []
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_notebooks_cells_run(smollm2, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evolkv, "load_model", lambda name: smollm2)
+    names = {}
+    for cell in notebook_cells():
+        exec(cell, names)
+        assert capsys.readouterr().out.strip()
+    _, equal, evolved = names["rows"]
+    assert evolved["score"] > equal["score"]
