@@ -158,7 +158,9 @@ def serve(model: str, folder: Path, name: str, profile: str | None, options: lis
     command += [] if profile is None else ["--additional-config", profile]
     log = folder / f"{name}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | _QUIET)
+        # That variable goes before the option for the size of the pool.
+        environment = {key: value for key, value in os.environ.items() if key != "VLLM_CPU_KVCACHE_SPACE"} | _QUIET
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait(process, port, log)
             yield Server(port, log)
