@@ -132,7 +132,7 @@ TABLES = {
         val=4,
         protocols=("aware",),
     ),
-    # For docs/leaderboard.md, with budgets as shares of each prompt.
+    # The profiles of docs/leaderboard.md, with budgets as shares of each prompt.
     "leaderboard-needles": Table(("niah:context=1600",), (None,), 24, val=8, protocols=("agnostic",)),
     "leaderboard-multikey": Table(
         ("ruler:task=niah_multikey_1,context=1024",), ("logprob",), 24, val=8, protocols=("agnostic",)
@@ -281,16 +281,11 @@ def _best(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: list[Budget]) -> dict[str, Any]:
-    """Return scores by method and budget (means over tasks), and evolved budgets beside the best other by task.
-
-    Where there is one task, also intervals, bytes held and prefill factors by method and budget.
-    """
-
-    def at(method: str, budget: Budget) -> list[dict[str, Any]]:
-        return [row for row in rows if row["method"] == method and row["budget"] in (budget, None)]
+    """Return scores by method and budget (means over tasks), and evolved budgets beside the best other by task."""
 
     def means(method: str) -> list[float]:
-        return [float(np.mean([row["score"] for row in at(method, budget)])) for budget in budgets]
+        mine = [row for row in rows if row["method"] == method]
+        return [float(np.mean([row["score"] for row in mine if row["budget"] in (budget, None)])) for budget in budgets]
 
     full = {row["task"]: (row["score"], row["n"]) for row in rows if row["method"] == "full"}
     comparisons = []
@@ -304,11 +299,7 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
         whole = float(np.average(scores, weights=counts))
         comparisons.append({"task": _short(task), "n": sum(counts), "full": whole, "cells": cells})
     methods = dict.fromkeys(row["method"] for row in rows)
-    found = {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
-    if len({row["task"] for row in rows}) == 1:
-        for key in ("ci95", "kv_bytes", "prefill_factor"):
-            found[key] = {method: [at(method, budget)[0][key] for budget in budgets] for method in methods}
-    return found
+    return {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
 
 
 def _short(task: str) -> str:

@@ -177,40 +177,23 @@ def results(records: Sequence[Record]) -> Lines:
 
 
 def leaderboard(records: Sequence[Record]) -> Lines:
-    """Yield scores with intervals by method and budget, bytes held and prefill factors; the records share a task.
+    """Yield scores of an evolkv command by method and budget, with intervals, bytes held and prefill factors.
 
-    Evolved and LU-KV's budgets stand under the selector that they cut.
+    A method SELECTOR-{}.json is a profile for each budget, evolved under that selector.
     """
     for record in records:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for each in record["rows"]:
+            rows.setdefault(each["method"].replace("-{}.json", ", evolved"), []).append(each)
+        budgets = list(dict.fromkeys(each["budget"] for each in record["rows"] if each["budget"] is not None))
+        cells = []
+        for method, mine in rows.items():
+            scores = ["{:.2f} ({:.2f}–{:.2f})".format(each["score"], *each["ci95"]) for each in mine]
+            scores += [""] * (len(budgets) - len(scores))
+            held = " / ".join(f"{each['kv_bytes'] / 2**20:.1f}" for each in mine)
+            cells.append([method, *scores, held, f"{mine[0]['prefill_factor']:.2f} ×"])
         yield from (f"`{record['command']}`; {record.caption}", "")
-    budgets = records[0].table["budgets"]
-    lines: dict[tuple[str, str], Sequence[Any]] = {}
-    for record in records:
-        found = record.table
-        for method, scores in found["scores"].items():
-            allocator, _, selector = method.rpartition("+")
-            if method in ("evolved", "lukv"):
-                allocator, (selector,) = method, dict.fromkeys(found["evolved_under"])
-            cells = [
-                "{:.3f} ({:.2f}–{:.2f})".format(score, *interval)
-                for score, interval in zip(scores, found["ci95"][method], strict=True)
-            ]
-            held = " / ".join(f"{held / 2**20:.1f}" for held in dict.fromkeys(found["kv_bytes"][method]))
-            factor = f"{max(found['prefill_factor'][method]):.2f} ×"
-            lines.setdefault((selector, allocator), [selector, allocator or "equal", *cells, held, factor])
-    order = list(dict.fromkeys(selector for selector, _ in lines))
-    rows = sorted(lines.items(), key=lambda item: order.index(item[0][0]))
-    shown = [["full", "", *row[2:]] if name == ("full", "") else row for name, row in rows]
-    yield from table(["selector", "budgets", *(f"{each} kept" for each in budgets), "held, MiB", "prefill"], shown)
-    yield from ("", "Evolved budgets minus the best other method, and minus LU-KV's, on the same examples:", "")
-    differences = []
-    for record in records:
-        (selector,) = dict.fromkeys(record.table["evolved_under"])
-        for rival in (None, "lukv"):
-            (compared,) = record.table["comparisons"][:1]
-            cells = [_compared(cell if rival is None else {"best": rival, **cell[rival]}) for cell in compared["cells"]]
-            differences.append([selector, rival or "best other", *cells])
-    yield from table(["evolved under", "against", *budgets], differences)
+        yield from table(["method", *(f"{each} kept" for each in budgets), "held, MiB", "prefill"], cells)
 
 
 def headline(records: Sequence[Record]) -> Lines:
