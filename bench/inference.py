@@ -24,13 +24,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import evolkv
+from evolkv.budgets import read_budget
 from evolkv.cache.math import attention
 from evolkv.errors import UsageError
 from evolkv.evaluation.decode import end_tokens, greedy
 from evolkv.evaluation.scoring import text_score
+from evolkv.methods import get_method
 from evolkv.models import describe_model
 from evolkv.models.forward import given_cache
-from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 from lib import contenders as lib_contenders
 from lib.command import Bench, run
@@ -326,7 +327,7 @@ def paired(
 def selectors(
     bench: Bench,
     context: int = 4096,
-    budget: int = 128,
+    budget: str = "128",
     pairs: int = 7,
     names: list[str] = ["snapkv"],  # noqa: B006
 ) -> dict[str, Any]:
@@ -336,9 +337,9 @@ def selectors(
 
     Args:
         context: tokens of the prompt.
-        budget: cache entries per KV head.
+        budget: cache entries per KV head, or a share of the prompt, such as 50%.
         pairs: paired runs of each selector; the prompt's memory is weighed in the first.
-        names: selectors.
+        names: selectors, with an allocator of layers or without: cosine+pyramidinfer.
     """
     model = load(bench.model, bench.dtype, bench.device)
     torch.manual_seed(bench.seed)
@@ -346,8 +347,7 @@ def selectors(
     prompt = torch.randint(min(100, vocabulary // 2), vocabulary, (1, context), device=model.device)
     result = {}
     for name in names:
-        profile = evolkv.BudgetProfile.uniform(model, budget, selector=name)
-        kind = type(get_selector(name))
+        kind: Any = type(get_method(name).selector)
         score = kind.score
         memory: list[float] = []
 
@@ -360,14 +360,14 @@ def selectors(
         def prefill() -> None:
             model(prompt, use_cache=True, logits_to_keep=1)
 
-        kind.score = weighed  # type: ignore[method-assign]
-        with evolkv.compress(model, profile):
+        kind.score = weighed
+        with evolkv.compress(model, name, budget):
             prefill()
-        kind.score = score  # type: ignore[method-assign]
+        kind.score = score
         plain, compressed = [], []
         for _ in range(pairs):
             plain.append(seconds(prefill, model.device))
-            with evolkv.compress(model, profile):
+            with evolkv.compress(model, name, budget):
                 compressed.append(seconds(prefill, model.device))
         result[name] = {
             "scoring_memory_over_kv": max(memory),
@@ -375,7 +375,7 @@ def selectors(
             "compressed_seconds": spread(compressed),
             "ratio_of_pairs": ratios(compressed, plain),
         }
-    return {"n": pairs, "context": context, "budget": budget, "selectors": result}
+    return {"n": pairs, "context": context, "budget": read_budget(budget), "selectors": result}
 
 
 def construction(bench: Bench, budget: int = 128, runs: int = 50) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_pyramid_refuses_what_it_cannot_lay_out(settings_, message):
 def test_unknown_allocator_suggests_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'pyramid'"):
         ALLOCATORS["piramid"]
-    assert set(ALLOCATORS) == {"uniform", "pyramid"}
+    assert set(ALLOCATORS) == {"uniform", "pyramid", "cosine"}
 
 
 def test_a_layer_that_cannot_hold_the_floor_gets_what_it_can_hold():
@@ -234,7 +234,7 @@ def test_a_layer_that_cannot_hold_the_floor_gets_what_it_can_hold():
     assert expand([[64, 64]] * 4, 64, 32, ceilings).tolist() == [[24, 24]] * 3 + [[184, 184]]
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "pyramid"])
+@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "cosine"])
 def test_layouts_have_the_exact_mean_within_what_layers_can_hold(allocator):
     selector = get_selector("snapkv")
     budgets = layout(allocator, (4, 2), 64, selector, [24, 24, 24, 512])

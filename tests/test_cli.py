@@ -663,7 +663,7 @@ def test_invalid_profile_is_refused_and_named(run, tmp_path):
         ("tasks", ["niah", "jsonl"]),
         ("metrics", ["contains", "logprob"]),
         ("selectors", ["snapkv", "tova"]),
-        ("allocators", ["uniform", "pyramid", "lukv"]),
+        ("allocators", ["uniform", "pyramid", "cosine", "lukv"]),
         ("strategies", ["joint", "start", "evolkv", "random"]),
     ],
 )

@@ -1,7 +1,8 @@
 """Random models, batches, budgets and selectors: evicting equals masking, computed without any of our cache.
 
-One test knows what must be kept of a prompt, and evicts once. The other evicts again, in chunks, after turns and while
-tokens are generated; it takes from the cache what is held, and checks how much that is and what attention makes of it.
+One test knows what must be kept of a prompt, and evicts once; another does so where layers drop tokens from all deeper
+ones. The third evicts again, in chunks, after turns and while tokens are generated; it takes from the cache what is
+held, and checks how much that is and what attention makes of it.
 
 A tenth of the cases is quick; the rest is marked slow.
 
@@ -24,7 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import reading_reference
 from evolkv import BudgetProfile, CompressedCache
-from evolkv.models import describe_model
+from evolkv.errors import ModelError
+from evolkv.models import describe_model, model_facts
 from evolkv.models.rotary import rotary_of
 from evolkv.selectors import LayerContext, PromptAttention, get_selector
 from tiny import VOCABULARY
@@ -115,6 +117,76 @@ class Once(Masking):
                 held[head] = given
         self.kept.append(held)
         visible[:, end:, :end] &= held[:, None]
+
+
+@dataclass(frozen=True)
+class Pruned(Masking):
+    """Of the first `prompt` tokens each layer reads those that all layers below have kept, by one budget a layer.
+
+    `left` are the tokens that enter each layer; `given` are those that the cache under test holds.
+    """
+
+    model: object
+    selector: object
+    budgets: list
+    prompt: int
+    given: list
+    left: list
+
+    def evict(self, visible, module, query, key, value, scaling, softcap, window, sinks):
+        """Hides what earlier layers have dropped, and from later tokens what this one does not keep."""
+        end, entering, row = self.prompt, self.left[-1], len(self.left) - 1
+        visible[:, :, :end] &= entering
+        # A dropped token sees itself, so that it stays a number; nobody sees it.
+        visible[:, :end, :end] |= torch.diag(~entering)
+        votes = self.votes(visible[:, :end, :end], query[:, :, :end], key[:, :, :end], scaling, softcap, sinks)
+        age = end - 1 - torch.arange(end)
+        within = entering if window is None else entering & (age < window)
+        count = min(self.budgets[row], int(within.sum()))
+        order = sorted((i for i in range(end) if entering[i]), key=lambda i: (-float(votes[i]), i))
+        protected, recent = self.selector.protected, 1 + int(self.selector.recent * end)
+
+        def first(place):
+            by_age = int(age[order[place]])
+            old = by_age >= recent or (by_age and not protected)
+            return min(
+                (place + 1) / (1 - protected) if protected < 1 else np.inf,
+                np.inf if old else 0 if not by_age else by_age / protected,
+            )
+
+        places = sorted(range(len(order)), key=lambda place: (first(place), place))
+        held = torch.zeros(end, dtype=torch.bool)
+        held[[order[place] for place in places if within[order[place]]][:count]] = True
+        for head in self.given[row]:
+            given = torch.zeros(end, dtype=torch.bool)
+            given[head] = True
+            differs = (held != given).nonzero()[:, 0]
+            assert int(given.sum()) == count, f"layer {row} holds {int(given.sum())}, not {count}"
+            if len(differs):
+                off = votes[differs].max() - votes[differs].min()
+                assert float(off) <= _TIE[query.dtype] * float(votes[votes.isfinite()].max()), f"layer {row} differs"
+                held = given
+        visible[:, end:, :end] &= held
+        self.left.append(entering if window is not None else held)
+
+    def votes(self, visible, query, key, scaling, softcap, sinks):
+        """Attention that each token gets from the recent ones that are left, ``[tokens]``."""
+        end, entering = self.prompt, self.left[-1]
+        fold = query.shape[1] // key.shape[1]
+        logits = (query.float() @ key.repeat_interleave(fold, 1).float().transpose(2, 3))[0] * scaling
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        logits = logits.masked_fill(~visible.repeat_interleave(fold, 0), float("-inf"))
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float().view(-1, 1, 1).expand(-1, end, 1)], dim=-1)
+        attention = logits.softmax(-1)[..., :end].mean(0)
+        recent = int(self.selector.recent * end)
+        votes = torch.zeros(end)
+        for i in range(end - 1 - recent, end):
+            if entering[i]:
+                votes += attention[i] * (1 + (self.selector.weight - 1) * (i - (end - 1 - recent)) / max(1, recent))
+        votes[: self.selector.sinks] = torch.inf
+        return votes
 
 
 @dataclass(frozen=True)
@@ -421,6 +493,44 @@ class Case:
         )
 
 
+def prunes(number, model):
+    """One case of the third test: tokens that a layer drops are absent from all deeper ones."""
+    case, facts = Case(number, model), model_facts(model)
+    rng, layers = case.rng, facts.num_layers
+    selector = get_selector(
+        {
+            "name": "pyramidinfer",
+            "recent": float(rng.choice([0.0, 0.2, 0.6])),
+            "weight": float(rng.choice([0.5, 1.2])),
+            "sinks": int(rng.integers(0, 5)),
+            "protected": float(rng.choice([0.0, 0.5, 0.75, 1.0])),
+        }
+    )
+    longest = max(case.lengths)
+    budgets = np.sort(rng.integers(1, longest + 3, layers))[::-1]
+    case.selector, case.budgets = selector, budgets
+    profile = lambda: BudgetProfile.from_budgets(model, budgets, selector)  # noqa: E731
+    if case.hybrid or None not in facts.sliding_windows:
+        with pytest.raises(ModelError, match="no prefill can be pruned"):
+            CompressedCache(model, profile())
+        return
+    cache = CompressedCache(model, profile())
+    case.feed(case.lengths, case.side, cache)
+    given, shares = [positions_of(cache, i) for i in range(case.batch)], cache.prefill_share_by_sequence
+    for step in case.steps:
+        case.feed(case.counts_of(step), "left", cache)
+    cache.release()
+    for i, length in enumerate(case.lengths):
+        left = [torch.ones(length, dtype=torch.bool)]
+        reference = Pruned(model, selector, budgets.tolist(), length, given[i], left)
+        expected = reference.logits(case.rows[i][: length + sum(case.steps)])
+        got = torch.cat(case.got[i])
+        read = torch.cat([left[-2], torch.ones(len(got) - length, dtype=torch.bool)])
+        error = float((got - expected[: len(got)])[read].abs().max() / expected.abs().max().clamp(min=1))
+        assert error <= _TOLERANCE[model.dtype], f"sequence {i} of {case.said()}: off by {error:.2g}"
+        assert shares[i] == pytest.approx(sum(int(each.sum()) for each in left[:-1]) / (layers * length))
+
+
 def positions_of(cache, i):
     """Positions held of a sequence, by layer and head."""
     return [[heads if cache.num_rows == 1 else heads[i] for heads in layer] for layer in cache.positions]
@@ -568,6 +678,7 @@ def cases(name, check, total):
         *cases("again", evicts_again, CASES // 5),
         *cases("reading", reads_a_part, CASES // 10),
         *cases("turns", takes_turns, CASES // 10),
+        *cases("prunes", prunes, CASES // 5),
     ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):

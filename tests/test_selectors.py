@@ -354,6 +354,10 @@ def test_ties_are_broken_alike_at_every_budget():
         ("kvzip:chunk=0", "chunk is 0"),
         ({"name": "expected_attention", "future": 0}, "future is 0"),
         ({"name": "expected_attention", "sinks": -1}, "must not be negative"),
+        ("pyramidinfer:recent=1.5", "recent is 1.5"),
+        ("pyramidinfer:protected=-1", "protected is -1"),
+        ("pyramidinfer:weight=0", "above 0"),
+        ("pyramidinfer:sinks=-1", "0 tokens or more"),
         ({"window": 3}, "with a 'name'"),
         (7, "name or a mapping"),
     ],
@@ -373,7 +377,7 @@ def test_specs_round_trip(name):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", list(SELECTORS))
+@pytest.mark.parametrize("name", [name for name in SELECTORS if not SELECTORS[name].prunes_prefill])
 def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     model, _ = smollm2
     prompt_ids = tokens(1, 120) + 500

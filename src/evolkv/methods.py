@@ -30,6 +30,8 @@ from evolkv.selectors import SELECTORS, Selector, get_selector
 from evolkv.specs import format_spec, parse_spec
 
 _ALIASES = {"pyramidkv": "pyramid+snapkv"}
+#: Allocators whose lowest layers may get more than a prompt has.
+_STEEP = ("pyramid", "cosine")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Method:
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
     def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
-        """Return the budgets for one prompt, ``[layers, kv_heads]``; a pyramid gives no layer more than the prompt has.
+        """Return the budgets for one prompt, ``[layers, kv_heads]``; no layer gets more than the prompt has.
 
         Args:
             observed: what each of `observers` saw in each layer.
@@ -138,7 +140,7 @@ class Method:
             return budgets
         floor = self.selector.min_budget
         total = int(budgets[:, 0].sum())
-        if (self.layers is not None or self.allocator == "pyramid") and total < ceilings.sum():
+        if (self.layers is not None or self.allocator in _STEEP) and total < ceilings.sum():
             if self.layers is not None:
                 seen = [layer[self.layers, self.selector] for layer in observed]
                 row = self.layers.layers(seen, total // len(budgets), floor, ceilings)

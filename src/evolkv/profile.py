@@ -164,11 +164,14 @@ class BudgetProfile:
         Raises:
             ProfileError: as for the class.
             BudgetError: for what is no share.
+            UsageError: for budgets that the selector cannot keep to; see `Selector.check_budgets`.
         """
         info, chosen = _info(model), get_selector(selector)
         matrix = as_matrix(budgets, info.num_layers, info.num_kv_heads)
         constant = bool((matrix == matrix[:, :1]).all())
         windows = [] if isinstance(model, ModelInfo) else model_facts(model).sliding_windows
+        if windows:
+            chosen.check_budgets(matrix, windows)
         narrow = any(window is not None and window < chosen.min_budget for window in windows)
         return cls(
             model={

@@ -9,9 +9,22 @@ each prompt anew are in `evolkv.allocators.adaptive`.
 from __future__ import annotations
 
 from evolkv.allocators.complete import complete
+from evolkv.allocators.cosine import cosine
+from evolkv.allocators.isotonic import non_increasing
 from evolkv.allocators.layout import ALLOCATORS, expand, fit, layout
 from evolkv.allocators.lukv import lukv
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
 
-__all__ = ["ALLOCATORS", "complete", "expand", "fit", "layout", "lukv", "pyramid", "uniform"]
+__all__ = [
+    "ALLOCATORS",
+    "complete",
+    "cosine",
+    "expand",
+    "fit",
+    "layout",
+    "lukv",
+    "non_increasing",
+    "pyramid",
+    "uniform",
+]

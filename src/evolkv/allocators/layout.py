@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evolkv.allocators.complete import broadcast_bounds, complete
+from evolkv.allocators.cosine import cosine
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
 from evolkv.budgets import read_entries
@@ -17,7 +18,7 @@ from evolkv.registry import Registry
 from evolkv.selectors.base import Selector
 
 ALLOCATORS: Registry[Callable[..., Any]] = Registry(
-    "allocator", {"uniform": uniform, "pyramid": pyramid}, "evolkv.allocators"
+    "allocator", {"uniform": uniform, "pyramid": pyramid, "cosine": cosine}, "evolkv.allocators"
 )
 
 
@@ -51,6 +52,8 @@ def layout(
     if allocator == "pyramid":
         window = min(selector.window, budget - 1)
         column = pyramid(layers, budget, window=window, ceiling=max(budget, int(limits.max())))
+    elif allocator == "cosine":
+        column = cosine(layers, budget, ceiling=max(budget, int(limits.max())))
     else:
         column = np.asarray(ALLOCATORS[allocator](layers, budget))
         if column.shape != (layers,):

@@ -31,7 +31,7 @@ def read_all_but_last(
     cache = given_cache(kwargs)
     if not hasattr(cache, "begin_call"):
         return None
-    cache.begin_call(module)
+    cache.begin_call(module, kwargs)
     if kwargs.get("use_cache") is False:
         raise UsageError(
             "this call brings a compressed cache and says use_cache=False; generate() would then read the whole text "
@@ -71,14 +71,16 @@ def put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = given_cache(kwargs)
     if not hasattr(cache, "end_call"):
         return None
-    cache.end_call(kwargs)
-    states = cache.states_of_chunks
-    if not states:
+    last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    whole, states = cache.end_call(kwargs, last), cache.states_of_chunks
+    if states:
+        cache.states_of_chunks = None
+        whole = torch.cat([*states, whole], dim=1)
+    if whole is last:
         return None
-    cache.states_of_chunks = None
     if isinstance(output, tuple):
-        return torch.cat([*states, output[0]], dim=1), *output[1:]
-    output.last_hidden_state = torch.cat([*states, output.last_hidden_state], dim=1)
+        return whole, *output[1:]
+    output.last_hidden_state = whole
     return output
 
 

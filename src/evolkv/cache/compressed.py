@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.budgets import BudgetSpec
-from evolkv.cache.generate import check_ids, check_mask, check_text, filled_up
+from evolkv.cache.costs import CacheCosts
+from evolkv.cache.generate import check_ids, check_mask, check_text, whole_text
 from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
@@ -26,7 +27,7 @@ from evolkv.models.forward import input_device
 from evolkv.numbers import is_whole
 
 
-class CompressedCache(HookedCache):
+class CompressedCache(CacheCosts, HookedCache):
     """A key-value cache that keeps, of each prompt, only what a profile allows.
 
     Pass it to ``generate(cache=...)`` or to a forward call. The first
@@ -168,18 +169,7 @@ class CompressedCache(HookedCache):
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
             )
-        new = input_ids.to(self.input_ids.device).expand(self.num_rows, -1)
-        ids = torch.cat([self.input_ids, new], dim=1)
-        after = self.kv_layers[0].prompt_width
-        mask = torch.ones_like(ids)
-        mask[:, :seen] = self.kv_layers[0].real_tokens().to(ids.device)
-        mask[:, after:known] *= ~filled_up(self.model(), self.input_ids)[:, after:]
-        if attention_mask is not None:
-            shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
-            check_mask(attention_mask, shapes)
-            mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
-        for layer in self.kv_layers:
-            layer.note_padding(mask[:, after:seen].bool())
+        ids, mask = whole_text(self.model(), self.kv_layers, self.input_ids, input_ids, attention_mask)
         return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "cache": self}
 
     def begin_generation(self, ids: Any, mask: Tensor | None, new: int | None) -> None:
@@ -344,8 +334,17 @@ class CompressedCache(HookedCache):
         hook_model(self.model())
 
     def note_call(self, kwargs: dict[str, Any]) -> None:
-        """Takes note of the drafts in a call of the model, the first one since `activate_past_recording`."""
+        """Takes note of the drafts in a call of the model, the first one since `activate_past_recording`.
+
+        Raises:
+            UsageError: for labels of a prompt of which tokens are dropped while it is read.
+        """
         kept = kwargs.get("logits_to_keep")
+        if self._prunes and kwargs.get("labels") is not None and not self.get_seq_length():
+            raise UsageError(
+                "labels cannot be scored over a prompt whose tokens are dropped while it is read; leave them out, or "
+                "read the prompt first and give labels for what follows"
+            )
         # A call that is not generate's has no drafts: generate may have failed before its first.
         if self._awaits_drafts and isinstance(kept, int) and kept > 1:
             for layer in self.kv_layers:
@@ -386,11 +385,6 @@ class CompressedCache(HookedCache):
         return self.kv_layers[0].batch
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes held by keys and values, reserved room included; the states of other layers do not count."""
-        return sum(layer.kv_bytes for layer in self.kv_layers)
-
-    @property
     def positions(self) -> list[list[Any]]:
         """Prompt positions held, by layer (those with keys and values) and KV head.
 
@@ -407,28 +401,6 @@ class CompressedCache(HookedCache):
             ]
             for layer in self.kv_layers
         ]
-
-    @property
-    def kv_bytes_by_sequence(self) -> list[int]:
-        """Bytes held by keys and values of each sequence of the batch, reserved room not included."""
-        return self._by_sequence(0)
-
-    @property
-    def read_bytes_by_sequence(self) -> list[int]:
-        """Bytes that a generated token's attention reads of each sequence: what is held, or what is chosen of it."""
-        return self._by_sequence(1)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that the attention of one generated token per sequence reads, of what is held now."""
-        return sum(self.read_bytes_by_sequence)
-
-    def _by_sequence(self, which: int) -> list[int]:
-        """Return the sums over layers and heads of one of the two that `CompressedLayer.bytes_by_row` gives."""
-        totals = torch.zeros(self.num_rows, dtype=torch.long)
-        for layer in self.kv_layers if self.num_rows else ():
-            totals += layer.bytes_by_row()[which].view(self.num_rows, -1).sum(1)
-        return totals.tolist()
 
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:

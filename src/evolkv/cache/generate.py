@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,3 +125,34 @@ def filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
         # The first of the run is the row's own end.
         run = run & F.pad(run[:, :-1], (1, 0))
     return run
+
+
+def whole_text(
+    model: PreTrainedModel, layers: Sequence[Any], read: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the ids of a text with what comes next, and their mask, each ``[batch, tokens]``; layers note the padding.
+
+    Args:
+        model: the model.
+        layers: those of the cache, which have seen `read` or its first part.
+        read: ids of the text so far, ``[batch, tokens]``.
+        input_ids: what comes next, ``[batch or 1, new]``.
+        attention_mask: 0 for padding, of what comes next or of the whole text; None for no padding in what comes next.
+
+    Raises:
+        UsageError: for a mask of another shape.
+    """
+    first, known = layers[0], read.shape[1]
+    seen, after = first.get_seq_length(), first.prompt_width
+    new = input_ids.to(read.device).expand(len(read), -1)
+    ids = torch.cat([read, new], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, :seen] = first.real_tokens().to(ids.device)
+    mask[:, after:known] *= ~filled_up(model, read)[:, after:]
+    if attention_mask is not None:
+        shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
+        check_mask(attention_mask, shapes)
+        mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
+    for layer in layers:
+        layer.note_padding(mask[:, after:seen].bool())
+    return ids, mask

@@ -162,8 +162,8 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     blocks = tuple(attachment.blocks)
     brought = blocks[-1](module, args, kwargs) if blocks else None
-    cache: Any = given_cache(kwargs)
-    if brought is None and hasattr(cache, "note_call"):
+    cache: Any = given_cache(kwargs if brought is None else brought[1])
+    if hasattr(cache, "note_call"):
         cache.note_call(kwargs)
     return brought
 
@@ -176,12 +176,14 @@ def _end_call(module: nn.Module, args: tuple[Any, ...], kwargs: Any, *output: An
     return put_together(module, args, kwargs, *output) if output else None
 
 
-def _fan_out(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> _Changed:
+def _enter_layer(
+    index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> _Changed:
     cache: Any = None if kwargs is None else given_cache(kwargs)
-    return cache.fan_out(index, args, kwargs) if hasattr(cache, "fan_out") else None
+    return cache.enter_layer(index, module, args, kwargs) if hasattr(cache, "enter_layer") else None
 
 
-_HOOKS = (_before_model, _begin_call, _end_call, _fan_out)
+_HOOKS = (_before_model, _begin_call, _end_call, _enter_layer)
 
 
 def _remove_hooks(module: nn.Module) -> None:
@@ -217,7 +219,7 @@ class _Attachment:
         self.own = [(config, str(config._attn_implementation).removeprefix(_PREFIX)) for config in configs.values()]
         self.wrap()
         self._decoder = weakref.ref(decoder)
-        self._fans = False
+        self._by_layer = False
         decoder.register_forward_pre_hook(_begin_call, with_kwargs=True)
         decoder.register_forward_hook(_end_call, with_kwargs=True)
 
@@ -252,13 +254,13 @@ class _Attachment:
                 module.register_forward_pre_hook(_before_model, prepend=True, with_kwargs=True)
             _attachments[module] = self
 
-    def fan_out(self) -> None:
-        """Have each layer of the decoder ask its cache whether a row is to become several."""
+    def hook_layers(self) -> None:
+        """Have each layer of the decoder ask its cache for other arguments."""
         decoder = self._decoder()
-        if not self._fans and decoder is not None:
+        if not self._by_layer and decoder is not None:
             for index, layer in enumerate(decoder.layers):
-                layer.register_forward_pre_hook(functools.partial(_fan_out, index), with_kwargs=True)
-            self._fans = True
+                layer.register_forward_pre_hook(functools.partial(_enter_layer, index), with_kwargs=True)
+            self._by_layer = True
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -266,7 +268,7 @@ class _Attachment:
             _remove_hooks(module)
             del _attachments[module]
         decoder = self._decoder()
-        if self._fans and decoder is not None:
+        if self._by_layer and decoder is not None:
             for layer in decoder.layers:
                 _remove_hooks(layer)
         for config, name in self.own:
@@ -319,13 +321,13 @@ def hook_model(model: PreTrainedModel) -> None:
         _attachments[model.get_decoder()].hook_model(model)
 
 
-def attach(model: PreTrainedModel, bring: Bring | None = None, *, fans: bool = False) -> Callable[[], None]:
+def attach(model: PreTrainedModel, bring: Bring | None = None, *, by_layer: bool = False) -> Callable[[], None]:
     """Install the hooks; the model is restored when every caller has called what is returned.
 
     Args:
         model: the model.
         bring: what a `compress` block does with calls of the model.
-        fans: whether a cache wants its `fan_out` called before each layer.
+        by_layer: whether a cache wants its `enter_layer` called before each layer of the decoder.
 
     Raises:
         ModelError: if the model's attention implementation cannot be wrapped.
@@ -342,8 +344,8 @@ def attach(model: PreTrainedModel, bring: Bring | None = None, *, fans: bool = F
         if bring is not None:
             attachment.blocks.append(bring)
             attachment.hook_model(model)
-        if fans:
-            attachment.fan_out()
+        if by_layer:
+            attachment.hook_layers()
     # The model may be gone before its last cache is; a weak reference lets it.
     reference = weakref.ref(decoder)
 

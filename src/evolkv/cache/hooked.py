@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from evolkv.cache.hook import attach, check_arrival, forget_sent, wrap_again
+from evolkv.cache.hook import attach, check_arrival, forget_sent, hook_model, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.models import adapters_in_use, model_facts
@@ -54,7 +54,7 @@ class HookedCache(Cache):
         model: the model the cache is for.
         kv_layers: one cache layer for each decoder layer that has keys and values, the rows of the budgets.
         states: what the other layers of a hybrid model start from. Default: nothing.
-        fans: whether the cache has a method `fan_out`, which gives each decoder layer its arguments.
+        by_layer: whether `enter_layer` gives each decoder layer its arguments.
 
     Attributes:
         states_of_chunks: what has been computed of a call that is read in pieces; see `evolkv.cache.chunks`.
@@ -80,7 +80,7 @@ class HookedCache(Cache):
         kv_layers: list[Any],
         states: Sequence[StateLayer] | None = None,
         *,
-        fans: bool = False,
+        by_layer: bool = False,
     ):
         self.kv_layers: list[Any] = kv_layers
         self.state_layers = empty_states(model) if states is None else list(states)
@@ -91,7 +91,11 @@ class HookedCache(Cache):
         #: See `stretching`.
         self.rotary_limits = stretching(decoder.config)
         self._by_token = bool(self.state_layers) and continues_by_token(model)
-        self._detach = weakref.finalize(self, attach(model, fans=fans))
+        #: Whether layers let only some tokens of a prompt enter the next one; see `evolkv.cache.pruning`.
+        self._prunes = any(hasattr(layer, "enter") for layer in kv_layers)
+        self._detach = weakref.finalize(self, attach(model, by_layer=by_layer or self._prunes))
+        if self._prunes:
+            hook_model(model)
 
     def __bool__(self) -> bool:
         """True, except where a `compress` block that is closed made the cache.
@@ -128,11 +132,12 @@ class HookedCache(Cache):
         return model
 
     @torch.compiler.disable
-    def begin_call(self, decoder: nn.Module) -> None:
+    def begin_call(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         """Check that a call can begin; the decoder asks for it.
 
         Raises:
-            UsageError: if the call before this one failed half-way, or the decoder is not that of the cache's model.
+            UsageError: if the call before this one failed half-way, the decoder is not that of the cache's model, or it
+                asks for what a layer cannot give.
             ModelError: if an attention implementation was chosen meanwhile that cannot be wrapped.
         """
         self.check_finished()
@@ -140,16 +145,23 @@ class HookedCache(Cache):
             raise UsageError("this cache was made for another model; make one for the model that is called")
         if self.get_seq_length() == 0:
             self.adapters = adapters_in_use(self.model())
+            if self._prunes:
+                for layer in self.kv_layers:
+                    layer.begin_prompt(self.model(), kwargs)
         # Of a call that failed there may be some left.
         self.states_of_chunks = None
         wrap_again(decoder)
 
     @torch.compiler.disable
-    def end_call(self, arguments: Mapping[str, Any]) -> None:
+    def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
         """Check that all keys of a call reached attention, and do what comes after; the decoder asks for it.
 
         Args:
             arguments: of the call, by name.
+            states: the last hidden states of the decoder.
+
+        Returns:
+            Those of all tokens of the call, ``[batch, tokens, dim]``: zeros where layers have dropped tokens.
 
         Raises:
             ModelError: if keys and values did not reach attention.
@@ -159,6 +171,22 @@ class HookedCache(Cache):
             check_arrival(self._sent)
         self.read_again(arguments)
         self.unfinished = False
+        if self._prunes:
+            states = self.kv_layers[-1].whole(states)
+            for layer in self.kv_layers:
+                layer.forget_call()
+        return states
+
+    def enter_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of decoder layer `index` where its cache layer changes them."""
+        if not self._prunes:
+            return None
+        changed: tuple[tuple[Any, ...], dict[str, Any]] | None = self.kv_layers[index].enter(
+            self.kv_layers[index - 1] if index else None, module, args, kwargs
+        )
+        return changed
 
     def read_again(self, arguments: Mapping[str, Any]) -> None:
         """Have the model read a prompt again, where a selector needs that; `arguments` are those of the first call.

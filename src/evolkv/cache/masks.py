@@ -17,11 +17,16 @@ def make_mask(name: str, **kwargs: Any) -> Any:
     """Return what the mask function of an attention implementation makes, with the padding that it was made from."""
     mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
     padding = kwargs.get("attention_mask")
-    if mask is not None and padding is not None:
-        setattr(mask, _PADDING, padding)
     if mask is not None:
-        setattr(mask, _EVERYTHING, {})
+        note_padding(mask, padding)
     return mask
+
+
+def note_padding(mask: Any, padding: Tensor | None) -> None:
+    """Note which columns of a mask are real tokens, ``[batch, tokens]``; None where nobody said."""
+    if padding is not None:
+        setattr(mask, _PADDING, padding)
+    setattr(mask, _EVERYTHING, {})
 
 
 def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:

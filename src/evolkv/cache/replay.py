@@ -230,7 +230,7 @@ class ReplayCache(HookedCache):
         for number, place in enumerate(place for place in others if place.states):
             repeats = 1 if shared and place.index < self.fan_at else candidates
             states.append(StateLayer.merge([prompt.states[number] for prompt in prompts for _ in range(repeats)]))
-        super().__init__(model, layers, states, fans=shared > 0)
+        super().__init__(model, layers, states, by_layer=shared > 0)
 
     def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
         if self._selector is None or self._selector.replay_layer is None:
@@ -243,8 +243,8 @@ class ReplayCache(HookedCache):
         """Prompts times candidates."""
         return self.kv_layers[-1].num_rows
 
-    def fan_out(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def enter_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments of decoder layer `index` with a row per candidate; the hidden states fan out once."""
         if not self.shared or index < self.fan_at:

@@ -15,6 +15,7 @@ from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache.adaptive import AdaptiveLayer
 from evolkv.cache.hooked import layer_contexts
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.pruning import check_model
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
 from evolkv.cache.rereading import check_rereading
 from evolkv.errors import UsageError
@@ -78,6 +79,16 @@ class LayerMaker:
             )
         reeviction.check_selector(method.selector)
         check_rereading(model, method.selector)
+        facts = model_facts(model)
+        method.selector.check_budgets(self.budgets, facts.sliding_windows)
+        if method.selector.prunes_prefill:
+            check_model(model)
+            if self._at is None:
+                # The lowest layers get no more than the prompt has, so that the total is met.
+                windows = [facts.max_context if window is None else window for window in facts.sliding_windows]
+                self._at = functools.lru_cache(_LENGTHS)(
+                    lambda tokens: method.budgets_for([], self.budgets, np.minimum(windows, tokens))
+                )
         if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
             raise UsageError(
                 f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "

@@ -23,7 +23,7 @@ from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
 from evolkv.evolution.run import run_search
-from evolkv.evolution.space import HEURISTICS
+from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
 from evolkv.report.units import duration
 from evolkv.report.words import candidates, counted
@@ -164,7 +164,7 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
     """Return the settings, checked as far as they can be without the model; without budgets if none are given."""
     out, json_out, start = options["out"], options["json_out"], options["start"]
     storage = sibling(out, ".study.db") if options["storage"] is None else options["storage"]
-    named = (None, *COMPUTED, *HEURISTICS)
+    named = (None, *COMPUTED, *HEURISTICS, COSINE)
     task = get_task(options["task"])
     targets = [*outs.values(), *files(json_out)]
     check_outputs(targets, [*task.files(), *([] if start in named else [start])])

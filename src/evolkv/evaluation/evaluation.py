@@ -118,12 +118,12 @@ def evaluate(
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
         mean_budget, prefill_factor, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide
-        in), ``prefill_chunk``, ``block_size``, ``expanded_from`` (the budget that a profile was found at) and ``bins``
-        (number and score of the examples in each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and
-        `mean_budget` are what the cache held after prefill, averaged over examples (and heads); ``read_bytes`` is what
-        the attention of one generated token reads of it; `prefill_factor`
-        says how many tokens the model read for each of the prompt's, above 1 where a selector has it read the prompt
-        again.
+        in), ``prefill_chunk``, ``block_size``, ``prefill_share`` (what a method leaves of the prefill's computation),
+        ``expanded_from`` (the budget that a profile was found at) and ``bins`` (number and score of the examples in
+        each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held
+        after prefill, averaged over examples (and heads); ``read_bytes`` is what the attention of one generated token
+        reads of it; `prefill_factor` says how many tokens the model read for each of the prompt's, above 1 where a
+        selector has it read the prompt again.
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -137,8 +137,8 @@ def evaluate(
     check_request(chosen, at, samples, metric)
     _check_blocks(block_size, prefill_chunk)
     rows = _rows(model, chosen, at)
-    if prefill_chunk is not None:
-        for row in rows:
+    for row in rows:
+        if prefill_chunk is not None or row.selector.prunes_prefill:
             # What cannot read prompts so is refused before any is read.
             row.new_cache(model, prefill_chunk)
     haystacks = {format_spec(each): each.haystack_used() for each in tasks}
@@ -248,6 +248,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "read_bytes": float(np.mean([record.read_bytes or record.kv_bytes for record in column])),
                 "mean_budget": float(np.mean([record.mean_budget for record in column])),
                 "prefill_factor": float(np.mean([record.prefill_factor for record in column])),
+                **_prefill_share(column),
                 "seed": settings.seed,
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,
@@ -263,6 +264,12 @@ def summarise(records: Records) -> list[dict[str, Any]]:
             bins = _by_bin(column)
             results.append({**result, "bins": bins} if bins else result)
     return results
+
+
+def _prefill_share(column: Sequence[Record]) -> dict[str, float]:
+    """Return the mean share of a plain prefill, where a method computes less."""
+    shares = [record.prefill_share for record in column]
+    return {"prefill_share": float(np.mean(shares))} if min(shares) < 1 else {}
 
 
 def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:

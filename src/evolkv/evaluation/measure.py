@@ -192,12 +192,14 @@ class _Prefilled:
 class _Measured:
     """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer.
 
-    `prefill_factor` says how many tokens were read for each of the prompt's.
+    `prefill_share` is the share of a plain prefill that was computed, and `prefill_factor` says how many tokens were
+    read for each of the prompt's.
     """
 
     row: Row
     kv_bytes: int
     read_bytes: int
+    prefill_share: float
     prefill_factor: float
     answer: Answer
 
@@ -342,7 +344,14 @@ class _Shard:
         """Score the rows of some examples, those of each part in a cache, and put them on record."""
         measured: list[list[_Measured]] = [[] for _ in items]
         for number, (rows, cache) in enumerate(zip(self.parts, caches, strict=True)):
-            sizes = list(zip(cache.kv_bytes_by_sequence, cache.read_bytes_by_sequence, strict=True))
+            sizes = list(
+                zip(
+                    cache.kv_bytes_by_sequence,
+                    cache.read_bytes_by_sequence,
+                    cache.prefill_share_by_sequence,
+                    strict=True,
+                )
+            )
             questions = [item.question for item in items for _ in rows]
             logits = torch.cat([item.parts[number].next_logits for item in items])
             answers = questions[0].scorer.score(cache, logits, questions)
@@ -383,6 +392,7 @@ class _Shard:
                     kv_bytes=each.kv_bytes,
                     read_bytes=each.read_bytes,
                     mean_budget=each.kv_bytes / entry_bytes / self.heads,
+                    prefill_share=each.prefill_share,
                     prefill_factor=each.prefill_factor,
                 )
                 for each in measured

@@ -122,6 +122,7 @@ class Record(_Checked):
         mean_budget: the same as entries per KV head.
         prefill_factor: tokens that the model read before the first answer token for each of the prompt's; above 1 where
             the selector has it read the prompt again.
+        prefill_share: tokens of the prompt that entered each layer, summed, as a share of all tokens in all layers.
         extra: facts about the example (depth, length, …) and keyword arguments of the metric.
     """
 
@@ -142,6 +143,7 @@ class Record(_Checked):
     read_bytes: Annotated[int | None, Field(ge=1, le=2**53)] = None
     mean_budget: Annotated[float, Field(gt=0)]
     prefill_factor: Annotated[float, Field(ge=1)] = 1.0
+    prefill_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     extra: dict[str, Any] = {}
 
     @property

@@ -149,7 +149,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         strategy = STRATEGIES[self.strategy]
         if self.granularity is None:
-            object.__setattr__(self, "granularity", "layer" if strategy.layers_only else "head")
+            layers_only = strategy.layers_only or self._pruning is not None
+            object.__setattr__(self, "granularity", "layer" if layers_only else "head")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "backend" and callable(value)):
@@ -177,6 +178,11 @@ class SearchConfig:
         if self.granularity == "head" and strategy.layers_only:
             raise UsageError(
                 f"strategy {self.strategy!r} searches layers only; use --strategy joint for granularity 'head'"
+            )
+        if self.granularity == "head" and self._pruning is not None:
+            raise UsageError(
+                f"selector {self._pruning!r} drops tokens from whole layers, so budgets are by layer; use "
+                "--granularity layer"
             )
         if self.start not in (None, "uniform") and not strategy.starts_anywhere:
             raise UsageError(
@@ -213,6 +219,13 @@ class SearchConfig:
                 get_selector(spec).check_replay()
         # Checks its arguments, long before the first candidate would.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
+
+    @property
+    def _pruning(self) -> str | None:
+        """The name of a selector that prunes the prefill, if one is given."""
+        given = self.selector if isinstance(self.selector, (list, tuple)) else [self.selector]
+        found = [get_selector(cast(SelectorSpec, each)) for each in given if each is not None]
+        return next((each.name for each in found if each.prunes_prefill), None)
 
     @property
     def selectors(self) -> dict[str, SelectorSpec]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.allocators import expand, layout, lukv
+from evolkv.allocators import expand, layout, lukv, non_increasing
 from evolkv.budgets import Budget, Share
 from evolkv.errors import BudgetError
 from evolkv.evaluation.lengths import ByLength
@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 
 #: Allocations that need no search.
 HEURISTICS = ("uniform", "pyramid")
+#: The one of PyramidInfer, for selectors that prune the prefill.
+COSINE = "cosine"
 #: Name of the profile that a search started from.
 START = "start"
 #: What a result has to beat.
-NOT_EVOLVED = (*HEURISTICS, LUKV, START)
+NOT_EVOLVED = (*HEURISTICS, COSINE, LUKV, START)
 #: Where a search starts: a heuristic's name, a profile, or budgets ``[layers, kv_heads]``; None for uniform.
 Start = str | BudgetProfile | np.ndarray | None
 
@@ -58,7 +60,8 @@ class SearchSpace:
         self.floor = config.floor if config.floor is not None else selector.min_budget + 1
         self.ceiling = config.ceiling if config.ceiling is not None else longest
         #: Of each layer: entries beyond its own window would never be held.
-        self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in model_facts(model).sliding_windows])
+        self._windows = model_facts(model).sliding_windows
+        self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in self._windows])
         #: Of each layer: one whose window is below the floor holds its window.
         self.floors = np.minimum(self.floor, self.ceilings)
 
@@ -150,8 +153,12 @@ class SearchSpace:
         return int(budget)
 
     def matrix(self, candidate: np.ndarray) -> np.ndarray:
-        """Return a candidate as ``[layers, kv_heads]``."""
+        """Return a candidate as ``[layers, kv_heads]``; the nearest that does not rise if the selector prunes."""
         column = candidate if candidate.ndim == 2 else candidate[:, None]
+        if self.selector.prunes_prefill:
+            full = np.array([window is None for window in self._windows])
+            column = column.copy()
+            column[full, 0] = non_increasing(column[full, 0])
         return np.ascontiguousarray(np.broadcast_to(column, (self.layers, self.heads)))
 
     @property
@@ -173,7 +180,7 @@ class SearchSpace:
         """Return the allocations that a result has to beat, by name."""
         return {
             name: self.matrix(layout(name, self.shape, budget, self.selector, self.ceilings, self.floor))
-            for name in HEURISTICS
+            for name in (*HEURISTICS, *([COSINE] if self.selector.prunes_prefill else []))
         }
 
     def by_utility(self, utility: np.ndarray, budget: int) -> np.ndarray:
@@ -195,9 +202,10 @@ class SearchSpace:
         if start is None or (isinstance(start, str) and start == "uniform"):
             return None
         if isinstance(start, str):
-            if start not in HEURISTICS:
-                raise unknown_name("start", start, (*COMPUTED, *HEURISTICS))
-            budgets = self.heuristics(budget)[start]
+            heuristics = self.heuristics(budget)
+            if start not in heuristics:
+                raise unknown_name("start", start, (*COMPUTED, *heuristics))
+            budgets = heuristics[start]
         elif isinstance(start, BudgetProfile):
             start.check_model(self.model)
             budgets = self.completed(np.asarray(start.budgets), budget)

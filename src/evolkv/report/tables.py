@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 #: Columns of numbers, which stand right-aligned.
 NUMERIC = frozenset(
-    {"budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "prefill", "p", "safe budget", "loss"}
+    {
+        *("budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "prefill", "prefill left"),
+        *("p", "safe budget", "loss"),
+    }
 )
 _LEAST_P = 1e-4
 NO_WIDTH = "An interval without width: all examples differ alike, and resampling cannot tell how others would."
@@ -34,10 +37,10 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     full = {row["task"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
     columns = ["task"] * several_tasks + ["method"] + ["budget"] * several_budgets
     reads = any(row.get("read_bytes", row["kv_bytes"]) != row["kv_bytes"] for row in rows)
+    pruned = any("prefill_share" in row for row in rows)
     columns += ["mean budget", "n", "metric", "score (95 % interval)", *bins, "KV MiB"] + ["of full"] * bool(full)
-    columns += ["read MiB"] * reads
     reread = any(row.get("prefill_factor", 1) > 1 for row in rows)
-    columns += ["prefill"] * reread
+    columns += ["read MiB"] * reads + ["prefill"] * reread + ["prefill left"] * pruned
     cells = []
     for row in rows:
         line = [row["task"]] * several_tasks + [row["method"]]
@@ -50,6 +53,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         if reads:
             line.append(mebibytes(row.get("read_bytes", row["kv_bytes"])))
         line += [f"{row.get('prefill_factor', 1):.2f} ×"] * reread
+        if pruned:
+            line.append(f"{row.get('prefill_share', 1):.1%}")
         cells.append(line)
     read = in_chunks(rows[0].get("prefill_chunk"))
     title = "Scores of methods on the same held-out examples"

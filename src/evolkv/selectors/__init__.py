@@ -17,6 +17,7 @@ from evolkv.selectors.h2o import H2O
 from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.kvzip import KVzip
+from evolkv.selectors.pyramidinfer import PyramidInfer
 from evolkv.selectors.rocketkv import RocketKV, RocketKVMultiTurn
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
@@ -39,6 +40,7 @@ SELECTORS: Registry[type[Selector]] = Registry(
             RocketKV,
             RocketKVMultiTurn,
             KVzip,
+            PyramidInfer,
         )
     },
     "evolkv.selectors",
@@ -82,6 +84,7 @@ __all__ = [
     "LayerContext",
     "Passage",
     "PromptAttention",
+    "PyramidInfer",
     "RocketKV",
     "RocketKVMultiTurn",
     "Selector",

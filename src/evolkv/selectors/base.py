@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -228,6 +230,7 @@ class Selector(ABC):
     #: selector behind the same arguments. None where there is none.
     replay_layer: ClassVar[str | None] = None
     #: Whether the budgets decide what is computed of the prompt itself, so that each candidate has to read the prompt.
+    #: A layer holds as many tokens as its budget, and only these enter the next one. Its heads have the same scores.
     prunes_prefill: ClassVar[bool] = False
     #: Whether the model has to read the prompt again for the score. Such a selector implements `passages` and
     #: `received`, and finds in `PromptAttention.repeated` what the passages gave.
@@ -268,6 +271,28 @@ class Selector(ABC):
         else:
             return
         raise UsageError(f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each")
+
+    def check_budgets(self, budgets: np.ndarray, sliding_windows: Sequence[int | None]) -> None:
+        """Raise `UsageError` for budgets that cannot be kept to under this selector.
+
+        Args:
+            budgets: ``[layers, kv_heads]``.
+            sliding_windows: of each layer, None where it sees everything.
+        """
+        if not self.prunes_prefill:
+            return
+        if (budgets != budgets[:, :1]).any():
+            raise UsageError(
+                f"selector {self.name!r} drops tokens from whole layers, so the heads of a layer must have one budget; "
+                "use budgets by layer (--granularity layer)"
+            )
+        full = [(layer, int(row[0])) for layer, row in enumerate(budgets) if sliding_windows[layer] is None]
+        for (lower, before), (layer, budget) in itertools.pairwise(full):
+            if budget > before:
+                raise UsageError(
+                    f"selector {self.name!r} lets no token back that a layer has dropped, but the budgets rise from "
+                    f"{before} in layer {lower} to {budget} in layer {layer}; use budgets that do not rise"
+                )
 
     def accumulated(self, prompt: PromptAttention) -> Tensor:
         """Return the sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""

@@ -1,0 +1,58 @@
+"""The costs of a compressed cache in numbers: bytes held, bytes read, and how much of the prefill was computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.pruning import tokens_computed
+
+
+class CacheCosts:
+    """What a cache of compressed layers costs.
+
+    Attributes:
+        kv_layers: the layers with keys and values.
+    """
+
+    kv_layers: list[CompressedLayer]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by keys and values, reserved room included; the states of other layers do not count."""
+        return sum(layer.kv_bytes for layer in self.kv_layers)
+
+    @property
+    def kv_bytes_by_sequence(self) -> list[int]:
+        """Bytes held by keys and values of each sequence of the batch, reserved room not included."""
+        return self._by_sequence(0)
+
+    @property
+    def read_bytes_by_sequence(self) -> list[int]:
+        """Bytes that a generated token's attention reads of each sequence: what is held, or what is chosen of it."""
+        return self._by_sequence(1)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the attention of one generated token per sequence reads, of what is held now."""
+        return sum(self.read_bytes_by_sequence)
+
+    def _by_sequence(self, which: int) -> list[int]:
+        """Return the sums over layers and heads of one of the two that `CompressedLayer.bytes_by_row` gives."""
+        rows = self.kv_layers[0].batch
+        totals = torch.zeros(rows, dtype=torch.long)
+        for layer in self.kv_layers if rows else ():
+            totals += layer.bytes_by_row()[which].view(rows, -1).sum(1)
+        return totals.tolist()
+
+    @property
+    def prefill_share_by_sequence(self) -> list[float]:
+        """Return, for each sequence, the share of a plain prefill that its prompt took; see `prefill_share`."""
+        return [entered / plain for entered, plain in tokens_computed(self.kv_layers)]
+
+    @property
+    def prefill_share(self) -> float:
+        """Tokens of the prompts that entered each layer, summed, as a share of all: 1 unless the selector prunes."""
+        entered, plain = np.sum(tokens_computed(self.kv_layers), axis=0)
+        return float(entered / plain)
