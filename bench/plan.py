@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,21 @@ def main() -> None:
     rows = [_compared(arguments.model, name) for name in arguments.only]
     if arguments.record:
         about = {"benchmark": "plan", **about_this_run(), "machine": machine(), "versions": versions()}
-        write(arguments.record, {**about, "model": arguments.model, "rows": rows})
+        write(
+            arguments.record, {**about, "model": arguments.model, "dtype": "float32", "n": 12, "seed": 0, "rows": rows}
+        )
 
 
 def _compared(model: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         settings = [*SETTINGS[name], *_COMMON, "--storage", "none", "--out", f"{folder}/p.json", "--json", str(result)]
-        _peak(["plan", model, *settings])
+        log = Path(folder) / "log.jsonl"
+        _peak(["plan", model, *settings], log)
         plan = json.loads(result.read_text())
-        peak = _peak(["search", model, *settings])
+        peak = _peak(["--log-json", "search", model, *settings], log)
         seconds = json.loads(result.read_text())["seconds"]
+        took = _stages(log)
     row = {
         "setting": name,
         "planned_seconds": plan["seconds"]["total"],
@@ -57,6 +62,7 @@ def _compared(model: str, name: str) -> dict[str, Any]:
         "planned_bytes": plan["bytes"]["peak"],
         "bytes": peak,
         "stages": plan["seconds"],
+        "took": took,
         "parts": plan["bytes"],
     }
     row["time_ratio"] = row["planned_seconds"] / row["seconds"]
@@ -65,13 +71,30 @@ def _compared(model: str, name: str) -> dict[str, Any]:
     return row
 
 
-def _peak(command: list[str]) -> int:
-    """Run a command of the program, and return the bytes of its largest resident set."""
-    process = os.posix_spawn(sys.executable, [sys.executable, "-m", "evolkv", *command], dict(os.environ))
+def _peak(command: list[str], log: Path) -> int:
+    """Run a command of the program with its log in a file, and return the bytes of its largest resident set."""
+    program = [sys.executable, "-m", "evolkv", *command]
+    to_log = (os.POSIX_SPAWN_OPEN, 2, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    process = os.posix_spawn(sys.executable, program, dict(os.environ), file_actions=[to_log])
     _, status, usage = os.wait4(process, 0)
     if status:
-        sys.exit(f"evolkv {' '.join(command)} failed")
+        sys.exit(f"{log.read_text()}evolkv {' '.join(command)} failed")
     return usage.ru_maxrss * 1024
+
+
+def _stages(log: Path) -> dict[str, float]:
+    """Return the seconds from the end of one stage of a search to the end of the next, from its log.
+
+    What is computed between two stages, such as LU-KV's calibration, counts to the later one.
+    """
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    at = {id(event): datetime.fromisoformat(event["time"]).timestamp() for event in events}
+    before, seconds = at[id(events[0])], {}
+    for stage in dict.fromkeys(event["stage"] for event in events if event["event"] == "progress"):
+        end = max(at[id(event)] for event in events if event.get("stage") == stage)
+        seconds[stage] = round(end - before, 1)
+        before = end
+    return seconds
 
 
 if __name__ == "__main__":
