@@ -19,21 +19,30 @@ def settings_of(reference, name, profile, exact=False):
     return {"profile": str(Path(reference["folder"], f"{name}-{profile}.json")), "exact": exact}
 
 
-def check(reference, profile, llm, kept, exact=False):
-    """Compare greedy answers, and the positions that were kept of every prompt in every layer and head."""
+def check(reference, profile, llm, kept, exact=False, ties=0.0):
+    """Compare greedy answers, and the positions that were kept of every prompt in every layer and head.
+
+    `ties` is the share of heads that may have one token exchanged: a prompt that is read in chunks has scores that
+    round otherwise, and in the many heads of a real model two of them are equal but for that now and then.
+    """
     cases = cases_of(reference, profile, exact)
     assert len(cases) >= 20
     prompts = [reference["prompts"][case["prompt"]] for case in cases]
     assert answers(llm, prompts, len(cases[0]["tokens"])) == [case["tokens"] for case in cases]
     compared = 0
+    heads, exchanged = 0, []
     for case, prompt in zip(cases, prompts, strict=True):
         for layer, positions in enumerate(case["positions"]):
             for found in kept.get((len(prompt), layer), []):
-                assert found == positions
+                assert [len(head) for head in found] == [len(head) for head in positions]
+                heads += len(positions)
+                exchanged += [len({*a} - {*b}) for a, b in zip(found, positions, strict=True) if a != b]
                 compared += 1
             if len(positions[0]) < len(prompt):
                 assert kept[len(prompt), layer], "a layer kept less than the prompt, and nothing was ranked"
     assert compared > len(cases)
+    assert len(exchanged) <= ties * heads
+    assert set(exchanged) <= {1}
 
 
 @pytest.mark.parametrize("profile", TINY)
@@ -110,7 +119,7 @@ def test_adapters_have_the_same_budgets_and_their_own_keys(caching, lora):
 def test_smollm_answers_as_with_evolkvs_cache(profile, chunk, smollm, kept):
     settings = {"max_num_batched_tokens": chunk, "max_num_seqs": min(chunk, 16)}
     with engine(smollm["model"], settings_of(smollm, "smollm", profile), **settings) as llm:
-        check(smollm, profile, llm, kept)
+        check(smollm, profile, llm, kept, ties=0.002)
 
 
 @pytest.mark.slow
@@ -118,4 +127,4 @@ def test_smollm_answers_as_with_evolkvs_cache(profile, chunk, smollm, kept):
 def test_smollm_answers_as_with_evolkvs_cache_under_exact_budgets(profile, chunk, smollm, kept):
     settings = {"max_num_batched_tokens": chunk, "max_num_seqs": min(chunk, 16)}
     with engine(smollm["model"], settings_of(smollm, "smollm", profile, exact=True), **settings) as llm:
-        check(smollm, profile, llm, kept, exact=True)
+        check(smollm, profile, llm, kept, exact=True, ties=0.002)
