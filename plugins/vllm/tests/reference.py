@@ -89,11 +89,7 @@ def of_lora(folder: Path) -> dict[str, Any]:
     """The tiny model with and without an adapter, which changes what the same budgets keep."""
     path = write_tiny_model(folder / "tiny-lora")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    rng = np.random.default_rng(3)
-    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
-    profile.save(folder / "lora-mixed.json")
-    prompts = [rng.integers(0, BYTES, size=60 + 11 * number).tolist() for number in range(20)]
-    cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
+    profile, prompts, cases = mixed_budgets(model, folder / "lora-mixed.json", 3, 60, 11)
     write_adapter(folder / "adapter", model)
     cases += [case(model, "adapter", profile, number, prompt) for number, prompt in enumerate(prompts)]
     return {"model": str(path), "adapter": str(folder / "adapter"), "prompts": prompts, "cases": cases}
@@ -123,12 +119,19 @@ def of_windows(folder: Path) -> dict[str, Any]:
     """A model with a sliding window in every other layer, which the server leaves as it is."""
     path = write_tiny_model(folder / "tiny-windows", window=WINDOW)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    rng = np.random.default_rng(2)
-    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
-    profile.save(folder / "windows-mixed.json")
-    prompts = [rng.integers(0, BYTES, size=40 + 9 * number).tolist() for number in range(20)]
-    cases = [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
+    _, prompts, cases = mixed_budgets(model, folder / "windows-mixed.json", 2, 40, 9)
     return {"model": str(path), "prompts": prompts, "cases": cases}
+
+
+def mixed_budgets(
+    model: Any, path: Path, seed: int, shortest: int, more: int
+) -> tuple[BudgetProfile, list[list[int]], list[dict[str, Any]]]:
+    """Save a profile of random budgets by layer; return it, prompts that grow by `more` tokens, and their cases."""
+    rng = np.random.default_rng(seed)
+    profile = BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "snapkv:window=8")
+    profile.save(path)
+    prompts = [rng.integers(0, BYTES, size=shortest + more * number).tolist() for number in range(20)]
+    return profile, prompts, [case(model, "mixed", profile, number, prompt) for number, prompt in enumerate(prompts)]
 
 
 def cases_of(

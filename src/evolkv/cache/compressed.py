@@ -17,7 +17,7 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
-from evolkv.cache.rereading import refuse_drafts, store_reread
+from evolkv.cache.rereading import store_reread
 from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -328,7 +328,7 @@ class CompressedCache(CacheCosts, HookedCache):
                 "assisted decoding cannot go on from a cache that holds a prompt, since transformers would read it a "
                 "second time; pass a new CompressedCache, or generate without assistance"
             )
-        refuse_drafts(self.kv_layers[0].selector)
+        self.kv_layers[0].selector.check_drafts()
         super().activate_past_recording()
         self._awaits_drafts = True
         hook_model(self.model())

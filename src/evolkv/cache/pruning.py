@@ -166,17 +166,6 @@ class PruningLayer(CompressedLayer):
         """Forget which tokens a call has dropped."""
         self.entering = self.leaving = self.within = None
 
-    def activate_past_recording(self) -> None:
-        """See `CompressedLayer.activate_past_recording`; drafts would be dropped along with the prompt.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            f"selector {self.selector.name!r} drops tokens while it reads the prompt, but assisted decoding brings "
-            "drafts along with it; generate without assistance, or choose another selector"
-        )
-
     def begin_prompt(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Check the call of a decoder that brings the prompt.
 

@@ -66,15 +66,6 @@ def check_rereading(model: PreTrainedModel, selector: Selector) -> None:
         words_of(model)
 
 
-def refuse_drafts(selector: Selector) -> None:
-    """Raise `UsageError` under a selector that `rereads`: drafts come along with the prompt."""
-    if selector.rereads:
-        raise UsageError(
-            f"selector {selector.name!r} cuts no layer before the model has read the prompt again, but assisted "
-            "decoding brings drafts along with it; generate without assistance"
-        )
-
-
 class _RereadLayer(CacheLayerMixin):
     """Holds one prompt, which it shows to passages that are read behind it, and notes what the entries receive.
 

@@ -272,6 +272,19 @@ class Selector(ABC):
             return
         raise UsageError(f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each")
 
+    def check_drafts(self) -> None:
+        """Raise `UsageError` if drafts of assisted decoding cannot come along with the prompt."""
+        if self.rereads:
+            reason, advice = "cuts no layer before the model has read the prompt again", ""
+        elif self.prunes_prefill:
+            reason, advice = "drops tokens while it reads the prompt", ", or choose another selector"
+        else:
+            return
+        raise UsageError(
+            f"selector {self.name!r} {reason}, but assisted decoding brings drafts along with it; generate without "
+            f"assistance{advice}"
+        )
+
     def check_budgets(self, budgets: np.ndarray, sliding_windows: Sequence[int | None]) -> None:
         """Raise `UsageError` for budgets that cannot be kept to under this selector.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evolkv.errors import UsageError
 from evolkv.selectors.base import PromptAttention, Selector
-from evolkv.selectors.snapkv import SnapKV
+from evolkv.selectors.snapkv import check_votes
 
 # The paper's split: of a compression by c = 2^x, stage 1 does r = min(0.2 + 0.06 x, 0.8) of the exponent.
 _LEAST, _SLOPE, _MOST = 0.2, 0.06, 0.8
@@ -63,10 +63,7 @@ class RocketKV(Selector):
     read: int = 0
 
     def __post_init__(self) -> None:
-        try:
-            SnapKV(self.window, self.kernel)
-        except UsageError as error:
-            raise UsageError(str(error).replace("snapkv", self.name)) from None
+        check_votes(self.name, self.window, self.kernel)
         if self.read < 0 or self.read == 1:
             raise UsageError(
                 f"{self.name}: read is {self.read}; expected at least 2 entries, or 0 for what follows from the budget"

@@ -16,6 +16,14 @@ from evolkv.selectors.base import PromptAttention, Selector
 MOST_KERNEL = 65_535
 
 
+def check_votes(name: str, window: int, kernel: int) -> None:
+    """Raise `UsageError` for a window that cannot vote, or a kernel that cannot pool; `name` is the selector's."""
+    if window < 1:
+        raise UsageError(f"{name}: window is {window}; it must be at least 1 token")
+    if not 1 <= kernel <= MOST_KERNEL or kernel % 2 == 0:
+        raise UsageError(f"{name}: kernel is {kernel}; expected an odd number from 1 to {MOST_KERNEL:,}")
+
+
 @dataclass(frozen=True)
 class SnapKV(Selector):
     """Keeps the tokens that the observation window at the end of the prompt attends to.
@@ -42,10 +50,7 @@ class SnapKV(Selector):
     gqa: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UsageError(f"snapkv: window is {self.window}; it must be at least 1 token")
-        if not 1 <= self.kernel <= MOST_KERNEL or self.kernel % 2 == 0:
-            raise UsageError(f"snapkv: kernel is {self.kernel}; expected an odd number from 1 to {MOST_KERNEL:,}")
+        check_votes(self.name, self.window, self.kernel)
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"snapkv: pooling is {self.pooling!r}; it must be 'max' or 'mean'")
         if self.gqa not in ("mean", "max"):
