@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class Load:
-    """What a server did with requests that came all at once.
+    """A server's answers to requests that came all at once, and the time that they took.
 
     Args:
         answers: in the order of the requests.

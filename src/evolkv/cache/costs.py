@@ -10,7 +10,7 @@ from evolkv.cache.pruning import tokens_computed
 
 
 class CacheCosts:
-    """What a cache of compressed layers costs.
+    """The costs of a cache of compressed layers.
 
     Attributes:
         kv_layers: the layers with keys and values.
