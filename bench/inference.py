@@ -60,8 +60,11 @@ class Paired:
         self.kv_rows = config.num_hidden_layers * config.num_key_value_heads
         self.vocabulary = config.vocab_size
         every = lib_contenders.contenders(self.model, arguments.budget, arguments.profile, bench.seed)
-        names = ("plain", "layer", "head")
-        self.contenders = [each for each, name in zip(every, names, strict=True) if name in arguments.contenders]
+        made = dict(zip(("plain", "layer", "head"), every, strict=True))
+        self.contenders = [
+            made.get(name) or lib_contenders.under_method(self.model, name, arguments.budget)
+            for name in arguments.contenders
+        ]
         self.floor = Floor.of(self.model)
         self.contexts = arguments.contexts or CONTEXTS[self.device.type]
 
@@ -123,13 +126,16 @@ class Paired:
             sizes = [held(cache) for _, cache in running]
             _say(f"read prompts of {tokens} tokens")
             found = self.steps(running, 1)
-            for (contender, _), times, (size, entries) in zip(running, found, sizes, strict=True):
+            for (contender, cache), times, (size, entries) in zip(running, found, sizes, strict=True):
                 floor = self.floor.decode(1, size, entries)
                 row = _row(contender.name, times, found[0], floor, "milliseconds", 1000)
                 if self.contenders[0].profile is not None:
                     del row["over_plain"]
                 row["over_plain_after_short_prompt"] = ratios(times, found[-1])
-                rows.append({"context": tokens, **row, "kv_bytes": size})
+                row["kv_bytes"] = size
+                if isinstance(cache, evolkv.CompressedCache) and cache.read_bytes < sum(cache.kv_bytes_by_sequence):
+                    row["read_bytes"] = cache.read_bytes
+                rows.append({"context": tokens, **row})
             _say(f"decoding after {tokens} tokens")
         return rows
 
@@ -278,7 +284,7 @@ def paired(
     batches: list[int] | None = None,
     budget: int = 128,
     profile: str | None = None,
-    contenders: list[Literal["plain", "layer", "head"]] = ["plain", "layer", "head"],  # noqa: B006
+    contenders: list[str] = ["plain", "layer", "head"],  # noqa: B006
     pairs: int = 5,
     steps: int = 24,
     prompt_tokens: int = 2000,
@@ -301,7 +307,8 @@ def paired(
         batches: batch sizes; default: by device.
         budget: mean cache entries per KV head.
         profile: evolved budgets for "per head" instead of random ones.
-        contenders: who takes part; without "plain" only in the section decode.
+        contenders: who takes part: plain, layer, head, or a selector with equal budgets, such as rocketkv; without
+            "plain" only in the section decode.
         pairs: repetitions of each prompt.
         steps: decode steps of each contender.
         prompt_tokens: prompt of the sections batch and throughput.

@@ -275,6 +275,7 @@ def decode(record: Record) -> Table:
         "floor",
         "cache",
     ]
+    reads = any("read_bytes" in each for each in record["decode"])
     rows = [
         [
             f"{each['context']:,}",
@@ -283,11 +284,70 @@ def decode(record: Record) -> Table:
             _spread(each["over_plain"], 2) if "over_plain" in each else "",
             _spread(each["over_plain_after_short_prompt"], 2),
             f"{each['floor_milliseconds']:.1f}",
-            f"{each['kv_bytes'] / 2**20:.1f} MiB",
+            _mib(each["kv_bytes"]),
+            *([_mib(each.get("read_bytes", each["kv_bytes"]))] if reads else []),
         ]
         for each in record["decode"]
     ]
-    return heads, rows
+    return [*heads, *(["read by a step"] if reads else [])], rows
+
+
+def prefill(record: Record) -> Table:
+    """Return seconds of a prompt by its length."""
+    rows = [
+        [
+            f"{each['context']:,}",
+            each["contender"],
+            _spread(each["seconds"], 2),
+            _spread(each["over_plain"], 2),
+            f"{each['floor_seconds']:.2f}",
+        ]
+        for each in record["prefill"]
+    ]
+    return ["prompt tokens", "contender", "seconds", "over plain", "floor"], rows
+
+
+def batch(record: Record) -> Table:
+    """Return milliseconds of a step, and tokens per second, by batch size."""
+    rows = [
+        [
+            each["batch"],
+            each["contender"],
+            _spread(each["milliseconds"]),
+            _spread(each["over_plain"], 2),
+            f"{each['floor_milliseconds']:.1f}",
+            f"{each['tokens_per_second']:.0f}",
+            _mib(each["kv_bytes"]),
+        ]
+        for each in record["batch"]
+    ]
+    return ["sequences", "contender", "milliseconds", "over plain", "floor", "tokens per second", "cache"], rows
+
+
+def throughput(record: Record) -> Table:
+    """Return how many sequences a fixed cache memory holds, and what they yield together."""
+    plain = record["throughput"][0].get("tokens_per_second")
+    rows = []
+    for each in record["throughput"]:
+        row = [each["contender"], each["sequences_that_fit"]]
+        if "tokens_per_second" in each:
+            row += [_spread(each["step_milliseconds"]), f"{each['floor_milliseconds']:.1f}"]
+            row += [f"{each['tokens_per_second']:.0f}", f"{each['tokens_per_second'] / plain:.1f}" if plain else ""]
+        rows.append(row + [""] * (6 - len(row)))
+    return ["contender", "sequences", "milliseconds of a step", "floor", "tokens per second", "over plain"], rows
+
+
+def memory(record: Record) -> Table:
+    """Return what a cache holds, and by how much the process grew."""
+    keys = ("kv_bytes", "prefill_peak_bytes", "decode_peak_bytes")
+    rows = [
+        [f"{each['context']:,}", each["contender"], *(_mib(each[key]) for key in keys)] for each in record["memory"]
+    ]
+    return ["prompt tokens", "contender", "cache", "peak of the prompt", "peak of the steps"], rows
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def construction(record: Record) -> Table:
@@ -525,6 +585,10 @@ BY_BENCHMARK: dict[str, View] = {
 }
 VIEWS: dict[str, View] = {
     "found": one_by_one(found),
+    "prefill": one_by_one(prefill),
+    "batch": one_by_one(batch),
+    "throughput": one_by_one(throughput),
+    "memory": one_by_one(memory),
     "scoring-memory": one_by_one(scoring_memory),
     "methods": methods,
     "tasks": tasks,

@@ -87,6 +87,11 @@ def contenders(model: PreTrainedModel, budget: int, profile: str | None, seed: i
     ]
 
 
+def under_method(model: PreTrainedModel, selector: str, budget: int) -> Contender:
+    """Ours under another selector, with the same budget everywhere."""
+    return Contender(f"evolkv, {selector}", model, evolkv.BudgetProfile.uniform(model, budget, selector=selector))
+
+
 def held(cache: Cache) -> tuple[int, int]:
     """Bytes of the keys and values that a cache holds, and its entries, summed over sequences, layers and KV heads."""
     if isinstance(cache, evolkv.CompressedCache):
