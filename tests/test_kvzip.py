@@ -188,7 +188,7 @@ def test_drafts_embeddings_and_passages_beyond_the_context_are_refused():
 @pytest.mark.model
 def test_the_words_are_the_papers_in_the_models_chat_template(smollm2):
     model, tokenizer = smollm2
-    words = words_of(model)
+    words = words_of(model, get_selector("kvzip"))
     assert tokenizer.decode(words.first) == "\n\nRepeat the previous context exactly."
     assert tokenizer.decode(words.later) == "\n\nRepeat the part of the previous context exactly, starting with"
     assert tokenizer.decode(words.answer) == "<|im_end|>\n<|im_start|>assistant\n"

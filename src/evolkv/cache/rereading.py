@@ -30,8 +30,8 @@ _MESSAGE = "context"
 _words: weakref.WeakKeyDictionary[nn.Module, Words] = weakref.WeakKeyDictionary()
 
 
-def words_of(model: PreTrainedModel) -> Words:
-    """Return the words to ask a model with, in its tokens; the answer begins as its chat template has it.
+def words_of(model: PreTrainedModel, selector: Selector) -> Words:
+    """Return the words that a selector asks a model with, in its tokens; the answer begins as its chat template has it.
 
     Raises:
         UsageError: if the model's tokenizer is not known, and cannot be loaded.
@@ -41,8 +41,9 @@ def words_of(model: PreTrainedModel) -> Words:
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise UsageError(
-            "kvzip asks the model in words to repeat the prompt, and the tokenizer of this model is not known; load "
-            "the model with evolkv.load_model, or leave out the words with kvzip:words=false"
+            f"selector {selector.name!r} asks the model in words to repeat the prompt, and the tokenizer of this model "
+            f"is not known; load the model with evolkv.load_model, or leave out the words with "
+            f"{selector.name}:words=false"
         )
     answer = "\n"
     if getattr(tokenizer, "chat_template", None):
@@ -63,7 +64,7 @@ def check_rereading(model: PreTrainedModel, selector: Selector) -> None:
             f"of {type(model).__name__} cannot be taken back afterwards; use another selector, such as keydiff"
         )
     if selector.asks_in_words:
-        words_of(model)
+        words_of(model, selector)
 
 
 class _RereadLayer(CacheLayerMixin):
@@ -152,7 +153,7 @@ def reread(
     Raises:
         UsageError: if prompt and passages are together longer than the model can read.
     """
-    words = words_of(model) if selector.asks_in_words else None
+    words = words_of(model, selector) if selector.asks_in_words else None
     passages = list(selector.passages(ids, words))
     first, longest = len(ids) if position is None else position, max(len(each.ids) for each in passages)
     limit = model_facts(model).max_context
