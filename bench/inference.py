@@ -158,6 +158,8 @@ class Paired:
     def memory(self) -> list[dict[str, Any]]:
         """Bytes of the cache after the prompt and after some steps, and the peak while they run."""
         rows = []
+        # What the first call of all makes and keeps is nobody's.
+        self.filled(self.contenders[0], min(self.contexts))
         for tokens in self.contexts:
             ids = self.prompt(tokens)
             for contender in self.contenders:
@@ -328,7 +330,9 @@ def paired(
     if plot_file is not None:
         plot(result["decode"], plot_file)
     used = {name: settings[name] for name in ("budget", "steps", "prompt_tokens", "memory_mib", "answer")}
-    return {"n": pairs, "peer": KVPRESS, **used, "floor": work.floor.as_json(), **result}
+    counts = {f"{pairs} prompts": {"prefill", "kvpress"}, f"{steps} steps": {"decode", "batch", "throughput"}}
+    n = ", ".join(count for count, those in (counts | {"1 run": {"memory"}}).items() if those & {*sections})
+    return {"n": n, "peer": KVPRESS, **used, "floor": work.floor.as_json(), **result}
 
 
 def selectors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import tempfile
@@ -25,8 +24,8 @@ from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evaluation.records import label
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.slope import slope
-from evolkv.evolution import GroupedCMA, SearchProgress, search_curve
-from evolkv.evolution.evolve import Rotation, evolve
+from evolkv.evolution import SearchProgress, search_curve
+from evolkv.evolution.evolve import Rotation
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.study import Study
 from evolkv.methods import Method
@@ -34,14 +33,13 @@ from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from lib.command import Bench, run, seeds_from
-from lib.common import interval_over_seeds, matrix_rate, ratios, seconds, spread
+from lib.common import matrix_rate, ratios, seconds, spread
 from lib.contenders import PeakMemory
 from lib.trials import Trial
 
 #: Candidates of a generation that is timed.
 POPULATION = 14
 Granularity = Literal["layer", "head"]
-Variant = Literal["all", "minibatch-1", "minibatch-2", "minibatch-3", "pyramid", "neighbour", "small-step"]
 
 
 def engine(bench: Bench, context: int = 1600, examples: int = 2, pairs: int = 3, naive: int = 1) -> dict[str, Any]:
@@ -128,171 +126,6 @@ class Counting(Engine):
         self.engine.close()
 
 
-def cost(
-    bench: Bench,
-    context: int = 1600,
-    budget: int = 128,
-    granularity: Granularity = "head",
-    train: int = 12,
-    val: int = 16,
-    seeds: int = 5,
-    limit: int = 2400,
-    thresholds: list[str] = ["0.8", "0.85"],  # noqa: B006
-    variants: list[Variant] = ["all", "minibatch-2", "pyramid", "neighbour", "small-step"],  # noqa: B006
-) -> dict[str, Any]:
-    """Count example evaluations and seconds until a search's leader reaches a held-out score.
-
-    One variant is changed at a time, over the same examples and seeds:
-
-        all           every generation on all training examples
-        minibatch-N   every generation on N examples, all of them in turn (the default search, N = 2)
-        pyramid       as minibatch-2, started from PyramidKV's allocation
-        neighbour     as minibatch-2, started from the same search at twice the budget (whose cost is not counted)
-        small-step    as neighbour, with 0.6 of the initial step
-
-    After every generation the better of the leader and the distribution's mean is scored on held-out examples, which
-    costs the search nothing here.
-
-    Args:
-        context: tokens of a prompt.
-        budget: mean cache entries per KV head.
-        granularity: what a budget belongs to.
-        train: training examples.
-        val: held-out examples.
-        seeds: searches of each variant.
-        limit: example evaluations at most.
-        thresholds: held-out scores to reach.
-        variants: what to run.
-    """
-    model, tokenizer = bench.load()
-    runs: list[dict[str, Any]] = []
-    for seed in seeds_from(bench, seeds):
-        trial = Trial(
-            model, tokenizer, task=f"niah:context={context}", train=train, held_out=val, seed=seed, split="validation"
-        )
-        config = replace(trial.config, granularity=granularity)
-        space = trial.space(granularity)
-
-        def reach(
-            variant: str, budget: int, start: Any = None, trial: Any = trial, space: Any = space, config: Any = config
-        ) -> Any:
-            size = int(variant.partition("-")[2]) if variant.startswith("minibatch") else 2
-            rotation = Rotation(train, train if variant == "all" else size, config.seed)
-            begun = "pyramid" if variant == "pyramid" else start
-            step = 0.6 if variant == "small-step" else 1.0
-            strategy = trial.strategy(config, budget, begun, step)
-            counting = Counting(trial.train)
-            reached: dict[str, Any] = {}
-            highest = 0.0
-
-            def watch(progress: SearchProgress) -> None:
-                nonlocal highest
-                candidates = [np.array(progress.budgets), space.matrix(strategy.mean)]
-                score = float(trial.held_out.score(np.stack(candidates)).mean(axis=1).max())
-                highest = max(highest, score)
-                for threshold in thresholds:
-                    if score >= float(threshold) and threshold not in reached:
-                        reached[threshold] = {"evaluations": counting.evaluations, "seconds": counting.seconds}
-                if counting.evaluations >= limit or len(reached) == len(thresholds):
-                    raise Reached
-
-            with contextlib.suppress(Reached):
-                evolve(
-                    strategy,
-                    budget,
-                    10**9,
-                    config=replace(config, on_progress=watch),
-                    space=space,
-                    rotation=rotation,
-                    scorer=lambda: counting,
-                )
-            spent = {"evaluations": counting.evaluations, "seconds": counting.seconds}
-            facts = {"variant": variant, "seed": config.seed, "reached": reached, "highest": highest, "spent": spent}
-            return facts, space.matrix(strategy.mean)
-
-        neighbour = None
-        for variant in variants:
-            if variant in ("neighbour", "small-step"):
-                neighbour = reach("minibatch-2", 2 * budget)[1] if neighbour is None else neighbour
-                runs.append(reach(variant, budget, neighbour)[0])
-            else:
-                runs.append(reach(variant, budget)[0])
-            print(runs[-1], file=sys.stderr, flush=True)
-        trial.close()
-    summary = {variant: _reached(runs, variant, thresholds) for variant in variants}
-    return {"n": seeds, "context": context, "budget": budget, "train": train, "summary": summary, "runs": runs}
-
-
-def _reached(runs: list[dict[str, Any]], variant: str, thresholds: list[str]) -> dict[str, Any]:
-    """Return a variant's medians by threshold, and their ratios to what "all" spent with the same seed."""
-    mine, base = ({each["seed"]: each for each in runs if each["variant"] == name} for name in (variant, "all"))
-    rows: dict[str, Any] = {"highest": statistics.median(each["highest"] for each in mine.values())}
-    for threshold in thresholds:
-        there = {seed: each["reached"][threshold] for seed, each in mine.items() if threshold in each["reached"]}
-        entry: dict[str, Any] = {"seeds": f"{len(there)} of {len(mine)}"}
-        for unit in ("evaluations", "seconds"):
-            # Where "all" never got there, what it had spent stands for it: the ratio is at least this.
-            saved = [
-                base[seed]["reached"].get(threshold, base[seed]["spent"])[unit] / at[unit]
-                for seed, at in there.items()
-                if seed in base
-            ]
-            entry |= {unit: statistics.median(at[unit] for at in there.values())} if there else {}
-            entry |= {f"{unit}_saved": spread(saved)} if saved else {}
-        rows[threshold] = entry
-    return rows
-
-
-def shared_layers(
-    bench: Bench, context: int = 1600, examples: int = 2, group_size: int = 8, seeds: int = 5
-) -> dict[str, Any]:
-    """Time scoring with and without computing the layers below the lowest changed one once for all candidates.
-
-    The generations are those of strategy `evolkv`: each group of layers in turn, all other layers alike. For every
-    group the same candidates are scored both ways, in pairs.
-
-    Args:
-        context: tokens of a prompt.
-        examples: prompts.
-        group_size: layers of a group.
-        seeds: generations of each group.
-    """
-    model, tokenizer = bench.load()
-    config = model.config.get_text_config(decoder=True)
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    drawn = get_task(f"niah:context={context}").examples("train", examples, tokenizer, bench.seed)
-    ours = ReplayEngine(model, tokenizer, drawn, get_selector("snapkv"))
-    least = replay_engine._LEAST_SHARED
-    starts = list(range(0, layers, group_size))
-    times: dict[int, dict[str, list[float]]] = {start: {"with": [], "without": []} for start in starts}
-    difference = 0.0
-    for seed in range(seeds):
-        for start in starts:
-            # The first group's population, moved to the group in question.
-            size = min(group_size, layers - start)
-            population = GroupedCMA(layers, group_size=size, seed=seed).ask()
-            moved = np.full((len(population), layers), 128)
-            moved[:, start : start + size] = [candidate[:size] for candidate in population]
-            budgets = np.repeat(moved[:, :, None], heads, axis=2)
-            scores = {}
-            for name, threshold in (("with", least), ("without", layers + 1)):
-                replay_engine._LEAST_SHARED = threshold
-                scores[name] = ours.score(budgets)
-                times[start][name].append(seconds(partial(ours.score, budgets), model.device))
-            difference = max(difference, float(np.abs(scores["with"] - scores["without"]).max()))
-    replay_engine._LEAST_SHARED = least
-    total = {name: [sum(times[s][name][i] for s in starts) for i in range(seeds)] for name in ("with", "without")}
-    return {
-        "n": seeds,
-        "context": context,
-        "seconds_per_generation": {
-            f"layers from {start}": {name: spread(taken) for name, taken in times[start].items()} for start in starts
-        },
-        "share_of_time_saved": spread([1 - a / b for a, b in zip(total["with"], total["without"], strict=True)]),
-        "largest_score_difference": difference,
-    }
-
-
 def tokens_at_once(
     bench: Bench,
     task: str = "niah:context=1600",
@@ -330,86 +163,6 @@ def tokens_at_once(
         "candidates": POPULATION,
         "seconds": {str(limit): spread(taken) for limit, taken in times.items()},
         "largest_difference": max(float(np.abs(each - scores[0]).max()) for each in scores),
-    }
-
-
-def curve(
-    bench: Bench,
-    task: str = "niah:context=1600",
-    granularity: Granularity = "head",
-    window: int = 16,
-    budgets: list[int] = [32, 64, 128, 256],  # noqa: B006
-    first: Literal["smallest", "largest"] = "smallest",
-    train: int = 6,
-    val: int = 6,
-    held_out: int = 16,
-    max_evals: int = 600,
-    seeds: int = 5,
-) -> dict[str, Any]:
-    """Compare a curve of budgets searched as one with a search of its own for each budget.
-
-    The curve evaluates `--max-evals` candidates at its first budget and as many again at all others together. The
-    direct searches share the same number of candidates in equal parts, so both cost the same; another with
-    `--max-evals` gives the seconds of one search. All profiles are scored on the same held-out examples (logprob).
-
-    Args:
-        task: spec of the task.
-        granularity: what a budget belongs to.
-        window: SnapKV's.
-        budgets: mean cache entries per KV head.
-        first: where the curve begins.
-        train: training examples.
-        val: validation examples.
-        held_out: examples that no search sees.
-        max_evals: candidates.
-        seeds: curves.
-    """
-    model, tokenizer = bench.load()
-    budgets, share = sorted(budgets), 2 * max_evals // len(budgets)
-    runs: list[dict[str, Any]] = []
-    for seed in seeds_from(bench, seeds):
-        selector = {"name": "snapkv", "window": window}
-        settings: dict[str, Any] = {"task": task, "selector": selector, "granularity": granularity}
-        settings |= {"train": train, "val": val, "seed": seed}
-        started = time.perf_counter()
-        whole = search_curve(model, tokenizer, budgets=budgets, max_evals=max_evals, first=first, **settings)
-        took = time.perf_counter() - started
-        started = time.perf_counter()
-        evolkv.search(model, tokenizer, budget=budgets[len(budgets) // 2], max_evals=max_evals, **settings)
-        one = time.perf_counter() - started
-        direct = [evolkv.search(model, tokenizer, budget=c, max_evals=share, **settings) for c in budgets]
-        trial = Trial(model, tokenizer, task=task, train=train, held_out=held_out, seed=seed, selector=selector)
-        profiles = [result.profile for result in [*whole.results, *direct]]
-        scores = trial.held_out.score(np.stack([profile.budgets for profile in profiles])).mean(axis=1).tolist()
-        trial.close()
-        runs.append(
-            {
-                "seed": seed,
-                "curve": scores[: len(budgets)],
-                "direct": scores[len(budgets) :],
-                "seconds": {"curve": took, "one search": one},
-                "example_evaluations": {
-                    name: sum(result.settings["example_evaluations"] for result in results)
-                    for name, results in (("curve", whole.results), ("direct", direct))
-                },
-            }
-        )
-        print(runs[-1], file=sys.stderr, flush=True)
-    return {
-        "n": seeds,
-        "task": task,
-        "seconds_of_curve_over_one_search": ratios(
-            *([each["seconds"][name] for each in runs] for name in ("curve", "one search"))
-        ),
-        "by_budget": [
-            {
-                "budget": budget,
-                **{name: statistics.mean(each[name][i] for each in runs) for name in ("curve", "direct")},
-                "difference": interval_over_seeds([each["curve"][i] - each["direct"][i] for each in runs]),
-            }
-            for i, budget in enumerate(budgets)
-        ],
-        "runs": runs,
     }
 
 
@@ -741,4 +494,4 @@ def scaling(
 
 
 if __name__ == "__main__":
-    run(__doc__, engine, cost, gradient, descent, label_free, way_back, shared_layers, tokens_at_once, curve, scaling)
+    run(__doc__, engine, gradient, descent, label_free, way_back, tokens_at_once, scaling)

@@ -224,16 +224,16 @@ def headline(records: Sequence[Record]) -> Lines:
 
 def summary(records: Sequence[Record]) -> Lines:
     """Yield on how many tasks evolved budgets are ahead of the best other, level with it, and behind it."""
-    budgets = records[0].table["budgets"]
-    counts: dict[tuple[str, str], list[list[int]]] = {}
+    budgets = sorted({budget for record in records for budget in record.table["budgets"]})
+    counts: dict[tuple[str, str], dict[int, list[int]]] = {}
     for record in records:
-        mine = counts.setdefault((record["model"], record.table["protocol"]), [[0, 0, 0] for _ in budgets])
+        mine = counts.setdefault((record["model"], record.table["protocol"]), {budget: [0, 0, 0] for budget in budgets})
         for compared in record.table["comparisons"]:
-            for tally, cell in zip(mine, compared["cells"], strict=True):
+            for budget, cell in zip(record.table["budgets"], compared["cells"], strict=True):
                 low, high = cell["ci95"]
                 # Means over all examples repeat what their tasks have counted.
-                tally[0 if low > 0 else 2 if high < 0 else 1] += compared["task"] != "all examples"
-    rows = [[*kind, *("{} / {} / {}".format(*tally) for tally in tallies)] for kind, tallies in counts.items()]
+                mine[budget][0 if low > 0 else 2 if high < 0 else 1] += compared["task"] != "all examples"
+    rows = [[*kind, *("{} / {} / {}".format(*mine[budget]) for budget in budgets)] for kind, mine in counts.items()]
     yield from table(["model", "protocol", *budgets], rows)
     yield from _dagger(records)
 

@@ -5,6 +5,7 @@ Behnam et al. 2025, arXiv 2502.14051v3, section 3.4. See `evolkv.selectors.rocke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -46,6 +47,8 @@ class Pages:
         paged = filled.unflatten(1, (-1, size))
         #: ``[rows, 2 * head_dim, pages]``: of each channel the lowest, then of each the highest.
         self._extremes = torch.cat([paged.amin(2).transpose(1, 2), paged.amax(2).transpose(1, 2)], dim=1)
+        rows, width, _ = self._extremes.shape
+        self._first = torch.arange(0, rows * width, width, device=keys.device)[:, None]
 
     @property
     def count(self) -> int:
@@ -62,9 +65,14 @@ class Pages:
         if page == self._extremes.shape[2]:
             room = self._extremes.new_empty((*self._extremes.shape[:2], _MORE_PAGES))
             self._extremes = torch.cat([self._extremes, room], dim=2)
-        low, high = self._extremes[:, :half, page], self._extremes[:, half:, page]
-        low.copy_(torch.minimum(low, key) if opens else key)
-        high.copy_(torch.maximum(high, key) if opens else key)
+        column = self._extremes.select(2, page)
+        low, high = column.narrow(1, 0, half), column.narrow(1, half, half)
+        if opens:
+            torch.minimum(low, key, out=low)
+            torch.maximum(high, key, out=high)
+        else:
+            low.copy_(key)
+            high.copy_(key)
         self.entries += 1
 
     def bounds(self, channels: Tensor, high: Tensor) -> Tensor:
@@ -74,15 +82,16 @@ class Pages:
             channels: ``[rows, channels]``.
             high: whether the highest is wanted, rather than the lowest, ``[rows, channels]``.
         """
-        rows, width, _ = self._extremes.shape
-        first = torch.arange(0, rows * width, width, device=channels.device)[:, None]
-        which = (first + channels + high * (width // 2)).flatten()
-        found = self._extremes.flatten(0, 1).index_select(0, which)[:, : self.count]
-        return found.view(rows, channels.shape[1], -1).float()
+        half = self._extremes.shape[1] // 2
+        which = torch.add(channels + self._first, high, alpha=half).flatten()
+        found = self._extremes.flatten(0, 1).index_select(0, which).narrow(1, 0, self.count)
+        return found.view(*channels.shape, -1).float()
 
 
 def chosen_entries(query: Tensor, keys: Tensor, pages: Pages | None, reading: Reading, scaling: float) -> Tensor:
     """Return the entries that a new token attends to, ``[rows, reading.tokens]``, those of the best page first.
+
+    On tensors as small as these the number of calls decides how long a step takes.
 
     Args:
         query: ``[rows, queries_per_kv_head, head_dim]``.
@@ -93,28 +102,29 @@ def chosen_entries(query: Tensor, keys: Tensor, pages: Pages | None, reading: Re
     """
     query, entries, page = query.detach().float(), keys.shape[1], reading.page
     size = query.abs()
-    channels = size.mean(dim=1).topk(reading.channels, dim=-1).indices
+    channels = size.sum(dim=1).topk(reading.channels, dim=1).indices
     if pages is None:
-        bounds = keys.detach().gather(2, channels[:, None].expand(-1, entries, -1)).transpose(1, 2).float()
+        bounds = keys.detach().transpose(1, 2).gather(1, channels[:, :, None].expand(-1, -1, entries)).float()
     else:
         bounds = pages.bounds(channels, query.sum(dim=1).gather(1, channels) > 0)
-    asked = query.gather(2, channels[:, None].expand(-1, query.shape[1], -1))
+    which = channels[:, None].expand(-1, query.shape[1], -1)
     # Without some channels the logits are too small, or too large; the paper mends that by their share.
-    share = asked.abs().sum(dim=2, keepdim=True) / size.sum(dim=2, keepdim=True)
-    logits = (asked @ bounds) * (scaling / share.sqrt())
-    # A softmax over tokens, all those of a page alike.
-    weights = (logits - logits.amax(dim=2, keepdim=True)).exp()
+    share = size.gather(2, which).sum(dim=2, keepdim=True) / size.sum(dim=2, keepdim=True)
+    logits = (query.gather(2, which) * (share.rsqrt() * scaling)) @ bounds
+    # A softmax over tokens, all those of a page alike; the last page may not be full.
     last = entries - (bounds.shape[2] - 1) * page
-    total = weights[..., :-1].sum(dim=2, keepdim=True) * page + weights[..., -1:] * last
-    best = (weights / total).mean(dim=1).sort(dim=1, descending=True, stable=True).indices
-    # The last page, which may be among them, may not be full.
-    best = best[:, : reading.tokens // page + 2]
-    found = (best[:, :, None] * page + torch.arange(page, device=best.device)).flatten(1)
-    if last == page:
-        return found[:, : reading.tokens]
-    there = found < entries
-    place = (there.cumsum(dim=1) - 1).where(there, reading.tokens).clamp(max=reading.tokens)
-    return found.new_zeros((len(found), reading.tokens + 1)).scatter(1, place, found)[:, : reading.tokens]
+    if last < page:
+        logits[..., -1] += math.log(last / page)
+    weights = logits.softmax(dim=2).mean(dim=1)
+    if last < page:
+        weights[:, -1] *= page / last
+    best = weights.sort(dim=1, descending=True, stable=True).indices[:, : reading.tokens // page + 2]
+    if page > 1:
+        best = (best[:, :, None] * page + torch.arange(page, device=best.device)).flatten(1)
+    if last < page:
+        # Places of the last page that are free go to the end.
+        best = best.gather(1, (best >= entries).sort(dim=1, stable=True).indices)
+    return best[:, : reading.tokens]
 
 
 class ReadingLayer(CompressedLayer):
