@@ -121,7 +121,7 @@ def demo(smollm2, once):
     from evolkv.cli import main
     from evolkv.evolution import search
 
-    size = ["--context", "300", "--budget", "64", "--samples", "4", "--max-evals", "34", "--train", "2", "--val", "2"]
+    size = ["--context", "300", "--budget", "64", "--samples", "2", "--max-evals", "17", "--train", "2", "--val", "2"]
 
     def fill(folder):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:

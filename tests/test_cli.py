@@ -313,7 +313,7 @@ def test_demo_writes_the_contracts_results(demo):
         assert {"model", "task", "method", "budget", "n", "metric", "score", "ci95", "kv_bytes", "mean_budget"} <= set(
             row
         )
-        assert (row["model"], row["n"], row["metric"]) == (MODEL, 4, "contains")
+        assert (row["model"], row["n"], row["metric"]) == (MODEL, 2, "contains")
         assert row["task"] == f"{TASK},passages=2"
         low, high = row["ci95"]
         assert 0 <= low <= row["score"] <= high <= 1
@@ -331,7 +331,7 @@ def test_demo_writes_profile_search_and_picture(demo):
     assert profile.mean_budget == 64
     found = json.loads((demo / "search.json").read_text())
     assert found["format"] == "evolkv.search/1"
-    assert found["evaluations"] == len(found["history"]) == 34
+    assert found["evaluations"] == len(found["history"]) == 17
     assert (demo / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -345,7 +345,7 @@ def test_commands_that_the_demo_suggests_work(run_smollm2, demo):
     assert number in (demo / "prompt.txt").read_text()
     code, answer, _ = run_smollm2(*generate)
     assert code == 0
-    # A number, though after 14 candidates not always the right one.
+    # A number, though after so few candidates not always the right one.
     assert re.search(r"\d", answer)
     code, table, _ = run_smollm2(*evaluate, "--samples", 1)
     assert code == 0

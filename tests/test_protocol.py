@@ -213,6 +213,7 @@ def test_search_can_evolve_for_questions_that_come_later(small):
         tokenizer,
         task="niah:context=200",
         budget=64,
+        selector="keydiff",
         protocol="agnostic",
         train=2,
         val=2,
