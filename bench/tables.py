@@ -179,12 +179,14 @@ def results(records: Sequence[Record]) -> Lines:
 def leaderboard(records: Sequence[Record]) -> Lines:
     """Yield scores of an evolkv command by method and budget, with intervals, bytes held and prefill factors.
 
-    A method SELECTOR-{}.json is a profile for each budget, evolved under that selector.
+    A method SELECTOR-{}.json is a profile for each budget, evolved under that selector; SELECTOR-lukv-{}.json has
+    LU-KV's budgets.
     """
     for record in records:
         rows: dict[str, list[dict[str, Any]]] = {}
         for each in record["rows"]:
-            rows.setdefault(each["method"].replace("-{}.json", ", evolved"), []).append(each)
+            method = each["method"].replace("-lukv-{}.json", ", LU-KV").replace("-{}.json", ", evolved")
+            rows.setdefault(method, []).append(each)
         budgets = list(dict.fromkeys(each["budget"] for each in record["rows"] if each["budget"] is not None))
         cells = []
         for method, mine in rows.items():
