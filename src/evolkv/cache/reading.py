@@ -110,14 +110,14 @@ def chosen_entries(query: Tensor, keys: Tensor, pages: Pages | None, reading: Re
     which = channels[:, None].expand(-1, query.shape[1], -1)
     # Without some channels the logits are too small, or too large; the paper mends that by their share.
     share = size.gather(2, which).sum(dim=2, keepdim=True) / size.sum(dim=2, keepdim=True)
-    logits = (query.gather(2, which) * (share.rsqrt() * scaling)) @ bounds
+    logits = torch.bmm(query.gather(2, which) * (share.rsqrt() * scaling), bounds)
     # A softmax over tokens, all those of a page alike; the last page may not be full.
     last = entries - (bounds.shape[2] - 1) * page
     if last < page:
-        logits[..., -1] += math.log(last / page)
+        logits.select(2, -1).add_(math.log(last / page))
     weights = logits.softmax(dim=2).mean(dim=1)
     if last < page:
-        weights[:, -1] *= page / last
+        weights.select(1, -1).mul_(page / last)
     best = weights.sort(dim=1, descending=True, stable=True).indices[:, : reading.tokens // page + 2]
     if page > 1:
         best = (best[:, :, None] * page + torch.arange(page, device=best.device)).flatten(1)
