@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -51,9 +52,13 @@ def test_the_navigation_lists_every_page_once():
 
 
 def test_the_python_reference_has_every_public_name():
+    from evolkv import selectors
+
     page = (DOCS / "python_api.md").read_text(encoding="utf-8")
     described = set(re.findall(r"^::: (\S+)$", page, re.M))
     assert {f"evolkv.{name}" for name in evolkv.__all__ if name != "__version__"} <= described
+    classes = [name for name in selectors.__all__ if inspect.isclass(getattr(selectors, name))]
+    assert {f"evolkv.selectors.{name}" for name in classes} <= described
     assert "`evolkv.__version__`" in page
 
 
