@@ -120,6 +120,7 @@ def test_links_lead_into_the_site_and_name_its_pages(hooks):
     text = "[all](../bench/records) [one](../bench/records/memory.json) [studies.md](studies.md#watching)"
     made = hooks.on_page_markdown(text, Here, Config, None)
     assert made == "[all](records.md) [one](records/memory.json) [Long searches](studies.md#watching)"
+    assert hooks.on_page_markdown("[it](../README.md#try-it)", Here, Config, None) == "[it](index.md#try-it)"
 
 
 def test_headings_have_githubs_anchors(hooks):

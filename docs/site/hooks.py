@@ -40,6 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Make of a page as GitHub shows it one that MkDocs shows alike."""
     markdown = re.sub(r"\]\((?:\.\./)?bench/records/?\)", "](records.md)", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?bench/records/([\w.-]+)\)", r"](records/\1)", markdown)
+    markdown = markdown.replace("](../README.md", "](index.md")
     if page.file.src_uri == "index.md":
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     titles = {name: title for title, name in _titles(config.nav or [])}
