@@ -689,6 +689,15 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
 
 
+def test_a_warning_that_several_searches_have_is_said_once(run):
+    code, _, err = run(
+        *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 1),
+        *("--selector", "snapkv:window=8", "tova", "--start", "uniform"),
+    )
+    assert code == 0
+    assert err.count("is less than one generation") == 1
+
+
 def test_a_preset_fills_in_what_no_option_says(run, tmp_path):
     run(
         *("search", MODEL, "--task", TASK, "--budget", 64, "--max-evals", 1, "--train", 1, "--val", 1, "--quiet"),

@@ -174,10 +174,18 @@ def quiet_libraries() -> None:
 
 
 class _OneLine(logging.Handler):
+    """Shows each warning of a command once: the searches under several selectors have the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a warning."""
-        if record.levelno >= logging.WARNING:
-            warn(record.getMessage())
+        """Show a warning that is new."""
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING and message not in self._shown:
+            self._shown.add(message)
+            warn(message)
 
 
 def is_watched() -> bool:
