@@ -12,6 +12,7 @@ import torch
 import evolkv
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.budgets import Share, read_budget, read_budgets
+from evolkv.cli.search_command import _gaps
 from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, get_method
 from evolkv.evaluation.compare import compare_records
@@ -291,6 +292,7 @@ def test_a_curve_may_be_of_shares(small, tmp_path):
     assert [point["budget"] for point in curve.points] == ["10%", "20%"]
     assert [result.profile.target for result in curve.results] == ["10%", "20%"]
     assert any(row["name"] == "expanded from 20%" for row in curve.results[0].validation)
+    assert " at 10% (" in _gaps(curve.results)
     json.dumps(curve.to_dict())
 
 

@@ -301,7 +301,7 @@ def _among_rivals(result: SearchResult) -> str:
 def _gaps(results: Sequence[SearchResult]) -> str:
     """Say how far the scores on training examples are above those on unseen ones, in one line."""
     gaps = [
-        f"{each.gap:+.3f}{f' at {each.profile.budget}' if len(results) > 1 else ''} "
+        f"{each.gap:+.3f}{f' at {each.profile.target}' if len(results) > 1 else ''} "
         f"({each.train['score']:.3f} − {each.validation[0]['score']:.3f})"
         for each in results
         if each.train is not None and each.gap is not None
