@@ -151,7 +151,7 @@ def _press(profile: BudgetProfile, out: str | None) -> str:
     text = press_source(profile, "press" if out is None else File(out).stem)
     if profile.granularity == "head":
         console.note(
-            f"kvpress masks what single heads evict: it will hold {held_by_press(profile):,.1f} entries per head on "
+            f"kvpress masks what single heads evict: it will hold {round(held_by_press(profile), 1):,.6g} entries per head on "
             f"average, where EvolKV holds {profile.mean_budget:,.6g}; the answers are those of the profile"
         )
     return text
