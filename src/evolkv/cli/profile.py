@@ -150,9 +150,10 @@ def _press(profile: BudgetProfile, out: str | None) -> str:
 
     text = press_source(profile, "press" if out is None else File(out).stem)
     if profile.granularity == "head":
+        held = round(held_by_press(profile), 1)
         console.note(
-            f"kvpress masks what single heads evict: it will hold {round(held_by_press(profile), 1):,.6g} entries per head on "
-            f"average, where EvolKV holds {profile.mean_budget:,.6g}; the answers are those of the profile"
+            f"kvpress masks what single heads evict: it will hold {held:,.6g} entries per head on average, where "
+            f"EvolKV holds {profile.mean_budget:,.6g}; the answers are those of the profile"
         )
     return text
 
