@@ -24,7 +24,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import reading_reference
+import smallkv_reference
 from evolkv import BudgetProfile, CompressedCache
+from evolkv.cache.companion import register_companion
 from evolkv.errors import ModelError
 from evolkv.models import describe_model, model_facts
 from evolkv.models.rotary import rotary_of
@@ -53,15 +55,24 @@ class Masking:
         if sliding_window is not None:
             visible &= position > asking - sliding_window
         self.evict(visible, module, query, key, value, scaling, softcap, sliding_window, sinks)
+        weights = self.compensated(self.weights(visible, query, key, scaling, softcap, sinks))
+        output = weights @ value.repeat_interleave(fold, 1).float()
+        return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+    def weights(self, visible, query, key, scaling, softcap, sinks):
+        """Attention among tokens, as far as they are visible, ``[1, heads, tokens, tokens]``."""
+        fold, total = query.shape[1] // key.shape[1], query.shape[2]
         logits = (query.float() @ key.repeat_interleave(fold, 1).float().transpose(2, 3)) * scaling
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         logits = logits.masked_fill(~visible.repeat_interleave(fold, 0), float("-inf"))
         if sinks is not None:
             logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(-1, -1, total, 1)], dim=-1)
-        weights = logits.softmax(-1)[..., :total]
-        output = weights @ value.repeat_interleave(fold, 1).float()
-        return output.to(query.dtype).transpose(1, 2).contiguous(), None
+        return logits.softmax(-1)[..., :total]
+
+    def compensated(self, weights):
+        """What becomes of the attention."""
+        return weights
 
     def logits(self, row):
         """Logits of a text ``[tokens]`` by a model whose attention is this."""
@@ -172,14 +183,7 @@ class Pruned(Masking):
     def votes(self, visible, query, key, scaling, softcap, sinks):
         """Attention that each token gets from the recent ones that are left, ``[tokens]``."""
         end, entering = self.prompt, self.left[-1]
-        fold = query.shape[1] // key.shape[1]
-        logits = (query.float() @ key.repeat_interleave(fold, 1).float().transpose(2, 3))[0] * scaling
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.masked_fill(~visible.repeat_interleave(fold, 0), float("-inf"))
-        if sinks is not None:
-            logits = torch.cat([logits, sinks.float().view(-1, 1, 1).expand(-1, end, 1)], dim=-1)
-        attention = logits.softmax(-1)[..., :end].mean(0)
+        attention = self.weights(visible, query, key, scaling, softcap, sinks)[0].mean(0)
         recent = int(self.selector.recent * end)
         votes = torch.zeros(end)
         for i in range(end - 1 - recent, end):
@@ -293,6 +297,72 @@ class Turns(Masking):
                         return
                     visible[head, token] = False
                     visible[head, token, entries[chosen]] = True
+
+
+@dataclass(frozen=True)
+class Watched(Masking):
+    """Attention as it is; `seen` are its weights in each layer without a window, ``[heads, tokens, tokens]``."""
+
+    model: object
+    seen: list
+
+    def evict(self, visible, module, query, key, value, scaling, softcap, window, sinks):
+        """Hides nothing."""
+        if window is None:
+            self.seen.append(self.weights(visible, query, key, scaling, softcap, sinks)[0])
+
+
+@dataclass(frozen=True)
+class Accompanied(Masking):
+    """After the first `prompt` tokens each reads what a companion chooses.
+
+    `companion` is its attention, ``[heads, tokens, tokens]``. `decided` as in `Reads`; `marginal` is what of it takes
+    the place of the layer's.
+    """
+
+    model: object
+    selector: object
+    budgets: np.ndarray
+    prompt: int
+    companion: torch.Tensor
+    decided: list
+    layers: list
+    marginal: list
+
+    def evict(self, visible, module, query, key, value, scaling, softcap, window, sinks):
+        """Hides what is neither critical nor recent, and notes what takes the place of the marginal part."""
+        end, heads, fold = self.prompt, query.shape[1], query.shape[1] // key.shape[1]
+        budgets = self.budgets[len(self.layers)].tolist()
+        self.layers.append(None)
+        self.marginal[:] = [torch.zeros(heads, *visible.shape[1:])]
+        if window is not None:
+            return
+        first = min(self.selector.match, end)
+        part = visible[:, :first, :first], query[:, :, :first], key[:, :, :first]
+        own = self.weights(*part, scaling, softcap, sinks)[0].sum(1)
+        theirs = self.companion[:, :first, :first].sum(1)
+        for head, budget in enumerate(budgets):
+            counts = smallkv_reference.classes(self.selector, budget, end)
+            if counts is None:
+                continue
+            critical, recent, weighed = counts
+            group, older = range(head * fold, (head + 1) * fold), end - recent
+            token = end
+            try:
+                partners = [smallkv_reference.partner(own[i], theirs, margin=1e-4) for i in group]
+                for token in range(end, visible.shape[1]):
+                    received = self.companion[partners, : token + 1, :older].sum(1).mean(0)
+                    exact, rest = smallkv_reference.chosen(received, critical, weighed, margin=1e-4)
+                    visible[head, token, :older] = False
+                    visible[head, token, exact] = True
+                    for i, j in zip(group, partners, strict=True):
+                        self.marginal[0][i, token, rest] = self.companion[j, token, rest]
+            except smallkv_reference.UndecidedError:
+                self.decided[0] = min(self.decided[0], token)
+
+    def compensated(self, weights):
+        """The attention without the marginal part, and the companion's in its place."""
+        return weights * (1 - self.marginal[0].sum(-1, keepdim=True)) + self.marginal[0]
 
 
 LLAMA3 = {
@@ -480,7 +550,7 @@ class Case:
         """Raises AssertionError if the logits of a sequence are not those of the reference, as far as it decides."""
         got = torch.cat(self.got[i])
         expected = reference.logits(self.rows[i][: len(got)])
-        if isinstance(reference, (Reads, Turns)):
+        if isinstance(reference, (Reads, Turns, Accompanied)):
             got, expected = got[: reference.decided[0]], expected[: reference.decided[0]]
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
         assert error <= _TOLERANCE[self.model.dtype], f"sequence {i} of {self.said()}: off by {error:.2g}"
@@ -603,6 +673,39 @@ def takes_turns(number, model):
         case.compare(i, Turns(model, case.selector, case.budgets, calls[i], decided[i], []))
 
 
+def random_smallkv(rng):
+    critical, recent, marginal = (int(rng.integers(*ends)) for ends in ((0, 4), (0, 3), (1, 5)))
+    parts = {"critical": critical, "recent": recent, "marginal": marginal, "match": int(rng.choice([3, 12, 200]))}
+    return get_selector({"name": "smallkv", "model": "fuzz", **parts})
+
+
+def reads_along(number, model):
+    """One case of the first test under SmallKV, whose companion is another random model."""
+    model = model.float()
+    case = Case(number, model, selector=random_smallkv)
+    for seed in range(number, number + 100):
+        companion, said = random_model(10_000 + seed)
+        fits = case.hybrid or companion.config.model_type not in ("bamba", "lfm2")
+        if fits and None in model_facts(companion).sliding_windows:
+            break
+    register_companion("fuzz", companion.float())
+    cache = CompressedCache(model, BudgetProfile.from_budgets(model, case.budgets, case.selector.to_dict()))
+    case.feed(case.lengths, case.side, cache)
+    for step in case.steps:
+        case.feed(case.counts_of(step), "left", cache)
+    cache.release()
+    cache.companion.release()
+    for i, length in enumerate(case.lengths):
+        watched = Watched(companion, [])
+        watched.logits(case.rows[i])
+        decided = [len(case.rows[i])]
+        reference = Accompanied(model, case.selector, case.budgets, length, torch.cat(watched.seen), decided, [], [])
+        try:
+            case.compare(i, reference)
+        except AssertionError as error:
+            raise AssertionError(f"companion {said}: {error}") from None
+
+
 def evicts_again(number, model):
     """One case of the second test."""
     case, settings = Case(number, model, longest=24), {}
@@ -679,6 +782,7 @@ def cases(name, check, total):
         *cases("reading", reads_a_part, CASES // 10),
         *cases("turns", takes_turns, CASES // 10),
         *cases("prunes", prunes, CASES // 5),
+        *cases("along", reads_along, CASES // 10),
     ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):

@@ -50,8 +50,10 @@ class Generated:
         text: the new text.
         prompt_tokens: length of the prompt, chat template included.
         new_tokens: tokens generated.
-        kv_bytes: what keys and values held right after prefill.
+        kv_bytes: what keys and values held right after prefill, those of a companion model included.
         full_kv_bytes: what they would have held uncompressed.
+        resident_bytes: of that, what a new token needs of the model's own; all where there is no companion.
+        companion_bytes: of that, what the companion held.
         seconds: wall-clock time, prefill included.
         decode_seconds: of that, the time after the first new token.
     """
@@ -61,6 +63,8 @@ class Generated:
     new_tokens: int
     kv_bytes: int
     full_kv_bytes: int
+    resident_bytes: int
+    companion_bytes: int
     seconds: float
     decode_seconds: float
 
@@ -195,6 +199,8 @@ def generate_text(
         new_tokens=len(new),
         kv_bytes=meter.kv_bytes,
         full_kv_bytes=meter.kv_bytes if isinstance(cache, DynamicCache) else _full_bytes(model, len(ids)),
+        resident_bytes=meter.resident_bytes,
+        companion_bytes=meter.companion_bytes,
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
@@ -344,7 +350,8 @@ class _Meter(TextStreamer):
     def __init__(self, tokenizer: Any, cache: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.cache, self.on_text = cache, on_text
-        self.kv_bytes, self.first_token_at = 0, 0.0
+        self.kv_bytes, self.resident_bytes, self.companion_bytes = 0, 0, 0
+        self.first_token_at = 0.0
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each new token."""
@@ -352,10 +359,12 @@ class _Meter(TextStreamer):
         if not is_prompt and not self.first_token_at:
             self.first_token_at = time.perf_counter()
             if isinstance(self.cache, CompressedCache):
-                self.kv_bytes = self.cache.kv_bytes
+                self.kv_bytes, self.resident_bytes = self.cache.kv_bytes, self.cache.resident_bytes
+                self.companion_bytes = self.cache.companion_bytes
             else:
                 with_keys = [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer)]
                 self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in with_keys)
+                self.resident_bytes = self.kv_bytes
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -45,11 +45,10 @@ def read_all_but_last(
     _check_rotary(cache, kwargs)
     _check_mask(cache, kwargs)
     chunk = cache.most_tokens
-    if chunk is None:
-        return None
     tokens = _num_tokens(kwargs)
-    pieces = lengths_of_chunks(tokens, chunk)
+    pieces = [tokens] if chunk is None else lengths_of_chunks(tokens, chunk)
     if len(pieces) == 1:
+        cache.read_ahead(kwargs)
         return None
     past, start, states = cache.get_seq_length(), 0, []
     _check(module, cache, kwargs, past + pieces[0], past + tokens)
@@ -62,7 +61,9 @@ def read_all_but_last(
         # Between the pieces all layers agree, but the call is not over.
         cache.unfinished |= start > 0
     cache.states_of_chunks = states
-    return (), _columns(kwargs, start, tokens, past)
+    last = _columns(kwargs, start, tokens, past)
+    cache.read_ahead(last)
+    return (), last
 
 
 def put_together(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.budgets import BudgetSpec
-from evolkv.cache.costs import CacheCosts
+from evolkv.cache.accompanied import Accompanied
+from evolkv.cache.companion import CompanionCache
 from evolkv.cache.generate import check_ids, check_mask, check_text, whole_text
 from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
@@ -27,7 +28,7 @@ from evolkv.models.forward import input_device
 from evolkv.numbers import is_whole
 
 
-class CompressedCache(CacheCosts, HookedCache):
+class CompressedCache(Accompanied):
     """A key-value cache that keeps, of each prompt, only what a profile allows.
 
     Pass it to ``generate(cache=...)`` or to a forward call. The first
@@ -169,7 +170,8 @@ class CompressedCache(CacheCosts, HookedCache):
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
             )
-        ids, mask = whole_text(self.model(), self.kv_layers, self.input_ids, input_ids, attention_mask)
+        layers = [*self.kv_layers, *(() if self.companion is None else self.companion.kv_layers)]
+        ids, mask = whole_text(self.model(), layers, self.input_ids, input_ids, attention_mask)
         return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "cache": self}
 
     def begin_generation(self, ids: Any, mask: Tensor | None, new: int | None) -> None:
@@ -228,6 +230,7 @@ class CompressedCache(CacheCosts, HookedCache):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids, twin._searched, twin.adapters = self.input_ids, self._searched, self.adapters
+        twin.companion = None if self.companion is None else self.companion.copy()
         return twin
 
     def __copy__(self) -> CompressedCache:
@@ -420,8 +423,11 @@ class CompressedCache(CacheCosts, HookedCache):
         own = layer_class(caches[0].kv_layers[0].selector)
         columns = zip(*(other.kv_layers for other in caches), strict=True)
         states = zip(*(other.state_layers for other in caches), strict=True)
-        return cls.with_layers(
+        merged = cls.with_layers(
             model,
             [own.merge(list(column), room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
+        if companions := [other.companion for other in caches if other.companion is not None]:
+            merged.companion = CompanionCache.merge(companions, room)
+        return merged

@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.multi_turn import MultiTurnLayer
 from evolkv.cache.reeviction import ReevictingLayer, Reeviction
 from evolkv.cache.resolve import make_layers
 from evolkv.cache.rows import RowGroup
@@ -122,11 +121,8 @@ def write_cache(
             "the cache keeps a share of all that it reads and would cut it again, which a file cannot say; give it a "
             "budget in entries, or leave out evict and evict_every"
         )
-    if isinstance(first, MultiTurnLayer):
-        raise UsageError(
-            "the cache chooses what may be read anew after each turn, and a file cannot say what is chosen now; use "
-            "selector 'rocketkv', or read the text again"
-        )
+    if first.unsaved is not None:
+        raise UsageError(first.unsaved)
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
     tensors = {

@@ -153,6 +153,14 @@ class HookedCache(Cache):
         wrap_again(decoder)
 
     @torch.compiler.disable
+    def read_ahead(self, arguments: Mapping[str, Any]) -> None:
+        """Do what comes before the decoder reads a call, or a piece of one; `arguments` are its own, by name.
+
+        Raises:
+            UsageError: if a companion model cannot read it.
+        """
+
+    @torch.compiler.disable
     def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
         """Check that all keys of a call reached attention, and do what comes after; the decoder asks for it.
 

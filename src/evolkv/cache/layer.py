@@ -52,6 +52,8 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     #: Whether a prompt that is `awaiting` has its queries.
     keeps_queries = False
+    #: The reason why no file can hold the layer's cache, as an error says it; None where one can.
+    unsaved: str | None = None
     #: Where budgets are a share of the text: those of a text of so many tokens, ``[kv_heads]``.
     by_length: Callable[[int], np.ndarray] | None = None
 

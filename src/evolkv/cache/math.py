@@ -85,12 +85,22 @@ def attention(
         return F.scaled_dot_product_attention(
             query[:, None], key[:, None], value[:, None], attn_mask=mask, scale=scaling
         )[:, 0]
+    return attention_weights(query, key, visible, scaling, softcap, sinks).to(query.dtype) @ value
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, visible: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return the attention probabilities of each row over its own keys, ``[rows, queries, keys]`` float32.
+
+    Args: see `attention`.
+    """
     logits = (query @ key.transpose(1, 2)).float() * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
-    return softmax_with_sinks(logits, sinks).to(query.dtype) @ value
+    return softmax_with_sinks(logits, sinks)
 
 
 def continue_prompt(prompt: PromptAttention) -> Tensor:

@@ -29,6 +29,10 @@ class MultiTurnLayer(ReadingLayer):
     of each later call of several tokens, which reads everything itself. What is generated since may be read, too.
     """
 
+    unsaved = (
+        "the cache chooses what may be read anew after each turn, and a file cannot say what is chosen now; use "
+        "selector 'rocketkv', or read the text again"
+    )
     #: What may be read, as if all tokens up to the last choice were its prompt; None in layers with a sliding window.
     readable: ReadingLayer | None
 
@@ -94,8 +98,8 @@ class MultiTurnLayer(ReadingLayer):
         copied, read = self.readable.bytes_by_row()
         return held + copied, read
 
-    def _alike(self, group: RowGroup) -> list[tuple[RowGroup, Reading | None]]:
-        return [(group, None)]
+    def _way_of(self, row: int, group: RowGroup) -> Reading | None:
+        return None
 
     def _store(
         self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any = None, room: int = 0

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolkv.cache.attend import attend_groups, attend_in_turn, visible_in_group
+from evolkv.cache.attend import attend_in_turn
+from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.masks import boolean_mask, hides_nothing, is_causal
-from evolkv.cache.math import attention, check_plain_logits
+from evolkv.cache.masks import boolean_mask, is_causal
+from evolkv.cache.math import attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import UsageError
 from evolkv.selectors import LayerContext
@@ -127,7 +128,7 @@ def chosen_entries(query: Tensor, keys: Tensor, pages: Pages | None, reading: Re
     return best[:, : reading.tokens]
 
 
-class ReadingLayer(CompressedLayer):
+class ReadingLayer(ByGroupLayer):
     """A layer whose new tokens each read a part of what it holds, as its selector says.
 
     A token reads so if it comes alone, or among those of a call that `HookedCache.expect_answers` announced. A call of
@@ -140,9 +141,8 @@ class ReadingLayer(CompressedLayer):
         super()._clear()
         #: Of each sequence, the first token of the next call that counts as generated; see `expect_answers`.
         self.first: Sequence[int] | None = None
-        #: Of each group how its rows are read, with their pages if they have any; None where they are read whole.
-        self._ways: list[tuple[Reading, Pages | None] | None] = []
-        self._ways_of: list[RowGroup] | None = None
+        #: Of each group the pages of its keys, if it is read by pages of several entries.
+        self._pages: list[Pages | None] = []
 
     def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
         """See `CompressedLayer.copy`; each makes its own pages, which are written to."""
@@ -154,18 +154,20 @@ class ReadingLayer(CompressedLayer):
     @property
     def kv_bytes(self) -> int:
         """Return the bytes of keys, values and extremes held."""
-        extremes = sum(len(group.rows) * self._extreme_bytes(group, way) for group, way in self._read_ways())
-        return super().kv_bytes + extremes
+        groups = [group for group, _ in self._read_ways()]
+        return super().kv_bytes + sum(
+            len(group.rows) * _extreme_bytes(group, pages) for group, pages in zip(groups, self._pages, strict=True)
+        )
 
     def bytes_by_row(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.bytes_by_row`."""
         held, read = [], []
-        for group, way in self._read_ways():
+        for (group, reading), pages in zip(self._read_ways(), self._pages, strict=True):
             entries, size = group.keys.shape[1], group.keys[0].nbytes + group.values[0].nbytes
-            held.append(size + self._extreme_bytes(group, way))
-            if way is not None:
-                scored = -(-entries // way[0].page) * way[0].channels * group.keys.element_size()
-                size = way[0].tokens * size // entries + scored
+            held.append(size + _extreme_bytes(group, pages))
+            if reading is not None:
+                scored = -(-entries // reading.page) * reading.channels * group.keys.element_size()
+                size = reading.tokens * size // entries + scored
             read.append(size)
         return rows_of(self.groups, held), rows_of(self.groups, read)
 
@@ -191,25 +193,6 @@ class ReadingLayer(CompressedLayer):
         ends = [*range(max(1, first), new), new]
         return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
 
-    def _decode(
-        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        batch, heads, new, _ = key.shape
-        if new > 1 or all(way is None for _, way in self._read_ways()):
-            return super()._decode(own, module, query, key, value, mask, **kwargs)
-        check_plain_logits(module, kwargs)
-        visible = None if mask is None and self.real is None else self._visible_columns(mask, batch, new)
-        if self.real is None and hides_nothing(mask, visible):
-            visible = None
-        order = self._row_order()
-        self._append(key, value, order)
-        shown = None
-        if visible is not None:
-            shown = [
-                visible_in_group(group, 1, visible, heads, None, padded=self.real is not None) for group in self.groups
-            ]
-        return attend_groups(query, self.groups, order, shown, heads, kwargs, self._attend_group), None
-
     def _attend_group(
         self,
         number: int,
@@ -219,11 +202,9 @@ class ReadingLayer(CompressedLayer):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Return the attention of one new token of each row of a group; see `attention`."""
-        group, way = self.groups[number], self._ways[number]
-        if way is None:
+        group, reading, pages = self.groups[number], self._ways[number], self._pages[number]
+        if reading is None:
             return attention(query, group.keys, group.values, visible, scaling, softcap, sinks)
-        reading, pages = way
         if pages is not None:
             pages.append(group.keys[:, -1])
         if visible is None:
@@ -238,44 +219,31 @@ class ReadingLayer(CompressedLayer):
             outputs.append(_read(query[at], keys, values, own, reading, scaling, softcap, sink))
         return torch.cat(outputs)
 
-    def _read_ways(self) -> list[tuple[RowGroup, tuple[Reading, Pages | None] | None]]:
-        """Return each group and how it is read; groups are taken apart so that all rows of one are read alike."""
-        if self._ways_of is not self.groups:
-            # Asked once: on a GPU each look at row numbers would wait for it.
-            parts = [part for group in self.groups for part in self._alike(group)]
-            self.groups = self._ways_of = [group for group, _ in parts]
-            self._ways = [None if reading is None else (reading, None) for _, reading in parts]
-        for number, (group, way) in enumerate(zip(self.groups, self._ways, strict=True)):
-            if way is None or way[0].page == 1:
+    def _read_ways(self) -> list[tuple[RowGroup, Reading | None]]:
+        known = self._ways_of is self.groups
+        ways = super()._read_ways()
+        if not known:
+            self._pages = [None] * len(ways)
+        for number, (group, reading) in enumerate(ways):
+            if reading is None or reading.page == 1:
                 continue
-            reading, pages = way
+            pages = self._pages[number]
             # Tokens that several came at once, or were taken back, are not in the pages.
             if pages is None or pages.entries != group.keys.shape[1]:
-                self._ways[number] = reading, Pages(group.keys, reading.page)
-        return [*zip(self.groups, self._ways, strict=True)]
+                self._pages[number] = Pages(group.keys, reading.page)
+        return ways
 
-    def _alike(self, group: RowGroup) -> list[tuple[RowGroup, Reading | None]]:
-        """Return the rows of a group and how they are read, those apart that are read in different ways."""
-        if self.is_sliding:
-            return [(group, None)]
+    def _way_of(self, row: int, group: RowGroup) -> Reading | None:
         held, head_dim = group.positions.shape[1], group.keys.shape[2]
-        slots: dict[Reading | None, list[int]] = {}
-        for slot, row in enumerate(group.rows.tolist()):
-            reading = self.selector.reading(held, self.prompt_lengths[row // self.num_kv_heads], head_dim)
-            slots.setdefault(reading, []).append(slot)
-        if len(slots) == 1:
-            return [(group, next(iter(slots)))]
-        return [
-            (RowGroup(group.rows[which], group.keys[which], group.values[which], group.positions[which]), reading)
-            for reading, which in slots.items()
-        ]
+        return self.selector.reading(held, self.prompt_lengths[row // self.num_kv_heads], head_dim)
 
-    def _extreme_bytes(self, group: RowGroup, way: tuple[Reading, Pages | None] | None) -> int:
-        """Return the bytes of one row's extremes."""
-        if way is None or way[1] is None:
-            return 0
-        _, entries, channels = group.keys.shape
-        return 2 * -(-entries // way[0].page) * channels * group.keys.element_size()
+
+def _extreme_bytes(group: RowGroup, pages: Pages | None) -> int:
+    """Return the bytes of one row's extremes."""
+    if pages is None:
+        return 0
+    _, entries, channels = group.keys.shape
+    return 2 * -(-entries // pages.size) * channels * group.keys.element_size()
 
 
 def _read(

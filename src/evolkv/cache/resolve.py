@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import BudgetSpec, read_budget
 from evolkv.cache.adaptive import AdaptiveLayer
+from evolkv.cache.companion import companion_of
 from evolkv.cache.hooked import layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.pruning import check_model
@@ -79,6 +80,8 @@ class LayerMaker:
             )
         reeviction.check_selector(method.selector)
         check_rereading(model, method.selector)
+        # Loads it, and refuses one that does not fit.
+        companion_of(model, method.selector)
         facts = model_facts(model)
         method.selector.check_budgets(self.budgets, facts.sliding_windows)
         if method.selector.prunes_prefill:

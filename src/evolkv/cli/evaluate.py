@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from evolkv.cli import console
 from evolkv.cli.arguments import sibling
 from evolkv.cli.options import (
     Attention,
+    Companion,
     Device,
     Dtype,
     Markdown,
@@ -21,6 +23,7 @@ from evolkv.cli.options import (
     Protocol,
     Seed,
     Trust,
+    accompanied,
     files,
     to_read,
     to_write,
@@ -55,6 +58,7 @@ def evaluate(
             help="Mean cache entries per KV head, or a share of each prompt (10%); profiles have their own.",
         ),
     ] = None,
+    companion: Companion = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Examples per task.")] = 50,
     sample_ids: Annotated[
         list[str] | None,
@@ -109,6 +113,8 @@ def evaluate(
     from evolkv.tasks.check import check_examples
 
     tasks, methods = get_tasks(task), [get_method(name) for name in method]
+    selectors = accompanied([each.selector for each in methods], companion)
+    methods = [replace(each, selector=selector) for each, selector in zip(methods, selectors, strict=True)]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(files(json_out, kept, markdown), chain.from_iterable(read))
     check_request(methods, budgets, samples, metric)

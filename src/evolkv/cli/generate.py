@@ -7,26 +7,31 @@ import ctypes
 import json
 import os
 import sys
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evolkv.cli import console
 from evolkv.cli.options import (
     Attention,
+    Companion,
     Device,
     Dtype,
     Model,
     ModelOptions,
     PrefillChunk,
     Trust,
+    accompanied,
     to_read,
     to_write,
     valid_seed,
 )
 from evolkv.errors import UsageError
 from evolkv.report.units import mebibytes
+
+if TYPE_CHECKING:
+    from evolkv.generation import Generated
 
 # In glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
@@ -60,6 +65,7 @@ def generate(
             help="Mean cache entries per KV head, or a share of the prompt (10%); a profile has its own.",
         ),
     ] = None,
+    companion: Companion = None,
     prefill_chunk: PrefillChunk = None,
     evict_every: Annotated[
         int | None,
@@ -118,6 +124,7 @@ def generate(
     from evolkv.methods import chosen_method
 
     named = chosen_method(profile, method, budget)
+    named = replace(named, selector=accompanied([named.selector], companion)[0])
     chosen = None if named.is_full else named
     if save_cache is not None and chosen is None:
         raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
@@ -187,7 +194,7 @@ def generate(
     rate = (result.new_tokens - 1) / result.decode_seconds if result.new_tokens > 1 else 0.0
     console.note(
         f"{result.prompt_tokens:,} prompt tokens; KV cache after prefill "
-        f"{_weight(result.kv_bytes, result.full_kv_bytes)}; "
+        f"{_weight(result.kv_bytes, result.full_kv_bytes)}{_of_companion(result)}; "
         f"{result.new_tokens} new tokens in {result.seconds:.1f} s" + (f", {rate:.1f} tokens/s" if rate else "")
     )
     return 0
@@ -195,6 +202,13 @@ def generate(
 
 def _weight(held: int, full: int) -> str:
     return f"{mebibytes(held)} MiB, {held / full:.1%} of {mebibytes(full)} MiB"
+
+
+def _of_companion(result: Generated) -> str:
+    """Return what of the cache a step needs, and what is the companion's, where there is one."""
+    if not result.companion_bytes:
+        return ""
+    return f" (resident {mebibytes(result.resident_bytes)} MiB, companion {mebibytes(result.companion_bytes)} MiB)"
 
 
 def _return_large_blocks() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from evolkv.cli import console
 from evolkv.errors import UsageError
 from evolkv.registry import unknown_name
 from evolkv.whole_files import output_path
+
+if TYPE_CHECKING:
+    from evolkv.selectors import Selector
 
 
 def one_of(kind: str, names: Sequence[str]) -> Callable[[str | None], str | None]:
@@ -90,6 +93,15 @@ PrefillChunk = Annotated[
     int | None,
     typer.Option("--prefill-chunk", metavar="N", help="Read prompts in chunks of N tokens, evicting after each."),
 ]
+Companion = Annotated[
+    str | None,
+    typer.Option(
+        "--companion",
+        metavar="MODEL",
+        callback=to_read,
+        help="The small model that reads along, for selector smallkv.",
+    ),
+]
 Granularity = Annotated[
     str,
     typer.Option(
@@ -117,6 +129,20 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model"),
 ]
+
+
+def accompanied(selectors: Iterable[Selector | None], companion: str | None) -> list[Selector | None]:
+    """Return selectors, those that take a companion model with this one, or with their own where it is None.
+
+    Raises:
+        UsageError: if one needs a companion and has none, or no selector takes the one that is given.
+    """
+    from evolkv.selectors.smallkv import with_companion
+
+    given = list(selectors)
+    if companion is not None and all(each is None or each.companion is None for each in given):
+        raise UsageError(f"--companion {companion} is for selector smallkv, which is not among what is asked for")
+    return [None if each is None else with_companion(each, companion) for each in given]
 
 
 @dataclass(frozen=True)

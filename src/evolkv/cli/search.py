@@ -8,6 +8,7 @@ import typer
 
 from evolkv.cli.options import (
     Attention,
+    Companion,
     Device,
     Dtype,
     Model,
@@ -56,6 +57,7 @@ def search(
             "(default: three compete; without a slope snapkv)",
         ),
     ] = None,
+    companion: Companion = None,
     preset: Annotated[
         str,
         typer.Option(

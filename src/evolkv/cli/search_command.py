@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from evolkv.budgets import Budget, Share, read_budgets
 from evolkv.cli import console
 from evolkv.cli.arguments import sibling
-from evolkv.cli.options import ModelOptions, files
+from evolkv.cli.options import ModelOptions, accompanied, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.certify import check_bounds
@@ -168,8 +168,7 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
     task = get_task(options["task"])
     targets = [*outs.values(), *files(json_out)]
     check_outputs(targets, [*task.files(), *([] if start in named else [start])])
-    for spec in options["selector"] or []:
-        get_selector(spec)
+    selectors = accompanied(map(get_selector, options["selector"] or []), options.get("companion"))
     file = None if storage == "none" else locate(storage).path
     if file is not None and os.path.realpath(file) in map(os.path.realpath, targets):
         raise UsageError(f"--storage is {storage}, which the result would overwrite; give the study a file of its own")
@@ -177,8 +176,8 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
     settings: dict[str, Any] = {
         **{field.name: options[field.name] for field in fields(SearchConfig) if options.get(field.name) is not None},
         "task": task,
-        # What Typer has for a list that was not given.
-        "selector": options["selector"] or None,
+        # Names are kept as they are, because the window of one that is given by name alone may shrink.
+        "selector": selectors if options.get("companion") else options["selector"] or None,
         "start": start if start in named else BudgetProfile.load(start),
         "storage": None if storage == "none" else storage,
         "study": options["study"] or os.path.basename(sibling(out, "")),

@@ -122,8 +122,9 @@ def evaluate(
         ``expanded_from`` (the budget that a profile was found at) and ``bins`` (number and score of the examples in
         each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held
         after prefill, averaged over examples (and heads); ``read_bytes`` is what the attention of one generated token
-        reads of it; `prefill_factor` says how many tokens the model read for each of the prompt's, above 1 where a
-        selector has it read the prompt again.
+        reads of it. With a companion model both include its cache; ``companion_bytes`` is that alone, and
+        ``resident_bytes`` what a step needs of the model's own. `prefill_factor` says how many tokens the model read
+        for each of the prompt's, above 1 where a selector has it read the prompt again.
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
@@ -138,7 +139,7 @@ def evaluate(
     _check_blocks(block_size, prefill_chunk)
     rows = _rows(model, chosen, at)
     for row in rows:
-        if prefill_chunk is not None or row.selector.prunes_prefill:
+        if prefill_chunk is not None or row.selector.reads_for_itself:
             # What cannot read prompts so is refused before any is read.
             row.new_cache(model, prefill_chunk)
     haystacks = {format_spec(each): each.haystack_used() for each in tasks}
@@ -249,6 +250,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "mean_budget": float(np.mean([record.mean_budget for record in column])),
                 "prefill_factor": float(np.mean([record.prefill_factor for record in column])),
                 **_prefill_share(column),
+                **_beside_companion(column),
                 "seed": settings.seed,
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,
@@ -270,6 +272,15 @@ def _prefill_share(column: Sequence[Record]) -> dict[str, float]:
     """Return the mean share of a plain prefill, where a method computes less."""
     shares = [record.prefill_share for record in column]
     return {"prefill_share": float(np.mean(shares))} if min(shares) < 1 else {}
+
+
+def _beside_companion(column: Sequence[Record]) -> dict[str, float]:
+    """Return what a step needs of the model's own cache, and the companion's cache, where there is one."""
+    if not any(record.companion_bytes for record in column):
+        return {}
+    companion = float(np.mean([record.companion_bytes for record in column]))
+    read = float(np.mean([record.read_bytes or record.kv_bytes for record in column]))
+    return {"resident_bytes": read - companion, "companion_bytes": companion}
 
 
 def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:

@@ -192,13 +192,14 @@ class _Prefilled:
 class _Measured:
     """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer.
 
-    `prefill_share` is the share of a plain prefill that was computed, and `prefill_factor` says how many tokens were
-    read for each of the prompt's.
+    Both include `companion_bytes`, those of a companion's cache. `prefill_share` is the share of a plain prefill that
+    was computed, and `prefill_factor` says how many tokens were read for each of the prompt's.
     """
 
     row: Row
     kv_bytes: int
     read_bytes: int
+    companion_bytes: int
     prefill_share: float
     prefill_factor: float
     answer: Answer
@@ -263,7 +264,7 @@ class _Shard:
 
     def _reads(self, rows: list[Row]) -> bool:
         """Return whether each of some rows, which are decoded together, has to read the prompt for itself."""
-        return self.settings.prefill_chunk is not None or rows[0].selector.prunes_prefill
+        return self.settings.prefill_chunk is not None or rows[0].selector.reads_for_itself
 
     def _prefiller(self) -> Prefiller | None:
         """Return what prefills each prompt once, for the rows that can share it; None where no row can."""
@@ -348,6 +349,7 @@ class _Shard:
                 zip(
                     cache.kv_bytes_by_sequence,
                     cache.read_bytes_by_sequence,
+                    cache.companion_bytes_by_sequence,
                     cache.prefill_share_by_sequence,
                     strict=True,
                 )
@@ -391,6 +393,7 @@ class _Shard:
                     score=each.answer.score,
                     kv_bytes=each.kv_bytes,
                     read_bytes=each.read_bytes,
+                    companion_bytes=each.companion_bytes,
                     mean_budget=each.kv_bytes / entry_bytes / self.heads,
                     prefill_share=each.prefill_share,
                     prefill_factor=each.prefill_factor,

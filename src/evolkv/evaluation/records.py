@@ -119,6 +119,7 @@ class Record(_Checked):
         kv_bytes: what the cache held after prefill.
         read_bytes: what the attention of one generated token would read of that; None in records of earlier versions,
             whose methods read all that they held.
+        companion_bytes: of both, what a companion model's cache took; 0 without one.
         mean_budget: the same as entries per KV head.
         prefill_factor: tokens that the model read before the first answer token for each of the prompt's; above 1 where
             the selector has it read the prompt again.
@@ -141,6 +142,7 @@ class Record(_Checked):
     score: Annotated[float, Field(ge=0, le=1)]
     kv_bytes: Annotated[int, Field(ge=1, le=2**53)]
     read_bytes: Annotated[int | None, Field(ge=1, le=2**53)] = None
+    companion_bytes: Annotated[int, Field(ge=0, le=2**53)] = 0
     mean_budget: Annotated[float, Field(gt=0)]
     prefill_factor: Annotated[float, Field(ge=1)] = 1.0
     prefill_share: Annotated[float, Field(gt=0, le=1)] = 1.0

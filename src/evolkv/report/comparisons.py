@@ -109,7 +109,9 @@ class Comparison:
         columns = ["method", "budget", "mean budget", "n", "score", "95 % interval", "KV MiB"]
         # What all methods read, they hold.
         reads = any(entry.row.read_bytes not in (None, entry.row.kv_bytes) for entry in self.entries)
-        columns += ["of full"] * bool(self.full) + ["read MiB"] * reads + ["from", "on the front"] * self.of_curve
+        accompanied = any(entry.row.companion_bytes for entry in self.entries)
+        columns += ["of full"] * bool(self.full) + ["resident MiB", "companion MiB"] * accompanied
+        columns += ["read MiB"] * reads + ["from", "on the front"] * self.of_curve
         rows = []
         for entry in self.entries:
             row = entry.row
@@ -117,6 +119,8 @@ class Comparison:
             cells += [number(row.n), score(row.score), interval(row.ci95), mebibytes(row.kv_bytes)]
             if (share := self.share(entry)) is not None:
                 cells.append(percent(share))
+            if accompanied:
+                cells += [mebibytes(row.resident_bytes or row.kv_bytes), mebibytes(row.companion_bytes)]
             cells += [mebibytes(row.read_bytes or row.kv_bytes)] * reads
             cells += [entry.source, ("yes" if entry.on_front else "no") if entry.source else ""] * self.of_curve
             rows.append(cells)

@@ -181,7 +181,8 @@ def _add_file(sources: Sources, path: Path, study: str | None) -> None:
 
 def _without_numbers(row: Row) -> str:
     """Return what tells rows apart: all of a row but its numbers."""
-    return row.model_dump_json(exclude={"n", "score", "ci95", "kv_bytes", "read_bytes", "mean_budget"})
+    sizes = {"kv_bytes", "read_bytes", "resident_bytes", "companion_bytes", "mean_budget"}
+    return row.model_dump_json(exclude={"n", "score", "ci95", *sizes})
 
 
 def _is_ours(path: Path) -> bool:

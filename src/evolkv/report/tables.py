@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 #: Columns of numbers, which stand right-aligned.
 NUMERIC = frozenset(
     {
-        *("budget", "mean budget", "n", "KV MiB", "of full", "read MiB", "prefill", "prefill left"),
+        *("budget", "mean budget", "n", "KV MiB", "of full", "resident MiB", "companion MiB", "read MiB"),
+        *("prefill", "prefill left"),
         *("p", "safe budget", "loss"),
     }
 )
@@ -40,6 +41,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     pruned = any("prefill_share" in row for row in rows)
     columns += ["mean budget", "n", "metric", "score (95 % interval)", *bins, "KV MiB"] + ["of full"] * bool(full)
     reread = any(row.get("prefill_factor", 1) > 1 for row in rows)
+    accompanied = any("companion_bytes" in row for row in rows)
+    columns += ["resident MiB", "companion MiB"] * accompanied
     columns += ["read MiB"] * reads + ["prefill"] * reread + ["prefill left"] * pruned
     cells = []
     for row in rows:
@@ -50,6 +53,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         line.append(mebibytes(row["kv_bytes"]))
         if full:
             line.append(f"{row['kv_bytes'] / full[row['task']]:.1%}" if row["task"] in full else "–")
+        if accompanied:
+            line.append(mebibytes(row.get("resident_bytes", row["kv_bytes"])))
+            line.append(mebibytes(row.get("companion_bytes", 0)))
         if reads:
             line.append(mebibytes(row.get("read_bytes", row["kv_bytes"])))
         line += [f"{row.get('prefill_factor', 1):.2f} ×"] * reread

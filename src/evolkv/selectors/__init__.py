@@ -19,6 +19,7 @@ from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.kvzip import KVzip
 from evolkv.selectors.pyramidinfer import PyramidInfer
 from evolkv.selectors.rocketkv import RocketKV, RocketKVMultiTurn
+from evolkv.selectors.smallkv import SmallKV
 from evolkv.selectors.snapkv import SnapKV
 from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
@@ -41,6 +42,7 @@ SELECTORS: Registry[type[Selector]] = Registry(
             RocketKVMultiTurn,
             KVzip,
             PyramidInfer,
+            SmallKV,
         )
     },
     "evolkv.selectors",
@@ -89,6 +91,7 @@ __all__ = [
     "RocketKVMultiTurn",
     "Selector",
     "SelectorSpec",
+    "SmallKV",
     "SnapKV",
     "StreamingLLM",
     "Words",

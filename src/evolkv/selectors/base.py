@@ -262,6 +262,16 @@ class Selector(ABC):
         """Return whether the score of a layer depends on that of another."""
         return False
 
+    @property
+    def companion(self) -> str | None:
+        """Return the name of a model that reads along, as `load_model` takes it; None (default) where none does."""
+        return None
+
+    @property
+    def reads_for_itself(self) -> bool:
+        """Return whether each cache has to read a prompt itself, since none can be cut from another's prefill."""
+        return self.prunes_prefill or self.companion is not None
+
     def check_replay(self) -> None:
         """Raise `UsageError` if one prefill cannot serve all candidates, so that only the engine "naive" can score."""
         if self.prunes_prefill:

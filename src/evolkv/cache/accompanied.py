@@ -1,0 +1,233 @@
+"""A cache whose layers read what a companion model chooses: SmallKV.
+
+Zhao et al. 2025, arXiv 2508.02751. See `evolkv.selectors.smallkv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evolkv.cache.by_group import ByGroupLayer
+from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads, sequences_of
+from evolkv.cache.costs import CacheCosts
+from evolkv.cache.hooked import HookedCache
+from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.math import attention
+from evolkv.cache.rows import RowGroup, rows_of
+from evolkv.errors import RunError
+from evolkv.selectors import PromptAttention
+from evolkv.selectors.smallkv import SmallKV, Split
+
+
+class AccompaniedLayer(ByGroupLayer):
+    """A layer that holds every token, and of which each new token reads what a companion chooses.
+
+    Budgets say how much of the prompt is read. A layer with a sliding window is read whole.
+
+    Attributes:
+        companion: the cache of the companion; set before each call.
+        heads: the companion's head that stands for each query head, ``[batch, heads]``; None where nobody chooses.
+    """
+
+    selector: SmallKV
+    companion: CompanionCache
+    unsaved = (
+        "the cache needs what a companion model holds of the same text, which a file does not have; use another "
+        "selector than smallkv, or read the text again"
+    )
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.heads: Tensor | None = None
+
+    @classmethod
+    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+        """See `CompressedLayer.merge`."""
+        merged = super().merge(layers, room)
+        heads = [layer.heads for layer in layers if isinstance(layer, AccompaniedLayer) and layer.heads is not None]
+        if heads and isinstance(merged, AccompaniedLayer):
+            merged.heads = torch.cat(heads)
+        return merged
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to take tokens back."""
+        if tokens_to_remove:
+            raise RunError(
+                "cannot take tokens back from a cache with a companion model, which has added up what they attend to; "
+                "use plain greedy search, sampling or beam search"
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `CompressedLayer.batch_select_indices`."""
+        super().batch_select_indices(indices)
+        if self.heads is not None:
+            self.heads = self.heads[indices.to(self.heads.device)]
+
+    def bytes_by_row(self) -> tuple[Tensor, Tensor]:
+        """See `CompressedLayer.bytes_by_row`; of a marginal entry the value alone is read."""
+        held, read = [], []
+        for group, split in self._read_ways():
+            keys, values = group.keys[0].nbytes, group.values[0].nbytes
+            entries, exact, weighted = group.keys.shape[1], group.keys.shape[1], 0
+            if split is not None:
+                exact, weighted = entries - split.older + split.critical, split.marginal
+            held.append(keys + values)
+            read.append((exact * keys + (exact + weighted) * values) // entries)
+        return rows_of(self.groups, held), rows_of(self.groups, read)
+
+    def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
+        """See `CompressedLayer.store_prompt`; query heads find their companion's heads."""
+        super().store_prompt(prompt, padding)
+        if self.is_sliding:
+            return
+        pairs = zip(sequences_of(prompt, padding), self.companion.first, strict=True)
+        with torch.no_grad():
+            self.heads = torch.stack(
+                [
+                    matching_heads(attention_received(one, theirs.shape[1])[0], theirs.to(one.key.device))
+                    for one, theirs in pairs
+                ]
+            )
+
+    def _counts(self, lengths: list[int]) -> np.ndarray:
+        """Return the entries that each row holds: all that its window leaves."""
+        # It checks the budgets.
+        super()._counts(lengths)
+        return np.minimum(lengths, self.sliding_window or max(lengths)).repeat(self.num_kv_heads)
+
+    def _way_of(self, row: int, group: RowGroup) -> Split | None:
+        sequence, head = divmod(row, self.num_kv_heads)
+        budget = self.budgets[head] if self.budgets.ndim == 1 else self.budgets[sequence, head]
+        return self.selector.split(int(budget), self.prompt_lengths[sequence])
+
+    def _attend_group(
+        self,
+        number: int,
+        query: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        group, split = self.groups[number], self._ways[number]
+        if split is None:
+            return attention(query, group.keys, group.values, visible, scaling, softcap, sinks)
+        received, latest = self._companions_view(group, split.older)
+        ranked = received.mean(dim=1).argsort(dim=1, descending=True, stable=True)
+        rows = torch.arange(len(group.rows), device=ranked.device)[:, None]
+        critical, marginal = ranked[:, : split.critical], ranked[:, split.critical :][:, : split.marginal]
+        keys = torch.cat([group.keys[rows, critical], group.keys[:, split.older :]], dim=1)
+        values = torch.cat([group.values[rows, critical], group.values[:, split.older :]], dim=1)
+        if visible is not None:
+            visible = visible[..., split.older - split.critical :]
+        output = attention(query, keys, values, visible, scaling, softcap, sinks)
+        weights = latest.gather(2, marginal[:, None].expand(-1, query.shape[1], -1))
+        exact = 1 - weights.sum(dim=2, keepdim=True)
+        return (output * exact + weights @ group.values[rows, marginal].float()).to(query.dtype)
+
+    def _companions_view(self, group: RowGroup, older: int) -> tuple[Tensor, Tensor]:
+        """Return what the first entries of rows have received, and from the last token: ``[rows, queries, older]``."""
+        assert self.heads is not None
+        assert self.companion.received is not None
+        assert self.companion.latest is not None
+        theirs = self.heads.view(self.batch * self.num_kv_heads, -1)[group.rows]
+        sequences = (group.rows // self.num_kv_heads)[:, None]
+        device = self.companion.latest.device
+        where = sequences.to(device), theirs.to(device), slice(older)
+        views = (each[where].to(group.keys.device) for each in (self.companion.received, self.companion.latest))
+        return next(views), next(views)
+
+
+class Accompanied(CacheCosts, HookedCache):
+    """A cache that may have a companion, to which it passes on what happens to its sequences.
+
+    Attributes:
+        companion: what the companion holds; None where the selector takes none, and before a prompt.
+    """
+
+    kv_layers: list[CompressedLayer]
+    companion: CompanionCache | None = None
+
+    @torch.compiler.disable
+    def read_ahead(self, arguments: Mapping[str, Any]) -> None:
+        """See `HookedCache.read_ahead`; the companion reads each token before the large model does."""
+        first = self.kv_layers[0]
+        if not isinstance(first, AccompaniedLayer):
+            return
+        # If the companion or the model fails, they differ in what they have read.
+        self.unfinished = True
+        if self.companion is None:
+            model = companion_of(self.model(), first.selector)
+            assert model is not None
+            self.companion = CompanionCache(model, first.selector.match)
+        for layer in self.kv_layers:
+            assert isinstance(layer, AccompaniedLayer)
+            layer.companion = self.companion
+        self.companion.read(arguments)
+
+    @torch.compiler.disable
+    def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
+        """See `HookedCache.end_call`."""
+        states = super().end_call(arguments, states)
+        if self.companion is not None:
+            self.companion.forget_call()
+        return states
+
+    @property
+    def most_tokens(self) -> int | None:
+        """See `HookedCache.most_tokens`; after the prompt each token comes alone."""
+        alone = isinstance(self.kv_layers[0], AccompaniedLayer) and self.get_seq_length() > 0
+        return 1 if alone else super().most_tokens
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `CompressedCache.batch_select_indices`."""
+        super().batch_select_indices(indices)
+        if self.companion is not None:
+            self.companion.batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See `CompressedCache.reorder_cache`."""
+        super().reorder_cache(beam_idx)
+        if self.companion is not None:
+            self.companion.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `CompressedCache.batch_repeat_interleave`."""
+        rows = self.kv_layers[0].batch
+        super().batch_repeat_interleave(repeats)
+        if self.companion is not None:
+            self.companion.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """See `CompressedCache.reset`."""
+        super().reset()
+        self.companion = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by keys and values, a companion's and reserved room included; states do not count."""
+        return super().kv_bytes + self.companion_bytes
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of a companion's cache, which `kv_bytes` and `read_bytes` include; 0 without one."""
+        return 0 if self.companion is None else self.companion.nbytes
+
+    @property
+    def companion_bytes_by_sequence(self) -> list[int]:
+        """Bytes of a companion's cache for each sequence, reserved room not included."""
+        return [0] * self.kv_layers[0].batch if self.companion is None else self.companion.bytes_by_sequence
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that a step needs of the model's own cache: what it reads; without a companion all that is held."""
+        return self.kv_bytes if self.companion is None else sum(super()._by_sequence(1))
+
+    def _by_sequence(self, which: int) -> list[int]:
+        pairs = zip(super()._by_sequence(which), self.companion_bytes_by_sequence, strict=True)
+        return [own + companion for own, companion in pairs]
