@@ -159,3 +159,14 @@ def test_selectors_share_a_limit(small, ticking):
     assert len(counts) == 2
     assert all(GENERATION <= count < 80 for count in counts)
     assert np.ptp(counts) <= 2 * GENERATION
+
+
+def test_selectors_that_time_does_not_reach_are_left_to_the_next_run(small, ticking, tmp_path):
+    settings = {**SETTINGS, "selector": ["snapkv", "keydiff"], "storage": str(tmp_path / "study.db")}
+    found = evolkv.search(*small, time_limit=4, **settings)
+    assert [row["selector"]["name"] for row in found.rivals] == ["snapkv"]
+    assert (found.stopped, found.interrupted) == ("time limit", False)
+    assert found.profile.search["stopped"] == "time limit"
+    again = evolkv.search(*small, **settings)
+    assert [row["selector"]["name"] for row in again.rivals] == ["snapkv", "keydiff"]
+    assert again.stopped is None

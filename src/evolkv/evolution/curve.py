@@ -54,6 +54,10 @@ class CurveResult:
         """Return the reason that ended at least one of the searches early: "time limit", or None."""
         return next((result.stopped for result in self.results if result.stopped), None)
 
+    def out_of_time(self) -> CurveResult:
+        """Return the result as one of searches that the time limit ended."""
+        return replace(self, results=[result.out_of_time() for result in self.results])
+
     def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:
         """Return the content of a ``--json`` file; `profiles` are the paths that the profiles were written to."""
         points = [dict(point) for point in self.points]

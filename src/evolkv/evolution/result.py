@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,11 @@ class SearchResult:
         if self.train is None or not self.validation:
             return None
         return float(self.train["score"] - self.validation[0]["score"])
+
+    def out_of_time(self) -> SearchResult:
+        """Return the result as one of a search that the time limit ended."""
+        profile = replace(self.profile, search={**self.profile.search, "stopped": TIME_LIMIT})
+        return replace(self, profile=profile, settings={**self.settings, "stopped": TIME_LIMIT}, stopped=TIME_LIMIT)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``--json`` file."""

@@ -17,6 +17,7 @@ from evolkv.budgets import Budget, Share
 from evolkv.evolution.backends import SharedBackend, make_backend
 from evolkv.evolution.config import ALONE, COMPETING, SearchConfig
 from evolkv.evolution.evolve import Beginning
+from evolkv.evolution.limit import OutOfTime
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
 from evolkv.selectors import SelectorSpec, get_selector
@@ -30,6 +31,8 @@ class _Result(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+    def out_of_time(self) -> Any: ...
 
 
 Config = TypeVar("Config", bound=SearchConfig)
@@ -101,7 +104,8 @@ def under_each_selector(
     """Run a search under each of several selectors in turn; of searches with a descent only the best one evolves.
 
     Prompts are prefilled once for all of them. Each search records to a study of its own, named ``STUDY/SELECTOR``.
-    KeyboardInterrupt ends the search that runs, and those after it do not begin.
+    KeyboardInterrupt ends the search that runs, and those after it do not begin. So does a time limit that leaves too
+    little for the next one.
 
     Args:
         model: the model.
@@ -140,6 +144,11 @@ def under_each_selector(
             # Two parts of one search.
             took = results[winner].seconds + evolved.seconds
             results[winner] = replace(evolved, seconds=took)  # type: ignore[type-var]
+    except OutOfTime:
+        # What the selectors before have come to stands; the same command goes on with the others.
+        if not results:
+            raise
+        return [result.out_of_time() for result in results.values()], False
     except KeyboardInterrupt:
         if not results:
             raise
