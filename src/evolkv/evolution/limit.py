@@ -17,7 +17,7 @@ CHOICES = 7
 SLOPE_ROWS = 3
 
 
-class OutOfTime(RunError):
+class OutOfTimeError(RunError):
     """Too little time is left to read the prompts and to choose."""
 
 
@@ -45,12 +45,12 @@ class TimeLimit:
         """Take in that so many of the training prompts were read in so many seconds.
 
         Raises:
-            OutOfTime: if the rest, and the choice, cannot be done in time.
+            OutOfTimeError: if the rest, and the choice, cannot be done in time.
         """
         self._prompt = seconds / done
         needed = self._prompt * (total - done + self._val + self._budgets)
         if clock() + needed > self._end:
-            raise OutOfTime(
+            raise OutOfTimeError(
                 f"--time-limit leaves {self._seconds:.0f} s for the search, which is too short: to read {total} "
                 f"training and {self._val} validation prompts takes about {seconds + needed:.0f} s, before any "
                 "candidate is scored; allow more, or use a smaller --train or --val"

@@ -17,7 +17,7 @@ from evolkv.budgets import Budget, Share
 from evolkv.evolution.backends import SharedBackend, make_backend
 from evolkv.evolution.config import ALONE, COMPETING, SearchConfig
 from evolkv.evolution.evolve import Beginning
-from evolkv.evolution.limit import OutOfTime
+from evolkv.evolution.limit import OutOfTimeError
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
 from evolkv.selectors import SelectorSpec, get_selector
@@ -144,7 +144,7 @@ def under_each_selector(
             # Two parts of one search.
             took = results[winner].seconds + evolved.seconds
             results[winner] = replace(evolved, seconds=took)  # type: ignore[type-var]
-    except OutOfTime:
+    except OutOfTimeError:
         # What the selectors before have come to stands; the same command goes on with the others.
         if not results:
             raise
