@@ -378,9 +378,9 @@ def test_specs_round_trip(name):
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize(
-    # The multi-turn variant of RocketKV drops nothing.
+    # The multi-turn variant of RocketKV and SmallKV drop nothing.
     "name",
-    [name for name in SELECTORS if not SELECTORS[name].prunes_prefill and name != "rocketkv_mt"],
+    [name for name in SELECTORS if not SELECTORS[name].prunes_prefill and name not in ("rocketkv_mt", "smallkv")],
 )
 def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     model, _ = smollm2

@@ -153,18 +153,19 @@ class Accompanied(CacheCosts, HookedCache):
     kv_layers: list[CompressedLayer]
     companion: CompanionCache | None = None
 
-    @torch.compiler.disable
     def read_ahead(self, arguments: Mapping[str, Any]) -> None:
         """See `HookedCache.read_ahead`; the companion reads each token before the large model does."""
-        first = self.kv_layers[0]
-        if not isinstance(first, AccompaniedLayer):
-            return
+        if isinstance(self.kv_layers[0], AccompaniedLayer):
+            self._have_companion_read(self.kv_layers[0].selector, arguments)
+
+    @torch.compiler.disable
+    def _have_companion_read(self, selector: SmallKV, arguments: Mapping[str, Any]) -> None:
         # If the companion or the model fails, they differ in what they have read.
         self.unfinished = True
         if self.companion is None:
-            model = companion_of(self.model(), first.selector)
+            model = companion_of(self.model(), selector)
             assert model is not None
-            self.companion = CompanionCache(model, first.selector.match)
+            self.companion = CompanionCache(model, selector.match)
         for layer in self.kv_layers:
             assert isinstance(layer, AccompaniedLayer)
             layer.companion = self.companion

@@ -45,9 +45,7 @@ def read_all_but_last(
     _check_rotary(cache, kwargs)
     _check_mask(cache, kwargs)
     chunk = cache.most_tokens
-    tokens = _num_tokens(kwargs)
-    pieces = [tokens] if chunk is None else lengths_of_chunks(tokens, chunk)
-    if len(pieces) == 1:
+    if chunk is None or len(pieces := lengths_of_chunks(tokens := _num_tokens(kwargs), chunk)) == 1:
         cache.read_ahead(kwargs)
         return None
     past, start, states = cache.get_seq_length(), 0, []

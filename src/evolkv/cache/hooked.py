@@ -152,7 +152,6 @@ class HookedCache(Cache):
         self.states_of_chunks = None
         wrap_again(decoder)
 
-    @torch.compiler.disable
     def read_ahead(self, arguments: Mapping[str, Any]) -> None:
         """Do what comes before the decoder reads a call, or a piece of one; `arguments` are its own, by name.
 
