@@ -24,8 +24,6 @@ from lib.records import RECORDS, ROOT, read
 _MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 _LINKED = re.compile(r"bench/records/([\w.-]+)\.json")
 TRANSCRIBED = "transcribed: raw output not kept"
-#: Budgets of tables by task: all of them would be too wide to read, and the records have them.
-_SHOWN = slice(None, None, 2)
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -113,15 +111,20 @@ def tasks(records: Sequence[Record]) -> Lines:
     rows = []
     for record in records:
         for compared in record.table["comparisons"]:
-            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in compared["cells"][_SHOWN]]
+            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in _shown(compared["cells"])]
             rows.append([compared["task"], f"{compared['full']:.3f}", *cells])
-    yield from table(["task", "full", *records[0].table["budgets"][_SHOWN]], rows)
+    yield from table(["task", "full", *_shown(records[0].table["budgets"])], rows)
     counts = " or ".join(dict.fromkeys(str(record["n"]) for record in records))
     places: dict[str, list[str]] = {}
     for record in records:
         places.setdefault(record.place, []).append(f"[{sum(map(len, places.values())) + 1}]({record.link})")
     measured = "; ".join(f"{place} ({', '.join(links)})" for place, links in places.items())
     yield from ("", f"n = {counts}; {measured}{records[0].mark}.")
+
+
+def _shown(by_budget: list[Any]) -> list[Any]:
+    """Return every other of more than two: all would be too wide to read, and the records have them."""
+    return by_budget if len(by_budget) < 3 else by_budget[::2]
 
 
 def overall(records: Sequence[Record]) -> Lines:
@@ -214,12 +217,14 @@ def headline(records: Sequence[Record]) -> Lines:
                 record.table["protocol"],
                 f"{100 * published[best]:.0f} % ({best})",
                 f"{100 * scores[under]:.0f} % ({under})",
+                f"{100 * scores['lukv']:.0f} %" if "lukv" in scores else "",
                 f"**{100 * scores['evolved']:.0f} %**",
-                f"{record['n']} × {len(record.table['comparisons'])} prompts",
+                # Means over all examples repeat what their tasks have counted.
+                sum(each["n"] for each in record.table["comparisons"] if each["task"] != "all examples"),
                 record.setting,
             ]
         )
-    heads = ["model", "protocol", "best published method", "same selector, equal budgets", "evolved budgets", "n"]
+    heads = ["model", "protocol", "best published method", "same selector, equal budgets", "LU-KV", "evolved", "n"]
     yield from table([*heads, "measured on"], rows)
     yield from _dagger(records)
 
