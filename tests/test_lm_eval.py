@@ -263,7 +263,7 @@ def test_gguf_file_is_converted_like_a_model_of_load_model(harness, smollm2, pai
         ({"method": "snapkw", "budget": 64}, UsageError, "snapkv"),
         ({"method": "snapkv"}, UsageError, "method 'snapkv' needs a budget; add a budget, such as 128"),
         ({"method": "snapkv", "budget": 8}, UsageError, "the budget is 8, but snapkv always keeps"),
-        ({"method": "snapkv", "budget": 64.5}, UsageError, "budget is 64.5, expected a whole number"),
+        ({"method": "snapkv", "budget": 64.5}, UsageError, "the budget is 64.5; expected a whole number"),
         ({"budget": 64}, UsageError, "add a profile, or a method such as snapkv"),
         ({"method": "snapkv", "budget": 64, "profile": "p.json"}, UsageError, "both given"),
     ],
