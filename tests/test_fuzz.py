@@ -782,7 +782,7 @@ def cases(name, check, total):
         *cases("reading", reads_a_part, CASES // 10),
         *cases("turns", takes_turns, CASES // 10),
         *cases("prunes", prunes, CASES // 5),
-        *cases("along", reads_along, CASES // 10),
+        *cases("along", reads_along, CASES // 20),
     ],
 )
 def test_evicting_equals_masking_for_random_models_batches_budgets_and_selectors(check, numbers):

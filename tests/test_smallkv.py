@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,11 +13,10 @@ import smallkv_reference
 from evolkv import BudgetProfile, CompressedCache
 from evolkv.cache.companion import attention_received, matching_heads, register_companion
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluation import NaiveEngine, ReplayEngine
+from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.decode import greedy, target_log_probs
 from evolkv.report.tables import results_table
 from evolkv.selectors import PromptAttention, SmallKV, get_selector
-from evolkv.tasks import get_task
 from tiny import HEAD_DIM, KV_HEADS, LAYERS, padded, tiny_model, tokens
 
 HEADS, ENTRY, PARTS = 8, 2 * HEAD_DIM * 4, ("keys", "values")
@@ -128,9 +126,16 @@ def test_a_step_is_the_papers_equation(model):
         torch.testing.assert_close(output[0, 0, queries], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "lfm2"])
-def test_a_model_that_is_its_own_companion_gives_full_attention_where_all_is_critical_or_marginal(family):
-    model = tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "dtype", "off"),
+    [
+        *((family, torch.float32, 1e-5) for family in ("llama", "gemma2", "gpt_oss", "lfm2")),
+        ("llama", torch.bfloat16, 0.03),
+        ("qwen3", torch.float16, 0.003),
+    ],
+)
+def test_a_model_that_is_its_own_companion_gives_full_attention_where_all_is_critical_or_marginal(family, dtype, off):
+    model = tiny_model(family).to(dtype)
     register_companion("twin", model)
     ids, later = tokens(2, 40), tokens(2, 6, seed=1)
     cache = prefilled(model, ids, "smallkv:model=twin,critical=1,recent=1,marginal=20", 26)
@@ -139,10 +144,10 @@ def test_a_model_that_is_its_own_companion_gives_full_attention_where_all_is_cri
     assert split.critical + split.marginal == split.older
     with torch.inference_mode():
         expected = model(torch.cat([ids, later], dim=1)).logits[:, 40:]
-    assert torch.allclose(steps(model, cache, later), expected, atol=1e-5)
+    assert float((steps(model, cache, later) - expected).abs().max()) <= off
     # Without the marginal part it is another text.
     exact = prefilled(model, ids, "smallkv:model=twin,critical=1,recent=1,marginal=0", 12)
-    assert not torch.allclose(steps(model, exact, later), expected, atol=1e-3)
+    assert float((steps(model, exact, later) - expected).abs().max()) > 2 * off
 
 
 def test_a_budget_that_covers_the_prompt_changes_nothing(model):
@@ -317,7 +322,7 @@ def test_a_call_that_failed_half_way_leaves_no_trace_after_reset(model, companio
 # In evaluations and searches.
 
 
-def test_evaluation_and_search_have_each_candidate_read_along(small, small_folder):
+def test_in_an_evaluation_each_method_reads_along_for_itself(small, small_folder):
     model, tokenizer = small
     spec = f"smallkv:model={small_folder},match=40"
     settings = {"task": "niah:context=200", "samples": 2, "metric": "logprob"}
@@ -329,24 +334,6 @@ def test_evaluation_and_search_have_each_candidate_read_along(small, small_folde
     assert along["read_bytes"] == pytest.approx(along["resident_bytes"] + along["companion_bytes"])
     table = results_table(rows)
     assert table.columns[-4:] == ["of full", "resident MiB", "companion MiB", "read MiB"]
-    found = evolkv.search(
-        model,
-        tokenizer,
-        task="niah:context=200",
-        budget=40,
-        selector=spec,
-        engine="naive",
-        train=1,
-        val=1,
-        max_evals=4,
-        granularity="layer",
-    )
-    assert found.profile.selector == {**get_selector(spec).to_dict()}
-    naive = NaiveEngine(
-        model, tokenizer, get_task("niah:context=200").examples("train", 1, tokenizer, 0), get_selector(spec)
-    )
-    whole, cut = naive.score(np.stack([np.full((LAYERS, KV_HEADS), each) for each in (400, 40)]))[:, 0]
-    assert whole != cut
 
 
 def test_the_command_line_names_the_companion(small_folder, tmp_path, capsys):
@@ -364,3 +351,17 @@ def test_the_command_line_names_the_companion(small_folder, tmp_path, capsys):
     assert "needs a small model that reads along" in capsys.readouterr().err
     assert main([*words[:-3], "snapkv", "--budget", "40", "--companion", model]) == 2
     assert "--companion" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_has_each_candidate_read_along(small_folder, tmp_path):
+    from evolkv.cli.app import main
+
+    model, out = str(small_folder), tmp_path / "p.json"
+    words = ["search", model, "-t", "niah:context=200", "-b", "40", "-s", "smallkv:match=40", "-o", str(out)]
+    words += ["--train", "1", "--val", "1", "--max-evals", "3", "--granularity", "layer", "--storage", "none"]
+    assert main([*words, "--companion", model]) == 2
+    assert main([*words, "--companion", model, "--engine", "naive"]) == 0
+    profile = BudgetProfile.load(out)
+    assert profile.selector == SmallKV(model=model, match=40).to_dict()
+    assert profile.mean_budget == 40
