@@ -694,7 +694,6 @@ def reads_along(number, model):
     for step in case.steps:
         case.feed(case.counts_of(step), "left", cache)
     cache.release()
-    cache.companion.release()
     for i, length in enumerate(case.lengths):
         watched = Watched(companion, [])
         watched.logits(case.rows[i])

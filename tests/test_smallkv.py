@@ -288,20 +288,18 @@ def test_what_a_companion_cannot_follow_is_refused_with_the_reason(model, tmp_pa
         (UsageError, "decoding takes drafts back", lambda: new(model).activate_past_recording()),
         (UsageError, "evicts once", lambda: CompressedCache(model, ALONG, 16, prefill_chunk=8)),
         (UsageError, "'adakv.*budgets that are fixed", lambda: CompressedCache(model, f"adakv+{ALONG}", 16)),
-        (UsageError, "inputs_embeds", lambda: model(inputs_embeds=torch.zeros(1, 40, 64), cache=new(model))),
-        (
-            UsageError,
-            "a prepared one",
-            lambda: model(ids, attention_mask=torch.zeros(1, 1, 40, 40), cache=new(model)),
-        ),
+        (UsageError, "inputs_embeds", lambda: model(inputs_embeds=torch.zeros(1, 1, 64), cache=cache)),
+        (UsageError, "a prepared one", lambda: model(ids[:, :1], attention_mask=torch.zeros(1, 1, 1, 1), cache=cache)),
         (UsageError, "'smallkv'.*add --engine naive", lambda: ReplayEngine(model, None, [], get_selector(ALONG))),
         (UsageError, "critical, recent and marginal are all 0", lambda: SmallKV("a", 0, 0, 0)),
         (UsageError, "match is 0", lambda: get_selector("smallkv:match=0")),
     ):
         with pytest.raises(error, match=reason):
             act()
-    # What was refused before anything was read leaves the cache as it was.
-    assert steps(model, cache, tokens(1, 1, seed=1)).shape == (1, 1, 128)
+    # What is refused before anything is read leaves the cache as it was.
+    assert torch.equal(steps(model, cache, ids[:, :1]), steps(model, prefilled(model, ids), ids[:, :1]))
+    cache.release()
+    assert not model.config._attn_implementation.startswith("evolkv")
 
 
 def test_a_call_that_failed_half_way_leaves_no_trace_after_reset(model, companion):

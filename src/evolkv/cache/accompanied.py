@@ -160,8 +160,6 @@ class Accompanied(CacheCosts, HookedCache):
 
     @torch.compiler.disable
     def _have_companion_read(self, selector: SmallKV, arguments: Mapping[str, Any]) -> None:
-        # If the companion or the model fails, they differ in what they have read.
-        self.unfinished = True
         if self.companion is None:
             model = companion_of(self.model(), selector)
             assert model is not None
@@ -170,6 +168,8 @@ class Accompanied(CacheCosts, HookedCache):
             assert isinstance(layer, AccompaniedLayer)
             layer.companion = self.companion
         self.companion.read(arguments)
+        # If the model fails now, the two differ in what they have read.
+        self.unfinished = True
 
     @torch.compiler.disable
     def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
@@ -184,6 +184,12 @@ class Accompanied(CacheCosts, HookedCache):
         """See `HookedCache.most_tokens`; after the prompt each token comes alone."""
         alone = isinstance(self.kv_layers[0], AccompaniedLayer) and self.get_seq_length() > 0
         return 1 if alone else super().most_tokens
+
+    def release(self) -> None:
+        """See `HookedCache.release`; the companion's attention is given back, too."""
+        super().release()
+        if self.companion is not None:
+            self.companion.release()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `CompressedCache.batch_select_indices`."""

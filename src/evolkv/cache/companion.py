@@ -277,15 +277,13 @@ class CompanionCache(HookedCache):
         # The decoder alone, which computes no logits.
         with torch.no_grad():
             model.get_decoder()(**given, use_cache=True, cache=self)
-        watching = [layer for layer in self.kv_layers if layer.noted is not None]
-        noted = [layer.noted for layer in watching if layer.noted is not None]
-        latest = torch.cat([each.to(noted[0].device) for each in noted], dim=1)
+        noted = [layer.noted for layer in self.kv_layers if layer.noted is not None]
+        self.latest = torch.cat([each.to(noted[0].device) for each in noted], dim=1)
         if self.received is None:
-            columns = zip(*(layer.first for layer in watching), strict=True)
-            self.first = [torch.cat([each.to(latest.device) for each in column]) for column in columns]
-        self.received = latest if self.received is None else self.received + latest
-        self.latest = latest
-        for layer in watching:
+            columns = zip(*(layer.first for layer in self.kv_layers if layer.first), strict=True)
+            self.first = [torch.cat([each.to(noted[0].device) for each in column]) for column in columns]
+        self.received = self.latest if self.received is None else self.received + self.latest
+        for layer in self.kv_layers:
             layer.noted, layer.first = None, []
 
     def forget_call(self) -> None:
