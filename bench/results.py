@@ -132,11 +132,6 @@ TABLES = {
         val=4,
         protocols=("aware",),
     ),
-    # The profiles of docs/leaderboard.md, with budgets as shares of each prompt.
-    "leaderboard-needles": Table(("niah:context=1600",), (None,), 24, val=8, protocols=("agnostic",)),
-    "leaderboard-multikey": Table(
-        ("ruler:task=niah_multikey_1,context=1024",), ("logprob",), 24, val=8, protocols=("agnostic",)
-    ),
     "code": Table(("code:context=1600",), ("logprob", None), 64, train=12, val=24, protocols=("aware",)),
     "gsm8k": Table(("gsm8k:path={data}/gsm8k_test.jsonl",), ("logprob",), 64, train=12, val=24),
 }

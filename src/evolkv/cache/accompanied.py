@@ -115,12 +115,10 @@ class AccompaniedLayer(ByGroupLayer):
         sinks: Tensor | None,
     ) -> Tensor:
         group, split = self.groups[number], self._ways[number]
-        if split is None:
-            return attention(query, group.keys, group.values, visible, scaling, softcap, sinks)
         received, latest = self._companions_view(group, split.older)
         ranked = received.mean(dim=1).argsort(dim=1, descending=True, stable=True)
         rows = torch.arange(len(group.rows), device=ranked.device)[:, None]
-        critical, marginal = ranked[:, : split.critical], ranked[:, split.critical :][:, : split.marginal]
+        critical, marginal = ranked[:, : split.critical], ranked[:, split.critical : split.critical + split.marginal]
         keys = torch.cat([group.keys[rows, critical], group.keys[:, split.older :]], dim=1)
         values = torch.cat([group.values[rows, critical], group.values[:, split.older :]], dim=1)
         if visible is not None:
@@ -137,10 +135,9 @@ class AccompaniedLayer(ByGroupLayer):
         assert self.companion.latest is not None
         theirs = self.heads.view(self.batch * self.num_kv_heads, -1)[group.rows]
         sequences = (group.rows // self.num_kv_heads)[:, None]
-        device = self.companion.latest.device
+        device, own = self.companion.latest.device, group.keys.device
         where = sequences.to(device), theirs.to(device), slice(older)
-        views = (each[where].to(group.keys.device) for each in (self.companion.received, self.companion.latest))
-        return next(views), next(views)
+        return self.companion.received[where].to(own), self.companion.latest[where].to(own)
 
 
 class Accompanied(CacheCosts, HookedCache):

@@ -11,7 +11,7 @@ from evolkv.cache.attend import attend_groups, visible_in_group
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import hides_nothing
-from evolkv.cache.math import check_plain_logits
+from evolkv.cache.math import attention, check_plain_logits
 from evolkv.cache.rows import RowGroup
 
 
@@ -42,7 +42,13 @@ class ByGroupLayer(CompressedLayer):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Return the attention of one new token of each row of a group; see `evolkv.cache.math.attention`."""
+        """Return the attention of one new token of each row of a group that is not read whole; see `attention`."""
+
+    def _attend_own_way(self, number: int, query: Tensor, *asked: Any) -> Tensor:
+        if self._ways[number] is not None:
+            return self._attend_group(number, query, *asked)
+        group = self.groups[number]
+        return attention(query, group.keys, group.values, *asked)
 
     def _decode(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
@@ -61,7 +67,7 @@ class ByGroupLayer(CompressedLayer):
             shown = [
                 visible_in_group(group, 1, visible, heads, None, padded=self.real is not None) for group in self.groups
             ]
-        return attend_groups(query, self.groups, order, shown, heads, kwargs, self._attend_group), None
+        return attend_groups(query, self.groups, order, shown, heads, kwargs, self._attend_own_way), None
 
     def _read_ways(self) -> list[tuple[RowGroup, Any]]:
         """Return each group and how it is read; groups are taken apart so that all rows of one are read alike."""

@@ -45,9 +45,11 @@ def read_all_but_last(
     _check_rotary(cache, kwargs)
     _check_mask(cache, kwargs)
     chunk = cache.most_tokens
-    if chunk is None or len(pieces := lengths_of_chunks(tokens := _num_tokens(kwargs), chunk)) == 1:
+    pieces = [] if chunk is None else lengths_of_chunks(_num_tokens(kwargs), chunk)
+    if len(pieces) < 2:
         cache.read_ahead(kwargs)
         return None
+    tokens = sum(pieces)
     past, start, states = cache.get_seq_length(), 0, []
     _check(module, cache, kwargs, past + pieces[0], past + tokens)
     try:

@@ -203,8 +203,6 @@ class ReadingLayer(ByGroupLayer):
         sinks: Tensor | None,
     ) -> Tensor:
         group, reading, pages = self.groups[number], self._ways[number], self._pages[number]
-        if reading is None:
-            return attention(query, group.keys, group.values, visible, scaling, softcap, sinks)
         if pages is not None:
             pages.append(group.keys[:, -1])
         if visible is None:

@@ -73,7 +73,7 @@ class SmallKV(Selector):
 
     @property
     def observed_queries(self) -> int:
-        """None: no cut is made."""
+        """0, because nothing is cut."""
         return 0
 
     @property
