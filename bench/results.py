@@ -55,66 +55,57 @@ PUBLISHED = (
 )
 #: Budgets that LU-KV allocates, calibrated on the examples that budgets are evolved on, under the same selector.
 LUKV = "lukv"
-SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3")
-MULTIKEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
-OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
-ENGLISH = ("narrativeqa", "qasper", "hotpotqa", "musique", "gov_report", "qmsum", "multi_news", "trec", "samsum", "lcc")
+#: RULER without its two tasks that read files.
+RULER = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of results.
+    """One table of results, with one profile for all of its tasks.
 
     Args:
         tasks: specs; ``{data}`` stands for the folder with the user's files.
-        metrics: None stands for each task's own.
+        metric: None stands for each task's own.
         samples: held-out examples per task.
-        together: whether one profile is evolved on all tasks together, rather than one on each.
-        evolve_on: specs to evolve on instead of `tasks`; implies `together`.
+        evolve_on: specs to evolve on instead of `tasks`.
         train: training examples of a search, per task.
         val: examples that it chooses on, per task.
         protocols: those that apply.
     """
 
     tasks: tuple[str, ...]
-    metrics: tuple[str | None, ...]
+    metric: str | None
     samples: int
-    together: bool = False
     evolve_on: tuple[str, ...] = ()
     train: int = 8
     val: int = 12
     protocols: tuple[str, ...] = ("aware", "agnostic")
 
 
-def _ruler(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"ruler:task={name},context=4096" for name in names)
-
-
 TABLES = {
-    "needles": Table(
-        tuple(f"niah:context={context}" for context in (800, 1600, 3200)), (None,), 32, together=True, train=4, val=8
-    ),
+    "needles": Table(tuple(f"niah:context={context}" for context in (800, 1600, 3200)), None, 32, train=4, val=8),
     "languages": Table(
         tuple(f"niah:context=1600,language={code}" for code in ("en", "de", "fr", "es", "zh")),
-        ("logprob",),
+        "logprob",
         32,
         evolve_on=("niah:context=1600",),
         train=12,
         val=24,
         protocols=("aware",),
     ),
-    "ruler-single": Table(_ruler(SINGLE), ("logprob",), 24),
-    "ruler-multikey": Table(_ruler(MULTIKEY), ("logprob",), 24),
-    "ruler-others": Table(_ruler(OTHERS), ("logprob",), 24),
-    "minilongbench": Table(
-        tuple(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=2000" for name in ENGLISH),
-        ("logprob",),
-        16,
-        together=True,
-        train=3,
-        val=3,
-        protocols=("aware",),
-    ),
+    "ruler": Table(tuple(f"ruler:task={name},context=4096" for name in RULER), "logprob", 16, train=2, val=2),
     # Needles and what has little in common with them, one profile for all.
     "workloads": Table(
         (
@@ -125,15 +116,12 @@ TABLES = {
             "gsm8k:path={data}/gsm8k_test.jsonl",
             "jsonl:path={data}/minilongbench/multi_news.jsonl,context=2000",
         ),
-        ("logprob",),
+        "logprob",
         24,
-        together=True,
         train=4,
         val=4,
         protocols=("aware",),
     ),
-    "code": Table(("code:context=1600",), ("logprob", None), 64, train=12, val=24, protocols=("aware",)),
-    "gsm8k": Table(("gsm8k:path={data}/gsm8k_test.jsonl",), ("logprob",), 64, train=12, val=24),
 }
 
 
@@ -146,45 +134,28 @@ class Runner:
         self.granularity: Granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
 
     def run(self, name: str, table: Table) -> list[dict[str, Any]]:
-        """Return what docs/results.md needs of a table, for each protocol and metric."""
+        """Return what docs/results.md needs of a table, for each protocol."""
         parts = []
         for protocol in (each for each in table.protocols if each in self.arguments.protocol):
-            groups = [table.tasks] if table.together or table.evolve_on else [(task,) for task in table.tasks]
-            rows: list[dict[str, Any]] = []
-            pairs: list[dict[str, Any]] = []
-            for number, tasks in enumerate(groups):
-                stem = f"{name}-{protocol}" + f"-{number}" * (len(groups) > 1)
-                for whole, part in zip(
-                    (rows, pairs), self._group(stem, table, self._paths(tasks), protocol), strict=True
-                ):
-                    whole.extend(part)
-            for metric in dict.fromkeys(row["metric"] for row in rows):
-                about = {"table": name, "protocol": protocol, "metric": metric}
-                about["evolved_under"] = self._evolved_under(f"{name}-{protocol}", protocol)
-                chosen = [[each for each in part if each["metric"] == metric] for part in (rows, pairs)]
-                parts.append({**about, **condensed(chosen[0], chosen[1], self.budgets)})
+            stem, tasks = f"{name}-{protocol}", self._paths(table.tasks)
+            evolve_on = self._paths(table.evolve_on) or tasks
+            profiles = {"evolved": self._evolve(stem, table, evolve_on, protocol)}
+            under = self._evolved_under(stem)
+            profiles[LUKV] = self._evolve(
+                f"{stem}-{LUKV}", table, evolve_on, protocol, selector=under, strategy="start", start=LUKV
+            )
+            rows, pairs = self._scored(stem, table, tasks, protocol, profiles)
+            about = {"table": name, "protocol": protocol, "metric": rows[0]["metric"], "evolved_under": under}
+            parts.append({**about, **condensed(rows, pairs, self.budgets)})
         return parts
 
     def _paths(self, specs: Sequence[str]) -> list[str]:
         return [spec.format(data=self.arguments.data) for spec in specs]
 
-    def _group(self, stem: str, table: Table, tasks: list[str], protocol: str) -> tuple[list[Any], list[Any]]:
-        evolve_on = self._paths(table.evolve_on) or tasks
-        profiles = {"evolved": self._evolve(stem, table, evolve_on, protocol)}
-        under = self._evolved_under(stem, protocol)
-        profiles[LUKV] = self._evolve(
-            f"{stem}-{LUKV}", table, evolve_on, protocol, selector=under, strategy="start", start=LUKV
-        )
-        found: tuple[list[Any], list[Any]] = ([], [])
-        for metric in table.metrics:
-            for part, more in zip(found, self._scored(stem, table, tasks, protocol, profiles, metric), strict=True):
-                part.extend(more)
-        return found
-
     def _scored(
-        self, stem: str, table: Table, tasks: list[str], protocol: str, profiles: dict[str, str], metric: str | None
+        self, stem: str, table: Table, tasks: list[str], protocol: str, profiles: dict[str, str]
     ) -> tuple[list[Any], list[Any]]:
-        records = self.arguments.out / f"{stem}-{metric or 'text'}.records.jsonl"
+        records = self.arguments.out / f"{stem}-{table.metric or 'text'}.records.jsonl"
         rows = evolkv.evaluate(
             self.model,
             self.tokenizer,
@@ -195,7 +166,7 @@ class Runner:
             budgets=self.budgets,
             samples=table.samples,
             seed=self.seed,
-            metric=metric,
+            metric=table.metric,
             protocol=protocol,
             records=records,
         )
@@ -231,14 +202,9 @@ class Runner:
             )
         return [get_selector(each).spec for each in chosen or competing(protocol, int(least))]
 
-    def _evolved_under(self, stem: str, protocol: str) -> list[str]:
-        """Return the selectors of the profiles, by budget and, where each task has its own, by task."""
-        names = [
-            name
-            for budget in self.budgets
-            for name in sorted(self.arguments.out.glob(f"{stem}*-{budget}.profile.json"))
-            if f"-{LUKV}-" not in name.name
-        ]
+    def _evolved_under(self, stem: str) -> list[str]:
+        """Return the selectors of the profiles, by budget."""
+        names = [self.arguments.out / f"{stem}-{budget}.profile.json" for budget in self.budgets]
         return [get_selector(evolkv.BudgetProfile.load(name).selector).spec for name in names]
 
     def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str, **settings: Any) -> str:
