@@ -4,10 +4,10 @@
 
 Every search costs the same: `--evaluations` candidate-example pairs. A seed draws its own training and held-out
 examples; the allocations of one seed are all scored on the same held-out examples (metric logprob), so differences are
-paired.
+paired. The gradient start has steps instead of candidates; each counts as three passes of the examples it looks at.
 
     strategies  evolkv with groups of 2, 4, 8, 16 and all layers; joint over layers and, where there are several KV
-                heads per layer, over heads; uniform and pyramid: all at `--budget`
+                heads per layer, over heads; the gradient start alone; uniform and pyramid: all at `--budget`
     budgets     joint at each of `--budgets`: found there, expanded from the lowest, and uniform
     transfer    budgets evolved on needles, on other tasks: each `--transfer-to` is the spec of one; of each reference
                 the first `--target-tokens` count
@@ -31,6 +31,8 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution.config import Granularity
+from evolkv.evolution.evolve import Rotation
+from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.space import HEURISTICS
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
@@ -41,6 +43,8 @@ from lib.trials import Trial, outcome
 
 #: Evolved allocations that are scored on other tasks.
 MOVED = ("evolkv, groups of 8", "joint, layers", "joint, heads")
+#: The gradient start, over heads where a layer has several.
+GRADIENT = "gradient start alone"
 
 
 class Findings:
@@ -67,10 +71,11 @@ class Findings:
         _ = self.trial.train
         for size in (2, 4, 8, 16, layers):
             if size <= layers:
-                name = f"evolkv, groups of {'all' if size == layers else size}"
+                name = f"evolkv, {'all layers as one group' if size == layers else f'groups of {size}'}"
                 self._search(name, "evolkv", arguments.budget, "layer", group_size=size)
         for granularity in dict.fromkeys(("layer", self.finest)):
             self._search(f"joint, {granularity}s", "joint", arguments.budget, granularity)
+        self._descend(arguments.budget)
         for name, budgets in self.space.heuristics(arguments.budget).items():
             self._add(name, arguments.budget, budgets)
         lowest = None
@@ -94,6 +99,8 @@ class Findings:
     def _search(self, name: str, strategy: str, budget: int, granularity: Granularity, **more: Any) -> np.ndarray:
         examples = 2 if strategy == "joint" else self.arguments.train
         most = self.arguments.evaluations // examples
+        start = {"start": "uniform"} if strategy == "joint" else {}
+        more = {**start, **more}
         config = replace(self.trial.config, strategy=strategy, granularity=granularity, max_evals=most, **more)
         started = time.perf_counter()
         evolved = self.trial.evolve(config, budget)
@@ -101,6 +108,23 @@ class Findings:
         budgets = outcome(self.trial.space(granularity), evolved, budget)
         self._add(name, budget, budgets, example_evaluations=spent, seconds=round(time.perf_counter() - started, 1))
         return budgets
+
+    def _descend(self, budget: int) -> None:
+        config, examples = (
+            replace(self.trial.config, granularity=self.finest),
+            min(SLOPE_EXAMPLES, self.arguments.train),
+        )
+        started = time.perf_counter()
+        steps, _ = descend(
+            budget,
+            config=config,
+            space=self.trial.space(self.finest),
+            rotation=Rotation(self.arguments.train, examples, self.seed),
+            scorer=lambda: self.trial.train,
+        )
+        seconds = round(time.perf_counter() - started, 1)
+        found = np.array(steps[-1].budgets)
+        self._add(GRADIENT, budget, found, example_evaluations=3 * examples * len(steps), seconds=seconds)
 
     def _add(self, name: str, budget: int, budgets: np.ndarray, **facts: Any) -> None:
         self.rows.append({"name": name, "budget": int(budget), "budgets": budgets, **facts})
@@ -118,6 +142,8 @@ def other_tasks(tokenizer: Any, arguments: SimpleNamespace, seed: int) -> dict[s
             for example, length in zip(examples, lengths, strict=True)
             if arguments.budget < length <= arguments.longest
         ]
+        if not found[spec]:
+            raise UsageError(f"{spec}: no prompt has {arguments.budget} to {arguments.longest} tokens; use --longest")
         print(
             f"{spec}: {len(found[spec])} of {len(examples)} prompts have at most {arguments.longest} tokens",
             file=sys.stderr,
@@ -181,7 +207,7 @@ def summary(seeds: list[dict[str, Any]], transferred: list[dict[str, Any]], budg
     differences = [
         difference(key, base) for key in table if key[1] == budget and key[0].startswith("evolkv") and key != base
     ]
-    differences.append(difference(("joint, layers", budget), base))
+    differences += [difference((name, budget), base) for name in ("joint, layers", GRADIENT)]
     if ("joint, heads", budget) in table:
         differences.append(difference(("joint, heads", budget), ("joint, layers", budget)))
     for name, at in table:
@@ -294,7 +320,11 @@ def main(
     model, tokenizer = bench.load()
     settings = {"model": bench.model, "dtype": bench.dtype}
     settings |= {name: getattr(arguments, name) for name in ("task", "budget", "budgets", "train", "held_out")}
-    result: dict[str, Any] = {"n": held_out, "settings": {**settings, "evaluations": evaluations}, "seeds": []}
+    result: dict[str, Any] = {
+        "n": f"{seeds} seeds of {held_out} prompts",
+        "settings": {**settings, "evaluations": evaluations},
+        "seeds": [],
+    }
     if bench.json is not None and bench.json.exists():
         before = json.loads(bench.json.read_text())
         if before["settings"] != result["settings"]:

@@ -527,6 +527,66 @@ def heads(record: Record) -> Table:
     return ["attention of a layer", "microseconds"], [*rows, ["ratio of pairs", _spread(record["ratio_of_pairs"], 2)]]
 
 
+def strategies(record: Record) -> Table:
+    """Return the paper's finding on strategies and group sizes: scores at one budget, and differences."""
+    budget, base = record["settings"]["budget"], "evolkv, groups of 8"
+    differences = {each["what"]: each for each in record["summary"]["differences"] if each["budget"] == budget}
+    rows = [
+        [each["name"], _interval(each), _difference(differences.get(f"{each['name']} − {base}"))]
+        for each in record["summary"]["scores"]
+        if each["budget"] in (budget, None) and each["name"] != "direct" and not each["name"].startswith("expanded")
+    ]
+    return ["allocation", "held-out score", "minus groups of 8"], rows
+
+
+def expansion(record: Record) -> Table:
+    """Return the paper's finding on expanding budgets: scores by budget, and differences."""
+    scores = {(each["name"], each["budget"]): each for each in record["summary"]["scores"]}
+    differences = {(each["what"], each["budget"]): each for each in record["summary"]["differences"]}
+    budgets = record["settings"]["budgets"]
+    names = ("direct", f"expanded from {budgets[0]}", "uniform")
+    pairs = (f"{names[0]} − {names[1]}", f"{names[1]} − {names[2]}")
+    rows = [
+        [
+            f"{budget:,}",
+            *(_interval(scores.get((name, budget))) for name in names),
+            *(_difference(differences.get((pair, budget))) for pair in pairs),
+        ]
+        for budget in budgets
+    ]
+    return ["budget", "searched there", *names[1:], "searched − expanded", "expanded − uniform"], rows
+
+
+def transfer(record: Record) -> Table:
+    """Return the scores of budgets on tasks that they were not evolved on."""
+    by_task: dict[str, dict[str, Any]] = {}
+    for each in record["summary"]["transfer"]:
+        by_task.setdefault(each["task"], {})[each["name"]] = each
+    names = [name for name in next(iter(by_task.values())) if name not in ("uniform", "pyramid", "full cache")]
+    rows = [
+        [
+            Path(re.sub(r"^jsonl:path=|,split=all$", "", task)).stem,
+            found["uniform"]["score"]["n"],
+            *(f"{found[name]['score']['mean']:.3f}" for name in ("uniform", "full cache")),
+            *(_difference(found[name]["minus_uniform"], 3) for name in names),
+        ]
+        for task, found in by_task.items()
+    ]
+    return ["task", "n", "uniform", "full cache", *(f"{name} − uniform" for name in names)], rows
+
+
+def _interval(each: dict[str, Any] | None) -> str:
+    return "" if each is None else "{:.2f} ({:.2f}–{:.2f})".format(each["mean"], *each["ci95"]).replace("-", "−")
+
+
+def _difference(each: dict[str, Any] | None, digits: int = 2) -> str:
+    """Write a difference with its interval, bold if that is above zero."""
+    if each is None:
+        return ""
+    mean, low, high = (f"{value:+.{digits}f}".replace("-", "−") for value in (each["mean"], *each["ci95"]))
+    return f"**{mean} ({low} to {high})**" if each["ci95"][0] > 0 else f"{mean} ({low} to {high})"
+
+
 def engine(records: Sequence[Record]) -> Lines:
     """Yield the milliseconds of one candidate on one example."""
     heads = ["naive, ms", "replay, ms", "ratio", "largest difference of scores", "floor, ms", "replay over floor", "n"]
@@ -597,6 +657,9 @@ VIEWS: dict[str, View] = {
     "throughput": one_by_one(throughput),
     "memory": one_by_one(memory),
     "scoring-memory": one_by_one(scoring_memory),
+    "strategies": one_by_one(strategies),
+    "expansion": one_by_one(expansion),
+    "transfer": one_by_one(transfer),
     "methods": methods,
     "tasks": tasks,
     "overall": overall,

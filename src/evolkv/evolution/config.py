@@ -93,7 +93,7 @@ class SearchConfig:
             to; see `evolkv.evolution.gradient`), "lukv" (LU-KV,
             calibrated on the training examples), "uniform", "pyramid", or a profile, which is brought to the budget.
             Default: "gradient" where the metric has a slope and the engine is "replay", else "uniform".
-        gradient_steps: steps of the gradient start, of three training examples each, there and back.
+        gradient_steps: steps of the gradient start, of two training examples each, there and back.
         time_limit: seconds after which the search ends with what it has come to. It keeps room for the choice on the
             validation examples, so that all is done in about that time. Searches at several budgets and under several
             selectors share it. One that goes on counts anew. Default: none.
