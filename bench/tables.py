@@ -23,7 +23,6 @@ from lib.records import RECORDS, ROOT, read
 
 _MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 _LINKED = re.compile(r"bench/records/([\w.-]+)\.json")
-TRANSCRIBED = "transcribed: raw output not kept"
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -50,31 +49,21 @@ class Record:
         return self.content["tables"][0]
 
     @property
-    def mark(self) -> str:
-        """A dagger if the raw output was not kept."""
-        return "" if self["origin"] == "measured" else " †"
-
-    @property
     def link(self) -> str:
         """Path of the record, as the page links to it."""
         return os.path.relpath(RECORDS / f"{self.name}.json", self.page.parent)
 
     @property
-    def place(self) -> str:
-        """Machine and number format that it was measured with."""
-        return f"{self['machine']['processor']}, {_SHORT.get(self['dtype'], self['dtype'])}"
-
-    @property
     def setting(self) -> str:
         """Where and how it was measured, for a cell, with a link to the record."""
-        return f"[{self.place}]({self.link}){self.mark}"
+        dtype = _SHORT.get(self["dtype"], self["dtype"])
+        return f"[{self['machine']['processor']}, {dtype}]({self.link})"
 
     @property
     def caption(self) -> str:
-        """Model, n, seed, machine and origin, as a line."""
-        origin = f" **{TRANSCRIBED[0].upper()}{TRANSCRIBED[1:]}.**" if self.mark else f" Measured {self['date'][:10]}."
-        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", self.setting.removesuffix(" †")]
-        return f"{'; '.join(facts)}.{origin}"
+        """Model, n, seed, machine and date, as a line."""
+        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", self.setting]
+        return f"{'; '.join(facts)}. Measured {self['date'][:10]}."
 
 
 Lines = Iterator[str]
@@ -106,44 +95,13 @@ def methods(records: Sequence[Record]) -> Lines:
         yield from table(["method", *record.table["budgets"]], rows)
 
 
-def tasks(records: Sequence[Record]) -> Lines:
-    """Yield the best other method → evolved, by task and every other budget; bold: the difference is above chance."""
-    rows = []
-    for record in records:
-        for compared in record.table["comparisons"]:
-            cells = [f"{cell['best']} {cell['mean_b']:.3f} → {_marked(cell)}" for cell in _shown(compared["cells"])]
-            rows.append([compared["task"], f"{compared['full']:.3f}", *cells])
-    yield from table(["task", "full", *_shown(records[0].table["budgets"])], rows)
-    counts = " or ".join(dict.fromkeys(str(record["n"]) for record in records))
-    places: dict[str, list[str]] = {}
-    for record in records:
-        places.setdefault(record.place, []).append(f"[{sum(map(len, places.values())) + 1}]({record.link})")
-    measured = "; ".join(f"{place} ({', '.join(links)})" for place, links in places.items())
-    yield from ("", f"n = {counts}; {measured}{records[0].mark}.")
-
-
-def _shown(by_budget: list[Any]) -> list[Any]:
-    """Return every other of more than two: all would be too wide to read, and the records have them."""
-    return by_budget if len(by_budget) < 3 else by_budget[::2]
-
-
-def overall(records: Sequence[Record]) -> Lines:
-    """Yield what `differences` does over all examples of a record, a row for each record."""
-    rows = []
-    for record in records:
-        compared = next(each for each in record.table["comparisons"] if each["task"] == "all examples")
-        rows.append([record["model"], f"{compared['full']:.3f}", *map(_compared, compared["cells"]), record.setting])
-    yield from table(["model", "full", *records[0].table["budgets"], "measured on"], rows)
-    yield from _dagger(records)
-
-
-def _marked(cell: dict[str, Any]) -> str:
-    low, high = cell["ci95"]
-    return f"**{cell['mean_a']:.3f}**" if low > 0 else f"{cell['mean_a']:.3f}{' ↓' if high < 0 else ''}"
-
-
 def differences(records: Sequence[Record], rival: str | None = None) -> Lines:
-    """Yield what `tasks` does with the paired differences; against one rival, only where it is not the best anyway."""
+    """Yield the best other method → evolved, and the paired difference, by task and budget; bold: above chance.
+
+    Args:
+        records: of bench/results.py.
+        rival: the other method instead of the best one; tasks where it is the best at every budget are left out.
+    """
     rows = []
     for record in records:
         for compared in record.table["comparisons"]:
@@ -160,11 +118,6 @@ def _compared(cell: dict[str, Any]) -> str:
     difference = f"{cell['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
     shown = f"**{difference}**" if low > 0 else difference
     return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {shown}"
-
-
-def _dagger(records: Sequence[Record]) -> Lines:
-    if any(record.mark for record in records):
-        yield from ("", f"† {TRANSCRIBED}.")
 
 
 def results(records: Sequence[Record]) -> Lines:
@@ -226,7 +179,6 @@ def headline(records: Sequence[Record]) -> Lines:
         )
     heads = ["model", "protocol", "best published method", "same selector, equal budgets", "LU-KV", "evolved", "n"]
     yield from table([*heads, "measured on"], rows)
-    yield from _dagger(records)
 
 
 def summary(records: Sequence[Record]) -> Lines:
@@ -240,9 +192,11 @@ def summary(records: Sequence[Record]) -> Lines:
                 low, high = cell["ci95"]
                 # Means over all examples repeat what their tasks have counted.
                 mine[budget][0 if low > 0 else 2 if high < 0 else 1] += compared["task"] != "all examples"
-    rows = [[*kind, *("{} / {} / {}".format(*mine[budget]) for budget in budgets)] for kind, mine in counts.items()]
+    rows = [
+        [*kind, *("{} / {} / {}".format(*mine[budget]) if any(mine[budget]) else "" for budget in budgets)]
+        for kind, mine in counts.items()
+    ]
     yield from table(["model", "protocol", *budgets], rows)
-    yield from _dagger(records)
 
 
 def _spread(values: dict[str, float], digits: int = 1) -> str:
@@ -264,11 +218,6 @@ def rows_of_evolkv(record: Record) -> Table:
         for each in record["rows"]
     ]
     return heads, rows
-
-
-def ready(record: Record) -> Table:
-    """Return a table as the record holds it."""
-    return record["columns"], record["rows"]
 
 
 def decode(record: Record) -> Table:
@@ -391,6 +340,36 @@ def kept_tokens(record: Record) -> Table:
         for name, each in record["selectors"].items()
     ]
     return ["selector", record["peer"], "budget", "mean", "least over heads"], rows
+
+
+def beside_kvpress(record: Record) -> Table:
+    """Return scores, bytes and times of the methods that both libraries have."""
+    rows = [
+        [
+            each["method"],
+            each["library"],
+            "{:.2f} ({:.2f}–{:.2f})".format(each["score"], *each["ci95"]),
+            f"{each['kv_bytes'] / 2**20:.2f}",
+            *(f"{each[f'{what}_over_plain']:.2f}" for what in ("prefill", "decode")),
+        ]
+        for each in record["rows"]
+    ]
+    return ["method", "library", "score (95 % interval)", "KV MiB", "prefill over plain", "decode over plain"], rows
+
+
+def chunks(record: Record) -> Table:
+    """Return what prompts read in chunks find, hold at most, and take."""
+    rows = [
+        [
+            name,
+            f"{each['score']:.2f}",
+            f"{each['peak_entries_per_head']:,}",
+            f"{each['peak_kv_bytes'] / 2**20:.2f}",
+            _spread(each["prefill_seconds"], 2),
+        ]
+        for name, each in record["rows"].items()
+    ]
+    return ["method", "found", "peak entries of a head", "peak KV MiB", "prefill, seconds"], rows
 
 
 def against(record: Record) -> Table:
@@ -604,14 +583,12 @@ def engine(records: Sequence[Record]) -> Lines:
         for record in records
     ]
     yield from table([*heads, "measured on"], rows)
-    yield from _dagger(records)
 
 
 def layer(records: Sequence[Record]) -> Lines:
     """Yield microseconds of attention to ragged rows, in each way, by number format."""
     rows = [[way, *(_spread(record["ragged"][way], 0) for record in records)] for way in records[0]["ragged"]]
     yield from table(["attention to 24 ragged rows", *(record.setting for record in records)], rows)
-    yield from _dagger(records)
 
 
 def one_by_one(view: Callable[[Record], Table]) -> View:
@@ -621,9 +598,7 @@ def one_by_one(view: Callable[[Record], Table]) -> View:
         for record in records:
             taken = record.content.get("seconds") if record["benchmark"] == "cli" else None
             seconds = f", {taken:.0f} seconds" if taken else ""
-            # What was transcribed names a command that is gone since.
-            command = "" if record.mark else f"`{record['command']}`{seconds}; "
-            yield from (f"{command}{record.caption}", "")
+            yield from (f"`{record['command']}`{seconds}; {record.caption}", "")
             yield from table(*view(record))
 
     return lines
@@ -633,7 +608,6 @@ def one_by_one(view: Callable[[Record], Table]) -> View:
 BY_BENCHMARK: dict[str, View] = {
     "results": results,
     "cli": one_by_one(rows_of_evolkv),
-    "table": one_by_one(ready),
     "inference paired": one_by_one(decode),
     "inference selectors": one_by_one(scoring),
     "inference construction": one_by_one(construction),
@@ -645,6 +619,8 @@ BY_BENCHMARK: dict[str, View] = {
     "plan": one_by_one(plan),
     "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),
+    "kvpress methods": one_by_one(beside_kvpress),
+    "inference chunks": one_by_one(chunks),
     "against": one_by_one(against),
     "serving serve": one_by_one(serving),
     "serving host": one_by_one(host),
@@ -661,8 +637,6 @@ VIEWS: dict[str, View] = {
     "expansion": one_by_one(expansion),
     "transfer": one_by_one(transfer),
     "methods": methods,
-    "tasks": tasks,
-    "overall": overall,
     "headline": headline,
     "summary": summary,
     "leaderboard": leaderboard,

@@ -22,11 +22,10 @@ def check_name(name: str) -> None:
 
 
 def about_this_run() -> dict[str, Any]:
-    """Return the origin, commit, command and date of a result that has just been measured."""
+    """Return the commit, command and date of a result that has just been measured."""
     arguments = iter(sys.argv[1:])
     kept = [text for text in arguments if not (text in ("--record", "--json") and next(arguments, None))]
     return {
-        "origin": "measured",
         "commit": commit(),
         "command": shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *kept]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
