@@ -233,7 +233,7 @@ class Reads(Once):
         fold = query.shape[1] // key.shape[1]
         for head, kept in enumerate(self.kept[-1]):
             held, asking = int(kept.sum()), query[0, head * fold : (head + 1) * fold]
-            read = self.selector.entries_read(held, self.prompt)
+            read = self.selector.entries_read(held, self.prompt, held)
             for token in sorted(self.alone):
                 if token >= self.decided[0]:
                     break
@@ -287,7 +287,7 @@ class Turns(Masking):
                         return
                     entries = torch.tensor([*kept, *range(since, token + 1)])
                     asking = query[0, head * fold : (head + 1) * fold, token]
-                    read = self.selector.entries_read(len(kept), since)
+                    read = self.selector.entries_read(len(kept), since, len(kept))
                     try:
                         chosen = reading_reference.chosen(
                             asking, key[0, head, entries], len(kept), read, scaling, margin=1e-4

@@ -55,11 +55,12 @@ def test_the_score_is_the_windows_attention_summed_over_window_and_query_heads_t
 @pytest.mark.parametrize(("tokens", "read"), [(7900, 128), (7900, 256), (1600, 64), (100_000, 128), (400_000, 16)])
 def test_a_token_budget_comes_back_from_what_the_papers_split_holds_under_it(tokens, read):
     held = split(tokens, read)
-    assert abs(RocketKV().entries_read(held, tokens) - read) <= 1
-    assert RocketKV(read=40).entries_read(held, tokens) == 40
+    assert abs(RocketKV().entries_read(held, tokens, held) - read) <= 1
+    assert RocketKV(read=40).entries_read(held, tokens, held) == 40
+    assert RocketKV(held=held).entries_read(held, tokens, 70) == 70
 
 
-@pytest.mark.parametrize("spec", ["window=0", "kernel=4", "read=1", "read=-3"])
+@pytest.mark.parametrize("spec", ["window=0", "kernel=4", "read=1", "read=-3", "held=32"])
 def test_parameters_out_of_range_are_refused(spec):
     with pytest.raises(UsageError, match=rf"^rocketkv: {spec.partition('=')[0]} is "):
         get_selector(f"rocketkv:{spec}")
@@ -72,7 +73,7 @@ def test_a_token_attends_to_the_entries_that_the_equations_choose():
     torch.manual_seed(0)
     undecided = 0
     for held, read in ((12, 10), (20, 6), (37, 8), (60, 5), (64, 4)):
-        reading = RocketKV(read=read).reading(held, 100, 8)
+        reading = RocketKV(read=read).reading(held, 100, 8, held)
         keys = torch.randn(2, held, 8)
         pages = Pages(keys, reading.page) if reading.page > 1 else None
         for _ in range(4):
@@ -97,7 +98,7 @@ def test_what_may_read_as_much_as_it_holds_is_read_whole():
         whole = CompressedCache.prefill(
             model, BudgetProfile.uniform(model, 24, "rocketkv:window=4,kernel=3,read=24"), ids
         )
-        assert {layer.selector.reading(24, 40, HEAD_DIM) for layer in whole.kv_layers} == {None}
+        assert {layer.selector.reading(24, 40, HEAD_DIM, 24) for layer in whole.kv_layers} == {None}
         assert whole.read_bytes == whole.kv_bytes
     assert not torch.allclose(plain, steps(model, prefilled(model, ids), later), atol=1e-3)
 
@@ -112,7 +113,7 @@ def test_a_budget_that_covers_the_prompt_changes_nothing():
 def test_bytes_held_and_read_are_those_of_entries_extremes_and_choices():
     model, ids = tiny_model(), tokens(2, 40)
     cache = prefilled(model, ids)
-    reading = RocketKV(read=6).reading(24, 40, HEAD_DIM)
+    reading = RocketKV(read=6).reading(24, 40, HEAD_DIM, 24)
     assert (reading.tokens, reading.page, reading.channels) == (3, 2, HEAD_DIM // 2)
     rows, entry = 2 * LAYERS * KV_HEADS, 2 * HEAD_DIM * 4
     assert cache.kv_bytes == rows * (24 * entry + 12 * 2 * HEAD_DIM * 4)
@@ -124,6 +125,20 @@ def test_bytes_held_and_read_are_those_of_entries_extremes_and_choices():
     assert cache.read_bytes == rows * (3 * entry + 13 * HEAD_DIM // 2 * 4)
     plain = prefilled(model, ids, "snapkv:window=4")
     assert plain.read_bytes == plain.kv_bytes == rows * 24 * entry
+
+
+def test_budgets_say_what_is_read_where_the_selector_says_what_is_held():
+    model, ids, later = tiny_model(), tokens(2, 40), tokens(2, 5, seed=1)
+    held = "rocketkv:window=4,kernel=3,held=24"
+    same, narrow = prefilled(model, ids), prefilled(model, ids, held, 6)
+    assert (narrow.kv_bytes, narrow.read_bytes) == (same.kv_bytes, same.read_bytes)
+    assert torch.equal(steps(model, narrow, later), steps(model, same, later))
+    wide = prefilled(model, ids, held, 12)
+    assert wide.positions[0][0][0].tolist() == same.positions[0][0][0].tolist()
+    assert narrow.read_bytes < wide.read_bytes
+    # Beyond what is held there is nothing to read, and short prompts are held whole.
+    assert prefilled(model, ids, held, 60).read_bytes == 2 * LAYERS * KV_HEADS * 24 * 2 * HEAD_DIM * 4
+    assert prefilled(model, ids[:, :20], held, 60).positions[0][0][0].tolist() == [*range(20)]
 
 
 # A cache like others.
@@ -203,7 +218,7 @@ def test_prompts_of_different_lengths_are_read_each_in_its_own_way():
     alone = [
         CompressedCache.prefill(model, profile, row[None, real.bool()]) for row, real in zip(ids, mask, strict=True)
     ]
-    assert RocketKV().entries_read(18, 25) != RocketKV().entries_read(18, 40)
+    assert RocketKV().entries_read(18, 25, 18) != RocketKV().entries_read(18, 40, 18)
     assert together.read_bytes_by_sequence == [cache.read_bytes for cache in alone]
     out = []
     with torch.inference_mode():
@@ -248,9 +263,9 @@ def test_evaluate_measures_it_beside_others_as_by_itself_and_says_what_is_read(s
     assert ids[0, question.tokens :].tolist() == text
 
 
-@pytest.mark.parametrize(("read", "shared"), [(6, 0), (0, 0), (6, 2)])
-def test_replayed_candidates_read_as_their_caches_do(read, shared):
-    model, selector = tiny_model(), RocketKV(window=2, kernel=3, read=read)
+@pytest.mark.parametrize(("read", "held", "shared"), [(6, 0, 0), (0, 0, 0), (6, 0, 2), (0, 33, 0), (0, 20, 2)])
+def test_replayed_candidates_read_as_their_caches_do(read, held, shared):
+    model, selector = tiny_model(), RocketKV(window=2, kernel=3, read=read, held=held)
     # Prompts, questions (none, one token, several) and answers of different lengths in one batch.
     prompts = [tokens(1, length, seed=length) for length in (40, 31, 35)]
     later = [tokens(count, seed=count) for count in (0, 1, 4)]
@@ -302,13 +317,36 @@ def test_a_search_finds_budgets_under_it(small):
         max_evals=12,
         gradient_steps=2,
     )
-    assert found.profile.selector == {"name": "rocketkv", "window": 8, "kernel": 7, "read": 10}
+    assert found.profile.selector == {"name": "rocketkv", "window": 8, "kernel": 7, "read": 10, "held": 0}
     naive = NaiveEngine(
         model, tokenizer, get_task("niah:context=240").examples("train", 2, tokenizer, 0), RocketKV(8, 7, 10), "logprob"
     )
     replay = ReplayEngine(model, tokenizer, [each.example for each in naive.questions], RocketKV(8, 7, 10), "logprob")
     budgets = np.stack([found.profile.budgets, np.full((LAYERS, KV_HEADS), 40)])
     np.testing.assert_allclose(replay.score(budgets), naive.score(budgets), rtol=1e-4)
+
+
+def test_a_search_finds_what_is_read_of_what_is_held(small):
+    model, tokenizer = small
+    settings = {"task": "niah:context=240", "budget": 10, "selector": "rocketkv:window=8,kernel=7,held=60"}
+    size = {"train": 2, "val": 2, "max_evals": 12}
+    found = evolkv.search(model, tokenizer, granularity="head", **settings, **size)
+    assert found.profile.search["start"] == "uniform"
+    assert found.profile.total == 10 * LAYERS * KV_HEADS
+    assert {row["name"] for row in found.validation} >= {"uniform", "best"}
+    assert "lukv" not in {row["name"] for row in found.validation}
+    (row,) = evolkv.evaluate(model, tokenizer, task=settings["task"], methods=[found.profile], samples=1)
+    (same,) = evolkv.evaluate(
+        model, tokenizer, task=settings["task"], methods=["rocketkv:window=8,kernel=7,read=10"], budgets=[60], samples=1
+    )
+    assert row["kv_bytes"] == pytest.approx(same["kv_bytes"], rel=0.1)
+    for start in ("gradient", "lukv"):
+        with pytest.raises(UsageError, match=r"^under rocketkv:\S+ budgets say what is read"):
+            evolkv.search(model, tokenizer, **settings, start=start)
+    with pytest.raises(UsageError, match="leave out read=4"):
+        get_selector("rocketkv:held=100,read=4")
+    with pytest.raises(UsageError, match="rocketkv_mt holds every token"):
+        get_selector("rocketkv_mt:held=100")
 
 
 def test_the_multi_turn_variant_drops_nothing_and_chooses_anew_after_each_turn(tmp_path):

@@ -337,7 +337,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def covers(self, tokens: int) -> bool:
         """Return whether every token of a prompt is kept anyway."""
-        least = int(self.budgets.min()) if self.by_length is None else 0
+        least = int(self.selector.held_under(self.budgets).min()) if self.by_length is None else 0
         return min(least, self.sliding_window or tokens) >= tokens
 
     def _lay_out(self, lengths: list[int]) -> None:
@@ -355,7 +355,8 @@ class CompressedLayer(CacheLayerMixin):
         limit = np.array(lengths)[:, None]
         if self.sliding_window is not None:
             limit = np.minimum(limit, self.sliding_window)
-        return np.minimum(np.broadcast_to(self.budgets, (len(lengths), self.num_kv_heads)), limit).reshape(-1)
+        held = np.broadcast_to(self.selector.held_under(self.budgets), (len(lengths), self.num_kv_heads))
+        return np.minimum(held, limit).reshape(-1)
 
     def _store(
         self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any = None, room: int = 0

@@ -233,7 +233,9 @@ class ReadingLayer(ByGroupLayer):
 
     def _way_of(self, row: int, group: RowGroup) -> Reading | None:
         held, head_dim = group.positions.shape[1], group.keys.shape[2]
-        return self.selector.reading(held, self.prompt_lengths[row // self.num_kv_heads], head_dim)
+        sequence, head = divmod(row, self.num_kv_heads)
+        budget = int(self.budgets[sequence, head] if self.budgets.ndim == 2 else self.budgets[head])
+        return self.selector.reading(held, self.prompt_lengths[sequence], head_dim, budget)
 
 
 def _extreme_bytes(group: RowGroup, pages: Pages | None) -> int:

@@ -57,6 +57,7 @@ class RankedPrompt:
         keys, values, positions = [], [], []
         for layer in recorded.kv_layers:
             ranking = layer.rankings[selector][0]
+            ceiling = int(selector.held_under(np.array(ceiling)))
             limit = ceiling if layer.sliding_window is None else min(ceiling, layer.sliding_window)
             ranking = ranking[:, :limit]
             heads = torch.arange(len(ranking), device=ranking.device)[:, None]
@@ -82,6 +83,7 @@ class _Candidates:
         values: ``[kv_heads, ranked, value_dim]``.
         positions: ``[kv_heads, ranked]``.
         counts: entries that each candidate keeps, ``[candidates, kv_heads]``.
+        budgets: of each candidate, likewise.
         tokens: length of the prompt.
     """
 
@@ -89,6 +91,7 @@ class _Candidates:
     values: Tensor
     positions: Tensor
     counts: Tensor
+    budgets: np.ndarray
     tokens: int
 
 
@@ -210,7 +213,9 @@ class ReplayCache(HookedCache):
             parts = []
             for prompt, rows in zip(prompts, by_prompt, strict=True):
                 rows = rows[:1] if index < shared else rows
-                counts = np.minimum(rows[:, index], prompt.keys[index].shape[1])
+                mine = rows[:, index]
+                held = mine if prompt.selector is None else prompt.selector.held_under(mine)
+                counts = np.minimum(held, prompt.keys[index].shape[1])
                 longest = int(counts.max())
                 parts.append(
                     _Candidates(
@@ -218,6 +223,7 @@ class ReplayCache(HookedCache):
                         prompt.values[index][:, :longest],
                         prompt.positions[index][:, :longest],
                         torch.from_numpy(counts).to(prompt.keys[index].device),
+                        mine,
                         prompt.tokens,
                     )
                 )

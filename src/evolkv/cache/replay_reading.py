@@ -77,7 +77,8 @@ class ReadingReplayLayer(ReplayLayer):
         candidates, heads = part.counts.shape
         held, dim = part.keys.shape[1:]
         counts = part.counts.T.flatten()
-        ways = [self.selector.reading(count, part.tokens, dim) for count in counts.tolist()]
+        asked = zip(counts.tolist(), part.budgets.T.flatten().tolist(), strict=True)
+        ways = [self.selector.reading(count, part.tokens, dim, budget) for count, budget in asked]
         # [candidates, heads, queries, dim] -> [kv_heads * candidates, fold, queries, dim]
         asking = query.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1)
         new = self.new_keys[:, at].flatten(0, 1)

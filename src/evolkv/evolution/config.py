@@ -21,7 +21,7 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import SelectorSpec, get_selector
+from evolkv.selectors import Selector, SelectorSpec, get_selector
 from evolkv.tasks import Task, get_task
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AGNOSTIC, AWARE, PROTOCOLS
@@ -191,6 +191,11 @@ class SearchConfig:
         if self.metric is None:
             object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
         check_metric(self.metric)
+        if (uncut := self._uncut) and self.begins_at in COMPUTED:
+            raise UsageError(
+                f"under {uncut} budgets say what is read, which has no slope, and lukv lays out what is held; use "
+                "--start uniform with --strategy joint"
+            )
         if self.follows_slope and not self.has_slope:
             lacking = f"engine {self.engine!r}" if has_slope(self.metric) else f"metric {self.metric!r}"
             raise UsageError(
@@ -221,11 +226,19 @@ class SearchConfig:
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     @property
+    def _given(self) -> list[Selector]:
+        given = self.selector if isinstance(self.selector, (list, tuple)) else [self.selector]
+        return [get_selector(cast(SelectorSpec, each)) for each in given if each is not None]
+
+    @property
     def _pruning(self) -> str | None:
         """The name of a selector that prunes the prefill, if one is given."""
-        given = self.selector if isinstance(self.selector, (list, tuple)) else [self.selector]
-        found = [get_selector(cast(SelectorSpec, each)) for each in given if each is not None]
-        return next((each.name for each in found if each.prunes_prefill), None)
+        return next((each.name for each in self._given if each.prunes_prefill), None)
+
+    @property
+    def _uncut(self) -> str | None:
+        """The spec of a selector whose budgets do not say what is held, if one is given."""
+        return next((each.spec for each in self._given if not each.budgets_cut), None)
 
     @property
     def selectors(self) -> dict[str, SelectorSpec]:
@@ -246,7 +259,7 @@ class SearchConfig:
     @property
     def has_slope(self) -> bool:
         """Return True if there is a slope that a search could follow."""
-        return self.engine == "replay" and has_slope(self.metric)
+        return self.engine == "replay" and has_slope(self.metric) and self._uncut is None
 
     @property
     def follows_slope(self) -> bool:
@@ -261,7 +274,7 @@ class SearchConfig:
     @property
     def calibrates(self) -> bool:
         """Return True if LU-KV can be calibrated, and so is among what the search chooses from."""
-        return self.engine == "replay" and reads_answer(self.metric)
+        return self.engine == "replay" and reads_answer(self.metric) and self._uncut is None
 
     def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
         """Return how many candidates a search evaluates: whole generations, or part of one.

@@ -249,6 +249,15 @@ class Selector(ABC):
         return max(1, self.window)
 
     @property
+    def budgets_cut(self) -> bool:
+        """Return whether the budgets say what a head holds (default), and so how far its ranking is cut."""
+        return True
+
+    def held_under(self, budgets: np.ndarray) -> np.ndarray:
+        """Return the entries that each head holds of a prompt that is long enough, in the shape of the budgets."""
+        return budgets
+
+    @property
     def observed_queries(self) -> int | None:
         """Return how many of the prompt's last queries the score looks at; None (default) for all of them.
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,8 @@ from evolkv.selectors.snapkv import check_votes
 
 # The paper's split: of a compression by c = 2^x, stage 1 does r = min(0.2 + 0.06 x, 0.8) of the exponent.
 _LEAST, _SLOPE, _MOST = 0.2, 0.06, 0.8
+#: A token, and the extremes that it is found by.
+_LEAST_READ = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class RocketKV(Selector):
     in the channels where its queries are largest, and attends to the tokens of the best pages alone. It reads about as
     much memory as `read` entries take.
 
+    With `held` every head holds so many entries, and the budget is what a new token reads instead of `read`. A search
+    then evolves what is read, and without `held` what is held.
+
     Behnam et al. 2025, "RocketKV: Accelerating Long-Context LLM Inference via Two-Stage KV Cache Compression", arXiv
     2502.14051v3, sections 3.3 to 3.6. Three things are ours. The compression of stage 2 is that of what is held of the
     prompt (the paper counts the answer's tokens in). A head that holds no more than it may read is read whole. Equal
@@ -53,6 +59,8 @@ class RocketKV(Selector):
         kernel: width of the pooling over positions, odd; 1 turns it off.
         read: the paper's token budget: entries whose memory a new token may read in each KV head, at least 2. 0
             (default) derives it from budget and prompt length by the paper's split of the compression between stages.
+        held: entries of the prompt that every KV head holds, more than the window; budgets then say what is read. 0
+            (default): budgets say what is held.
     """
 
     name: ClassVar[str] = "rocketkv"
@@ -61,13 +69,35 @@ class RocketKV(Selector):
     window: int = 32
     kernel: int = 63
     read: int = 0
+    held: int = 0
 
     def __post_init__(self) -> None:
         check_votes(self.name, self.window, self.kernel)
-        if self.read < 0 or self.read == 1:
+        if self.held and self.held <= self.window:
+            raise UsageError(
+                f"{self.name}: held is {self.held}; expected more than the window of {self.window}, or 0 where budgets "
+                "say what is held"
+            )
+        if self.held and self.read:
+            raise UsageError(f"{self.name}: with held={self.held} budgets say what is read; leave out read={self.read}")
+        if self.read < 0 or 0 < self.read < _LEAST_READ:
             raise UsageError(
                 f"{self.name}: read is {self.read}; expected at least 2 entries, or 0 for what follows from the budget"
             )
+
+    @property
+    def min_budget(self) -> int:
+        """The window; 2 where budgets say what is read, half of which goes to the pages' extremes."""
+        return _LEAST_READ if self.held else max(1, self.window)
+
+    @property
+    def budgets_cut(self) -> bool:
+        """Return whether budgets say what is held, not what is read."""
+        return not self.held
+
+    def held_under(self, budgets: np.ndarray) -> np.ndarray:
+        """See `Selector.held_under`."""
+        return np.full_like(budgets, self.held) if self.held else budgets
 
     @property
     def observed_queries(self) -> int:
@@ -85,8 +115,10 @@ class RocketKV(Selector):
             votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
         return F.pad(votes, (0, window), value=torch.inf)
 
-    def entries_read(self, held: int, tokens: int) -> int:
+    def entries_read(self, held: int, tokens: int, budget: int) -> int:
         """Return the entries whose memory a new token reads, of a head that holds so many of a prompt of `tokens`."""
+        if self.held:
+            return budget
         if self.read or held >= tokens:
             return self.read or held
         # held = tokens / c^r for c = 2^x and r = min(0.2 + 0.06 x, 0.8), solved for x.
@@ -94,17 +126,18 @@ class RocketKV(Selector):
         x = (math.sqrt(_LEAST**2 + 4 * _SLOPE * exponent) - _LEAST) / (2 * _SLOPE)
         if _LEAST + _SLOPE * x > _MOST:
             x = exponent / _MOST
-        return max(2, round(tokens / 2**x))
+        return max(_LEAST_READ, round(tokens / 2**x))
 
-    def reading(self, held: int, tokens: int, head_dim: int) -> Reading | None:
+    def reading(self, held: int, tokens: int, head_dim: int, budget: int) -> Reading | None:
         """Return how new tokens read a head; None where they read all that it holds.
 
         Args:
             held: entries that it holds of the prompt.
             tokens: length of the prompt.
             head_dim: channels of its keys.
+            budget: of the head.
         """
-        read = self.entries_read(held, tokens)
+        read = self.entries_read(held, tokens, budget)
         if read >= held:
             return None
         compression = held / read
@@ -125,9 +158,14 @@ class RocketKVMultiTurn(RocketKV):
     Behnam et al. 2025, arXiv 2502.14051v3, section 3.6 (RocketKV-MT).
 
     Args:
-        window, kernel, read: see `RocketKV`.
+        window, kernel, read: see `RocketKV`; `held` is refused.
     """
 
     name: ClassVar[str] = "rocketkv_mt"
     layer: ClassVar[str | None] = "evolkv.cache.multi_turn:MultiTurnLayer"
     replay_layer: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.held:
+            raise UsageError(f"{self.name} holds every token; leave out held={self.held}, or use rocketkv")
