@@ -7,7 +7,8 @@ LU-KV (arXiv 2602.08585), the oracle utility. An entry t of a KV head is worth t
 the attention to it times the length of what the output projection makes of its value; over some tokens it is worth the
 most that it is to one of them. The paper divides by the layer's sum of lengths instead of their mean. That is the same
 up to one factor for all layers, as long as all of them hold the same entries: the mean also compares layers that see
-only a window, and prompts of different lengths.
+only a window, and prompts of different lengths. A gate between attention and output projection
+(Qwen3-Next) does not count.
 """
 
 from __future__ import annotations
