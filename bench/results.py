@@ -105,7 +105,7 @@ TABLES = {
         val=24,
         protocols=("aware",),
     ),
-    "ruler": Table(tuple(f"ruler:task={name},context=4096" for name in RULER), "logprob", 16, train=2, val=2),
+    "ruler": Table(tuple(f"ruler:task={name},context=2048" for name in RULER), "logprob", 16, train=2, val=2),
     # Needles and what has little in common with them, one profile for all.
     "workloads": Table(
         (
