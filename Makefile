@@ -77,11 +77,11 @@ $(VLLM)/.installed: plugins/vllm/pyproject.toml pyproject.toml constraints-cpu.t
 	@$(VLLM_PIP) install -e . -e plugins/vllm hypothesis pytest
 	@touch $@
 
-# What the plugin's tests compare with, from EvolKV's own cache.
+# What the plugin's tests compare with, from EvolKV's own cache. The models are too small for several threads.
 $(VLLM)/reference/done: $(INSTALLED) plugins/vllm/tests/reference.py plugins/vllm/tests/tiny_model.py plugins/vllm/evolkv_vllm/rule.py
 	@echo "answering with EvolKV's own cache"
 	@rm -rf $(@D)
-	@PYTHONPATH=plugins/vllm $(BIN)/python plugins/vllm/tests/reference.py $(@D)
+	@OMP_NUM_THREADS=1 PYTHONPATH=plugins/vllm $(BIN)/python plugins/vllm/tests/reference.py $(@D)
 	@touch $@
 
 test-vllm: $(VLLM)/.installed $(VLLM)/reference/done ## the plugin for vLLM, in an environment of its own (VLLM_TESTS="-k name")
