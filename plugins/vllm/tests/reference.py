@@ -35,7 +35,8 @@ ADAPTED = ["q_proj", "k_proj", "v_proj"]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    # Tests read the models that it names, from another folder.
+    folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     makers = {"tiny": of_tiny, "windows": of_windows, "lora": of_lora, "smollm": of_smollm}
