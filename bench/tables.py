@@ -342,21 +342,6 @@ def kept_tokens(record: Record) -> Table:
     return ["selector", record["peer"], "budget", "mean", "least over heads"], rows
 
 
-def beside_kvpress(record: Record) -> Table:
-    """Return scores, bytes and times of the methods that both libraries have."""
-    rows = [
-        [
-            each["method"],
-            each["library"],
-            "{:.2f} ({:.2f}–{:.2f})".format(each["score"], *each["ci95"]),
-            f"{each['kv_bytes'] / 2**20:.2f}",
-            *(f"{each[f'{what}_over_plain']:.2f}" for what in ("prefill", "decode")),
-        ]
-        for each in record["rows"]
-    ]
-    return ["method", "library", "score (95 % interval)", "KV MiB", "prefill over plain", "decode over plain"], rows
-
-
 def chunks(record: Record) -> Table:
     """Return what prompts read in chunks find, hold at most, and take."""
     rows = [
@@ -619,7 +604,6 @@ BY_BENCHMARK: dict[str, View] = {
     "plan": one_by_one(plan),
     "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),
-    "kvpress methods": one_by_one(beside_kvpress),
     "inference chunks": one_by_one(chunks),
     "against": one_by_one(against),
     "serving serve": one_by_one(serving),
