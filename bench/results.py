@@ -79,7 +79,6 @@ class Table:
         tasks: specs; ``{data}`` stands for the folder with the user's files.
         metric: None stands for each task's own.
         samples: held-out examples per task.
-        evolve_on: specs to evolve on instead of `tasks`.
         train: training examples of a search, per task.
         val: examples that it chooses on, per task.
         protocols: those that apply.
@@ -88,7 +87,6 @@ class Table:
     tasks: tuple[str, ...]
     metric: str | None
     samples: int
-    evolve_on: tuple[str, ...] = ()
     train: int = 8
     val: int = 12
     protocols: tuple[str, ...] = ("aware", "agnostic")
@@ -96,15 +94,6 @@ class Table:
 
 TABLES = {
     "needles": Table(tuple(f"niah:context={context}" for context in (800, 1600, 3200)), None, 32, train=4, val=8),
-    "languages": Table(
-        tuple(f"niah:context=1600,language={code}" for code in ("en", "de", "fr", "es", "zh")),
-        "logprob",
-        32,
-        evolve_on=("niah:context=1600",),
-        train=12,
-        val=24,
-        protocols=("aware",),
-    ),
     "ruler": Table(tuple(f"ruler:task={name},context=2048" for name in RULER), "logprob", 16, train=2, val=2),
     # Needles and what has little in common with them, one profile for all.
     "workloads": Table(
@@ -138,11 +127,10 @@ class Runner:
         parts = []
         for protocol in (each for each in table.protocols if each in self.arguments.protocol):
             stem, tasks = f"{name}-{protocol}", self._paths(table.tasks)
-            evolve_on = self._paths(table.evolve_on) or tasks
-            profiles = {"evolved": self._evolve(stem, table, evolve_on, protocol)}
+            profiles = {"evolved": self._evolve(stem, table, tasks, protocol)}
             under = self._evolved_under(stem)
             profiles[LUKV] = self._evolve(
-                f"{stem}-{LUKV}", table, evolve_on, protocol, selector=under, strategy="start", start=LUKV
+                f"{stem}-{LUKV}", table, tasks, protocol, selector=under, strategy="start", start=LUKV
             )
             rows, pairs = self._scored(stem, table, tasks, protocol, profiles)
             about = {"table": name, "protocol": protocol, "metric": rows[0]["metric"], "evolved_under": under}
