@@ -114,7 +114,7 @@ def test_adapters_have_the_same_budgets_and_their_own_keys(caching, lora):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "chunk"),
-    [("uniform", 2048), ("varied", 500), ("classes", 1), ("classes", 7), ("classes", 500), ("classes", 2048)],
+    [("uniform", 512), ("varied", 100), ("classes", 1), ("classes", 7), ("classes", 100), ("classes", 512)],
 )
 def test_smollm_answers_as_with_evolkvs_cache(profile, chunk, smollm, kept):
     # Prompts side by side, each in chunks of its own: one after another, chunks of one token would take ten minutes.
