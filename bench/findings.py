@@ -260,7 +260,7 @@ def plot(found: dict[str, Any], budget: int, path: Path) -> None:
         left.errorbar(row["mean"], place, xerr=error(row), fmt="o", color="#3b528b", capsize=3)
     left.set_yticks(range(len(strategies)), [row["name"] for row in reversed(strategies)])
     left.set_xlabel("held-out score (mean token probability)")
-    left.set_title(f"budget {budget}, equal cost", loc="left", fontsize=10)
+    left.set_title(f"budget {budget}", loc="left", fontsize=10)
     for (prefix, label), colour, mark in zip(
         {"direct": "searched there", "expanded": "expanded from the lowest", "uniform": "uniform"}.items(),
         ("#3b528b", "#21908d", "#b0632a"),
@@ -279,7 +279,7 @@ def plot(found: dict[str, Any], budget: int, path: Path) -> None:
     right.set_xlabel("budget (cache entries per KV head)")
     right.set_ylabel("held-out score")
     right.set_title("direct search, expansion, uniform", loc="left", fontsize=10)
-    right.legend(frameon=False, fontsize=9)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path)
 
 

@@ -522,7 +522,7 @@ def expansion(record: Record) -> Table:
 
 
 def transfer(record: Record) -> Table:
-    """Return the scores of budgets on tasks that they were not evolved on."""
+    """Return the scores of budgets on tasks that they were not evolved on; one prompt has no interval."""
     by_task: dict[str, dict[str, Any]] = {}
     for each in record["summary"]["transfer"]:
         by_task.setdefault(each["task"], {})[each["name"]] = each
@@ -535,6 +535,7 @@ def transfer(record: Record) -> Table:
             *(_difference(found[name]["minus_uniform"], 3) for name in names),
         ]
         for task, found in by_task.items()
+        if found["uniform"]["score"]["n"] > 1
     ]
     return ["task", "n", "uniform", "full cache", *(f"{name} − uniform" for name in names)], rows
 
