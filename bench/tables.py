@@ -91,7 +91,8 @@ def methods(records: Sequence[Record]) -> Lines:
             return f"**{value:.3f}**" if value == top and method != "full" else f"{value:.3f}"
 
         rows = [[name, *(cell(name, *pair) for pair in zip(scores[name], best, strict=True))] for name in scores]
-        yield from (f"Protocol {record.table['protocol']}, metric `{record.table['metric']}`; {record.caption}", "")
+        about = f"protocol {record.table['protocol']}, metric `{record.table['metric']}`; {record.caption}"
+        yield from (f"`{record['command']}`; {about}", "")
         yield from table(["method", *record.table["budgets"]], rows)
 
 
