@@ -14,10 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from evolkv import allocators, hub
 from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget
-from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
+from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.json_files import read_json
 from evolkv.models import ModelInfo, describe_model, is_quantized, model_facts
-from evolkv.numbers import is_whole
 from evolkv.profile_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -26,9 +25,9 @@ from evolkv.profile_file import (
     as_matrix,
     check_budgets,
     profile_text,
+    write_profile,
 )
 from evolkv.selectors import Selector, SelectorSpec, get_selector
-from evolkv.whole_files import write_with
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,19 +265,8 @@ class BudgetProfile:
             UsageError: a count that does not divide the number of layers.
             BudgetError: a total that does not leave each layer what the selector always keeps.
         """
-        if not is_whole(count) or not 1 <= count <= self.num_layers or self.num_layers % count:
-            fitting = ", ".join(str(each) for each in range(1, self.num_layers + 1) if self.num_layers % each == 0)
-            raise UsageError(
-                f"{count!r} classes of {self.num_layers} layers cannot be of one size; expected one of {fitting}"
-            )
-        size = self.num_layers // count
-        by_layer = self.budgets.mean(axis=1)
-        members = np.argsort(-by_layer, kind="stable").reshape(count, size)
-        floors = np.array(self._floors(get_selector(self.selector)))[members].max(axis=1)
-        total = int(self.budgets.sum()) // (self.num_kv_heads * size)
-        chosen = allocators.complete(by_layer[members].mean(axis=1), total, floors, MAX_BUDGET)
-        budgets = np.empty(self.num_layers, dtype=np.int64)
-        budgets[members] = chosen[:, None]
+        floors = self._floors(get_selector(self.selector))
+        budgets = allocators.in_classes(self.budgets.mean(axis=1), count, self.total // self.num_kv_heads, floors)
         matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
         search = {**self.search, "classes": int(count)}
         return replace(self, budgets=matrix, granularity="layer", search=search, scores={})
@@ -358,18 +346,9 @@ class BudgetProfile:
             ProfileError: what is no name of a file, or provenance that JSON cannot hold.
             RunError: the file cannot be written.
         """
-        text = profile_text(self.to_dict())
         if hub.is_address(path):
             raise ProfileError(f"{path} is an address on the Hub; use push_to_hub, or give a file name")
-        target = Path(os.path.expanduser(path))
-        if target.is_dir():
-            raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
-        if target.exists() and not target.is_file():
-            raise ProfileError(f"{target} is not a regular file; expected a file name such as profile.json")
-        try:
-            write_with(target, lambda partial: partial.write_bytes(text.encode()))
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+        write_profile(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BudgetProfile:
@@ -459,17 +438,12 @@ class BudgetProfile:
             UsageError: results that cannot be read, or that are of another model.
             RunError: if the Hub cannot be reached, or refuses.
         """
-        from evolkv.profile_card import PICTURE, README, card_text, is_card, read_rows
+        from evolkv.profile_card import card_files, read_rows
 
         address = hub.HubAddress(repo_id, filename, revision)
         files = {filename: profile_text(self.to_dict()).encode()}
-        rows = [] if results is None else read_rows(self, results)
         if card:
-            there = hub.read_text(hub.HubAddress(repo_id, README, revision), MAX_FILE_BYTES, token)
-            if there is None or is_card(there):
-                from evolkv.plots import budgets_png
-
-                files |= {README: card_text(self, address, rows).encode(), PICTURE: budgets_png(self)}
+            files |= card_files(self, address, [] if results is None else read_rows(self, results), token)
         what = f"EvolKV profile of {self.model['name']} at mean budget {self.target}"
         return hub.upload(address, files, commit_message or what, token, private, create_pr)
 

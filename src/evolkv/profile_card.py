@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from evolkv import hub
 from evolkv.errors import UsageError
 from evolkv.hub import FILE_NAME, HubAddress
 from evolkv.json_files import read_json
+from evolkv.profile_file import MAX_FILE_BYTES
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -170,6 +172,18 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         f"{', or in the results of the evaluation' if rows else ''}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def card_files(
+    profile: BudgetProfile, address: HubAddress, rows: Sequence[Mapping[str, Any]], token: str | bool | None
+) -> dict[str, bytes]:
+    """Return the page and its picture by their names; none where the repository has a page of its own."""
+    there = hub.read_text(HubAddress(address.repo_id, README, address.revision), MAX_FILE_BYTES, token)
+    if there is not None and not is_card(there):
+        return {}
+    from evolkv.plots import budgets_png
+
+    return {README: card_text(profile, address, rows).encode(), PICTURE: budgets_png(profile)}
 
 
 def _front_matter(name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,10 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evolkv.budgets import MAX_BUDGET, Budget, Share
-from evolkv.errors import ProfileError
+from evolkv.errors import ProfileError, RunError
 from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
 from evolkv.schemas import RecordedBudget, first_error
+from evolkv.whole_files import write_with
 
 FORMAT = "evolkv.profile/1"
 #: A profile of a thousand layers with a thousand heads stays below it: a larger file is something else.
@@ -219,6 +222,24 @@ def profile_text(data: Mapping[str, Any]) -> str:
         raise ProfileError(str(error)) from None
     ProfileFile.parse(json.loads(text))
     return text
+
+
+def write_profile(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write a profile's file, whole or not at all; missing folders are made.
+
+    Raises:
+        ProfileError: as for `profile_text`, or for what is no name of a file.
+        RunError: the file cannot be written.
+    """
+    text, target = profile_text(data), Path(os.path.expanduser(path))
+    if target.is_dir():
+        raise ProfileError(f"{target} is a folder; expected a file name such as {target / 'profile.json'}")
+    if target.exists() and not target.is_file():
+        raise ProfileError(f"{target} is not a regular file; expected a file name such as profile.json")
+    try:
+        write_with(target, lambda partial: partial.write_bytes(text.encode()))
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,13 @@
 
 `ALLOCATORS` maps a name to the function that lays out budgets under a mean budget, the same for every prompt. `layout`
 runs one within what a model's layers can hold; `expand`, `fit` and `complete` bring budgets that are already there, or
-weights, to an exact mean or total. `lukv` lays out what a calibration on examples has found. Allocators that decide for
-each prompt anew are in `evolkv.allocators.adaptive`.
+weights, to an exact mean or total, and `in_classes` to a few classes of layers. `lukv` lays out what a calibration on
+examples has found. Allocators that decide for each prompt anew are in `evolkv.allocators.adaptive`.
 """
 
 from __future__ import annotations
 
+from evolkv.allocators.classes import in_classes
 from evolkv.allocators.complete import complete
 from evolkv.allocators.cosine import cosine
 from evolkv.allocators.isotonic import non_increasing
@@ -22,6 +23,7 @@ __all__ = [
     "cosine",
     "expand",
     "fit",
+    "in_classes",
     "layout",
     "lukv",
     "non_increasing",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from evolkv.evolution.config import OneBudget, SearchConfig, SeveralBudgets, by_keyword
+from evolkv.evolution.config import OneBudget, SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
+from evolkv.evolution.keywords import by_keyword
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.run import run_search

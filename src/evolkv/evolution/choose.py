@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from evolkv.errors import UsageError
 from evolkv.evaluation.balance import BalancedEngine
 from evolkv.evaluation.engine import Engine
 from evolkv.evolution.result import Validated, as_lists
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.intervals import ci95
+from evolkv.tasks import Example
 
 # Two allocations whose scores differ by no more than rounding are equal.
 _DIGITS = 4
@@ -63,3 +65,14 @@ def ranked(
 def rows_from(data: list[dict[str, Any]]) -> list[Validated]:
     """Return allocations from the rows that `as_rows` made of them."""
     return [Validated(**{**row, "ci95": tuple(row["ci95"])}) for row in data]
+
+
+def check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raise `UsageError` if an example to choose on is a training example, too."""
+    trained = {(example.prompt, example.later) for example in train}
+    twice = [example.id for example in held_out if (example.prompt, example.later) in trained]
+    if twice:
+        raise UsageError(
+            f"{len(twice)} of {len(held_out)} validation examples are training examples too, such as {twice[0]}, so "
+            "that nothing would be chosen on unseen ones; give the task more rows, or use a smaller --train or --val"
+        )

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
-from evolkv.errors import UsageError
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.records import prompt_digest
 from evolkv.evolution.calibration import Calibration
-from evolkv.evolution.choose import choose, rows_from
+from evolkv.evolution.choose import check_unseen, choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
 from evolkv.evolution.engines import Engines
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
@@ -35,7 +34,7 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import Example, encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
 from evolkv.tasks.protocol import under_protocol
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class Run:
         draw, seed = self.task.examples, config.seed
         self.train = under_protocol(config.protocol, draw("train", config.num_train, tokenizer, seed))
         self.held_out = under_protocol(config.protocol, draw("validation", config.val, tokenizer, seed))
-        _check_unseen(self.train, self.held_out)
+        check_unseen(self.train, self.held_out)
         if self.task.free_text and len(self.train) < _FEW:
             log.warning(
                 "%d training examples are few for texts as people write them: scores on 10 %% of LongBench ranked "
@@ -433,16 +432,6 @@ class Run:
 
     def _scorer(self) -> Engine:
         return self.engines.training(self.train)
-
-
-def _check_unseen(train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    trained = {(example.prompt, example.later) for example in train}
-    twice = [example.id for example in held_out if (example.prompt, example.later) in trained]
-    if twice:
-        raise UsageError(
-            f"{len(twice)} of {len(held_out)} validation examples are training examples too, such as {twice[0]}, so "
-            "that nothing would be chosen on unseen ones; give the task more rows, or use a smaller --train or --val"
-        )
 
 
 def versions() -> dict[str, str]:

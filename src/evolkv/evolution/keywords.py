@@ -1,0 +1,59 @@
+"""Functions that take the fields of a configuration as keyword arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from transformers import PreTrainedModel
+
+from evolkv.evolution.config import SearchConfig, preset_settings
+
+P = ParamSpec("P")
+Config = TypeVar("Config", bound=SearchConfig)
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class SearchFunction(Protocol[P, Result_co]):
+    """A function that takes a model, its tokenizer, and settings by keyword."""
+
+    def __call__(self, model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result_co: ...
+
+
+def by_keyword(
+    name: str, config: Callable[P, Config], run: Callable[[PreTrainedModel, Any, Config], Result]
+) -> SearchFunction[P, Result]:
+    """Return a function that takes the fields of a configuration as keyword arguments.
+
+    Type checkers, editors and ``help`` see these arguments with their types and defaults, which so are written once.
+
+    Args:
+        name: of the function.
+        config: the class of the configuration.
+        run: called with the model, its tokenizer and the configuration.
+    """
+
+    @functools.wraps(run)
+    def search(model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result:
+        given: dict[str, Any] = {**preset_settings(str(settings.get("preset", "best"))), **settings}
+        try:
+            checked = config(*args, **given)
+        except TypeError as error:
+            raise TypeError(str(error).replace(f"{config.__name__}.__init__()", f"{name}()")) from None
+        return run(model, tokenizer, checked)
+
+    of_run = inspect.signature(run)
+    settings = sorted(
+        inspect.signature(config).parameters.values(), key=lambda setting: setting.default is not setting.empty
+    )
+    parameters = [*of_run.parameters.values()][:2] + settings
+    search.__signature__ = of_run.replace(parameters=parameters)  # type: ignore[attr-defined]
+    search.__name__ = search.__qualname__ = name
+    # The package has it under this name, where pickle looks.
+    search.__module__ = __package__
+    parts = [run.__doc__, *(each.__doc__ for each in inspect.getmro(config)[:-1])]  # type: ignore[arg-type]
+    search.__doc__ = "\n\n".join(inspect.cleandoc(part or "") for part in parts)
+    return search
