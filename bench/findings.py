@@ -99,8 +99,8 @@ class Findings:
     def _search(self, name: str, strategy: str, budget: int, granularity: Granularity, **more: Any) -> np.ndarray:
         examples = 2 if strategy == "joint" else self.arguments.train
         most = self.arguments.evaluations // examples
-        start = {"start": "uniform"} if strategy == "joint" else {}
-        more = {**start, **more}
+        if strategy == "joint":
+            more["start"] = "uniform"
         config = replace(self.trial.config, strategy=strategy, granularity=granularity, max_evals=most, **more)
         started = time.perf_counter()
         evolved = self.trial.evolve(config, budget)
@@ -110,10 +110,8 @@ class Findings:
         return budgets
 
     def _descend(self, budget: int) -> None:
-        config, examples = (
-            replace(self.trial.config, granularity=self.finest),
-            min(SLOPE_EXAMPLES, self.arguments.train),
-        )
+        config = replace(self.trial.config, granularity=self.finest)
+        examples = min(SLOPE_EXAMPLES, self.arguments.train)
         started = time.perf_counter()
         steps, _ = descend(
             budget,
