@@ -442,8 +442,9 @@ class BudgetProfile:
 
         address = hub.HubAddress(repo_id, filename, revision)
         files = {filename: profile_text(self.to_dict()).encode()}
+        rows = [] if results is None else read_rows(self, results)
         if card:
-            files |= card_files(self, address, [] if results is None else read_rows(self, results), token)
+            files |= card_files(self, address, rows, token)
         what = f"EvolKV profile of {self.model['name']} at mean budget {self.target}"
         return hub.upload(address, files, commit_message or what, token, private, create_pr)
 

@@ -55,9 +55,9 @@ class RankedPrompt:
     def from_recorded(cls, recorded: RecordedPrompt, selector: Selector, ceiling: int) -> RankedPrompt:
         """Copies the first `ceiling` ranked entries of each head out of a recorded prompt."""
         keys, values, positions = [], [], []
+        ceiling = int(selector.held_under(np.array(ceiling)))
         for layer in recorded.kv_layers:
             ranking = layer.rankings[selector][0]
-            ceiling = int(selector.held_under(np.array(ceiling)))
             limit = ceiling if layer.sliding_window is None else min(ceiling, layer.sliding_window)
             ranking = ranking[:, :limit]
             heads = torch.arange(len(ranking), device=ranking.device)[:, None]

@@ -29,9 +29,8 @@ Order = Literal["smallest", "largest"]
 #: Of one generation, where a search's length is not said.
 MOST_POPULATION = 10_000
 _SMOOTH = ("logprob", "fidelity")
-#: Examples that a generation of `joint` is scored on. With the metric logprob two in turn reach a given held-out score
-#: with about a quarter of the example evaluations that twelve need (docs/performance.md). Text metrics are coarse:
-#: a few examples would leave most candidates equal.
+#: Examples that a generation of `joint` is scored on, all of them in turn: with the metric logprob few are enough to
+#: learn from. Text metrics are coarse: a few examples would leave most candidates equal.
 MINIBATCH = 2
 #: The start, and the strategy, that follow the slope of the loss.
 GRADIENT = "gradient"
@@ -42,7 +41,7 @@ COMPUTED = (GRADIENT, LUKV)
 #: The strategy that takes the start as it is.
 START_ONLY = "start"
 #: Selectors that compete where none is given, by protocol. Small windows leave small budgets most to choose; on code
-#: the larger one is ahead; and where the question is not known, no window says what it will ask (docs/results.md).
+#: the larger one is ahead; and where the question is not known, no window says what it will ask.
 COMPETING = {
     AWARE: ("chunkkv:window=2", "snapkv:window=8", "snapkv:window=32"),
     AGNOSTIC: ("keydiff", "chunkkv:window=8", "snapkv:window=32"),

@@ -58,7 +58,7 @@ class SearchSpace:
         self.layers, self.heads = info.num_layers, info.num_kv_heads
         self.by_head = config.granularity == "head"
         self.floor = config.floor if config.floor is not None else selector.min_budget + 1
-        most = longest if selector.budgets_cut else min(longest, int(selector.held_under(np.array(longest))))
+        most = min(longest, int(selector.held_under(np.array(longest))))
         self.ceiling = config.ceiling if config.ceiling is not None else most
         #: Of each layer: entries beyond its own window would never be held.
         self._windows = model_facts(model).sliding_windows

@@ -88,7 +88,7 @@ class RocketKV(Selector):
     @property
     def min_budget(self) -> int:
         """The window; 2 where budgets say what is read, half of which goes to the pages' extremes."""
-        return _LEAST_READ if self.held else max(1, self.window)
+        return _LEAST_READ if self.held else super().min_budget
 
     @property
     def budgets_cut(self) -> bool:
