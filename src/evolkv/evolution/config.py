@@ -188,7 +188,7 @@ class SearchConfig:
         check_metric(self.metric)
         if (uncut := self._uncut) and self.begins_at in COMPUTED:
             raise UsageError(
-                f"under {uncut} budgets say what is read, which has no slope, and lukv lays out what is held; use "
+                f"under {uncut} budgets say what is read: that has no slope, and lukv lays out what is held; use "
                 "--start uniform with --strategy joint"
             )
         if self.follows_slope and not self.has_slope:

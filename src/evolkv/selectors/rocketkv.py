@@ -46,8 +46,8 @@ class RocketKV(Selector):
     in the channels where its queries are largest, and attends to the tokens of the best pages alone. It reads about as
     much memory as `read` entries take.
 
-    With `held` every head holds so many entries, and the budget is what a new token reads instead of `read`. A search
-    then evolves what is read, and without `held` what is held.
+    With `held` every head holds that many entries, and the budget says what a new token reads. A search then evolves
+    what is read. Without `held` it evolves what is held.
 
     Behnam et al. 2025, "RocketKV: Accelerating Long-Context LLM Inference via Two-Stage KV Cache Compression", arXiv
     2502.14051v3, sections 3.3 to 3.6. Three things are ours. The compression of stage 2 is that of what is held of the
