@@ -458,6 +458,19 @@ def test_classes_of_a_profile_by_head_go_by_the_mean_of_each_layer():
     assert few.budgets.tolist() == [[20, 20], [120, 120], [20, 20], [120, 120]]
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_classes_of_heads_are_of_one_size_and_keep_the_total(count):
+    budgets = np.array([[8, 30], [100, 140], [20, 21], [231, 90]])
+    profile = BudgetProfile.from_budgets(info_of(4), budgets, "snapkv:window=8")
+    few = profile.in_classes(count, "head")
+    values, sizes = np.unique(few.budgets, return_counts=True)
+    assert (len(values), set(sizes.tolist())) == (count, {8 // count})
+    assert (few.granularity, few.total) == ("head", profile.total)
+    assert (np.diff(few.budgets.flat[np.argsort(budgets, axis=None, kind="stable")]) >= 0).all()
+    with pytest.raises(UsageError, match="3 classes of 8 heads cannot be of one size; expected one of 1, 2, 4, 8"):
+        profile.in_classes(3, "head")
+
+
 def test_classes_leave_what_the_selector_always_keeps():
     few = BudgetProfile.from_budgets(info_of(4), [32, 32, 33, 1000]).in_classes(2)
     assert few.budgets[:, 0].min() == 32

@@ -246,30 +246,31 @@ class BudgetProfile:
         matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
         return replace(self, budget=budget, budgets=matrix, search=search, scores={}, share=None)
 
-    def in_classes(self, count: int) -> BudgetProfile:
-        """Return a profile by layer in which only a few budgets occur, each in as many layers as any other.
+    def in_classes(self, count: int, granularity: Granularity = "layer") -> BudgetProfile:
+        """Return a profile in which only a few budgets occur, each in as many layers, or heads, as any other.
 
-        Layers with neighbouring budgets form a class and share one budget, near the mean of theirs: of all classes of
-        one size these change the budgets least. A serving engine keeps one table of blocks for each budget that
-        occurs, and pads classes that are smaller than others. The order of the layers by budget stays; of a profile by
-        head each layer counts with its mean. `scores` is empty, for it belongs to the old budgets.
+        Layers with neighbouring budgets form a class and share one budget, near the mean of theirs. A serving engine
+        keeps one table of blocks for each budget that occurs, and pads classes that are smaller than others. `scores`
+        is empty, for it belongs to the old budgets.
 
         Args:
-            count: how many budgets may occur; it must divide the number of layers.
+            count: how many budgets may occur; it must divide the number of layers, or that of all heads.
+            granularity: "layer", where each layer counts with its mean, or "head".
 
         Returns:
-            A profile with the same total of the layers' budgets; where that is no multiple of a class's size, with the
-            next lower one.
+            A profile with the same total; where that is no multiple of a class's size, with the next lower one.
 
         Raises:
-            UsageError: a count that does not divide the number of layers.
+            UsageError: a count that does not divide the number of layers, or of heads.
             BudgetError: a total that does not leave each layer what the selector always keeps.
         """
-        floors = self._floors(get_selector(self.selector))
-        budgets = allocators.in_classes(self.budgets.mean(axis=1), count, self.total // self.num_kv_heads, floors)
-        matrix = as_matrix(budgets, self.num_layers, self.num_kv_heads)
+        budgets = self.budgets if granularity == "head" else self.budgets.mean(axis=1, keepdims=True)
+        floors = np.repeat(self._floors(get_selector(self.selector)), budgets.shape[1])
+        total = self.total * budgets.size // self.budgets.size
+        found = allocators.in_classes(budgets.reshape(-1), count, total, floors, f"{granularity}s")
+        matrix = np.broadcast_to(found.reshape(budgets.shape), self.budgets.shape)
         search = {**self.search, "classes": int(count)}
-        return replace(self, budgets=matrix, granularity="layer", search=search, scores={})
+        return replace(self, budgets=matrix, granularity=granularity, search=search, scores={})
 
     def check_model(self, model: Any) -> None:
         """Check that the profile belongs to a model.

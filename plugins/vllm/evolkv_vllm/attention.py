@@ -7,13 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from evolkv_vllm.backends.paged import PagedStorage
-from evolkv_vllm.compaction import Compactor, Storage
+from evolkv_vllm.compaction import Compactor, Part, Storage
 
 
 class CompressingAttention:
-    """One layer's attention; goes before vLLM's among the bases of a class."""
+    """One layer's attention, or one KV head's; goes before vLLM's among the bases of a class."""
 
     compactor: Compactor | None = None
+    #: The number of the KV head, where each has blocks of its own.
+    part = 0
 
     def forward(
         self,
@@ -31,7 +33,7 @@ class CompressingAttention:
         output: Tensor = plain(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         rows = getattr(attn_metadata, "prompt_rows", None)
         if rows and self.compactor is not None:
-            self.compactor.run(rows, query, kv_cache, self.storage(layer))
+            self.compactor.run(Part(rows, query, kv_cache, self.storage(layer)), self.part)
         return output
 
     def storage(self, layer: Any) -> Storage:

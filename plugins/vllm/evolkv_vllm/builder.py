@@ -77,7 +77,7 @@ class BudgetBuilder:
             return plain(common_prefix_len, common, fast_build)
         spec = self.kv_cache_spec
         step = Step.of(common, spec.rule, spec.block_size)
-        evicted = step.evicted[spec.layer_class]
+        evicted = step.evicted[spec.part_class]
         rows = prompt_rows(common.block_table_tensor, step, spec)
         if evicted.any() or self.device.type != "cpu":
             move_slots(common, step, evicted % spec.block_size, spec.block_size)
@@ -137,11 +137,12 @@ def prompt_rows(tables: Tensor, step: Step, spec: EvolKVSpec) -> list[PromptRow]
     selector = spec.rule.selector
     # A selector that looks at no query still ranks at the end, which is where the last one is.
     observed = max(1, selector.observed_queries or 0)
+    everywhere = selector.looks_at_other_layers or spec.rule.heads > 1
     rows = []
     for request in step.reading:
-        evicted = int(step.to_evict[spec.layer_class, request])
-        # A layer that keeps everything may have to tell others what to keep.
-        wanted = step.to_evict[:, request].any() if selector.looks_at_other_layers else evicted
+        evicted = int(step.to_evict[spec.part_class, request])
+        # What keeps everything may have to tell others what to keep: a selector looks at all heads of a layer.
+        wanted = step.to_evict[:, request].any() if everywhere else evicted
         prompt, length = int(step.prompts[request]), int(step.lengths[request])
         if not wanted or length <= prompt - observed:
             continue

@@ -33,23 +33,24 @@ def check_version() -> None:
         )
 
 
-def check_config(config: Any, selector: Selector, classes: int) -> None:
+def check_config(config: Any, selector: Selector, classes: int, by_head: bool = False) -> None:
     """Check that a configuration of vLLM has nothing that compressed prompts cannot go with.
 
     Args:
         config: vLLM's `VllmConfig`.
         selector: chooses what is kept.
-        classes: groups of layers with different budgets.
+        classes: groups of layers, or of heads, with different budgets.
+        by_head: whether budgets differ from head to head of a layer.
 
     Raises:
         UsageError: it has, with the reason and what to do.
     """
-    for refused, reason in _reasons(config, selector, classes):
+    for refused, reason in _reasons(config, selector, classes, by_head):
         if refused:
             raise UsageError(f"EvolKV cannot run with {reason}")
 
 
-def _reasons(config: Any, selector: Selector, classes: int) -> list[tuple[bool, str]]:
+def _reasons(config: Any, selector: Selector, classes: int, by_head: bool) -> list[tuple[bool, str]]:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     speculative = config.speculative_config
     tensor_parallel = parallel.tensor_parallel_size > 1
@@ -105,6 +106,11 @@ def _reasons(config: Any, selector: Selector, classes: int) -> list[tuple[bool, 
             tensor_parallel and selector.name in _OVER_HEADS,
             f"the selector {selector.name!r} and tensor parallelism, because it averages over the heads of all "
             "devices; use 'snapkv', or --tensor-parallel-size 1",
+        ),
+        (
+            tensor_parallel and by_head,
+            "budgets by head and tensor parallelism, because the devices would hold different budgets of one layer; "
+            "use --tensor-parallel-size 1, or a profile by layer: evolkv search --granularity layer",
         ),
         (
             parallel.pipeline_parallel_size > 1 and selector.looks_at_other_layers,

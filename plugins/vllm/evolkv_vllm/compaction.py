@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,23 @@ class Storage(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a step brought to a layer, or to one KV head of it that has blocks of its own.
+
+    Attributes:
+        rows: the prompts that are read; the same ones for all parts of a layer.
+        query: of the whole batch, ``[tokens, heads, head_dim]``.
+        kv_cache: the part's, with the keys and values of this step.
+        storage: how the backend lays them out.
+    """
+
+    rows: list[PromptRow]
+    query: Tensor
+    kv_cache: Tensor
+    storage: Storage
+
+
 class Compactor:
     """Compresses the prompts of one layer.
 
@@ -42,6 +60,7 @@ class Compactor:
         softcap: cap on the attention logits, or None.
         sinks: logits of attention sinks, ``[heads]``, or None.
         remembered: how many prompts may be in the middle of being read.
+        parts: 1; or the layer's KV heads, if each has blocks of its own.
     """
 
     def __init__(
@@ -53,26 +72,35 @@ class Compactor:
         softcap: float | None = None,
         sinks: Tensor | None = None,
         remembered: int = 256,
+        parts: int = 1,
     ):
         self.selector, self.layer, self.num_layers = selector, layer, num_layers
         self.scaling, self.softcap, self.sinks = scaling, softcap, sinks
-        self._remembered = remembered
+        self._remembered, self._number = remembered, parts
+        #: Those of the present step that have come, by their number.
+        self._parts: dict[int, Part] = {}
         #: The observed queries so far of prompts that are read in chunks, ``[queries, heads, head_dim]`` by `key`.
         self._queries: OrderedDict[int, Tensor] = OrderedDict()
 
-    def run(self, rows: list[PromptRow], query: Tensor, kv_cache: Tensor, storage: Storage) -> None:
+    def run(self, part: Part, number: int = 0) -> None:
         """Compress the prompts that end in this step, and note the observed queries of the others.
 
+        A selector looks at a whole layer. So nothing happens before the last of the layer's parts has come.
+
         Args:
-            rows: the prompts that are read.
-            query: of the whole batch, ``[tokens, heads, head_dim]``.
-            kv_cache: the layer's, with the keys and values of this step.
-            storage: how the backend lays them out.
+            part: what the step brought.
+            number: of the part in the layer.
         """
-        for row in rows:
-            observed = self._observed(row, query)
-            if row.blocks is not None:
-                self._compress(row, row.blocks, observed, kv_cache, storage)
+        self._parts[number] = part
+        if len(self._parts) < self._number:
+            return
+        parts = [self._parts[each] for each in range(self._number)]
+        self._parts = {}
+        query = parts[0].query if len(parts) == 1 else torch.cat([each.query for each in parts], dim=1)
+        for rows in zip(*(each.rows for each in parts), strict=True):
+            observed = self._observed(rows[0], query)
+            if rows[0].blocks is not None:
+                self._compress(rows, observed, parts)
 
     def _observed(self, row: PromptRow, query: Tensor) -> Tensor:
         """Return the observed queries of a prompt so far, ``[queries, heads, head_dim]``."""
@@ -96,9 +124,19 @@ class Compactor:
                 self._queries.popitem(last=False)
         return queries
 
-    def _compress(self, row: PromptRow, blocks: Tensor, queries: Tensor, kv_cache: Tensor, storage: Storage) -> None:
-        key, value = storage.read(kv_cache, blocks)
-        key, value = key[:, : row.prompt], value[:, : row.prompt]
+    def _compress(self, rows: tuple[PromptRow, ...], queries: Tensor, parts: list[Part]) -> None:
+        """Compress one prompt.
+
+        Args:
+            rows: the prompt, as each part has it.
+            queries: the observed ones, ``[queries, heads, head_dim]``.
+            parts: of the layer.
+        """
+        row, held = rows[0], []
+        for each, part in zip(rows, parts, strict=True):
+            assert each.blocks is not None
+            held.append(part.storage.read(part.kv_cache, each.blocks))
+        key, value = (torch.cat(states)[:, : row.prompt] for states in zip(*held, strict=True))
         prompt = PromptAttention(
             query=queries.transpose(0, 1)[None],
             key=key[None],
@@ -109,18 +147,26 @@ class Compactor:
             first_query=row.prompt - len(queries),
             layer=LayerContext(self.layer, _no_rotary, row.memory, last=self.layer == self.num_layers - 1),
         )
-        kept = self.kept(prompt, row.prompt - row.evicted)
-        if row.evicted:
-            index = kept[..., None].expand(-1, -1, key.shape[-1])
-            first = row.evicted // storage_block_size(kv_cache)
-            storage.write(kv_cache, blocks[first:], key.gather(1, index), value.gather(1, index))
+        kept = self.kept(prompt, [each.prompt - each.evicted for each in rows])
+        states = zip(key.chunk(len(parts)), value.chunk(len(parts)), strict=True)
+        for each, part, positions, (keys, values) in zip(rows, parts, kept, states, strict=True):
+            if each.evicted and each.blocks is not None:
+                index = positions[..., None].expand(-1, -1, keys.shape[-1])
+                blocks = each.blocks[each.evicted // storage_block_size(part.kv_cache) :]
+                part.storage.write(part.kv_cache, blocks, keys.gather(1, index), values.gather(1, index))
 
-    def kept(self, prompt: PromptAttention, entries: int) -> Tensor:
-        """Return the positions that each KV head keeps, ascending, ``[kv_heads, entries]``."""
+    def kept(self, prompt: PromptAttention, entries: list[int]) -> list[Tensor]:
+        """Return the positions that the KV heads keep, ascending, ``[kv_heads of the part, entries]`` by part.
+
+        Args:
+            prompt: of one sequence.
+            entries: that each part keeps.
+        """
         ranking = self.selector.rank(prompt)
         if prompt.layer is not None:
             prompt.layer.leave()
-        return ranking[0, :, :entries].sort(dim=-1).values
+        parts = ranking[0].chunk(len(entries))
+        return [part[:, :number].sort(dim=-1).values for part, number in zip(parts, entries, strict=True)]
 
 
 def storage_block_size(kv_cache: Tensor) -> int:
@@ -132,15 +178,18 @@ def _no_rotary() -> Rotary:
     raise ModelError("this selector needs the model's rotary embedding, which vLLM does not show; use 'snapkv'")
 
 
-def compactor_of(layer: Any, selector: Selector, number: int, num_layers: int, requests: int) -> Compactor:
+def compactor_of(
+    layer: Any, selector: Selector, number: int, num_layers: int, requests: int, parts: int = 1
+) -> Compactor:
     """Return the compactor of one of vLLM's attention layers.
 
     Args:
-        layer: vLLM's `Attention`.
+        layer: vLLM's `Attention`, with all KV heads.
         selector: ranks the entries.
         number: number of the layer among those with keys and values.
         num_layers: how many of these there are.
         requests: most requests that vLLM runs at once.
+        parts: as for `Compactor`.
     """
     implementation = layer.impl
     return Compactor(
@@ -152,4 +201,5 @@ def compactor_of(layer: Any, selector: Selector, number: int, num_layers: int, r
         softcap=getattr(implementation, "logits_soft_cap", None) or None,
         sinks=getattr(implementation, "sinks", None),
         remembered=4 * requests,
+        parts=parts,
     )

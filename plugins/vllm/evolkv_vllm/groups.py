@@ -94,7 +94,7 @@ class AllGroups:
         self._first = copy.copy(self._config)
         self._first.kv_cache_groups = groups[:1]
         self._specs = [group.kv_cache_spec for group in groups]
-        self._classes = np.array([spec.layer_class for spec in self._specs])
+        self._classes = np.array([spec.part_class for spec in self._specs])
         #: Each layer's name and group.
         self._layers = [(name, number) for number, group in enumerate(groups) for name in group.layer_names]
         self._builders = [each[0].get_metadata_builder(0) for each in runner.attn_groups]

@@ -1,8 +1,9 @@
-"""Where the plugin takes hold of vLLM: what it registers, and the six methods that it wraps.
+"""Where the plugin takes hold of vLLM: what it registers, and the seven methods that it wraps.
 
 vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
 
 * `VllmConfig.__post_init__`: settings are checked before anything is loaded.
+* `Attention.__init__`: where budgets differ from head to head, a layer's KV heads become layers of their own.
 * `Attention.get_kv_cache_spec`: a layer's spec carries its budget.
 * `KVCacheManager.__init__`: one line at start says what the budgets come to, and tokens with slots take a short cut.
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
@@ -27,6 +28,16 @@ from evolkv_vllm.settings import VARIABLE
 SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.config.vllm", "VllmConfig.__post_init__", ()),
     ("vllm.config.model_arch", "ModelArchitectureConfig", ("rswa_window",)),
+    (
+        "vllm.model_executor.layers.attention.attention",
+        "Attention.__init__",
+        ("num_heads", "num_kv_heads", "prefix", "attn_type"),
+    ),
+    (
+        "vllm.model_executor.layers.attention.attention",
+        "Attention.forward",
+        ("query", "key", "value", "output_shape", "output_dtype"),
+    ),
     ("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
     ("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
     (
@@ -201,11 +212,25 @@ def _refuse_profiles(error: RunError) -> None:
 
 
 def _wrap_layers() -> None:
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.attention.backend import AttentionType
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+    from evolkv_vllm import heads
     from evolkv_vllm.compaction import compactor_of
     from evolkv_vllm.spec import EvolKVSpec
+
+    def by_head(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            arguments = heads.bound(plain, self, *args, **kwargs)
+            plain(self, *args, **kwargs)
+            rule = plan.rule_of(get_current_vllm_config())
+            attends = type(self) is Attention and self.attn_type == AttentionType.DECODER
+            if attends and rule is not None and rule.heads > 1:
+                heads.split(self, plain, arguments, rule)
+
+        return init
 
     def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
@@ -215,12 +240,17 @@ def _wrap_layers() -> None:
                 return spec
             checks.check_layer(self, self.layer_name)
             number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
-            requests = vllm_config.scheduler_config.max_num_seqs
-            self.impl.compactor = compactor_of(self, rule.selector, number, rule.num_layers, requests)
-            return EvolKVSpec.of_layer(spec, rule, number)
+            whole, part = heads.whole_of(self), self.impl.part
+            if part == 0:
+                requests = vllm_config.scheduler_config.max_num_seqs
+                made = compactor_of(whole, rule.selector, number, rule.num_layers, requests, rule.heads)
+                whole.impl.compactor = made
+            self.impl.compactor = whole.impl.compactor
+            return EvolKVSpec.of_layer(spec, rule, number, part)
 
         return get_kv_cache_spec
 
+    _wrap(Attention, "__init__", by_head)
     _wrap(Attention, "get_kv_cache_spec", wrapper)
 
 
@@ -230,7 +260,7 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     layers = config.compilation_config.static_forward_context.items()
-    indices = sorted(extract_layer_index(each) for each, layer in layers if isinstance(layer, Attention))
+    indices = sorted({extract_layer_index(each) for each, layer in layers if isinstance(layer, Attention)})
     index = extract_layer_index(name)
     if len(indices) == num_layers:
         return indices.index(index)

@@ -70,17 +70,16 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     facts = model_facts(model)
     budget = None if settings.budget is None else read_budget(settings.budget)
     method, budgets = _resolve(method, budget, model, config.model_config)
-    if (budgets != budgets[:, :1]).any():
-        raise UsageError(
-            f"{settings.source}: the budgets differ from head to head, and a block of vLLM's holds all heads of a "
-            "layer; use a profile by layer: evolkv search --granularity layer"
-        )
+    # Heads of equal budgets share their layer's blocks.
+    by_head = bool((budgets != budgets[:, :1]).any())
+    budgets = budgets if by_head else budgets[:, :1]
     assert method.selector is not None
     if method.share is not None:
-        rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context, settings.exact)
+        heads = budgets.shape[1]
+        rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context, settings.exact, heads)
     else:
-        rule = BudgetRule.fixed(budgets[:, 0], method.selector, facts.sliding_windows, settings.exact)
-    checks.check_config(config, method.selector, classes=len(set(rule.classes)))
+        rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact)
+    checks.check_config(config, method.selector, classes=len(set(rule.classes)), by_head=by_head)
     return rule
 
 

@@ -2,6 +2,8 @@
 
 The scheduler frees blocks and the workers move keys and values. They exchange no messages about it, because both
 compute the same number from the prompt's length, the budgets and the block size.
+
+A budget belongs to a *part*: a layer, or one KV head of it where budgets differ from head to head.
 """
 
 from __future__ import annotations
@@ -45,16 +47,19 @@ class BudgetRule:
         """Return the rule of budgets that are the same for every prompt.
 
         Args:
-            budgets: entries of each layer, ``[layers]``.
+            budgets: entries of each layer, ``[layers]``, or of each KV head, ``[layers, kv_heads]``.
             selector: chooses what is kept.
             windows: the sliding window of each layer in tokens, None where it sees everything.
             exact: whether budgets are kept to the entry; by default they are rounded up to where a block begins.
         """
-        content = {"budgets": budgets.tolist(), "selector": selector.to_dict(), "windows": windows}
-        return cls._of({**content, "exact": exact})
+        heads = budgets.shape[1] if budgets.ndim == 2 else 1
+        content = {"budgets": budgets.reshape(-1).tolist(), "selector": selector.to_dict(), "windows": windows}
+        return cls._of({**content, "heads": heads, "exact": exact})
 
     @classmethod
-    def of_share(cls, method: Method, windows: list[int | None], max_context: int, exact: bool = False) -> BudgetRule:
+    def of_share(
+        cls, method: Method, windows: list[int | None], max_context: int, exact: bool = False, heads: int = 1
+    ) -> BudgetRule:
         """Return the rule of a method whose budgets are a share of each prompt.
 
         Args:
@@ -62,6 +67,7 @@ class BudgetRule:
             windows: the sliding window of each layer in tokens, None where it sees everything.
             max_context: the longest context of the model, in tokens.
             exact: as for `fixed`.
+            heads: parts of a layer: 1, or its KV heads.
         """
         assert method.selector is not None
         return cls._of(
@@ -72,6 +78,7 @@ class BudgetRule:
                 "selector": method.selector.to_dict(),
                 "windows": windows,
                 "max_context": max_context,
+                "heads": heads,
                 "exact": exact,
             }
         )
@@ -91,12 +98,17 @@ class BudgetRule:
         return len(_parsed(self.text).windows)
 
     @property
+    def heads(self) -> int:
+        """Parts of a layer: 1, or its KV heads where budgets differ from head to head."""
+        return _parsed(self.text).heads
+
+    @property
     def classes(self) -> tuple[int, ...]:
-        """The class of each layer, ``[layers]``: layers of one class have the same budgets for every prompt."""
+        """The class of each part, ``[layers * heads]``: parts of one class have the same budgets for every prompt."""
         return _parsed(self.text).classes
 
     def keeps(self, tokens: int) -> NDArray[np.int64]:
-        """Return the entries that each layer keeps of a prompt of so many tokens, ``[layers]``, at most `tokens`."""
+        """Return the entries that each part keeps of a prompt of so many tokens, at most `tokens`."""
         return np.minimum(_parsed(self.text).budgets_at(tokens), tokens)
 
     def evicts(self, tokens: int, block_size: int) -> NDArray[np.int64]:
@@ -118,7 +130,7 @@ class BudgetRule:
         return self.evicts(tokens, block_size) // block_size
 
     def any_evicts(self, tokens: int, block_size: int) -> bool:
-        """Return whether any layer does without entries of a prompt of so many tokens."""
+        """Return whether any part does without entries of a prompt of so many tokens."""
         return bool(self.evicts(tokens, block_size).any())
 
 
@@ -128,6 +140,8 @@ class _Parsed:
     def __init__(self, text: str):
         content = json.loads(text)
         self.selector = get_selector(content["selector"])
+        self.heads: int = content["heads"]
+        #: The sliding window of each layer.
         self.windows: list[int | None] = content["windows"]
         self.exact: bool = content["exact"]
         self._fixed = np.array(content["budgets"], dtype=np.int64) if "budgets" in content else None
@@ -147,22 +161,26 @@ class _Parsed:
         self.classes = self._classes()
 
     def budgets_at(self, tokens: int) -> NDArray[np.int64]:
-        """Return the budgets of a prompt, ``[layers]``."""
+        """Return the budgets of a prompt by part."""
         if self._fixed is not None:
             return self._fixed
-        return np.asarray(self._method.budgets_at(self._facts, tokens)[:, 0], dtype=np.int64)
+        return np.asarray(self._method.budgets_at(self._facts, tokens)[:, : self.heads], dtype=np.int64).reshape(-1)
+
+    def windows_by_part(self) -> list[int | None]:
+        """Return the sliding window of each part's layer."""
+        return [window for window in self.windows for _ in range(self.heads)]
 
     def _classes(self) -> tuple[int, ...]:
         profile = None if self._fixed is not None else self._method.profile
         if self._fixed is not None:
             weights = self._fixed.tolist()
         elif profile is not None:
-            weights = profile.budgets[:, 0].tolist()
+            weights = profile.budgets[:, : self.heads].reshape(-1).tolist()
         else:
             # An allocator's proportions: those at a length that is long enough to tell layers apart.
             weights = self.budgets_at(min(self._facts.max_context, 1 << 20)).tolist()
         numbers: dict[tuple[int, int | None], int] = {}
-        return tuple(numbers.setdefault(key, len(numbers)) for key in zip(weights, self.windows, strict=True))
+        return tuple(numbers.setdefault(key, len(numbers)) for key in zip(weights, self.windows_by_part(), strict=True))
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,9 +193,9 @@ def _evicts(text: str, tokens: int, block_size: int) -> NDArray[np.int64]:
     parsed = _parsed(text)
     most = np.zeros(max(parsed.classes) + 1, dtype=np.int64)
     np.maximum.at(most, np.array(parsed.classes), np.minimum(parsed.budgets_at(tokens), tokens))
-    for layer_class, window in zip(parsed.classes, parsed.windows, strict=True):
+    for part_class, window in zip(parsed.classes, parsed.windows_by_part(), strict=True):
         if window is not None:
-            most[layer_class] = tokens
+            most[part_class] = tokens
     evicted = tokens - (most if parsed.exact else held_in_blocks(most, tokens, block_size))
     evicted.flags.writeable = False
     return evicted

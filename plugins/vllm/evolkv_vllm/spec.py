@@ -1,4 +1,4 @@
-"""The KV-cache spec of a layer with a budget."""
+"""The KV-cache spec of a layer with a budget, or of one KV head that has its own."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ class EvolKVSpec(FullAttentionSpec):
 
     Attributes:
         rule: what the budgets come to.
-        layer_class: the class of layers in `rule` that this layer belongs to.
+        part_class: the class in `rule` that the layer, or the head, belongs to.
         pool_block_size: tokens of a block in vLLM's pool, to notice a kernel that wants smaller ones.
     """
 
     rule: BudgetRule
-    layer_class: int
+    part_class: int
     pool_block_size: int
 
     @classmethod
-    def of_layer(cls, plain: FullAttentionSpec, rule: BudgetRule, layer: int) -> EvolKVSpec:
-        """Return the spec of a layer, from the one that it has without a budget.
+    def of_layer(cls, plain: FullAttentionSpec, rule: BudgetRule, layer: int, head: int = 0) -> EvolKVSpec:
+        """Return the spec of a layer, or of one KV head of it, from the one that it has without a budget.
 
         Args:
             plain: vLLM's own.
             rule: what the budgets come to.
             layer: number of the layer among those with keys and values.
+            head: number of the KV head, where budgets differ from head to head.
         """
         own: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain) if field.init}
-        return cls(**own, rule=rule, layer_class=rule.classes[layer], pool_block_size=plain.block_size)
+        part_class = rule.classes[layer * rule.heads + head]
+        return cls(**own, rule=rule, part_class=part_class, pool_block_size=plain.block_size)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -56,7 +58,7 @@ class EvolKVSpec(FullAttentionSpec):
 
     def evicted_tokens(self, prompt_tokens: int) -> int:
         """Return how many entries of a prompt of so many tokens the layer does without."""
-        return int(self.rule.evicts(prompt_tokens, self.block_size)[self.layer_class])
+        return int(self.rule.evicts(prompt_tokens, self.block_size)[self.part_class])
 
     def dropped_blocks(self, prompt_tokens: int) -> int:
         """Return how many blocks at the head of a prompt of so many tokens the layer gives back."""

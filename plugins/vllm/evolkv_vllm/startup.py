@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from evolkv_vllm.manager import EvolKVManager
+from evolkv_vllm.spec import EvolKVSpec
 
 logger = logging.getLogger("vllm.evolkv")
 
@@ -23,14 +24,15 @@ def announce(manager: Any) -> None:
 def description(config: Any, length: int) -> str:
     """Return one line: groups, blocks of a prompt of the model's length, and how many of these fit.
 
-    A block here is one layer's. Prompts fill their blocks while they are read, and give back what budgets drop then.
+    A block here is one layer's, or one head's where budgets differ from head to head. Prompts fill their blocks while
+    they are read, and give back what budgets drop then.
 
     Args:
         config: vLLM's `KVCacheConfig`.
         length: tokens of the prompt.
     """
     held = full = 0
-    sizes = []
+    sizes, part = [], "layer"
     for group in config.kv_cache_groups:
         spec, layers = group.kv_cache_spec, len(group.layer_names)
         blocks = -(-length // spec.block_size)
@@ -40,11 +42,13 @@ def description(config: Any, length: int) -> str:
         full += layers * blocks
         held += layers * (blocks - (spec.dropped_blocks(length) if hasattr(spec, "dropped_blocks") else 0))
         sizes.append(layers)
+        if isinstance(spec, EvolKVSpec) and spec.rule.heads > 1:
+            part = "head"
     pool = (config.num_blocks - 1) * max(sizes)
     few = sorted(set(sizes))
     groups = f"{len(sizes)} {'group' if len(sizes) == 1 else 'groups'} of {few[0]}"
-    groups += f" to {few[-1]} layers" if len(few) > 1 else f" {'layer' if few[0] == 1 else 'layers'}"
+    groups += f" to {few[-1]} {part}s" if len(few) > 1 else f" {part if few[0] == 1 else part + 's'}"
     return (
-        f"EvolKV: {groups}; a prompt of {length:,} tokens holds {held:,} of its {full:,} one-layer blocks once it is "
+        f"EvolKV: {groups}; a prompt of {length:,} tokens holds {held:,} of its {full:,} one-{part} blocks once it is "
         f"read, so {pool // held:,} such prompts fit where {pool // full:,} did"
     )

@@ -23,7 +23,7 @@ class Step:
         counts: how many queries each request brings, ``[requests]``.
         computed: tokens of each request before this step, ``[requests]``.
         lengths: tokens after it, ``[requests]``.
-        evicted: entries that each class of layers does without in this step, ``[classes, requests]``; 0 where the
+        evicted: entries that each class does without in this step, ``[classes, requests]``; 0 where the
             prompt is still being read.
         to_evict: entries that each class does without from the end of the prompt on, ``[classes, requests]``.
         reading: requests whose prompt is being read in this step.

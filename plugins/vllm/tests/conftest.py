@@ -93,14 +93,14 @@ def pool(llm):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What each layer keeps of each prompt, by the prompt's length and the layer: ``[kv_heads, entries]``."""
+    """What each layer keeps of each prompt, by the prompt's length and the layer: ``[kv_heads][entries]``."""
     from evolkv_vllm.compaction import Compactor
 
     found, plain = defaultdict(list), Compactor.kept
 
     def noted(self, prompt, entries):
         positions = plain(self, prompt, entries)
-        found[prompt.num_tokens, self.layer].append(positions.tolist())
+        found[prompt.num_tokens, self.layer].append([head for part in positions for head in part.tolist()])
         return positions
 
     monkeypatch.setattr(Compactor, "kept", noted)

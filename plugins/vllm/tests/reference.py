@@ -24,7 +24,7 @@ from evolkv.models import ALIASES, gguf, model_facts
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv_vllm.rule import BudgetRule
-from tiny_model import LAYERS, write_tiny_model
+from tiny_model import KV_HEADS, LAYERS, write_tiny_model
 
 BLOCK = 32
 BYTES = 256
@@ -55,6 +55,9 @@ def of_smollm(folder: Path) -> dict[str, Any]:
         "uniform": BudgetProfile.uniform(model, 64),
         "classes": BudgetProfile.from_budgets(model, rng.permutation(np.repeat([34, 40, 64, 90, 150], layers // 5))),
         "varied": BudgetProfile.from_budgets(model, rng.integers(32, 200, size=layers), "snapkv:window=16,gqa=max"),
+        "heads": BudgetProfile.from_budgets(
+            model, rng.integers(8, 150, size=(layers, model.config.num_key_value_heads)), "chunkkv:window=8"
+        ),
     }
     prompts = []
     for context in (240, 320, 400):
@@ -80,9 +83,20 @@ def of_tiny(folder: Path) -> dict[str, Any]:
         "knorm": BudgetProfile.uniform(model, 30, "knorm"),
         "streaming": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=LAYERS), "streaming_llm"),
     }
+    by_head = (LAYERS, KV_HEADS)
+    profiles |= {
+        "heads": BudgetProfile.from_budgets(model, rng.integers(8, 90, size=by_head), "snapkv:window=8"),
+        "heads-classes": BudgetProfile.from_budgets(
+            model,
+            rng.permutation(np.repeat([20, 40, 500], LAYERS * KV_HEADS // 3)).reshape(by_head),
+            "chunkkv:window=8",
+        ),
+        "heads-keydiff": BudgetProfile.from_budgets(model, rng.integers(1, 90, size=by_head), "keydiff"),
+    }
     prompts = [rng.integers(0, BYTES, size=30 + 7 * number).tolist() for number in range(40)]
     cases = cases_of(model, profiles, prompts, "snapkv", folder / "tiny")
-    cases += exact_cases(model, {name: profiles[name] for name in ("snapkv", "chunkkv", "keydiff")}, prompts)
+    exact = ("snapkv", "chunkkv", "keydiff", "heads", "heads-classes")
+    cases += exact_cases(model, {name: profiles[name] for name in exact}, prompts)
     return {"model": str(path), "prompts": prompts, "cases": cases}
 
 
@@ -121,6 +135,10 @@ def of_windows(folder: Path) -> dict[str, Any]:
     path = write_tiny_model(folder / "tiny-windows", window=WINDOW)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     _, prompts, cases = mixed_budgets(model, folder / "windows-mixed.json", 2, 40, 9)
+    budgets = np.random.default_rng(4).integers(8, 90, size=(LAYERS, KV_HEADS))
+    profile = BudgetProfile.from_budgets(model, budgets, "snapkv:window=8")
+    profile.save(folder / "windows-heads.json")
+    cases += [case(model, "heads", profile, number, prompt) for number, prompt in enumerate(prompts)]
     return {"model": str(path), "prompts": prompts, "cases": cases}
 
 
@@ -165,9 +183,12 @@ def case(
 ) -> dict[str, Any]:
     """Return the answer to one prompt under budgets as the server rounds them, or exact ones, and what was kept."""
     windows = model_facts(model).sliding_windows
-    rule = BudgetRule.fixed(profile.budgets[:, 0], get_selector(profile.selector), windows, exact)
-    evicted = rule.evicts(len(prompt), BLOCK)[list(rule.classes)]
-    held = BudgetProfile.from_budgets(model, len(prompt) - evicted, profile.selector)
+    by_head = profile.granularity == "head"
+    budgets = profile.budgets if by_head else profile.budgets[:, :1]
+    rule = BudgetRule.fixed(budgets, get_selector(profile.selector), windows, exact)
+    evicted = rule.evicts(len(prompt), BLOCK)[list(rule.classes)].reshape(budgets.shape)
+    kept = np.broadcast_to(len(prompt) - evicted, profile.budgets.shape)
+    held = BudgetProfile.from_budgets(model, kept, profile.selector)
     cache = CompressedCache(model, held)
     logits = model(torch.tensor([prompt]), cache=cache).logits[0, -1]
     tokens = []

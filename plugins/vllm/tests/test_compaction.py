@@ -18,7 +18,7 @@ from evolkv.selectors import PromptAttention, get_selector
 from evolkv_vllm.backends.cpu import CPUStorage, _halves, _places
 from evolkv_vllm.backends.paged import PagedStorage
 from evolkv_vllm.builder import BudgetBuilder
-from evolkv_vllm.compaction import Compactor
+from evolkv_vllm.compaction import Compactor, Part
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.spec import EvolKVSpec
 
@@ -100,7 +100,7 @@ class Layer:
         metadata = self.builder.build(0, common)
         # As vLLM does it: when all metadata is there, with the slots that the builder was given.
         self.put(key, value, slots)
-        self.compactor.run(metadata.prompt_rows, query, self.cache, self.storage)
+        self.compactor.run(Part(metadata.prompt_rows, query, self.cache, self.storage))
         for request, length in zip(requests, lengths, strict=True):
             request.computed = length
         return metadata.common

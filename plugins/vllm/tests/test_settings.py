@@ -152,14 +152,41 @@ def test_profile_of_another_model_is_refused(model, profile, tmp_path):
         config_of(model, {"profile": str(other)})
 
 
-def test_budgets_by_head_are_refused(model, profile, tmp_path):
+@pytest.fixture
+def by_head(profile, tmp_path):
+    """A profile of the tiny model with budgets by head."""
     content = json.loads(profile.read_text())
     content["granularity"] = "head"
-    content["budgets"][0] = [30, 50]
-    other = tmp_path / "heads.json"
-    other.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"differ from head to head.*--granularity layer"):
-        config_of(model, {"profile": str(other)})
+    content["budgets"] = [[row[0] - 5, row[0] + 5] for row in content["budgets"]]
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(content))
+    return {"profile": str(path)}
+
+
+def test_budgets_by_head(model, by_head):
+    rule = plan.rule_of(config_of(model, by_head))
+    assert (rule.num_layers, rule.heads) == (6, 2)
+    assert rule.keeps(100).tolist() == [35, 45, 45, 55, 55, 65] * 2
+    assert rule.classes == (0, 1, 1, 2, 2, 3) * 2
+    shares = plan.rule_of(config_of(model, {**by_head, "budget": "20%"}))
+    assert shares.keeps(300).sum() == 6 * 2 * 60
+    assert shares.classes == rule.classes
+
+
+def test_heads_with_equal_budgets_share_their_layers_blocks(model, profile, by_head):
+    content = json.loads(profile.read_text())
+    content["granularity"] = "head"
+    with open(by_head["profile"], "w") as file:
+        json.dump(content, file)
+    assert plan.rule_of(config_of(model, by_head)).heads == 1
+
+
+def test_budgets_by_head_and_tensor_parallelism_are_refused(model, by_head, monkeypatch):
+    config = config_of(model)
+    config.additional_config = {"evolkv": by_head}
+    config.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(RunError, match=r"budgets by head and tensor parallelism.*--granularity layer"):
+        plan.configure(config)
 
 
 @pytest.mark.parametrize(

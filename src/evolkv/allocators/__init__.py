@@ -2,8 +2,8 @@
 
 `ALLOCATORS` maps a name to the function that lays out budgets under a mean budget, the same for every prompt. `layout`
 runs one within what a model's layers can hold; `expand`, `fit` and `complete` bring budgets that are already there, or
-weights, to an exact mean or total, and `in_classes` to a few classes of layers. `lukv` lays out what a calibration on
-examples has found. Allocators that decide for each prompt anew are in `evolkv.allocators.adaptive`.
+weights, to an exact mean or total, and `in_classes` to a few classes of layers or heads. `lukv` lays out what a
+calibration on examples has found. Allocators that decide for each prompt anew are in `evolkv.allocators.adaptive`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Budgets brought to a few classes of layers, for engines that keep a table for each budget that occurs."""
+"""Budgets brought to a few classes of layers, or of heads: some engines keep a table for each budget that occurs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from evolkv.errors import UsageError
 from evolkv.numbers import is_whole
 
 
-def in_classes(by_layer: ArrayLike, count: int, total: int, floors: ArrayLike) -> NDArray[np.int64]:
+def in_classes(
+    budgets: ArrayLike, count: int, total: int, floors: ArrayLike, what: str = "layers"
+) -> NDArray[np.int64]:
     """Give layers with neighbouring budgets one budget, near the mean of theirs, in classes of one size.
 
     Of all classes of one size these change the budgets least. The order of the layers by budget stays.
 
     Args:
-        by_layer: budgets, ``[layers]``.
+        budgets: of the layers, ``[layers]``; or of whatever else `what` says.
         count: classes; it must divide the number of layers.
         total: the sum of the result; what does not fill each class evenly is left out.
         floors: the least that each layer may get, ``[layers]``.
+        what: "layers" or "heads", for messages.
 
     Returns:
         int64 budgets, ``[layers]``.
@@ -29,14 +32,14 @@ def in_classes(by_layer: ArrayLike, count: int, total: int, floors: ArrayLike) -
         UsageError: a count that does not divide the number of layers.
         BudgetError: a total that does not leave each layer its floor.
     """
-    budgets = np.asarray(by_layer)
-    layers = len(budgets)
-    if not is_whole(count) or not 1 <= count <= layers or layers % count:
-        fitting = ", ".join(str(each) for each in range(1, layers + 1) if layers % each == 0)
-        raise UsageError(f"{count!r} classes of {layers} layers cannot be of one size; expected one of {fitting}")
-    size = layers // count
+    budgets = np.asarray(budgets)
+    number = len(budgets)
+    if not is_whole(count) or not 1 <= count <= number or number % count:
+        fitting = ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
+        raise UsageError(f"{count!r} classes of {number} {what} cannot be of one size; expected one of {fitting}")
+    size = number // count
     members = np.argsort(-budgets, kind="stable").reshape(count, size)
     least = np.asarray(floors)[members].max(axis=1)
-    found = np.empty(layers, dtype=np.int64)
+    found = np.empty(number, dtype=np.int64)
     found[members] = complete(budgets[members].mean(axis=1), total // size, least, MAX_BUDGET)[:, None]
     return found

@@ -11,12 +11,14 @@ from evolkv.cli import console
 from evolkv.cli.command import Command, Group
 from evolkv.cli.options import Attention, Device, Dtype, ModelOptions, Trust, one_of, to_read, to_write
 from evolkv.cli.tables import budgets_picture
+from evolkv.errors import UsageError
 
 if TYPE_CHECKING:
     from evolkv.profile import BudgetProfile
+    from evolkv.profile_file import Granularity
 
 app = typer.Typer(
-    cls=Group, help="Look at profiles, check them, carry them to another budget or to a few classes of layers."
+    cls=Group, help="Look at profiles, check them, carry them to another budget, or to a few different ones."
 )
 
 Path = Annotated[str, typer.Argument(metavar="PROFILE.json", callback=to_read, help="A profile.")]
@@ -87,24 +89,31 @@ def expand(
 @app.command(cls=Command)
 def classes(
     path: Path,
+    out: NewProfile,
     layers: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--layers", metavar="N", help="Into how many classes the layers go; those of a class share one budget."
         ),
-    ],
-    out: NewProfile,
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", metavar="N", help="Instead: into how many classes all KV heads go.")
+    ] = None,
 ) -> None:
-    """Bring the layers to a few classes of one size, at the same total: cheaper to serve."""
+    """Bring layers, or KV heads, to a few classes of one size, at the same total: cheaper to serve."""
     from evolkv.whole_files import check_outputs
 
+    count = layers if heads is None else heads
+    what: Granularity = "layer" if heads is None else "head"
+    if count is None or (layers is not None and heads is not None):
+        raise UsageError("expected either --layers N or --heads N")
     check_outputs([out], [path])
-    profile = _load(path).in_classes(layers)
+    profile = _load(path).in_classes(count, what)
     profile.save(out)
-    budgets = ", ".join(f"{budget:,}" for budget in sorted({int(row[0]) for row in profile.budgets}, reverse=True))
-    each = profile.num_layers // layers
+    budgets = ", ".join(f"{int(budget):,}" for budget in sorted({*profile.budgets.flat}, reverse=True))
+    each = (profile.num_layers if what == "layer" else profile.budgets.size) // count
     console.OUT.print(
-        f"{layers} {'class' if layers == 1 else 'classes'} of {each} {'layer' if each == 1 else 'layers'} (budgets "
+        f"{count} {'class' if count == 1 else 'classes'} of {each} {what if each == 1 else what + 's'} (budgets "
         f"{budgets}), mean budget {_mean(profile)}; profile written to {out}",
         soft_wrap=True,
     )
