@@ -1,7 +1,7 @@
 """The plugin for vLLM under load, beside plain vLLM.
 
-    python bench/serving.py serve --profile profile.json [--requests 12] [--record NAME]
-    python bench/serving.py host [--requests 16] [--groups 1 5 30] [--record NAME]
+    python bench/serving.py serve --profiles classes.json heads.json [--requests 12] [--record NAME]
+    python bench/serving.py host [--requests 16] [--groups 1 5 30 90] [--record NAME]
     python bench/serving.py heads [--record NAME]
 
 It runs in vLLM's environment (docs/serving.md, `make test-vllm` makes one), on vLLM's CPU backend.
@@ -45,9 +45,10 @@ def host(
     rounds: int = 5,
     steps: int = 64,
     layers: int = 30,
+    heads: int = 3,
     groups: list[int] | None = None,
 ) -> dict[str, Any]:
-    """What a step of decoding costs besides the model, with layers in several groups, over plain vLLM.
+    """What a step of decoding costs besides the model, with layers or heads in several groups, over plain vLLM.
 
     Each engine decodes the same requests. They take turns, with as many steps each. The model is a small random one,
     because this work does not depend on it.
@@ -57,20 +58,23 @@ def host(
         rounds: turns of each engine.
         steps: of each turn; a multiple of the block size, so that every request gets new blocks as often.
         layers: of the model.
-        groups: numbers of groups of layers with equal budgets (default: 1, 5 and one for each layer).
+        heads: KV heads of a layer.
+        groups: numbers of groups with equal budgets (default: 1, 5, one for each layer and one for each KV head); more
+            than layers are groups of KV heads.
     """
-    numbers = groups or [1, 5, layers]
+    numbers = groups or [1, 5, layers, layers * heads]
     rng = np.random.default_rng(bench.seed)
     prompts = [rng.integers(0, 1000, size=length).tolist() for length in rng.integers(300, 400, size=requests)]
     spent: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        engines, model = {}, _random_model(layers, folder)
+        engines, model = {}, _random_model(layers, heads, folder)
         for name, number in {"plain": None, **{str(number): number for number in numbers}}.items():
             settings = None
             if number is not None:
                 path = Path(folder, f"{number}.json")
                 # Classes a few entries apart, so that no two are the same.
-                budgets = 64 + 4 * (np.arange(layers) * number // layers)
+                parts = np.arange(layers if number <= layers else layers * heads)
+                budgets = (64 + 4 * (parts * number // len(parts))).reshape(layers, -1).squeeze()
                 BudgetProfile.from_budgets(model, budgets, "snapkv:window=16").save(path)
                 settings = {"profile": str(path)}
             engines[name] = Engine(
@@ -100,12 +104,12 @@ def host(
         for name, taken in spent.items()
     ]
     about = {"model": f"a random one of {layers} layers", "n": rounds, "requests": requests, "steps": steps}
-    return {**about, "layers": layers, "rows": rows, "versions": _versions()}
+    return {**about, "layers": layers, "kv_heads": heads, "rows": rows, "versions": _versions()}
 
 
 def serve(
     bench: Bench,
-    profile: Path,
+    profiles: list[Path],
     requests: int = 12,
     rounds: int = 3,
     context: int = 1600,
@@ -119,20 +123,23 @@ def serve(
     the streaming API. Their scores say what the budgets cost.
 
     Args:
-        profile: evolved by layer, for prompts of that length.
+        profiles: evolved for prompts of that length, each a contender by the name of its file. The equal budgets have
+            the first one's selector and mean.
         requests: that come at once.
         rounds: turns of each server.
         context: tokens of a prompt.
         answers: lengths of answers (default: 32 256).
         pool: mebibytes for keys and values.
-        contenders: some of plain, covering (a budget that covers every prompt), uniform, profile (default: all).
+        contenders: some of plain, covering (a budget that covers every prompt), uniform and the profiles (default:
+            all).
     """
-    evolved = BudgetProfile.load(profile)
+    evolved = {path.stem: BudgetProfile.load(path) for path in profiles}
+    first = next(iter(evolved.values()))
     settings: dict[str, dict[str, Any] | None] = {
         "plain": None,
         "covering": {"method": "snapkv", "budget": 2 * context},
-        "uniform": {"method": get_selector(evolved.selector).spec, "budget": int(evolved.mean_budget)},
-        "profile": {"profile": str(profile)},
+        "uniform": {"method": get_selector(first.selector).spec, "budget": int(first.mean_budget)},
+        **{path.stem: {"profile": str(path)} for path in profiles},
     }
     model = _folder(bench.model)
     lengths = answers or [32, 256]
@@ -165,8 +172,8 @@ def serve(
         "requests": requests,
         "context": context,
         "pool_mebibytes": pool,
-        "budgets": evolved.budgets[:, 0].tolist(),
-        "settings": {name: settings[name] for name in servers if name != "profile"},
+        "budgets": {name: profile.budgets.tolist() for name, profile in evolved.items() if name in servers},
+        "settings": {name: settings[name] for name in servers if name not in evolved},
         "at_start": said,
         "rows": [
             {
@@ -264,9 +271,10 @@ def _needles(model: str, context: int, number: int) -> tuple[list[Example], list
     return examples, [encode_prompt(tokenizer, example)[0].tolist() for example in examples]
 
 
-def _random_model(layers: int, folder: str) -> PreTrainedModel:
+def _random_model(layers: int, heads: int, folder: str) -> PreTrainedModel:
     """Write a small random model as FOLDER/model, and return it."""
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": heads, "num_key_value_heads": heads}
+    shape["head_dim"] = 32
     config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=1000, max_position_embeddings=2048)
     model = LlamaForCausalLM(config)
     model.save_pretrained(f"{folder}/model")

@@ -480,11 +480,12 @@ def serving(record: Record) -> Table:
 
 
 def host(record: Record) -> Table:
-    """Return what a step of decoding costs besides the model, by groups of layers."""
+    """Return what a step of decoding costs besides the model, by groups of layers or of KV heads."""
     rows = [
         [each["groups"], _spread(each["milliseconds"], 2), _spread(each["over_plain"], 2)] for each in record["rows"]
     ]
-    return [f"groups of {record['layers']} layers", "milliseconds a step", "over plain vLLM"], rows
+    parts = f"{record['layers']} layers with {record['kv_heads']} KV heads each"
+    return [f"groups, of {parts}", "milliseconds a step", "over plain vLLM"], rows
 
 
 def heads(record: Record) -> Table:

@@ -23,7 +23,6 @@ class PromptRow:
     """A prompt, or a chunk of one, that a group of layers reads in a step.
 
     Attributes:
-        request: its number in the batch.
         start: its first row in the batch's queries.
         count: its queries of the prompt.
         computed: tokens of the prompt that were read before.
@@ -34,7 +33,6 @@ class PromptRow:
         memory: what selectors remember of the request from layer to layer.
     """
 
-    request: int
     start: int
     count: int
     computed: int
@@ -158,7 +156,6 @@ def prompt_rows(tables: Tensor, step: Step, spec: EvolKVSpec) -> list[PromptRow]
             raise RunError("EvolKV: vLLM reads past the end of a prompt in one chunk; this version cannot be used")
         rows.append(
             PromptRow(
-                request=request,
                 start=int(step.starts[request]),
                 count=length - int(step.computed[request]),
                 computed=int(step.computed[request]),

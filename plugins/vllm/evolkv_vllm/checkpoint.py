@@ -7,18 +7,17 @@ weights that it loads, so they are looked at in their files: the fingerprint nee
 from __future__ import annotations
 
 import copy
-import json
-import mmap
-import struct
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from evolkv.errors import UsageError
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class MissingWeightsError(LookupError):
@@ -78,7 +77,7 @@ def weights_folder(model_config: Any) -> Path | None:
         model_config: vLLM's `ModelConfig`.
     """
     name = str(model_config.model)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder if any(folder.glob("*.safetensors")) else None
     from huggingface_hub import try_to_load_from_cache
@@ -121,17 +120,10 @@ class _Files:
     """The tensors of a folder's safetensors files, mapped into memory: only what is looked at is read."""
 
     def __init__(self, folder: Path):
-        self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._files = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-                # A private copy of the pages, since PyTorch wants memory that may be written to.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self._places[name] = path, 8 + size, entry
+            file = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
 
     def tensor(self, name: str) -> Tensor:
         """Return a weight by its name in the model.
@@ -139,11 +131,7 @@ class _Files:
         Raises:
             MissingWeightsError: there is none, or it is quantized.
         """
-        place = self._places.get(name)
-        if place is None or place[2]["dtype"] not in _DTYPES:
+        found = self._files[name].get_tensor(name) if name in self._files else None
+        if found is None or found.dtype not in _DTYPES:
             raise MissingWeightsError(name)
-        path, start, entry = place
-        first, last = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        count = (last - first) // dtype.itemsize
-        return torch.frombuffer(self._maps[path], dtype=dtype, count=count, offset=start + first).view(entry["shape"])
+        return found

@@ -107,10 +107,6 @@ class BudgetRule:
         """The class of each part, ``[layers * heads]``: parts of one class have the same budgets for every prompt."""
         return _parsed(self.text).classes
 
-    def keeps(self, tokens: int) -> NDArray[np.int64]:
-        """Return the entries that each part keeps of a prompt of so many tokens, at most `tokens`."""
-        return np.minimum(_parsed(self.text).budgets_at(tokens), tokens)
-
     def evicts(self, tokens: int, block_size: int) -> NDArray[np.int64]:
         """Return the entries of a prompt that each class does without, ``[classes]``; 0 where it keeps all.
 
@@ -124,10 +120,6 @@ class BudgetRule:
             block_size: tokens of a block.
         """
         return _evicts(self.text, tokens, block_size)
-
-    def drops(self, tokens: int, block_size: int) -> NDArray[np.int64]:
-        """Return the blocks at the head of a prompt that each class gives back, ``[classes]``; see `evicts`."""
-        return self.evicts(tokens, block_size) // block_size
 
     def any_evicts(self, tokens: int, block_size: int) -> bool:
         """Return whether any part does without entries of a prompt of so many tokens."""

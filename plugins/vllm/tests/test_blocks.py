@@ -187,7 +187,7 @@ def test_shared_blocks_are_never_written_to(budgets, first, second, shared, answ
     found = read(manager, two)
     assert found <= min(first, second, shared)
     for index, group in enumerate(manager.get_blocks("two").blocks):
-        dropped = int(rule.drops(second, 16)[index])
+        dropped = int(rule.evicts(second, 16)[index]) // 16
         if dropped:
             written = {block.block_id for block in group[dropped:]}
             assert not written & before

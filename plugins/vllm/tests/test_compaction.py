@@ -41,19 +41,24 @@ class Builder(BudgetBuilder, PlainBuilder):
 
 
 class Layer:
-    """One layer with requests whose tokens arrive in chunks, as vLLM's runner would bring them."""
+    """One layer with requests whose tokens arrive in chunks, as vLLM's runner would bring them.
 
-    def __init__(self, budgets, selector, block_size, seed, dtype=torch.float32, paged=False, exact=False):
+    With `part` it is one KV head of a layer that has budgets by head: `budgets` are those of the layer's heads.
+    """
+
+    def __init__(self, budgets, selector, block_size, seed, dtype=torch.float32, paged=False, exact=False, part=None):
         self.generator = torch.Generator().manual_seed(seed)
-        self.block_size, self.dtype, self.paged = block_size, dtype, paged
-        rule = BudgetRule.fixed(np.array(budgets), get_selector(selector), [None] * len(budgets), exact)
-        plain = FullAttentionSpec(block_size=block_size, num_kv_heads=KV_HEADS, head_size=DIM, dtype=dtype)
-        self.spec = EvolKVSpec.of_layer(plain, rule, 0)
+        self.block_size, self.dtype, self.paged, self.part = block_size, dtype, paged, part
+        budgets = np.array(budgets) if part is None else np.array([budgets])
+        rule = BudgetRule.fixed(budgets, get_selector(selector), [None] * len(budgets), exact)
+        heads = KV_HEADS if part is None else 1
+        plain = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=DIM, dtype=dtype)
+        self.spec = EvolKVSpec.of_layer(plain, rule, 0, part or 0)
         config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
         self.builder = Builder(self.spec, ["layers.0"], config, torch.device("cpu"))
-        self.compactor = Compactor(rule.selector, 0, len(budgets), DIM**-0.5)
+        self.compactor = Compactor(rule.selector, 0, len(budgets), DIM**-0.5, parts=KV_HEADS // heads)
         self.isa = _get_attn_isa(dtype, block_size, DIM)
-        self.cache = torch.randn(200, KV_HEADS, block_size, 2 * DIM, generator=self.generator).to(dtype)
+        self.cache = torch.randn(200, heads, block_size, 2 * DIM, generator=self.generator).to(dtype)
         self.layer = SimpleNamespace(isa=self.isa, _k_scale_float=1.0, _v_scale_float=1.0)
         self.storage = PagedStorage() if paged else CPUStorage(self.layer)
         self.free = (torch.randperm(199, generator=self.generator) + 1).tolist()
@@ -62,8 +67,10 @@ class Layer:
         blocks = [self.free.pop() for _ in range(-(-total // self.block_size))]
         shape = (total, HEADS + 2 * KV_HEADS, DIM)
         states = torch.randn(shape, generator=self.generator).to(self.dtype)
-        query, key, value = states.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-        return SimpleNamespace(prompt=prompt, blocks=blocks, query=query, key=key, value=value, computed=0)
+        layer = states.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        query, key, value = layer if self.part is None else (each.chunk(KV_HEADS, dim=1)[self.part] for each in layer)
+        mine = {"query": query, "key": key, "value": value}
+        return SimpleNamespace(prompt=prompt, blocks=blocks, computed=0, layer=layer, **mine)
 
     def step(self, requests, counts):
         """Compute some more tokens of each request, and return the metadata that attention would get."""
@@ -100,7 +107,7 @@ class Layer:
         metadata = self.builder.build(0, common)
         # As vLLM does it: when all metadata is there, with the slots that the builder was given.
         self.put(key, value, slots)
-        self.compactor.run(Part(metadata.prompt_rows, query, self.cache, self.storage))
+        self.compactor.run(Part(metadata.prompt_rows, query, self.cache, self.storage), self.part or 0)
         for request, length in zip(requests, lengths, strict=True):
             request.computed = length
         return metadata.common
@@ -130,10 +137,11 @@ class Layer:
     def expected(self, request):
         """What EvolKV's selector keeps of the whole prompt, and every token since."""
         prompt = request.prompt
-        states = [part[:prompt].transpose(0, 1)[None] for part in (request.query, request.key, request.value)]
+        states = [part[:prompt].transpose(0, 1)[None] for part in request.layer]
         held = prompt - self.spec.evicted_tokens(prompt)
-        ranking = self.spec.rule.selector.rank(PromptAttention(*states, scaling=DIM**-0.5))
-        index = ranking[0, :, :held].sort(dim=-1).values[..., None].expand(-1, -1, DIM)
+        ranking = self.spec.rule.selector.rank(PromptAttention(*states, scaling=DIM**-0.5))[0]
+        ranking = ranking if self.part is None else ranking[self.part : self.part + 1]
+        index = ranking[:, :held].sort(dim=-1).values[..., None].expand(-1, -1, DIM)
         entries = [part[: request.computed].transpose(0, 1) for part in (request.key, request.value)]
         return tuple(torch.cat([each[:, :prompt].gather(1, index), each[:, prompt:]], dim=1) for each in entries)
 
@@ -144,7 +152,7 @@ def chunks(total, chunk):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    budget=st.integers(8, 200),
+    budgets=st.lists(st.integers(8, 200), min_size=1, max_size=KV_HEADS),
     prompts=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     block_size=st.sampled_from([16, 32, 64]),
     chunk=st.sampled_from([1, 7, 50, 500]),
@@ -153,26 +161,33 @@ def chunks(total, chunk):
     paged=st.booleans(),
     exact=st.booleans(),
 )
-def test_attention_sees_what_the_selector_keeps(budget, prompts, block_size, chunk, selector, seed, paged, exact):
-    layer = Layer([budget], selector, block_size, seed, paged=paged, exact=exact)
-    requests = [layer.request(prompt, prompt + 5) for prompt in prompts]
+def test_attention_sees_what_the_selector_keeps(budgets, prompts, block_size, chunk, selector, seed, paged, exact):
+    """One budget is that of the layer; several are those of its heads, which have blocks of their own."""
+    parts = [None] if len(budgets) == 1 else range(KV_HEADS)
+    layers = [Layer(budgets, selector, block_size, seed, paged=paged, exact=exact, part=part) for part in parts]
+    for layer in layers:
+        layer.compactor = layers[0].compactor
+    requests = [[layer.request(prompt, prompt + 5) for layer in layers] for prompt in prompts]
     # In turns, so that some decode while others are being read.
-    while any(request.computed < request.prompt + 5 for request in requests):
+    while any(request.computed < request.prompt + 5 for request, *_ in requests):
         active, counts, room = [], [], chunk
         for request in requests:
-            reading = request.computed < request.prompt
-            left = (request.prompt if reading else request.prompt + 5) - request.computed
+            first = request[0]
+            reading = first.computed < first.prompt
+            left = (first.prompt if reading else first.prompt + 5) - first.computed
             count = min(left if reading else min(left, 1), max(room, 0) if reading else 1)
             if count > 0:
                 active.append(request)
                 counts.append(count)
                 room -= count
-        common = layer.step(active, counts)
-        for row, request in enumerate(active):
-            if request.computed > request.prompt:
-                for found, wanted in zip(layer.seen(common, row), layer.expected(request), strict=True):
-                    assert torch.equal(found, wanted)
-    assert not layer.compactor._queries
+        by_layer = list(zip(*active, strict=True))
+        commons = [layer.step(each, counts) for layer, each in zip(layers, by_layer, strict=True)]
+        for layer, each, common in zip(layers, by_layer, commons, strict=True):
+            for row, request in enumerate(each):
+                if request.computed > request.prompt:
+                    for found, wanted in zip(layer.seen(common, row), layer.expected(request), strict=True):
+                        assert torch.equal(found, wanted)
+    assert not layers[0].compactor._queries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -43,6 +43,11 @@ def config_of(model, evolkv=None, **settings):
     return arguments.create_engine_config()
 
 
+def kept(rule, tokens):
+    """Entries that each layer, or head, keeps of a prompt: rounded to blocks of one token, so not at all."""
+    return (tokens - rule.evicts(tokens, 1))[list(rule.classes)]
+
+
 def test_nothing_changes_without_a_profile(model, monkeypatch):
     monkeypatch.delenv("EVOLKV_PROFILE", raising=False)
     config = config_of(model)
@@ -57,8 +62,8 @@ def test_profile_by_variable_or_configuration(way, model, profile, monkeypatch):
     config = config_of(model, None if way == "variable" else {"profile": str(profile)})
     rule = plan.rule_of(config)
     assert rule.selector == get_selector("snapkv:window=8")
-    assert rule.keeps(100).tolist() == [40, 50, 60, 40, 50, 60]
-    assert rule.keeps(45).tolist() == [40, 45, 45, 40, 45, 45]
+    assert kept(rule, 100).tolist() == [40, 50, 60, 40, 50, 60]
+    assert kept(rule, 45).tolist() == [40, 45, 45, 40, 45, 45]
     assert rule.classes == (0, 1, 2, 0, 1, 2)
     # What travels with the configuration is JSON, which vLLM hashes.
     assert json.loads(json.dumps(config.additional_config))["evolkv"]["rule"] == rule.text
@@ -71,7 +76,7 @@ def test_configuration_goes_before_the_variable(model, profile, monkeypatch):
 
 def test_method_and_budget(model):
     rule = plan.rule_of(config_of(model, {"method": "pyramidkv", "budget": 64}))
-    budgets = rule.keeps(500)
+    budgets = kept(rule, 500)
     assert budgets.sum() == 6 * 64
     assert (budgets[:-1] >= budgets[1:]).all()
     assert budgets[0] > budgets[-1]
@@ -81,13 +86,13 @@ def test_method_and_budget(model):
 def test_share_of_each_prompt(method, model):
     rule = plan.rule_of(config_of(model, {"method": method, "budget": "25%"}))
     for tokens in (200, 400):
-        assert rule.keeps(tokens).sum() == 6 * tokens // 4
+        assert kept(rule, tokens).sum() == 6 * tokens // 4
 
 
 def test_profile_carried_to_another_budget_or_a_share(model, profile):
-    assert plan.rule_of(config_of(model, {"profile": str(profile), "budget": 100})).keeps(500).sum() == 600
+    assert kept(plan.rule_of(config_of(model, {"profile": str(profile), "budget": 100})), 500).sum() == 600
     shares = plan.rule_of(config_of(model, {"profile": str(profile), "budget": "20%"}))
-    assert shares.keeps(300).sum() == 6 * 60
+    assert kept(shares, 300).sum() == 6 * 60
     assert len(set(shares.classes)) == 3
 
 
@@ -100,7 +105,7 @@ def test_exact_budgets_are_not_rounded(model, profile):
 def test_window_of_a_layer_stays_vllms(tmp_path):
     folder = write_tiny_model(tmp_path / "windows", window=64)
     rule = plan.rule_of(config_of(folder, {"method": "snapkv", "budget": 40}))
-    dropped = rule.drops(400, 32)[list(rule.classes)]
+    dropped = rule.evicts(400, 32)[list(rule.classes)] // 32
     assert dropped[::2].tolist() == [11, 11, 11]
     assert dropped[1::2].tolist() == [0, 0, 0]
 
@@ -166,10 +171,10 @@ def by_head(profile, tmp_path):
 def test_budgets_by_head(model, by_head):
     rule = plan.rule_of(config_of(model, by_head))
     assert (rule.num_layers, rule.heads) == (6, 2)
-    assert rule.keeps(100).tolist() == [35, 45, 45, 55, 55, 65] * 2
+    assert kept(rule, 100).tolist() == [35, 45, 45, 55, 55, 65] * 2
     assert rule.classes == (0, 1, 1, 2, 2, 3) * 2
     shares = plan.rule_of(config_of(model, {**by_head, "budget": "20%"}))
-    assert shares.keeps(300).sum() == 6 * 2 * 60
+    assert kept(shares, 300).sum() == 6 * 2 * 60
     assert shares.classes == rule.classes
 
 
