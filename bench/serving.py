@@ -273,8 +273,8 @@ def _needles(model: str, context: int, number: int) -> tuple[list[Example], list
 
 def _random_model(layers: int, heads: int, folder: str) -> PreTrainedModel:
     """Write a small random model as FOLDER/model, and return it."""
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": heads, "num_key_value_heads": heads}
-    shape["head_dim"] = 32
+    shape = {"hidden_size": 32 * heads, "intermediate_size": 64}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=1000, max_position_embeddings=2048)
     model = LlamaForCausalLM(config)
     model.save_pretrained(f"{folder}/model")
