@@ -471,6 +471,18 @@ def test_classes_of_heads_are_of_one_size_and_keep_the_total(count):
         profile.in_classes(3, "head")
 
 
+def test_layers_with_a_sliding_window_are_in_no_class():
+    info = info_of(4)
+    model = {"name": "m", "num_layers": 4, "num_kv_heads": 2, "fingerprint": info.fingerprint}
+    model["sliding_windows"] = [24, None, 24, None]
+    budgets = np.array([[24, 24], [100, 140], [24, 24], [20, 40]])
+    profile = BudgetProfile(model, 50, "head", budgets, {"name": "snapkv", "window": 8})
+    assert profile.in_classes(1).budgets.tolist() == [[24, 24], [75, 75], [24, 24], [75, 75]]
+    assert profile.in_classes(2, "head").budgets.tolist() == [[24, 24], [120, 120], [24, 24], [30, 30]]
+    with pytest.raises(UsageError, match="4 classes of 2 layers without a sliding window cannot be of one size"):
+        profile.in_classes(4)
+
+
 def test_classes_leave_what_the_selector_always_keeps():
     few = BudgetProfile.from_budgets(info_of(4), [32, 32, 33, 1000]).in_classes(2)
     assert few.budgets[:, 0].min() == 32

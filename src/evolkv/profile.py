@@ -37,8 +37,8 @@ class BudgetProfile:
     Make one with `uniform`, `from_budgets` or `load`. Profiles with the same content are equal.
 
     Args:
-        model: `{"name", "num_layers", "num_kv_heads", "fingerprint"}` of the model the budgets belong to; and where a
-            layer's sliding window is smaller than what the selector always keeps, the `"sliding_windows"` of all.
+        model: `{"name", "num_layers", "num_kv_heads", "fingerprint"}` of the model the budgets belong to; and where
+            layers have sliding windows, the `"sliding_windows"` of all.
         budget: c, the mean budget that was aimed at, in cache entries per KV head.
         granularity: "layer" (all heads of a layer keep the same number) or "head".
         budgets: the whole allocation, (L, H) ints; kept as a read-only int64 array. With a `share` they are those of
@@ -81,7 +81,12 @@ class BudgetProfile:
     def _floors(self, selector: Selector) -> list[int]:
         """Return the least that a head of each layer may get, ``[layers]``."""
         least = selector.min_budget
-        return [min(least, window or least) for window in self.model.get("sliding_windows") or [None] * self.num_layers]
+        return [min(least, window or least) for window in self._windows]
+
+    @property
+    def _windows(self) -> list[int | None]:
+        """The sliding window of each layer in tokens, None where it sees everything or where the profile is old."""
+        return self.model.get("sliding_windows") or [None] * self.num_layers
 
     @property
     def num_layers(self) -> int:
@@ -171,11 +176,11 @@ class BudgetProfile:
         windows = [] if isinstance(model, ModelInfo) else model_facts(model).sliding_windows
         if windows:
             chosen.check_budgets(matrix, windows)
-        narrow = any(window is not None and window < chosen.min_budget for window in windows)
+        sliding = any(window is not None for window in windows)
         return cls(
             model={
                 **{key: getattr(info, key) for key in ("name", "num_layers", "num_kv_heads", "fingerprint")},
-                **({"sliding_windows": windows} if narrow else {}),
+                **({"sliding_windows": windows} if sliding else {}),
             },
             budget=round(float(matrix.mean())) if budget is None else budget,
             granularity=granularity or ("layer" if constant else "head"),
@@ -249,12 +254,12 @@ class BudgetProfile:
     def in_classes(self, count: int, granularity: Granularity = "layer") -> BudgetProfile:
         """Return a profile in which only a few budgets occur, each in as many layers, or heads, as any other.
 
-        Layers with neighbouring budgets form a class and share one budget, near the mean of theirs. A serving engine
-        keeps one table of blocks for each budget that occurs, and pads classes that are smaller than others. `scores`
-        is empty, for it belongs to the old budgets.
+        A serving engine keeps one table of blocks for each budget that occurs, and pads classes that are smaller than
+        others. See `evolkv.allocators.in_classes`. `scores` is empty, for it belongs to the old budgets.
 
         Args:
-            count: how many budgets may occur; it must divide the number of layers, or that of all heads.
+            count: how many budgets may occur; it must divide the number of layers without a sliding window, or of
+                their heads.
             granularity: "layer", where each layer counts with its mean, or "head".
 
         Returns:
@@ -264,13 +269,10 @@ class BudgetProfile:
             UsageError: a count that does not divide the number of layers, or of heads.
             BudgetError: a total that does not leave each layer what the selector always keeps.
         """
-        budgets = self.budgets if granularity == "head" else self.budgets.mean(axis=1, keepdims=True)
-        floors = np.repeat(self._floors(get_selector(self.selector)), budgets.shape[1])
-        total = self.total * budgets.size // self.budgets.size
-        found = allocators.in_classes(budgets.reshape(-1), count, total, floors, f"{granularity}s")
-        matrix = np.broadcast_to(found.reshape(budgets.shape), self.budgets.shape)
+        floors = self._floors(get_selector(self.selector))
+        budgets = allocators.in_classes(self.budgets, count, floors, self._windows, granularity)
         search = {**self.search, "classes": int(count)}
-        return replace(self, budgets=matrix, granularity=granularity, search=search, scores={})
+        return replace(self, budgets=budgets, granularity=granularity, search=search, scores={})
 
     def check_model(self, model: Any) -> None:
         """Check that the profile belongs to a model.

@@ -35,7 +35,7 @@ class _Section(BaseModel):
 class ProfileModel(_Section):
     """The model that the budgets belong to.
 
-    `sliding_windows`, in tokens by layer, is there only if one of them is below what the selector always keeps.
+    `sliding_windows`, in tokens by layer, is there only if a layer has one.
     """
 
     name: str

@@ -111,10 +111,9 @@ def classes(
     profile = _load(path).in_classes(count, what)
     profile.save(out)
     budgets = ", ".join(f"{int(budget):,}" for budget in sorted({*profile.budgets.flat}, reverse=True))
-    each = (profile.num_layers if what == "layer" else profile.budgets.size) // count
     console.OUT.print(
-        f"{count} {'class' if count == 1 else 'classes'} of {each} {what if each == 1 else what + 's'} (budgets "
-        f"{budgets}), mean budget {_mean(profile)}; profile written to {out}",
+        f"{count} {'class' if count == 1 else 'classes'} of {what}s (budgets {budgets}), mean budget {_mean(profile)}; "
+        f"profile written to {out}",
         soft_wrap=True,
     )
 
