@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,7 +97,7 @@ class Compactor:
             return
         parts = [self._parts[each] for each in range(self._number)]
         self._parts = {}
-        query = parts[0].query if len(parts) == 1 else torch.cat([each.query for each in parts], dim=1)
+        query = _joined([each.query for each in parts], 1)
         for rows in zip(*(each.rows for each in parts), strict=True):
             observed = self._observed(rows[0], query)
             if rows[0].blocks is not None:
@@ -136,7 +137,7 @@ class Compactor:
         for each, part in zip(rows, parts, strict=True):
             assert each.blocks is not None
             held.append(part.storage.read(part.kv_cache, each.blocks))
-        key, value = (torch.cat(states)[:, : row.prompt] for states in zip(*held, strict=True))
+        key, value = (_joined(states, 0)[:, : row.prompt] for states in zip(*held, strict=True))
         prompt = PromptAttention(
             query=queries.transpose(0, 1)[None],
             key=key[None],
@@ -167,6 +168,11 @@ class Compactor:
             prompt.layer.leave()
         parts = ranking[0].chunk(len(entries))
         return [part[:, :number].sort(dim=-1).values for part, number in zip(parts, entries, strict=True)]
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return tensors as one, without a copy if there is only one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def storage_block_size(kv_cache: Tensor) -> int:

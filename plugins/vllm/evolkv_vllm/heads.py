@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import Attention
 
+from evolkv.errors import UsageError
+from evolkv_vllm import checks
 from evolkv_vllm.rule import BudgetRule
 
 
@@ -57,9 +59,6 @@ def split(layer: Attention, plain: Callable[..., None], arguments: dict[str, Any
     Raises:
         UsageError: the layer cannot be compressed, or has another number of KV heads than the budgets.
     """
-    from evolkv.errors import UsageError
-    from evolkv_vllm import checks
-
     number = layer.num_kv_heads
     checks.check_layer(layer, layer.layer_name)
     if number != rule.heads:

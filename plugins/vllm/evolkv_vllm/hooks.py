@@ -241,6 +241,11 @@ def _wrap_layers() -> None:
             checks.check_layer(self, self.layer_name)
             number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
             whole, part = heads.whole_of(self), self.impl.part
+            if rule.heads > 1 and whole is self:
+                raise UsageError(
+                    f"EvolKV cannot run budgets by head with a layer of the kind {type(self).__name__} "
+                    f"({self.layer_name}); use a profile by layer: evolkv search --granularity layer"
+                )
             if part == 0:
                 requests = vllm_config.scheduler_config.max_num_seqs
                 made = compactor_of(whole, rule.selector, number, rule.num_layers, requests, rule.heads)
