@@ -22,20 +22,22 @@ def prompts_of(reference, cases):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("chunk", [64, 2048])
-def test_triton_answers_as_evolkvs_cache(eager, chunk, tiny):
-    cases = cases_of(tiny, "snapkv")
+@pytest.mark.parametrize("profile", ["snapkv", "heads"])
+def test_triton_answers_as_evolkvs_cache(profile, eager, chunk, tiny):
+    cases = cases_of(tiny, profile)
     settings = {"attention_backend": "TRITON_ATTN", "enforce_eager": eager, "max_num_batched_tokens": chunk}
-    with engine(tiny["model"], settings_of(tiny, "tiny", "snapkv"), **settings) as llm:
+    with engine(tiny["model"], settings_of(tiny, "tiny", profile), **settings) as llm:
         assert answers(llm, prompts_of(tiny, cases)) == [case["tokens"] for case in cases]
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
-def test_graphs_answer_as_eager_steps(backend, tiny):
-    cases = cases_of(tiny, "snapkv")
+@pytest.mark.parametrize("profile", ["snapkv", "heads"])
+def test_graphs_answer_as_eager_steps(profile, backend, tiny):
+    cases = cases_of(tiny, profile)
     seen = []
     for eager in (True, False):
         settings = {"attention_backend": backend, "enforce_eager": eager, "dtype": "bfloat16"}
-        with engine(tiny["model"], settings_of(tiny, "tiny", "snapkv"), **settings) as llm:
+        with engine(tiny["model"], settings_of(tiny, "tiny", profile), **settings) as llm:
             seen.append(answers(llm, prompts_of(tiny, cases), 40))
     assert seen[0] == seen[1]
 
