@@ -325,6 +325,7 @@ class _Reader:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)
         keys, values = (self._tensor(f"{name}.{part}", self.dtype) for part in ("keys", "values"))
         fits = rows.ndim == 1 and len(rows) > 0 and 0 <= int(rows.min()) <= int(rows.max()) < self.batch * self.heads
+        fits = fits and bool((rows.diff() > 0).all())
         _check(fits, f"{name}.rows are not rows of its sequences and heads")
         shape = keys.shape[:2]
         _check(
