@@ -16,7 +16,7 @@ from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
 from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
-from tiny import HEAD_DIM, tiny_model, tokens
+from tiny import HEAD_DIM, stretching_model, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
 
@@ -217,6 +217,19 @@ def test_expected_attention_is_that_of_normally_distributed_queries(covariance):
     torch.testing.assert_close(scores[..., 2:], expected)
     with_values = get_selector(selector.to_dict() | {"value_norm": True}).score(of)
     torch.testing.assert_close(with_values[..., 2:], expected * of.value[:, :, 2:].norm(dim=-1))
+
+
+def test_expected_attention_undoes_the_angles_of_the_prompt_not_those_of_a_longer_text():
+    def rotary():
+        return rotary_of(stretching_model("dynamic", 16), 0)
+
+    query, key = (torch.randn(BATCH, heads, LENGTH, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    of = replace(prompt(), query=query, key=key, layer=LayerContext(0, rotary))
+    selector = get_selector("expected_attention:future=30,sinks=0,covariance=false,value_norm=false")
+    before = rotary().undo(of.query, torch.arange(LENGTH)).mean(2)
+    turned = before @ rotary().mean_turn(torch.arange(LENGTH, LENGTH + 30), HEAD_DIM)
+    logits = turned.unflatten(1, (KV_HEADS, -1)) @ of.key.transpose(2, 3) * of.scaling
+    torch.testing.assert_close(selector.score(of), logits.softmax(-1).mean(2))
 
 
 def test_expected_attention_is_the_same_in_blocks_of_tokens(monkeypatch):
