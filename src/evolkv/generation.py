@@ -20,8 +20,9 @@ from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
+from evolkv.models.chat import around_message, user_message
 from evolkv.models.forward import check_token_ids, input_device
-from evolkv.tasks.prompts import encode_text, user_message
+from evolkv.tasks.prompts import encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def save_document(
         UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
     """
     check_text("document", document)
-    before = "" if raw else _around_question(tokenizer)[0]
+    before = "" if raw else around_message(tokenizer)[0]
     ids = encode_text(tokenizer, before + document)
     _check_fits(model, "document", ids)
     started = time.perf_counter()
@@ -256,7 +257,7 @@ def _prompt_inputs(
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
-    before, after = _around_question(tokenizer)
+    before, after = around_message(tokenizer)
     # What follows may hold a date, and the last token may be one with the document's first.
     start = encode_text(tokenizer, before)[:-1][:4] if before else []
     known = document.input_ids
@@ -275,15 +276,6 @@ def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, r
 
 def _chats(tokenizer: Any, raw: bool) -> bool:
     return not raw and bool(getattr(tokenizer, "chat_template", None))
-
-
-def _around_question(tokenizer: Any) -> tuple[str, str]:
-    """Return the text that a chat template puts before and after the user's message."""
-    if not _chats(tokenizer, raw=False):
-        return "", ""
-    mark = "<<<the message>>>"
-    before, _, after = user_message(tokenizer, mark).partition(mark)
-    return before, after
 
 
 def check_request(

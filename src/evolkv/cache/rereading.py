@@ -16,8 +16,9 @@ from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.math import continue_prompt, extra_term, logit_terms
-from evolkv.errors import UsageError
+from evolkv.errors import TaskError, UsageError
 from evolkv.models import model_facts
+from evolkv.models.chat import around_message
 from evolkv.models.forward import input_device
 from evolkv.models.loading import tokenizer_of
 from evolkv.selectors import LayerContext, Passage, PromptAttention, Selector, Words
@@ -25,7 +26,6 @@ from evolkv.selectors import LayerContext, Passage, PromptAttention, Selector, W
 # The wording of the paper (section 3.2).
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-_MESSAGE = "context"
 
 _words: weakref.WeakKeyDictionary[nn.Module, Words] = weakref.WeakKeyDictionary()
 
@@ -34,7 +34,7 @@ def words_of(model: PreTrainedModel, selector: Selector) -> Words:
     """Return the words that a selector asks a model with, in its tokens; the answer begins as its chat template has it.
 
     Raises:
-        UsageError: if the model's tokenizer is not known, and cannot be loaded.
+        UsageError: if the model's tokenizer is not known, and cannot be loaded; or if its chat template cannot be used.
     """
     if (known := _words.get(model)) is not None:
         return known
@@ -47,9 +47,14 @@ def words_of(model: PreTrainedModel, selector: Selector) -> Words:
         )
     answer = "\n"
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": _MESSAGE}]
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        answer = tokenizer.apply_chat_template(message, **template).rpartition(_MESSAGE)[2]
+        try:
+            _, answer = around_message(tokenizer, enable_thinking=False)
+        except TaskError as error:
+            reason, _, _ = str(error).partition(";")
+            raise UsageError(
+                f"selector {selector.name!r} asks the model in words, and {reason}; leave out the words with "
+                f"{selector.name}:words=false"
+            ) from None
     ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (_FIRST, _LATER, answer))
     return _words.setdefault(model, Words(*ids))
 
