@@ -361,6 +361,13 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     sliding = CompressedCache.prefill(tiny_model("mistral"), "snapkv:window=4", tokens(1, 40), budget=9)
     with pytest.raises(RunError, match="cannot take back 1 tokens"):
         sliding.crop(-1)
+    # Where one layer cannot, none does.
+    mixed = tiny_model("gemma3", layer_types=["full_attention", *["sliding_attention"] * 2, "full_attention"])
+    cache = CompressedCache.prefill(mixed, "snapkv:window=4", tokens(1, 40), budget=9)
+    mixed(tokens(1, 3), cache=cache)
+    with pytest.raises(RunError, match="cannot take back 1 tokens"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.kv_layers] == [43] * LAYERS
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="cannot go on from a cache"):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)

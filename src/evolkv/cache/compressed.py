@@ -18,7 +18,7 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
-from evolkv.cache.rereading import store_reread
+from evolkv.cache.rereading import check_prompts, store_reread
 from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -354,6 +354,12 @@ class CompressedCache(Accompanied):
                 # transformers wants logits of the last prompt token and of each draft.
                 layer.drafted = kept - 1
         self._awaits_drafts = False
+
+    def read_ahead(self, arguments: Mapping[str, Any]) -> None:
+        """See `HookedCache.read_ahead`."""
+        super().read_ahead(arguments)
+        if not self.get_seq_length():
+            check_prompts(self.model(), self.kv_layers, arguments)
 
     def read_again(self, arguments: Mapping[str, Any]) -> None:
         """See `HookedCache.read_again`."""
