@@ -185,6 +185,11 @@ class CompressedLayer(CacheLayerMixin):
         """Return -1: there is no maximum."""
         return -1
 
+    @property
+    def is_of_one_text(self) -> bool:
+        """Return whether budgets were laid out for the texts held, and nothing says how to do it for others."""
+        return self.by_length is None and self.budgets.ndim == 2
+
     def reset(self) -> None:
         """Empty the layer, which is then ready for another prompt."""
         self._clear()
