@@ -15,7 +15,7 @@ from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
-from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
+from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, SmallKV, get_selector
 from tiny import HEAD_DIM, stretching_model, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
@@ -363,7 +363,7 @@ def test_ties_are_broken_alike_at_every_budget():
         ({"name": "snapkv", "pooling": "median"}, "'max' or 'mean'"),
         ({"name": "snapkv", "gqa": "sum"}, "'mean' or 'max'"),
         ({"name": "chunkkv", "chunk": 0}, "chunk is 0"),
-        ({"name": "chunkkv", "window": 0}, "at least 1"),
+        ({"name": "chunkkv", "window": 0}, "chunkkv: window is 0"),
         ("kvzip:chunk=0", "chunk is 0"),
         ({"name": "expected_attention", "future": 0}, "future is 0"),
         ({"name": "expected_attention", "sinks": -1}, "must not be negative"),
@@ -407,6 +407,11 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     for small, large in zip(*kept, strict=True):
         for a, b in zip(small, large, strict=True):
             assert set(a.tolist()) < set(b.tolist())
+
+
+def test_a_spec_can_be_read_back_with_a_comma_in_a_value():
+    selector = SmallKV(model=r"models/a,b\\")
+    assert get_selector(selector.spec) == selector
 
 
 def test_truth_values_are_parameters_like_others():
