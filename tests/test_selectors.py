@@ -409,6 +409,12 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
             assert set(a.tolist()) < set(b.tolist())
 
 
+@pytest.mark.parametrize("name", list(SELECTORS))
+def test_a_selector_says_whether_budgets_are_what_it_holds(name):
+    assert get_selector(name).budgets_cut == (name not in ("rocketkv_mt", "smallkv"))
+    assert not get_selector("rocketkv:held=40").budgets_cut
+
+
 def test_a_spec_can_be_read_back_with_a_comma_in_a_value():
     selector = SmallKV(model=r"models/a,b\\")
     assert get_selector(selector.spec) == selector
