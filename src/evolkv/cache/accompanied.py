@@ -84,7 +84,7 @@ class AccompaniedLayer(ByGroupLayer):
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        pairs = zip(sequences_of(prompt, padding), self.companion.first, strict=True)
+        pairs = zip(sequences_of(prompt, padding), self.companion.first_received, strict=True)
         with torch.no_grad():
             self.heads = torch.stack(
                 [
