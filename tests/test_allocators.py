@@ -158,9 +158,10 @@ def test_expansion_has_exactly_the_new_mean():
 
 def test_uniform_gives_every_entry_the_budget():
     assert uniform(3, 128).tolist() == [128] * 3
+    assert uniform(2, 64, num_kv_heads=3).tolist() == [[64] * 3] * 2
 
 
-@pytest.mark.parametrize("arguments", [(0, 128), (3, 0), (3, 1.5), (3, True)])
+@pytest.mark.parametrize("arguments", [(0, 128), (3, 0), (3, 1.5), (3, True), (3, 128, 0)])
 def test_uniform_refuses_counts_that_are_not_positive_ints(arguments):
     with pytest.raises(BudgetError, match="whole number"):
         uniform(*arguments)
@@ -177,6 +178,14 @@ def test_pyramid_is_the_line_of_the_authors_code():
 
 def test_pyramid_stops_at_the_ceiling_and_stays_a_line():
     assert pyramid(5, 1000, ceiling=1200).tolist() == [1200, 1100, 1000, 900, 800]
+    assert pyramid(5, 1000, floor=900).tolist() == [1100, 1050, 1000, 950, 900]
+
+
+def test_pyramid_gives_the_heads_of_a_layer_the_same_number():
+    budgets = pyramid(6, 64, num_kv_heads=2)
+    assert budgets.shape == (6, 2)
+    assert (budgets[:, 0] == pyramid(6, 64)).all()
+    assert (budgets[:, 0] == budgets[:, 1]).all()
 
 
 @settings(max_examples=300, deadline=None)
@@ -184,12 +193,13 @@ def test_pyramid_stops_at_the_ceiling_and_stays_a_line():
     st.integers(1, 80),
     st.integers(0, 64),
     st.integers(1, 2000),
+    st.floats(1, 100),
     st.none() | st.integers(0, 4000),
 )
-def test_pyramid_has_the_exact_mean_and_falls_with_height(layers, window, spare, above):
+def test_pyramid_has_the_exact_mean_and_falls_with_height(layers, window, spare, beta, above):
     budget = window + spare
     ceiling = None if above is None else budget + above
-    budgets = pyramid(layers, budget, window=window, ceiling=ceiling)
+    budgets = pyramid(layers, budget, beta=beta, window=window, ceiling=ceiling)
     assert budgets.sum() == layers * budget
     assert (np.diff(budgets) <= 0).all()
     assert budgets.min() >= max(window, 1)
@@ -200,7 +210,10 @@ def test_pyramid_has_the_exact_mean_and_falls_with_height(layers, window, spare,
     ("settings_", "message"),
     [
         ({"budget": 31}, "window <= budget"),
-        ({"budget": 64, "ceiling": 60}, "above the ceiling"),
+        ({"budget": 64, "beta": 0.5}, "beta"),
+        ({"budget": 64, "beta": float("nan")}, "beta"),
+        ({"budget": 64, "ceiling": 60}, "outside floor"),
+        ({"budget": 64, "floor": 65}, "outside floor"),
         ({"budget": 64, "window": -1}, "0 <= window"),
     ],
 )
