@@ -241,3 +241,6 @@ def test_layouts_have_the_exact_mean_within_what_layers_can_hold(allocator):
     assert budgets.tolist() == [[24, 24]] * 3 + [[184, 184]]
     # Where the layers cannot hold the budget, each holds what it can, and no other could take what is left.
     assert layout(allocator, (4,), 64, selector, [24] * 4).sum() == 4 * 64
+    for budget in (146, 147, 200):
+        budgets = layout(allocator, (4, 2), budget, selector, [24, 24, 24, 512])
+        assert np.minimum(budgets, 512)[3].tolist() == [512, 512]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,32 @@ def test_text_that_nobody_said_is_not_made_up(tmp_path):
         loaded.followed_by(QUESTION)
 
 
+@pytest.mark.parametrize("method", ["snapkv:window=4", "adakv+snapkv:window=4"])
+def test_budgets_that_were_laid_out_for_a_text_serve_no_other(method, tmp_path):
+    model = tiny_model()
+    cache = CompressedCache.prefill(model, method, tokens(1, 40), budget="50%")
+    cache.save(tmp_path / "a.cache")
+    loaded = CompressedCache.load(tmp_path / "a.cache", model)
+    with pytest.raises(UsageError, match="make a new CompressedCache"):
+        loaded.reset()
+    assert loaded.get_seq_length() == 40
+    cache.reset()
+
+
+def test_what_reading_a_prompt_cost_is_known_of_copies_files_and_merged_caches(tmp_path):
+    model = tiny_model()
+    caches = [
+        CompressedCache.prefill(model, "kvzip:words=false", tokens(1, 40), budget=8),
+        CompressedCache.prefill(model, "kvzip:words=false,chunk=20,overlap=5", tokens(1, 60), budget=8),
+    ]
+    factors = [cache.prefill_factor for cache in caches]
+    assert factors == pytest.approx([2, 2 + 10 / 60])
+    assert caches[1].copy().prefill_factor == factors[1]
+    caches[1].save(tmp_path / "a.cache")
+    assert CompressedCache.load(tmp_path / "a.cache", model).prefill_factor == factors[1]
+    assert CompressedCache.merge(model, caches).prefill_factor == pytest.approx(2.1)
+
+
 def test_a_loaded_cache_serves_another_prompt_after_reset(tmp_path):
     model = tiny_model()
     prefilled(model, RAGGED).save(tmp_path / "a.cache")
@@ -145,12 +172,12 @@ def saved(tmp_path_factory):
 
 
 def edited(path, target, change):
-    """A copy of a cache file, without checksums, with its tensors, metadata or description changed."""
+    """A copy of a cache file, with its tensors, metadata or description changed, and the checksums that fit."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors, said = load_file(path), json.loads(metadata["cache"])
-    del said["crc32"]
     change(tensors, metadata, said)
+    said["crc32"] = {name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in tensors.items()}
     save_file(tensors, target, {"cache": json.dumps(said), **{k: v for k, v in metadata.items() if k != "cache"}})
     return target
 

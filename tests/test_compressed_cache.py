@@ -603,10 +603,12 @@ def test_a_call_that_was_refused_before_any_layer_leaves_the_cache_as_it_was():
     assert torch.equal(model(tokens(1, 1), cache=cache).logits, model(tokens(1, 1), cache=expected).logits)
 
 
-def test_cache_does_not_keep_its_model_alive():
+@pytest.mark.parametrize("method", ["snapkv", "pyramidinfer", "adakv+snapkv"])
+@pytest.mark.parametrize("budget", [40, "20%"])
+def test_cache_does_not_keep_its_model_alive(method, budget):
     model = tiny_model()
     reference = weakref.ref(model)
-    cache = CompressedCache(model, profile(model, 8))
+    cache = CompressedCache(model, method, budget)
     del model
     gc.collect()
     assert reference() is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AttentionInterface,
     DynamicCache,
@@ -22,7 +23,9 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from evolkv import BudgetProfile, CompressedCache, compress
-from evolkv.errors import RunError, UsageError
+from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
+from evolkv.generation import generate_text, save_document
+from evolkv.methods import get_method
 from tiny import KV_HEADS, LAYERS, padded, stretching_model, tiny_model, tokens
 
 SNAPKV = {"name": "snapkv", "window": 4}
@@ -358,6 +361,13 @@ def test_assisted_decoding_is_refused_where_it_cannot_be_exact(model):
     sliding = CompressedCache.prefill(tiny_model("mistral"), "snapkv:window=4", tokens(1, 40), budget=9)
     with pytest.raises(RunError, match="cannot take back 1 tokens"):
         sliding.crop(-1)
+    # Where one layer cannot, none does.
+    mixed = tiny_model("gemma3", layer_types=["full_attention", *["sliding_attention"] * 2, "full_attention"])
+    cache = CompressedCache.prefill(mixed, "snapkv:window=4", tokens(1, 40), budget=9)
+    mixed(tokens(1, 3), cache=cache)
+    with pytest.raises(RunError, match="cannot take back 1 tokens"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.kv_layers] == [43] * LAYERS
     cache = CompressedCache.prefill(model, profile(model, DENSE), tokens(1, 40))
     with pytest.raises(UsageError, match="cannot go on from a cache"):
         model.generate(**cache.followed_by(tokens(1, 3)), prompt_lookup_num_tokens=3, **GREEDY)
@@ -785,3 +795,33 @@ def test_text_generation_pipeline_runs_compressed(model):
     assert [rows[0]["generated_text"].split() for rows in together] == [text.split() for text in alone]
     framed = torch.cat([torch.tensor([4]), prompts[0], torch.tensor([5])])[None]
     assert chat[0]["generated_text"].split() == words(Loop(model, framed, RAGGED).greedy(8)[0]).split()
+
+
+# One prompt with its text, as `evolkv generate` answers it.
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_document_is_asked_as_it_was_read_also_where_the_template_has_one_token_behind_the_bos(model, raw, tmp_path):
+    own, path = tokenizer(), str(tmp_path / "document.cache")
+    own.chat_template = f"{{{{ bos_token }}}} {own.chat_template}"
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 2)])
+    save_document(model, own, "w7 w8 w9 w10 w11", get_method("streaming_llm"), 6, path, raw=raw)
+    document = CompressedCache.load(path, model)
+    answer = generate_text(model, own, "w20", raw=raw, document=document, max_new_tokens=2)
+    assert answer.new_tokens > 0
+
+
+def test_a_document_of_tokens_that_the_model_does_not_know_is_refused(tmp_path):
+    small, path = tiny_model(vocab_size=100), tmp_path / "document.cache"
+    with pytest.raises(ModelError, match="token 120, but the model has embeddings for 100"):
+        save_document(small, tokenizer(), "w120 w7", get_method("streaming_llm"), 6, str(path))
+    assert not path.exists()
+
+
+def test_what_the_receiver_of_the_text_raises_comes_out_as_it_is(model):
+    def refuse(text):
+        raise ValueError("no terminal")
+
+    with pytest.raises(ValueError, match=r"^no terminal$") as caught:
+        generate_text(model, tokenizer(), "w7", on_text=refuse, max_new_tokens=3)
+    assert not isinstance(caught.value, EvolKVError)

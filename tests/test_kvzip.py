@@ -175,14 +175,22 @@ def test_drafts_embeddings_and_passages_beyond_the_context_are_refused():
         cache.activate_past_recording()
     with pytest.raises(UsageError, match="give input_ids"):
         model(inputs_embeds=torch.randn(1, 20, 64), cache=cache)
-    cache.reset()
     with pytest.raises(UsageError, match="up to 40 tokens behind a prompt of 40, which are more than the 64"):
         model(tokens(1, 40), cache=cache)
-    with pytest.raises(UsageError, match="failed half-way"):
-        model(tokens(1, 2), cache=cache)
-    cache.reset()
+    # A refused call changes nothing.
     model(tokens(1, 30), cache=cache)
     assert cache.get_seq_length() == 30
+
+
+def test_of_a_row_that_is_padding_alone_nothing_is_read_again():
+    model, ids = tiny_model(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    cache = CompressedCache.prefill(model, WORDLESS, ids, mask, budget=8)
+    assert [len(head[1]) for layer in cache.positions for head in layer] == [0] * LAYERS * KV_HEADS
+    alone = CompressedCache.prefill(model, WORDLESS, ids[:1], budget=8)
+    assert [[head[0].tolist() for head in layer] for layer in cache.positions] == kept(alone)
+    assert cache.prefill_factor == alone.prefill_factor
 
 
 @pytest.mark.model

@@ -9,10 +9,13 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from evolkv.errors import TaskError
+from evolkv.cache.rereading import words_of
+from evolkv.errors import TaskError, UsageError
 from evolkv.evaluation.scoring import encode_examples
+from evolkv.models.chat import user_message
+from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
-from evolkv.tasks.prompts import encode_text, user_message
+from evolkv.tasks.prompts import encode_text
 from tiny import tiny_model
 
 VOCABULARY = ["<pad>", "<end>", "<start>", "\n", *"abcdefgh"]
@@ -87,6 +90,22 @@ def test_a_chat_template_that_takes_a_list_of_parts_alone_gets_one():
     tokenizer = adding("$A")
     tokenizer.chat_template = WITH_PARTS
     assert user_message(tokenizer, "abc") == "abcd"
+
+
+@pytest.mark.parametrize("template", [WITH_PARTS, "{{ messages[0]['content'] }}d"])
+def test_kvzip_begins_its_answers_as_any_chat_template_has_it(template, monkeypatch):
+    tokenizer, model = adding("$A"), tiny_model()
+    tokenizer.chat_template = template
+    monkeypatch.setattr("evolkv.cache.rereading.tokenizer_of", lambda model: tokenizer)
+    assert words(words_of(model, get_selector("kvzip")).answer) == "d"
+
+
+def test_a_chat_template_that_kvzip_cannot_use_is_refused(monkeypatch):
+    tokenizer = adding("$A")
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    monkeypatch.setattr("evolkv.cache.rereading.tokenizer_of", lambda model: tokenizer)
+    with pytest.raises(UsageError, match=r"no users here.*kvzip:words=false"):
+        words_of(tiny_model(), get_selector("kvzip"))
 
 
 @pytest.mark.parametrize(

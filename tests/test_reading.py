@@ -27,8 +27,8 @@ from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny_model, tokens
 READS = "rocketkv:window=4,kernel=3,read=6"
 
 
-def prefilled(model, ids, selector=READS, budget=24):
-    return CompressedCache.prefill(model, BudgetProfile.uniform(model, budget, selector), ids)
+def prefilled(model, ids, selector=READS, budget=24, profile=None):
+    return CompressedCache.prefill(model, profile or BudgetProfile.uniform(model, budget, selector), ids)
 
 
 def steps(model, cache, ids):
@@ -229,6 +229,19 @@ def test_prompts_of_different_lengths_are_read_each_in_its_own_way():
     got = torch.cat(out, dim=1)
     for i, cache in enumerate(alone):
         assert torch.allclose(got[i], steps(model, cache, later[[i]])[0], atol=1e-5)
+
+
+def test_merged_caches_answer_as_each_does_although_their_rows_were_taken_apart():
+    model, prompts, later = tiny_model(num_key_value_heads=4), tokens(2, 60), tokens(2, 4, seed=1)
+    profile = BudgetProfile.from_budgets(model, [[8, 16, 8, 16]] * LAYERS, "rocketkv:held=30,window=4")
+    caches = [prefilled(model, ids[None], profile=profile) for ids in prompts]
+    # Rows that hold as much as each other, but are read in another way, lie apart from now on.
+    assert [len(cache.kv_layers[0].groups) for cache in caches if cache.kv_bytes] == [2, 2]
+    expected = [model(question[None], cache=cache.copy()).logits for question, cache in zip(later, caches, strict=True)]
+    merged = CompressedCache.merge(model, caches)
+    assert torch.allclose(model(later, cache=merged.copy()).logits, torch.cat(expected), atol=1e-5)
+    merged.batch_select_indices(torch.tensor([1, 0]))
+    assert torch.allclose(model(later.flip(0), cache=merged).logits, torch.cat(expected[::-1]), atol=1e-5)
 
 
 def test_evaluate_measures_it_beside_others_as_by_itself_and_says_what_is_read(small):

@@ -15,8 +15,8 @@ from evolkv import BudgetProfile, CompressedCache
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
-from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, get_selector
-from tiny import HEAD_DIM, tiny_model, tokens
+from evolkv.selectors import SELECTORS, LayerContext, PromptAttention, SmallKV, get_selector
+from tiny import HEAD_DIM, stretching_model, tiny_model, tokens
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 2, 50, 8
 
@@ -219,6 +219,19 @@ def test_expected_attention_is_that_of_normally_distributed_queries(covariance):
     torch.testing.assert_close(with_values[..., 2:], expected * of.value[:, :, 2:].norm(dim=-1))
 
 
+def test_expected_attention_undoes_the_angles_of_the_prompt_not_those_of_a_longer_text():
+    def rotary():
+        return rotary_of(stretching_model("dynamic", 16), 0)
+
+    query, key = (torch.randn(BATCH, heads, LENGTH, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    of = replace(prompt(), query=query, key=key, layer=LayerContext(0, rotary))
+    selector = get_selector("expected_attention:future=30,sinks=0,covariance=false,value_norm=false")
+    before = rotary().undo(of.query, torch.arange(LENGTH)).mean(2)
+    turned = before @ rotary().mean_turn(torch.arange(LENGTH, LENGTH + 30), HEAD_DIM)
+    logits = turned.unflatten(1, (KV_HEADS, -1)) @ of.key.transpose(2, 3) * of.scaling
+    torch.testing.assert_close(selector.score(of), logits.softmax(-1).mean(2))
+
+
 def test_expected_attention_is_the_same_in_blocks_of_tokens(monkeypatch):
     of, selector = prompt(), get_selector("expected_attention")
     whole, ranking = selector.score(of), selector.rank(of)
@@ -350,7 +363,7 @@ def test_ties_are_broken_alike_at_every_budget():
         ({"name": "snapkv", "pooling": "median"}, "'max' or 'mean'"),
         ({"name": "snapkv", "gqa": "sum"}, "'mean' or 'max'"),
         ({"name": "chunkkv", "chunk": 0}, "chunk is 0"),
-        ({"name": "chunkkv", "window": 0}, "at least 1"),
+        ({"name": "chunkkv", "window": 0}, "chunkkv: window is 0"),
         ("kvzip:chunk=0", "chunk is 0"),
         ({"name": "expected_attention", "future": 0}, "future is 0"),
         ({"name": "expected_attention", "sinks": -1}, "must not be negative"),
@@ -394,6 +407,17 @@ def test_smaller_budgets_keep_subsets_on_smollm2(smollm2, name):
     for small, large in zip(*kept, strict=True):
         for a, b in zip(small, large, strict=True):
             assert set(a.tolist()) < set(b.tolist())
+
+
+@pytest.mark.parametrize("name", list(SELECTORS))
+def test_a_selector_says_whether_budgets_are_what_it_holds(name):
+    assert get_selector(name).budgets_cut == (name not in ("rocketkv_mt", "smallkv"))
+    assert not get_selector("rocketkv:held=40").budgets_cut
+
+
+def test_a_spec_can_be_read_back_with_a_comma_in_a_value():
+    selector = SmallKV(model=r"models/a,b\\")
+    assert get_selector(selector.spec) == selector
 
 
 def test_truth_values_are_parameters_like_others():

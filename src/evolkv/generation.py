@@ -20,8 +20,9 @@ from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
+from evolkv.models.chat import around_message, user_message
 from evolkv.models.forward import check_token_ids, input_device
-from evolkv.tasks.prompts import encode_text, user_message
+from evolkv.tasks.prompts import encode_text, special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +106,16 @@ def save_document(
         evict_every: as for `generate_text`; the file says so, and answers go by it.
 
     Raises:
-        UsageError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
+        UsageError, ModelError, ProfileError, RunError: as for `generate_text`, and if the file cannot be written.
     """
     check_text("document", document)
-    before = "" if raw else _around_question(tokenizer)[0]
+    before = "" if raw else around_message(tokenizer)[0]
     ids = encode_text(tokenizer, before + document)
     _check_fits(model, "document", ids)
+    inputs = torch.tensor([ids])
+    check_token_ids(model, inputs)
     started = time.perf_counter()
     try:
-        inputs = torch.tensor([ids])
         cache = CompressedCache.prefill(
             model, method, inputs, budget=budget, prefill_chunk=prefill_chunk, evict_every=evict_every
         )
@@ -153,12 +155,13 @@ def generate_text(
         seed: of the sampling.
         prefill_chunk: read the prompt in chunks of so many tokens, evicting as it goes; see `CompressedCache`.
         evict_every: cut the cache to its budgets again after so many new tokens; see `CompressedCache`.
-        on_text: called with each piece of text as it is generated.
+        on_text: called with each piece of text as it is generated. What it raises comes out as it is.
         document: holds what `save_document` read; the prompt is the question, and `method`, `budget`, `prefill_chunk`
             and `evict_every` are left out.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the model's context, or a setting out of range.
+        ModelError: token ids that the model has no embeddings for, or a generation config that cannot be used.
         ProfileError: a profile for another model.
         RunError: if memory does not suffice.
     """
@@ -189,6 +192,8 @@ def generate_text(
     except EvolKVError:
         raise
     except (ValueError, TypeError, IndexError) as error:
+        if error is meter.error:
+            raise
         message = " ".join(str(error).split())
         raise ModelError(f"the model's generation config cannot be used ({message}); mend or remove it") from error
     finished = time.perf_counter()
@@ -256,11 +261,12 @@ def _prompt_inputs(
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
-    before, after = _around_question(tokenizer)
+    before, after = around_message(tokenizer)
     # What follows may hold a date, and the last token may be one with the document's first.
     start = encode_text(tokenizer, before)[:-1][:4] if before else []
-    known = document.input_ids
-    if start and known is not None and (known[0, : len(start)].tolist() == start) == raw:
+    # What any text begins with says nothing of the template.
+    known, any_start = document.input_ids, special_tokens(tokenizer)[0][: len(start)]
+    if known is not None and start != any_start and (known[0, : len(start)].tolist() == start) == raw:
         raise UsageError(
             "the document of --cache was read in the chat template; ask without --raw"
             if raw
@@ -275,15 +281,6 @@ def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, r
 
 def _chats(tokenizer: Any, raw: bool) -> bool:
     return not raw and bool(getattr(tokenizer, "chat_template", None))
-
-
-def _around_question(tokenizer: Any) -> tuple[str, str]:
-    """Return the text that a chat template puts before and after the user's message."""
-    if not _chats(tokenizer, raw=False):
-        return "", ""
-    mark = "<<<the message>>>"
-    before, _, after = user_message(tokenizer, mark).partition(mark)
-    return before, after
 
 
 def check_request(
@@ -352,6 +349,8 @@ class _Meter(TextStreamer):
         self.cache, self.on_text = cache, on_text
         self.kv_bytes, self.resident_bytes, self.companion_bytes = 0, 0, 0
         self.first_token_at = 0.0
+        #: What `on_text` has raised.
+        self.error: Exception | None = None
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each new token."""
@@ -369,5 +368,10 @@ class _Meter(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Take text that will not change any more."""
-        if text:
+        if not text:
+            return
+        try:
             self.on_text(text)
+        except Exception as error:
+            self.error = error
+            raise

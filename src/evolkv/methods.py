@@ -140,8 +140,10 @@ class Method:
             return budgets
         floor = self.selector.min_budget
         total = int(budgets[:, 0].sum())
-        if (self.layers is not None or self.allocator in _STEEP) and total < ceilings.sum():
-            if self.layers is not None:
+        if self.layers is not None or self.allocator in _STEEP:
+            if total >= ceilings.sum():
+                row = ceilings
+            elif self.layers is not None:
                 seen = [layer[self.layers, self.selector] for layer in observed]
                 row = self.layers.layers(seen, total // len(budgets), floor, ceilings)
             else:
@@ -205,7 +207,9 @@ class Method:
             return method, profile.budgets
         ceilings = np.array([facts.max_context if w is None else w for w in facts.sliding_windows])
         if profile is not None:
-            return method, profile.expand(budget, ceilings if budget <= ceilings.mean() else None).budgets
+            if budget <= ceilings.mean():
+                return method, profile.expand(budget, ceilings).budgets
+            return method, np.maximum(profile.expand(budget).budgets, ceilings[:, None])
         by_layer = method._by_layer(selector, budget, ceilings)
         return method, np.repeat(by_layer[:, None], facts.num_kv_heads, axis=1)
 

@@ -41,8 +41,8 @@ def layout(
         floor: the least a head may get. Default: what the selector always keeps.
 
     Returns:
-        Budgets in `shape`. Their mean is exactly `budget`, unless the layers cannot hold that much: then nothing is
-        moved, because each layer holds what it can.
+        Budgets in `shape`. Their mean is exactly `budget`, unless the layers cannot hold that much: then each gets at
+        least what it can hold.
 
     Raises:
         UsageError: an unknown allocator, or one that does not give one number per layer.
@@ -62,7 +62,7 @@ def layout(
             )
     budgets = np.broadcast_to(column if len(shape) == 1 else column[:, None], shape)
     if budget > limits.mean():
-        return np.asarray(budgets)
+        return np.maximum(budgets, _by_entry(limits, len(shape)))
     return expand(budgets, budget, selector.min_budget if floor is None else floor, limits)
 
 

@@ -54,13 +54,12 @@ class AccompaniedLayer(ByGroupLayer):
             merged.heads = torch.cat(heads)
         return merged
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, count: int) -> None:
         """Refuse to take tokens back."""
-        if tokens_to_remove:
-            raise RunError(
-                "cannot take tokens back from a cache with a companion model, which has added up what they attend to; "
-                "use plain greedy search, sampling or beam search"
-            )
+        raise RunError(
+            "cannot take tokens back from a cache with a companion model, which has added up what they attend to; use "
+            "plain greedy search, sampling or beam search"
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `CompressedLayer.batch_select_indices`."""
@@ -85,7 +84,7 @@ class AccompaniedLayer(ByGroupLayer):
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        pairs = zip(sequences_of(prompt, padding), self.companion.first, strict=True)
+        pairs = zip(sequences_of(prompt, padding), self.companion.first_received, strict=True)
         with torch.no_grad():
             self.heads = torch.stack(
                 [
@@ -206,6 +205,22 @@ class Accompanied(CacheCosts, HookedCache):
         super().batch_repeat_interleave(repeats)
         if self.companion is not None:
             self.companion.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt.
+
+        Raises:
+            RunError: if a layer cannot; then none does.
+        """
+        if count := abs(tokens_to_remove):
+            for layer in self.kv_layers:
+                layer.check_crop(count)
+            if not all(state.record_past for state in self.state_layers):
+                raise RunError(
+                    f"cannot take back {count} tokens from recurrent states; use plain greedy search, sampling or beam "
+                    "search"
+                )
+        super().crop(-count)
 
     def reset(self) -> None:
         """See `CompressedCache.reset`."""

@@ -83,6 +83,11 @@ class AdaptiveLayer(CompressedLayer):
         twin._layers = cast("list[AdaptiveLayer]", layers)
         return twin
 
+    @property
+    def is_of_one_text(self) -> bool:
+        """Return False: the method lays out budgets for each prompt."""
+        return False
+
     def covers(self, tokens: int) -> bool:
         """Return False: who looks at the scores wants them of every prompt."""
         return False

@@ -138,7 +138,7 @@ class WatchingLayer(ByGroupLayer):
         compared: number of first prompt tokens on which heads are matched.
         noted: the attention that the tokens of the last call paid to each entry of the prompt, ``[batch, heads,
             tokens]`` float32; shorter prompts have zeros behind.
-        first: for each sequence, what its first tokens received from each other, ``[heads, compared]``.
+        first_received: for each sequence, what its first tokens received from each other, ``[heads, compared]``.
     """
 
     compared: int = 1
@@ -146,18 +146,18 @@ class WatchingLayer(ByGroupLayer):
     def _clear(self) -> None:
         super()._clear()
         self.noted: Tensor | None = None
-        self.first: list[Tensor] = []
+        self.first_received: list[Tensor] = []
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`."""
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        noted, self.first = [], []
+        noted, self.first_received = [], []
         for one in sequences_of(prompt, padding):
             received = attention_received(one, one.num_tokens)[0]
             noted.append(F.pad(received, (0, max(self.prompt_lengths) - one.num_tokens)))
-            self.first.append(attention_received(one, min(self.compared, one.num_tokens))[0])
+            self.first_received.append(attention_received(one, min(self.compared, one.num_tokens))[0])
         self.noted = torch.stack(noted)
 
     def _way_of(self, row: int, group: RowGroup) -> bool:
@@ -221,8 +221,8 @@ class CompanionCache(HookedCache):
     Attributes:
         received: attention that the prompt's entries have received from all tokens so far, ``[batch, heads, tokens]``.
         latest: the same from the last token alone, while the large model reads that.
-        first: for each sequence, what its first tokens received from each other, ``[heads, compared]``, while the large
-            model reads the prompt.
+        first_received: for each sequence, what its first tokens received from each other, ``[heads, compared]``, while
+            the large model reads the prompt.
     """
 
     kv_layers: list[WatchingLayer]
@@ -246,7 +246,7 @@ class CompanionCache(HookedCache):
         self.compared = compared
         self.received: Tensor | None = None
         self.latest: Tensor | None = None
-        self.first: list[Tensor] = []
+        self.first_received: list[Tensor] = []
 
     def read(self, arguments: Mapping[str, Any]) -> None:
         """Read the tokens of a call of the large model, of which `arguments` are those of its decoder.
@@ -280,15 +280,15 @@ class CompanionCache(HookedCache):
         noted = [layer.noted for layer in self.kv_layers if layer.noted is not None]
         self.latest = torch.cat([each.to(noted[0].device) for each in noted], dim=1)
         if self.received is None:
-            columns = zip(*(layer.first for layer in self.kv_layers if layer.first), strict=True)
-            self.first = [torch.cat([each.to(noted[0].device) for each in column]) for column in columns]
+            columns = zip(*(layer.first_received for layer in self.kv_layers if layer.first_received), strict=True)
+            self.first_received = [torch.cat([each.to(noted[0].device) for each in column]) for column in columns]
         self.received = self.latest if self.received is None else self.received + self.latest
         for layer in self.kv_layers:
-            layer.noted, layer.first = None, []
+            layer.noted, layer.first_received = None, []
 
     def forget_call(self) -> None:
         """Forget what only the call at hand needs."""
-        self.latest, self.first = None, []
+        self.latest, self.first_received = None, []
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order; an index may occur several times."""

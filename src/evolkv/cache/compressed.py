@@ -18,7 +18,7 @@ from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.reeviction import ONCE, ReevictingLayer, Reeviction
-from evolkv.cache.rereading import store_reread
+from evolkv.cache.rereading import check_prompts, store_reread
 from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -230,6 +230,7 @@ class CompressedCache(Accompanied):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids, twin._searched, twin.adapters = self.input_ids, self._searched, self.adapters
+        twin.prefill_factor = self.prefill_factor
         twin.companion = None if self.companion is None else self.companion.copy()
         return twin
 
@@ -255,7 +256,7 @@ class CompressedCache(Accompanied):
         from evolkv.cache.files import write_cache
 
         self._check_text()
-        write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids)
+        write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids, self.prefill_factor)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> CompressedCache:
@@ -270,9 +271,10 @@ class CompressedCache(Accompanied):
         """
         from evolkv.cache.files import read_cache
 
-        layers, states, input_ids = read_cache(path, model)
-        cache = cls.with_layers(model, layers, states)
-        cache.input_ids, cache.adapters = input_ids, adapters_in_use(model)
+        held = read_cache(path, model)
+        cache = cls.with_layers(model, held.layers, held.states)
+        cache.input_ids, cache.prefill_factor = held.input_ids, held.prefill_factor
+        cache.adapters = adapters_in_use(model)
         return cache
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -316,9 +318,15 @@ class CompressedCache(Accompanied):
             self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
-        """Empties the cache, which is then ready for another prompt."""
+        """Empties the cache, which is then ready for another prompt.
+
+        Raises:
+            UsageError: if a file, or merged caches, gave it budgets that were laid out for their texts alone.
+        """
+        if any(layer.is_of_one_text for layer in self.kv_layers):
+            raise UsageError("the cache has budgets for the texts that it holds alone; make a new CompressedCache")
         super().reset()
-        self.input_ids, self._searched = None, False
+        self.input_ids, self._searched, self.prefill_factor = None, False, 1.0
 
     def activate_past_recording(self) -> None:
         """Expect drafted tokens along with the prompt in the next call; assisted decoding asks for it.
@@ -354,6 +362,12 @@ class CompressedCache(Accompanied):
                 # transformers wants logits of the last prompt token and of each draft.
                 layer.drafted = kept - 1
         self._awaits_drafts = False
+
+    def read_ahead(self, arguments: Mapping[str, Any]) -> None:
+        """See `HookedCache.read_ahead`."""
+        super().read_ahead(arguments)
+        if not self.get_seq_length():
+            check_prompts(self.model(), self.kv_layers, arguments)
 
     def read_again(self, arguments: Mapping[str, Any]) -> None:
         """See `HookedCache.read_again`."""
@@ -428,6 +442,9 @@ class CompressedCache(Accompanied):
             [own.merge(list(column), room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
+        lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]
+        read = sum(other.prefill_factor * length for other, length in zip(caches, lengths, strict=True))
+        merged.prefill_factor = read / sum(lengths) if sum(lengths) else 1.0
         if companions := [other.companion for other in caches if other.companion is not None]:
             merged.companion = CompanionCache.merge(companions, room)
         return merged

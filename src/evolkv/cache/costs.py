@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from evolkv.cache.layer import CompressedLayer
@@ -49,10 +48,14 @@ class CacheCosts:
     @property
     def prefill_share_by_sequence(self) -> list[float]:
         """Return, for each sequence, the share of a plain prefill that its prompt took; see `prefill_share`."""
-        return [entered / plain for entered, plain in tokens_computed(self.kv_layers)]
+        return [entered / plain if plain else 1.0 for entered, plain in tokens_computed(self.kv_layers)]
 
     @property
     def prefill_share(self) -> float:
-        """Tokens of the prompts that entered each layer, summed, as a share of all: 1 unless the selector prunes."""
-        entered, plain = np.sum(tokens_computed(self.kv_layers), axis=0)
-        return float(entered / plain)
+        """Tokens of the prompts that entered each layer, summed, as a share of all: 1 unless the selector prunes.
+
+        Where there are none, it is 1.
+        """
+        computed = tokens_computed(self.kv_layers)
+        plain = sum(tokens for _, tokens in computed)
+        return sum(tokens for tokens, _ in computed) / plain if plain else 1.0

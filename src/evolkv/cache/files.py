@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,10 +78,6 @@ class _Reeviction(Schema):
     evict_every: int | None
     #: Whether the prompt may go on.
     open: bool
-    #: What there is for the next cut.
-    real: bool
-    queries: bool
-    received: bool
 
 
 class _Description(Schema):
@@ -95,7 +91,10 @@ class _Description(Schema):
     layers: list[_Layer]
     states: list[_States]
     reeviction: _Reeviction | None
-    crc32: dict[str, int] = Field(default_factory=dict)
+    #: See `CompressedCache.prefill_factor`.
+    prefill_factor: float = Field(ge=1)
+    #: A checksum of each tensor, by name.
+    crc32: dict[str, int]
 
 
 def write_cache(
@@ -104,6 +103,7 @@ def write_cache(
     layers: Sequence[CompressedLayer],
     states: Sequence[StateLayer],
     input_ids: Tensor | None,
+    prefill_factor: float,
 ) -> None:
     """Writes what layers hold to a file, whole or not at all; missing folders are made.
 
@@ -140,6 +140,9 @@ def write_cache(
         tensors["real"] = first.real
     if input_ids is not None:
         tensors["input_ids"] = input_ids.long()
+    again = None
+    if isinstance(first, ReevictingLayer):
+        again = _Reeviction(**asdict(first.reeviction), open=first.open)
     # Rows that have room for more must not be stored with it.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = _Description(
@@ -150,7 +153,8 @@ def write_cache(
         appended=first.appended,
         layers=[_Layer(budgets=layer.budgets.tolist(), groups=len(layer.groups)) for layer in layers],
         states=[_States(parts=list(held.parts()), updated=list(held.has_previous_state.values())) for held in states],
-        reeviction=_reeviction(first) if isinstance(first, ReevictingLayer) else None,
+        reeviction=again,
+        prefill_factor=prefill_factor,
         crc32={name: _crc32(tensor) for name, tensor in tensors.items()},
     )
     metadata = {"format": FORMAT, "cache": description.model_dump_json()}
@@ -158,16 +162,6 @@ def write_cache(
         write_with(path, lambda partial: save_file(tensors, partial, metadata))
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _reeviction(layer: ReevictingLayer) -> _Reeviction:
-    return _Reeviction(
-        **asdict(layer.reeviction),
-        open=layer.open,
-        real=layer.real is not None,
-        queries=bool(layer.queries),
-        received=bool(layer.received),
-    )
 
 
 def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
@@ -179,8 +173,13 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
     return tensors
 
 
-#: The layers with keys and values of a cache, those with states, and the ids of its text, ``[batch, tokens]``, or None.
-StoredCache = tuple[list[CompressedLayer], list[StateLayer], Tensor | None]
+class StoredCache(NamedTuple):
+    """What a file holds: layers with keys and values, those with states, ids ``[batch, tokens]`` or None, and costs."""
+
+    layers: list[CompressedLayer]
+    states: list[StateLayer]
+    input_ids: Tensor | None
+    prefill_factor: float
 
 
 def read_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> StoredCache:
@@ -288,7 +287,7 @@ class _Reader:
             raise CacheFileError("damaged: budgets have rows of different lengths; write it again") from None
         shapes = ((self.heads,), (self.batch, self.heads))
         _check(all(each.shape in shapes for each in budgets), "budgets do not fit its sequences and heads")
-        padded = again.real if again is not None else "real" in self.file.keys()  # noqa: SIM118
+        padded = "real" in said.crc32
         real = self._tensor("real", torch.bool) if padded else None
         if real is not None:
             _check(real.shape == (self.batch, said.appended), "real does not fit its sequences and tokens")
@@ -302,13 +301,13 @@ class _Reader:
             _check(torch.equal(rows, every), f"layer {i} does not have each row once")
         queries: list[list[Tensor]] = [[] for _ in groups]
         received: list[list[Tensor]] = [[] for _ in groups]
-        if again is not None and again.queries:
+        if "0.queries.0" in said.crc32:
             queries = [self._queries(i, selector) for i in range(len(groups))]
-        if again is not None and again.received:
+        if "0.0.received" in said.crc32:
             received = [self._received(i, layer) for i, layer in enumerate(groups)]
         states = empty_states(self.model)
         self._fill_states(states)
-        ids = self._tensor("input_ids", torch.int64) if "input_ids" in self.file.keys() else None  # noqa: SIM118
+        ids = self._tensor("input_ids", torch.int64) if "input_ids" in said.crc32 else None
         if ids is not None:
             _check(ids.ndim == 2 and ids.shape[0] == self.batch, "input_ids do not fit its sequences")
         layers = make_layers(self.model, budgets, selector, reeviction)
@@ -319,12 +318,13 @@ class _Reader:
             layer.is_initialized, layer.real = True, real
             if isinstance(layer, ReevictingLayer) and again is not None:
                 layer.open, layer.queries, layer.received = again.open, queries[i], received[i]
-        return layers, states, ids
+        return StoredCache(layers, states, ids, said.prefill_factor)
 
     def _group(self, name: str, window: int | None, padded: bool) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)
         keys, values = (self._tensor(f"{name}.{part}", self.dtype) for part in ("keys", "values"))
         fits = rows.ndim == 1 and len(rows) > 0 and 0 <= int(rows.min()) <= int(rows.max()) < self.batch * self.heads
+        fits = fits and bool((rows.diff() > 0).all())
         _check(fits, f"{name}.rows are not rows of its sequences and heads")
         shape = keys.shape[:2]
         _check(
@@ -393,9 +393,7 @@ class _Reader:
         _check(dtype in (None, tensor.dtype), f"{name} is {tensor.dtype}, expected {dtype}")
         # A tensor is a window into the file, which somebody may change or cut under a running model.
         tensor = tensor.clone()
-        # Early files have no checksums.
-        expected = self.said.crc32.get(name)
-        _check(expected is None or _crc32(tensor) == expected, f"{name} does not hold what was written")
+        _check(self.said.crc32.get(name) == _crc32(tensor), f"{name} does not hold what was written")
         return tensor.to(self.device)
 
 

@@ -212,7 +212,7 @@ class HookedCache(Cache):
             first: of each row of the cache, the first token of the call that counts so.
         """
         for layer in self.kv_layers:
-            layer.first = first
+            layer.answers_from = first
 
     def check_finished(self) -> None:
         """Raise `UsageError` if a call failed half-way, so that layers differ in what they have read."""

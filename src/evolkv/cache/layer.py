@@ -185,6 +185,11 @@ class CompressedLayer(CacheLayerMixin):
         """Return -1: there is no maximum."""
         return -1
 
+    @property
+    def is_of_one_text(self) -> bool:
+        """Return whether budgets were laid out for the texts held, and nothing says how to do it for others."""
+        return self.by_length is None and self.budgets.ndim == 2
+
     def reset(self) -> None:
         """Empty the layer, which is then ready for another prompt."""
         self._clear()
@@ -198,16 +203,24 @@ class CompressedLayer(CacheLayerMixin):
         """Announce calls that `crop` shall undo: what leaves a sliding window in a call goes at the next one."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens, which must have come after the prompt."""
-        count = abs(tokens_to_remove)
-        if count == 0:
-            return
+    def check_crop(self, count: int) -> None:
+        """Check that `crop` can take back so many tokens.
+
+        Raises:
+            RunError: if it cannot.
+        """
         if count > self.appended or (self.is_sliding and not self.record_past):
             raise RunError(
                 f"cannot take back {count} tokens from a compressed cache: only the {self.appended} tokens after the "
                 "prompt can be, and with sliding windows none; use plain greedy search, sampling or beam search"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, which must have come after the prompt; see `check_crop`."""
+        count = abs(tokens_to_remove)
+        if count == 0:
+            return
+        self.check_crop(count)
         for group in self.groups:
             group.keep_entries(slice(None, -count))
             if self.is_sliding:

@@ -67,8 +67,14 @@ class MultiTurnLayer(ReadingLayer):
         if self.readable is not None:
             self.readable.move(device)
 
+    def check_crop(self, count: int) -> None:
+        """See `CompressedLayer.check_crop`; tokens of a turn cannot be taken back."""
+        if self.readable is not None:
+            self.readable.check_crop(count)
+        super().check_crop(count)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """See `CompressedLayer.crop`; tokens of a turn cannot be taken back."""
+        """See `CompressedLayer.crop`."""
         if self.readable is not None:
             self.readable.crop(tokens_to_remove)
         super().crop(tokens_to_remove)

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from evolkv.cache.attend import attend_in_turn
 from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
-from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import boolean_mask, is_causal
 from evolkv.cache.math import attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import UsageError
-from evolkv.selectors import LayerContext
 from evolkv.selectors.rocketkv import Reading, RocketKV
 
 # Pages by which the extremes of a group grow when it is full.
@@ -140,16 +138,9 @@ class ReadingLayer(ByGroupLayer):
     def _clear(self) -> None:
         super()._clear()
         #: Of each sequence, the first token of the next call that counts as generated; see `expect_answers`.
-        self.first: Sequence[int] | None = None
+        self.answers_from: Sequence[int] | None = None
         #: Of each group the pages of its keys, if it is read by pages of several entries.
         self._pages: list[Pages | None] = []
-
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
-        """See `CompressedLayer.copy`; each makes its own pages, which are written to."""
-        twin = super().copy(layers, context)
-        assert isinstance(twin, ReadingLayer)
-        twin._ways_of = None
-        return twin
 
     @property
     def kv_bytes(self) -> int:
@@ -175,8 +166,8 @@ class ReadingLayer(ByGroupLayer):
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """See `CompressedLayer.attend`; each token that counts as generated is attended to by itself."""
-        new, firsts = key.shape[2], set(self.first or ())
-        self.first = None
+        new, firsts = key.shape[2], set(self.answers_from or ())
+        self.answers_from = None
         if len(firsts) > 1:
             raise UsageError(
                 f"the answers in a call begin at tokens {sorted(firsts)}; a cache that reads less than it holds needs "

@@ -167,15 +167,15 @@ class ReevictingLayer(CompressedLayer):
             return
         self.queries = [_queries_that_stay(queries, self.real[i][before[i]]) for i, queries in enumerate(self.queries)]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens, where no later token is ever evicted."""
-        if tokens_to_remove != 0 and self.reeviction.after_prompt:
+    def check_crop(self, count: int) -> None:
+        """See `CompressedLayer.check_crop`; tokens can be taken back where no later token is ever evicted."""
+        if self.reeviction.after_prompt:
             raise RunError(
-                f"cannot take back {abs(tokens_to_remove)} tokens from a cache that evicts after its prompt: what was "
+                f"cannot take back {count} tokens from a cache that evicts after its prompt: what was "
                 "evicted for them is gone; use plain greedy search, sampling or beam search, or leave out "
                 "evict='again' and evict_every"
             )
-        super().crop(tokens_to_remove)
+        super().check_crop(count)
 
     def activate_past_recording(self) -> None:
         """Raises `UsageError`: drafts cannot be told from a prompt that goes on, nor be taken back after a cut."""

@@ -27,13 +27,13 @@ class ReadingReplayLayer(ReplayLayer):
         selector: says how a head is read.
 
     Attributes:
-        first: of each row of the cache, the first token of the next call that counts as generated.
+        answers_from: of each row of the cache, the first token of the next call that counts as generated.
     """
 
     def __init__(self, prompts: list[_Candidates], sliding_window: int | None, selector: RocketKV):
         super().__init__(prompts, sliding_window)
         self.selector = selector
-        self.first: Sequence[int] | None = None
+        self.answers_from: Sequence[int] | None = None
         #: Which entries the queries at hand choose; see `_chosen`.
         self._choice: Tensor | None = None
 
@@ -42,7 +42,7 @@ class ReadingReplayLayer(ReplayLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """See `ReplayLayer.attend`."""
         output = super().attend(own, module, query, key, value, mask, **kwargs)
-        self.first = None
+        self.answers_from = None
         return output
 
     def _attend_prompt(
@@ -50,9 +50,9 @@ class ReadingReplayLayer(ReplayLayer):
     ) -> Tensor:
         queries, self._choice = query.shape[2], None
         first = queries
-        if self.first is not None:
+        if self.answers_from is not None:
             # Below the layer where candidates part, a prompt has one row here and more in the cache.
-            first = self.first[at.start * len(self.first) // self.num_rows]
+            first = self.answers_from[at.start * len(self.answers_from) // self.num_rows]
         # A token that comes alone counts as generated.
         first = 0 if queries == 1 or first == 1 else first
         if self.sliding_window is None and first < queries:

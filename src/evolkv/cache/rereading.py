@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from transformers.cache_utils import CacheLayerMixin
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import padding_of
 from evolkv.cache.math import continue_prompt, extra_term, logit_terms
-from evolkv.errors import UsageError
+from evolkv.errors import TaskError, UsageError
 from evolkv.models import model_facts
+from evolkv.models.chat import around_message
 from evolkv.models.forward import input_device
 from evolkv.models.loading import tokenizer_of
 from evolkv.selectors import LayerContext, Passage, PromptAttention, Selector, Words
@@ -25,7 +27,6 @@ from evolkv.selectors import LayerContext, Passage, PromptAttention, Selector, W
 # The wording of the paper (section 3.2).
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-_MESSAGE = "context"
 
 _words: weakref.WeakKeyDictionary[nn.Module, Words] = weakref.WeakKeyDictionary()
 
@@ -34,7 +35,7 @@ def words_of(model: PreTrainedModel, selector: Selector) -> Words:
     """Return the words that a selector asks a model with, in its tokens; the answer begins as its chat template has it.
 
     Raises:
-        UsageError: if the model's tokenizer is not known, and cannot be loaded.
+        UsageError: if the model's tokenizer is not known, and cannot be loaded; or if its chat template cannot be used.
     """
     if (known := _words.get(model)) is not None:
         return known
@@ -47,9 +48,14 @@ def words_of(model: PreTrainedModel, selector: Selector) -> Words:
         )
     answer = "\n"
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": _MESSAGE}]
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        answer = tokenizer.apply_chat_template(message, **template).rpartition(_MESSAGE)[2]
+        try:
+            _, answer = around_message(tokenizer, enable_thinking=False)
+        except TaskError as error:
+            reason, _, _ = str(error).partition(";")
+            raise UsageError(
+                f"selector {selector.name!r} asks the model in words, and {reason}; leave out the words with "
+                f"{selector.name}:words=false"
+            ) from None
     ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (_FIRST, _LATER, answer))
     return _words.setdefault(model, Words(*ids))
 
@@ -131,6 +137,57 @@ class _RereadLayer(CacheLayerMixin):
         return continue_prompt(reading), None
 
 
+def check_prompts(model: PreTrainedModel, layers: Sequence[CompressedLayer], arguments: Mapping[str, Any]) -> None:
+    """Check that a model can read the prompts of a call again, before it reads them.
+
+    Args:
+        model: the model.
+        layers: all layers of a cache, which are empty.
+        arguments: of the decoder's call.
+
+    Raises:
+        UsageError: as `store_reread`.
+    """
+    selector, ids, mask = layers[0].selector, arguments.get("input_ids"), arguments.get("attention_mask")
+    given = arguments.get("inputs_embeds") if ids is None else ids
+    if not selector.rereads or given is None or all(layer.covers(given.shape[1]) for layer in layers):
+        return
+    padding = padding_of(mask) if isinstance(mask, Tensor) else None
+    for _, real, position in _real_tokens(selector, ids, padding, arguments):
+        _passages(model, selector, range(len(real)), position)
+
+
+def _real_tokens(
+    selector: Selector, ids: Tensor | None, padding: Tensor | None, arguments: Mapping[str, Any]
+) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield the number, the real columns and the position that follows of each prompt that is not padding alone."""
+    if ids is None:
+        raise UsageError(
+            f"selector {selector.name!r} has the model read each prompt again, for which it needs token ids, but this "
+            "call brings inputs_embeds; give input_ids, or use another selector, such as keydiff"
+        )
+    positions = arguments.get("position_ids")
+    for i, row in enumerate(ids):
+        real = torch.arange(len(row)) if padding is None else padding[min(i, len(padding) - 1)].nonzero()[:, 0].cpu()
+        if len(real):
+            last = real[-1] if positions is None else positions[min(i, len(positions) - 1), real[-1]]
+            yield i, real, int(last) + 1
+
+
+def _passages(model: PreTrainedModel, selector: Selector, ids: Sequence[int], position: int) -> list[Passage]:
+    """Return what a model reads behind a prompt that ends before a position; see `reread` for errors."""
+    words = words_of(model, selector) if selector.asks_in_words else None
+    passages = list(selector.passages(ids, words))
+    longest, limit = max(len(each.ids) for each in passages), model_facts(model).max_context
+    if position + longest > limit:
+        raise UsageError(
+            f"selector {selector.name!r} has the model read up to {longest:,} tokens behind a prompt of {position:,}, "
+            f"which are more than the {limit:,} that it can read; repeat fewer at a time, such as "
+            f"{selector.name}:chunk=256, or give a shorter prompt"
+        )
+    return passages
+
+
 def reread(
     model: PreTrainedModel,
     selector: Selector,
@@ -153,16 +210,8 @@ def reread(
     Raises:
         UsageError: if prompt and passages are together longer than the model can read.
     """
-    words = words_of(model, selector) if selector.asks_in_words else None
-    passages = list(selector.passages(ids, words))
-    first, longest = len(ids) if position is None else position, max(len(each.ids) for each in passages)
-    limit = model_facts(model).max_context
-    if first + longest > limit:
-        raise UsageError(
-            f"selector {selector.name!r} has the model read up to {longest:,} tokens behind a prompt of {first:,}, "
-            f"which are more than the {limit:,} that it can read; repeat fewer at a time, such as "
-            f"{selector.name}:chunk=256, or give a shorter prompt"
-        )
+    first = len(ids) if position is None else position
+    passages = _passages(model, selector, ids, first)
     windows = model_facts(model).sliding_windows
     layers = [
         _RereadLayer(key, value, window, context)
@@ -218,22 +267,16 @@ def _reread_batch(
 ) -> tuple[list[Tensor], float]:
     """Return what each entry received, by layer ``[batch, kv_heads, tokens]``, and the factor; see `store_reread`.
 
-    One prompt comes after another, each on its real tokens alone.
+    One prompt comes after another, each on its real tokens alone; nothing is read of one that is padding alone.
     """
-    ids, positions = arguments.get("input_ids"), arguments.get("position_ids")
-    if ids is None:
-        raise UsageError(
-            f"selector {selector.name!r} has the model read each prompt again, for which it needs token ids, but this "
-            "call brings inputs_embeds; give input_ids, or use another selector, such as keydiff"
-        )
+    ids = arguments.get("input_ids")
     repeated = [torch.zeros_like(prompt.key[..., 0], dtype=torch.float32) for prompt in prompts]
     seen = again = 0
-    for i, row in enumerate(ids):
-        real = torch.arange(len(row)) if padding is None else padding[i].nonzero()[:, 0].cpu()
-        last = int(real[-1]) if positions is None else int(positions[min(i, len(positions) - 1), real[-1]])
+    for i, real, position in _real_tokens(selector, ids, padding, arguments):
+        assert ids is not None
         held = [(each.key, each.value) for each in (x.of_sequence(i, real.to(x.key.device)) for x in prompts)]
-        received, read = reread(model, selector, row[real.to(row.device)].tolist(), held, last + 1)
+        received, read = reread(model, selector, ids[i, real.to(ids.device)].tolist(), held, position)
         for whole, part in zip(repeated, received, strict=True):
             whole[i : i + 1, :, real.to(whole.device)] = part
         seen, again = seen + len(real), again + read
-    return repeated, 1 + again / seen
+    return repeated, 1 + again / max(1, seen)

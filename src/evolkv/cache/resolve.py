@@ -82,15 +82,16 @@ class LayerMaker:
         check_rereading(model, method.selector)
         # Loads it, and refuses one that does not fit.
         companion_of(model, method.selector)
-        facts = model_facts(model)
-        method.selector.check_budgets(self.budgets, facts.sliding_windows)
+        facts, budgets = model_facts(model), self.budgets
+        method.selector.check_budgets(budgets, facts.sliding_windows)
         if method.selector.prunes_prefill:
             check_model(model)
             if self._at is None:
                 # The lowest layers get no more than the prompt has, so that the total is met.
                 windows = [facts.max_context if window is None else window for window in facts.sliding_windows]
+                # It must not keep the model alive, as `self` would.
                 self._at = functools.lru_cache(_LENGTHS)(
-                    lambda tokens: method.budgets_for([], self.budgets, np.minimum(windows, tokens))
+                    lambda tokens: method.budgets_for([], budgets, np.minimum(windows, tokens))
                 )
         if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
             raise UsageError(

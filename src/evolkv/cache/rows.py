@@ -45,12 +45,17 @@ class RowGroup:
     @classmethod
     def join(cls, groups: list[RowGroup], room: int) -> RowGroup:
         """Return the rows of several groups of equal length in one, with `room` for further entries."""
+        rows = torch.cat([group.rows for group in groups])
         joined = cls(
-            torch.cat([group.rows for group in groups]),
+            rows,
             torch.cat([group.keys for group in groups]),
             torch.cat([group.values for group in groups]),
             torch.cat([group.positions for group in groups]),
         )
+        # Groups that were taken apart have rows between those of each other.
+        if not bool((rows.diff() > 0).all()):
+            order = rows.argsort()
+            joined = cls(rows[order], joined.keys[order], joined.values[order], joined.positions[order])
         joined._reserve(room)
         return joined
 

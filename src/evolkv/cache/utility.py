@@ -45,7 +45,7 @@ class UtilityLayer(ReplayLayer):
 
     def __init__(self, prompts: list[_Candidates], sliding_window: int | None, first: int):
         super().__init__(prompts, sliding_window)
-        self.first = first
+        self.counted_from = first
         self.utility: Tensor | None = None
         self._lengths: Tensor
 
@@ -67,7 +67,7 @@ class UtilityLayer(ReplayLayer):
         rows = query[0].float().unflatten(0, (heads, fold)) * scaling
         most = torch.zeros((heads, fold, held), device=query.device)
         block = max(1, BLOCK_BYTES // (4 * heads * fold * keys.shape[2]))
-        for start in range(self.first, queries, block):
+        for start in range(self.counted_from, queries, block):
             asking = slice(start, start + block)
             logits = rows[:, :, asking] @ keys[:, None]
             if softcap is not None:

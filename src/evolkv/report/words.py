@@ -10,6 +10,7 @@ from typing import Any
 
 from evolkv.budgets import size_of
 from evolkv.report.schemas import Row
+from evolkv.specs import format_spec
 
 #: The settings that are options of `evolkv search`, in the order in which a command gives them.
 _OPTIONS = (
@@ -130,8 +131,7 @@ def selector_spec(selector: Mapping[str, Any]) -> str | None:
     """A selector as the command line takes it, such as snapkv:window=32,kernel=7; None if it has no name."""
     if not isinstance(name := selector.get("name"), str):
         return None
-    parameters = ",".join(f"{key}={value}" for key, value in selector.items() if key != "name")
-    return f"{name}:{parameters}" if parameters else name
+    return format_spec(name, {key: str(value) for key, value in selector.items() if key != "name"})
 
 
 def eval_command(rows: Sequence[Row]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evolkv.errors import UsageError
 from evolkv.models.rotary import Rotary
+from evolkv.specs import format_spec
 
 
 @dataclass(frozen=True)
@@ -394,8 +395,8 @@ class Selector(ABC):
     def spec(self) -> str:
         """Return the selector as a command line takes it, without what is default: ``snapkv:window=8``."""
         defaults = self.parameters()
-        changed = [f"{key}={value}" for key, value in asdict(self).items() if value != defaults[key]]
-        return f"{self.name}:{','.join(changed)}" if changed else self.name
+        changed = {key: str(value) for key, value in asdict(self).items() if value != defaults[key]}
+        return format_spec(self.name, changed)
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evolkv.errors import UsageError
 from evolkv.selectors.base import PromptAttention, Selector
-from evolkv.selectors.snapkv import SnapKV
+from evolkv.selectors.snapkv import SnapKV, check_votes
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class ChunkKV(Selector):
         for field, value in (("chunk", self.chunk), ("reuse", self.reuse)):
             if value < 1:
                 raise UsageError(f"chunkkv: {field} is {value}; it must be at least 1")
-        # Window and kernel are checked there.
-        _ = self._votes
+        check_votes(self.name, self.window, self.kernel)
 
     @property
     def _votes(self) -> SnapKV:

@@ -64,8 +64,9 @@ class ExpectedAttention(Selector):
         if late >= count:
             return prompt.key.new_full((batch, kv_heads, tokens), torch.inf, dtype=torch.float32)
         rotary = prompt.layer.rotary()
-        turn = rotary.mean_turn(torch.arange(length, length + self.future, device=device), head_dim)
+        # Before the longer text is asked for: an embedding that stretches keeps the angles of the longest.
         cos, sin = rotary.cos_sin(torch.arange(length - count + late, length, device=device))
+        turn = rotary.mean_turn(torch.arange(length, length + self.future, device=device), head_dim)
 
         def over_queries(measure: Callable[[Tensor], Tensor]) -> Tensor:
             """The mean of a measure, ``[batch, kv_heads, group, ...]``, of the queries before their embedding."""

@@ -169,3 +169,8 @@ class RocketKVMultiTurn(RocketKV):
         super().__post_init__()
         if self.held:
             raise UsageError(f"{self.name} holds every token; leave out held={self.held}, or use rocketkv")
+
+    @property
+    def budgets_cut(self) -> bool:
+        """False: every token is held."""
+        return False

@@ -72,6 +72,11 @@ class SmallKV(Selector):
             raise UsageError("smallkv: critical, recent and marginal are all 0; give at least one a part of the budget")
 
     @property
+    def budgets_cut(self) -> bool:
+        """False: every token is held."""
+        return False
+
+    @property
     def observed_queries(self) -> int:
         """0, because nothing is cut."""
         return 0

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import field_validator
 
 from evolkv.errors import TaskError
+from evolkv.models.chat import user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
-from evolkv.tasks.prompts import question_at, user_message, uses_chat
+from evolkv.tasks.prompts import question_at, uses_chat
 from evolkv.tasks.rows import (
     Name,
     Place,

@@ -11,10 +11,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.models.chat import user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
-from evolkv.tasks.prompts import cut_middle, question_at, user_message
+from evolkv.tasks.prompts import cut_middle, question_at
 from evolkv.tasks.rows import (
     AnyText,
     Count,

@@ -14,9 +14,10 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 from evolkv.errors import TaskError
+from evolkv.models.chat import user_message
 from evolkv.tasks.base import SPLITS, Example, Split, Task, check_choice, check_request, partition
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
-from evolkv.tasks.prompts import encode_text, question_at, user_message, uses_chat
+from evolkv.tasks.prompts import encode_text, question_at, uses_chat
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
 

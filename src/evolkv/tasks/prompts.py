@@ -1,8 +1,7 @@
-"""Prompts: the chat template, the tokens that a model reads, the cut of a long text, the place of the question."""
+"""Prompts: the tokens that a model reads, the cut of a long text, the place of the question."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,48 +52,6 @@ def uses_chat(tokenizer: Any, choice: str | bool | None, task: str) -> bool:
         yes, no = ("chat=true", "chat=false") if choice is True else ("template=chat", "template=plain")
         raise TaskError(f"{task}: {yes}, but this tokenizer has no chat template; use {no}")
     return has_template and choice not in ("plain", False)
-
-
-def user_message(tokenizer: Any, content: str) -> str:
-    """Return `content` as the only user message in the model's chat template, up to where the answer begins.
-
-    Raises:
-        TaskError: as `render_chat`.
-    """
-    return render_chat(tokenizer, [{"role": "user", "content": content}])
-
-
-def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-) -> str:
-    """Return messages in the model's chat template, up to where the answer begins.
-
-    Args:
-        tokenizer: the tokenizer, which has a chat template.
-        messages: each with ``role`` and ``content`` (a text; of the last not blank), and what else the template takes.
-        tools: descriptions of tools, as the template takes them.
-
-    Raises:
-        TaskError: the template raises, or what it makes does not contain the last message.
-    """
-    # Templates of models that read images as well may take a list of parts alone.
-    parts = [{**each, "content": [{"type": "text", "text": each.get("content") or ""}]} for each in messages]
-    extra: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, **({"tools": tools} if tools else {})}
-    reasons = []
-    for form in (list(messages), parts):
-        try:
-            prompt = str(tokenizer.apply_chat_template(form, **extra))
-        except Exception as error:  # a template is a program of the model's author
-            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
-            continue
-        if messages[-1]["content"].strip() in prompt:
-            return prompt
-        reasons.append("the message is not in what it makes")
-    name = tokenizer.name_or_path or "this tokenizer"
-    raise TaskError(
-        f"the chat template of {name} cannot put a user's message ({reasons[0]}); "
-        "leave it out: --raw in generate, template=plain or chat=false in a task; or mend it"
-    )
 
 
 def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.models.chat import render_chat, user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
-from evolkv.tasks.prompts import cut_middle, encode_text, question_at, render_chat, user_message, uses_chat
+from evolkv.tasks.prompts import cut_middle, encode_text, question_at, uses_chat
 from evolkv.tasks.rows import (
     AnyText,
     Count,

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from evolkv.errors import TaskError
+from evolkv.models.chat import render_chat
 from evolkv.tasks.base import Example, Split, Task, check_request
 from evolkv.tasks.code import CodeCompletion
 from evolkv.tasks.general import puzzles
 from evolkv.tasks.general.puzzles import Puzzle
 from evolkv.tasks.niah import NeedleInHaystack
-from evolkv.tasks.prompts import encode_text, render_chat, uses_chat
+from evolkv.tasks.prompts import encode_text, uses_chat
 from evolkv.tasks.ruler.puzzle import largest
 from evolkv.tasks.wording import WORDINGS
 

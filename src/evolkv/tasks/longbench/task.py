@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from evolkv.errors import TaskError
+from evolkv.models.chat import user_message
 from evolkv.registry import unknown_name
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.longbench.files import read_subset
 from evolkv.tasks.longbench.subsets import EXTENDED, NAMES, SUBSETS, Subset
-from evolkv.tasks.prompts import cut_middle, question_at, user_message, uses_chat
+from evolkv.tasks.prompts import cut_middle, question_at, uses_chat
 from evolkv.tasks.rows import (
     AnyText,
     Count,

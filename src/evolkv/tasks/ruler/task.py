@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any, ClassVar, get_args
 
 from evolkv.errors import TaskError
+from evolkv.models.chat import user_message
 from evolkv.registry import unknown_name
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
-from evolkv.tasks.prompts import encode_text, user_message, uses_chat
+from evolkv.tasks.prompts import encode_text, uses_chat
 from evolkv.tasks.rows import Splitting, draw
 from evolkv.tasks.ruler import needles, questions, variable_tracking, words
 from evolkv.tasks.ruler.haystack import passages
