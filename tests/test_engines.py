@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -324,6 +325,32 @@ def test_a_limit_too_small_for_one_candidate_is_a_clear_error(needles):
         engine.score(smollm2_candidates(300))
 
 
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_snapshots_are_refused_only_where_their_sum_does_not_fit(tokenizer, reversed_, monkeypatch):
+    model = tiny_model("gemma3", vocab_size=len(tokenizer))
+    examples = [Example(f"{n}", "a b " * n, ("x",)) for n in (60, 4, 4, 4)][:: -1 if reversed_ else 1]
+    lengths = [question.tokens for question in encode_examples(tokenizer, model, examples, "logprob")]
+    held = ReplayEngine(model, tokenizer, examples, SNAPKV).held_bytes
+    for free, fits in ((held + 2, True), (held - 2, False)):
+        monkeypatch.setattr("evolkv.evaluation.shards.free_memory", lambda model, free=free: free / 0.9)
+        backend, read = LocalBackend(model, tokenizer, workers=1), []
+        with contextlib.nullcontext() if fits else pytest.raises(RunError, match="snapshots of 4 examples need about"):
+            ShardedEngine(
+                *(backend, examples, SNAPKV, "logprob", 1000),
+                on_progress=lambda done, total, read=read: read.append(done),
+                tokens=lengths,
+            )
+        # What all prompts hold is known from the first.
+        assert len(read) == (4 if fits else 0)
+
+
+def test_the_full_caches_logits_count_among_the_snapshots(small_needles):
+    held = ReplayEngine(*small_needles, SNAPKV, "fidelity").held_bytes
+    assert ReplayEngine(*small_needles, SNAPKV, "fidelity", memory_limit=held).room == 0
+    with pytest.raises(RunError, match="snapshots of 2 examples need about"):
+        ReplayEngine(*small_needles, SNAPKV, "fidelity", memory_limit=held - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_candidates_may_take_what_the_snapshots_of_all_shards_leave(needles, monkeypatch):
@@ -369,7 +396,7 @@ def test_room_for_candidates_is_shared_by_those_who_compute(small_needles, repli
     model, tokenizer, examples = small_needles
     server = ShardServer(model, tokenizer)
     shards = [Shard(f"0/{i}", tuple(examples), get_selector("snapkv"), "logprob", 300, hold=True) for i in range(2)]
-    sharing, budgets = Sharing(2, replicas, threads), candidates(3, 300, least=33)[:1]
+    sharing, budgets = Sharing((), replicas, threads), candidates(3, 300, least=33)[:1]
     for shard in shards:
         server.serve(Request(shard, sharing), lambda: None)
     server.serve(Request(shards[0], sharing, budgets, (0,)), lambda: None)

@@ -58,7 +58,7 @@ class Engines:
     def side_by_side(self, examples: int) -> int:
         """Return how many shards of so many examples are computed at once."""
         shards = math.ceil(examples / SHARD_SIZE)
-        sharing = self.backend.sharing(shards)
+        sharing = self.backend.sharing([()] * shards)
         return min(shards, sharing.replicas * sharing.threads)
 
     def training(self, examples: Sequence[Example]) -> Engine:
@@ -110,10 +110,17 @@ class Engines:
                 lengths,
             )
         side_by_side = self.side_by_side(len(examples))
-        ceiling = self._space.ceiling
-        if lengths is not None:
-            # Of each prompt every head may get all.
-            ceiling = max(encode_prompt(self._tokenizer, example).shape[1] for example in examples)
+        tokens = [encode_prompt(self._tokenizer, example).shape[1] for example in examples]
+        # Of a share of each prompt every head may get all.
+        ceiling = self._space.ceiling if lengths is None else max(tokens)
         return ShardedEngine(
-            self.backend, examples, self._selector, config.metric, ceiling, held, on_progress, lengths=lengths
+            self.backend,
+            examples,
+            self._selector,
+            config.metric,
+            ceiling,
+            held,
+            on_progress,
+            tokens=tokens,
+            lengths=lengths,
         )
