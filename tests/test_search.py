@@ -234,6 +234,20 @@ def test_interruption_before_the_first_score_is_passed_on(small):
     assert small[0].config._attn_implementation == "sdpa"
 
 
+def test_interruption_of_the_first_generation_keeps_the_descent(small, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardedEngine, "score", stop)
+    settings = {**CONTEST, "selector": "snapkv:window=8"}
+    found = evolkv.search(*small, budget=24, **settings)
+    assert (found.interrupted, found.chosen, len(found.descent)) == (True, "gradient", 2)
+    assert found.profile.budgets.tolist() == found.descent[-1]["budgets"]
+    curve = search_curve(*small, budgets=[24, 32], **settings)
+    assert curve.interrupted
+    assert [result.profile for result in curve.results] == [found.profile]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

@@ -73,7 +73,7 @@ def run_auto(
     Raises:
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     check_bounds(loss, confidence)
     curve = run_curve(model, tokenizer, several(tokenizer, config))

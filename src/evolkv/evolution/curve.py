@@ -88,7 +88,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     Raises:
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, config.targets)
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}

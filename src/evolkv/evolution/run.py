@@ -63,7 +63,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
             study was made with other settings, or another process is at it.
         RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, [config.target])
     limit = TimeLimit(config.time_limit, searches(config), 1, config.val)
@@ -208,24 +208,16 @@ class Run:
     def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
         """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
-        if budget not in self._begun:
-            self._begun[budget] = self._begin(budget, start)
-        before = self._begun[budget]
+        if (before := self._begun.get(budget)) is None:
+            before = self._begin(budget, start)
+            # A second part of the search does not count its time again.
+            self._begun[budget] = replace(before, recorded_seconds=0.0)
         if before.descent:
-            last = before.descent[-1]
             # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
             if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
-                return Evolved(
-                    [],
-                    last,
-                    None,
-                    before.interrupted,
-                    before.out_of_time,
-                    descent=before.descent,
-                    lukv=before.lukv,
-                )
-            start, step = np.array(last.budgets), step * STEP_AFTER
+                return Evolved.none(before, before.interrupted)
+            start, step = np.array(before.descent[-1].budgets), step * STEP_AFTER
         elif isinstance(start, str) and start == LUKV:
             start = before.lukv
         evolved = evolve(
@@ -238,15 +230,16 @@ class Run:
             scorer=self._scorer,
             study=self.study,
             limit=self.limit,
+            before=before,
         )
         self.limit.next_search()
-        return replace(evolved, descent=before.descent, lukv=before.lukv)
+        return evolved
 
     def _begin(self, budget: int, start: Start) -> Beginning:
         lukv = self._calibration.budgets(budget, self.study)
         if not (isinstance(start, str) and start == GRADIENT):
-            return Beginning([], lukv)
-        descent, interrupted = descend(
+            return Beginning(lukv=lukv)
+        descent, interrupted, recorded_seconds = descend(
             budget,
             config=self.config,
             space=self.space,
@@ -256,7 +249,7 @@ class Run:
             limit=self.limit,
         )
         cut = not interrupted and len(descent) < self.config.gradient_steps
-        return Beginning(descent, lukv, interrupted, cut)
+        return Beginning(descent, lukv, interrupted, cut, recorded_seconds)
 
     def start_at(self, budget: int, start: np.ndarray) -> np.ndarray:
         """Return the budgets that the search at a budget starts from: those on record, else these.
@@ -280,10 +273,10 @@ class Run:
         allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
-        if evolved.descent:
-            allocations[GRADIENT] = np.array(evolved.descent[-1].budgets)
-        if evolved.lukv is not None:
-            allocations[LUKV] = evolved.lukv
+        if evolved.before.descent:
+            allocations[GRADIENT] = np.array(evolved.before.descent[-1].budgets)
+        if evolved.before.lukv is not None:
+            allocations[LUKV] = evolved.before.lukv
         if isinstance(self.config.start, BudgetProfile):
             allocations[START] = self.config.start.budgets
         completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
@@ -378,7 +371,7 @@ class Run:
             history=[public_row(entry) for entry in history],
             validation=as_rows(validation),
             best=public_row(evolved.best),
-            descent=[public_row(entry) for entry in evolved.descent],
+            descent=[public_row(entry) for entry in evolved.before.descent],
             chosen=chosen,
             improved=bool(validation) and validation[0].evolved,
             evaluations=len(history),
