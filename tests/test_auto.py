@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from evolkv.errors import BudgetError, RunError, UsageError
 from evolkv.evolution import SearchConfig
 from evolkv.evolution.auto import run_auto, several
 from evolkv.profile import BudgetProfile
+from tiny import tiny_model
 
 SETTINGS = {
     "task": "niah:context=200",
@@ -31,16 +33,24 @@ def safe(small):
 
 
 def test_the_grid_is_of_the_longest_prompt_and_leaves_out_what_is_below_the_floor(small):
-    _, tokenizer = small
-    wide = several(tokenizer, SearchConfig(**SETTINGS)).targets
+    model, tokenizer = small
+    wide = several(model, tokenizer, SearchConfig(**SETTINGS)).targets
     # Of a prompt of 200 tokens 2.5 % are the floor of 5.
     assert wide == [10, 20, 40, 80]
     narrow = several(
-        tokenizer, SearchConfig(**{**SETTINGS, "selector": ["snapkv:window=4", "snapkv:window=32"]})
+        model, tokenizer, SearchConfig(**{**SETTINGS, "selector": ["snapkv:window=4", "snapkv:window=32"]})
     ).targets
     assert narrow == [40, 80]
     with pytest.raises(BudgetError, match="leaves --budget auto less than two budgets to try"):
-        several(tokenizer, SearchConfig(**{**SETTINGS, "floor": 60}))
+        several(model, tokenizer, SearchConfig(**{**SETTINGS, "floor": 60}))
+
+
+def test_the_grid_leaves_out_what_the_layers_cannot_hold(tokenizer):
+    settings = SearchConfig(**SETTINGS)
+    # Three of four layers have a window of 24, the fourth sees all 200 tokens: 68 on average.
+    model = tiny_model("gemma3", vocab_size=len(tokenizer), max_position_embeddings=8192)
+    assert several(model, tokenizer, settings).targets == [10, 20, 40]
+    assert several(model, tokenizer, replace(settings, ceiling=30)).targets == [10, 20]
 
 
 def test_the_smallest_safe_profile_has_its_certificate(safe):

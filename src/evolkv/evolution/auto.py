@@ -16,6 +16,7 @@ from evolkv.evaluation.evaluation import MOST_SAMPLES, EvaluationInterrupted, Ev
 from evolkv.evolution.config import SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
 from evolkv.evolution.rivals import longest_prompt
+from evolkv.evolution.space import SearchSpace
 from evolkv.methods import Method, get_method
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
@@ -89,7 +90,7 @@ def run_auto(
         KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     samples = examples_to_certify(loss, confidence, samples)
-    curve = run_curve(model, tokenizer, several(tokenizer, config))
+    curve = run_curve(model, tokenizer, several(model, tokenizer, config))
     profiles: dict[Any, BudgetProfile] = {result.profile.budget: result.profile for result in curve.results}
     largest = profiles[max(profiles)]
     if curve.interrupted:
@@ -160,22 +161,23 @@ def _certified(
     return certificate
 
 
-def several(tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
+def several(model: PreTrainedModel, tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
     """Return the settings with the budgets to try: those of `GRID` that leave every selector something to choose.
 
     Raises:
         BudgetError: fewer than two do.
     """
     longest = longest_prompt(tokenizer, config)
+    spaces = [SearchSpace(model, get_selector(each), config, longest) for each in config.selectors.values()]
     # Of those that compete by default, the ones that do not fit stay out.
-    selectors = [get_selector(each) for each in config.selectors.values()]
     choose = min if config.selector is None else max
-    floor = config.floor or 1 + choose(selector.min_budget for selector in selectors)
-    budgets = [budget for budget in (round(share * longest) for share in GRID) if budget > floor]
+    floor, most = choose(space.floor for space in spaces), min(space.ceilings.mean() for space in spaces)
+    budgets = [budget for budget in (round(share * longest) for share in GRID) if floor < budget < most]
     if len(set(budgets)) < 2:
         raise BudgetError(
-            f"the longest prompt has {longest} tokens and no head may get less than {floor}, which leaves --budget "
-            "auto less than two budgets to try; give a selector with a smaller window, or the budgets"
+            f"the longest prompt has {longest} tokens, no head may get less than {floor}, and heads hold at most "
+            f"{most:.0f} on average, which leaves --budget auto less than two budgets to try; give a selector with a "
+            "smaller window, or the budgets"
         )
     settings = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
     return SeveralBudgets(budgets=budgets, **settings)
