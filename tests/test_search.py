@@ -135,6 +135,18 @@ def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(sma
         assert any(np.ptp(entry["budgets"], axis=1).any() for entry in found.history)
 
 
+def test_a_search_from_a_profile_is_under_its_selector(small, caplog):
+    begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48], selector="keydiff")
+    settings = {**SETTINGS, "max_evals": GENERATION, "start": begun}
+    found = evolkv.search(*small, **settings)
+    assert found.profile.selector == begun.selector
+    as_it_is = evolkv.search(*small, **settings, strategy="start")
+    assert (as_it_is.profile.selector, as_it_is.profile.budgets.tolist()) == (begun.selector, begun.budgets.tolist())
+    assert "has to beat" not in caplog.text
+    assert evolkv.search(*small, **settings, selector="knorm").profile.selector["name"] == "knorm"
+    assert "the profile to start from is under keydiff, and the search under knorm" in caplog.text
+
+
 def test_a_profile_that_a_search_starts_from_is_among_what_it_has_to_beat(small):
     begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48])
     found = evolkv.search(*small, **{**SETTINGS, "budget": 60, "max_evals": 14, "start": begun})

@@ -54,7 +54,7 @@ def search(
             "-s",
             metavar="S...",
             help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on unseen examples is taken. "
-            "(default: three compete; without a slope snapkv)",
+            "(default: three compete; without a slope snapkv; that of a profile to start from)",
         ),
     ] = None,
     companion: Companion = None,

@@ -58,8 +58,8 @@ class SearchConfig:
         task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
             a descent, and evolution goes on under the one that does best on the validation examples; each gets a whole
-            search where there is no descent. The result lists them as `rivals`. Default: `COMPETING`, those that fit
-            the budget, where there is a descent, else `ALONE`.
+            search where there is no descent. The result lists them as `rivals`. Default: that of the profile to start
+            from; without one `COMPETING`, those that fit the budget, where there is a descent, else `ALONE`.
         strategy: "joint" (one CMA-ES at exactly the target memory), "gradient" (the gradient start alone), "start"
             (the `start` as it is, even if a heuristic does better), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv"). Default: "head" where
@@ -143,6 +143,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         strategy = STRATEGIES[self.strategy]
+        if self.selector is None and isinstance(self.start, BudgetProfile):
+            object.__setattr__(self, "selector", self.start.selector)
         if self.granularity is None:
             layers_only = strategy.layers_only or self._pruning is not None
             object.__setattr__(self, "granularity", "layer" if layers_only else "head")
