@@ -61,6 +61,15 @@ class Engines:
         sharing = self.backend.sharing([()] * shards)
         return min(shards, sharing.replicas * sharing.threads)
 
+    @property
+    def holds_all(self) -> bool:
+        """Return whether prompts are held whole: at a share, or where scores are balanced against the full cache."""
+        return bool(self._space.shares) or self._balanced
+
+    def most_held(self, longest: int) -> int:
+        """Return the most ranked entries of a head that are held, of prompts with so many tokens at most."""
+        return longest if self.holds_all else self._space.ceiling
+
     def training(self, examples: Sequence[Example]) -> Engine:
         """Return the engine over the training examples; their prompts are prefilled once, and held for many calls."""
         if self._training is None:
@@ -111,14 +120,12 @@ class Engines:
             )
         side_by_side = self.side_by_side(len(examples))
         tokens = [encode_prompt(self._tokenizer, example).shape[1] for example in examples]
-        # Of a share of each prompt every head may get all.
-        ceiling = self._space.ceiling if lengths is None else max(tokens)
         return ShardedEngine(
             self.backend,
             examples,
             self._selector,
             config.metric,
-            ceiling,
+            self.most_held(max(tokens)),
             held,
             on_progress,
             tokens=tokens,
