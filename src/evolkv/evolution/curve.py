@@ -92,7 +92,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     """
     config = settled(tokenizer, config, config.targets)
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
-    limit = TimeLimit(config.time_limit, searches(config), len(config.targets), config.val)
+    limit = TimeLimit(config.time_limit, searches(config), len(config.targets), config.val, config.num_train)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(selectors) > 1:
         return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))

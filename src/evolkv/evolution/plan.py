@@ -27,7 +27,7 @@ from evolkv.evolution.config import COMPUTED, OneBudget, SearchConfig, SeveralBu
 from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
-from evolkv.evolution.limit import CHOICES
+from evolkv.evolution.limit import allocations
 from evolkv.evolution.rivals import searches, settled
 from evolkv.evolution.run import Run
 from evolkv.tasks import Example, encode_prompt
@@ -115,7 +115,9 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
     targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
     config = settled(tokenizer, config, targets)
     selectors = list(config.selectors.values())
-    one = replace(config, selector=[fitted(selectors[0], targets[0])], storage=None, time_limit=None)
+    # As the search does: of one budget alone the window stays as it is.
+    first = fitted(selectors[0], targets[0]) if isinstance(config, SeveralBudgets) else selectors[0]
+    one = replace(config, selector=[first], storage=None, time_limit=None)
     free = free_memory(model)
     with Run(model, tokenizer, one) as run:
         budgets = run.space.aim(targets)
@@ -123,7 +125,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         # Where they compete, one of them evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
-        chosen = CHOICES * len(budgets) * searches(config) * len(run.held_out)
+        chosen = allocations(len(budgets)) * searches(config) * (len(run.held_out) + len(run.train))
         descents = config.gradient_steps * len(budgets) * len(selectors) if config.follows_slope else 0
         seconds = {
             "prefill": measured.read(run.train),

@@ -66,7 +66,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, [config.target])
-    limit = TimeLimit(config.time_limit, searches(config), 1, config.val)
+    limit = TimeLimit(config.time_limit, searches(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(config.selectors) > 1:
         return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
