@@ -198,6 +198,8 @@ def test_the_training_score_in_a_profile_is_that_of_its_budgets(small):
         if event.stage == "search":
             raise KeyboardInterrupt
 
+    whole = evolkv.search(*small, **{**SETTINGS, "minibatch": 1, "max_evals": GENERATION})
+    assert whole.profile.scores["train"] == {**whole.train, "metric": "logprob"}
     # Generations on examples in turn: what is left is the distribution's mean, which was not scored.
     found = evolkv.search(*small, on_progress=stop, **{**SETTINGS, "minibatch": 1, "train": 2})
     assert found.chosen == "mean"

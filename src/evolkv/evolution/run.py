@@ -342,9 +342,12 @@ class Run:
         # The profile says these itself.
         for name in ("model", "granularity", "selector"):
             settings.pop(name)
-        train = {}
-        if history and np.array_equal(budgets, evolved.best.budgets):
-            train["train"] = {"score": evolved.best.score, "n": self.rotation.size, "metric": metric}
+        score = self.trained.get(str(budget), {}).get(chosen)
+        train = None if score is None else {"score": score, "n": len(self.train)}
+        on_all = train
+        if on_all is None and history and self.rotation.everything and np.array_equal(budgets, evolved.best.budgets):
+            # What was stopped before the choice.
+            on_all = {"score": evolved.best.score, "n": len(self.train)}
         profile = BudgetProfile.from_budgets(
             self.model,
             budgets,
@@ -354,12 +357,11 @@ class Run:
             granularity=self.config.granularity,
             search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
             scores={
-                **train,
+                **({} if on_all is None else {"train": {**on_all, "metric": metric}}),
                 "validation": {entry.name: entry.score for entry in validation},
                 "ci95": {entry.name: list(entry.ci95) for entry in validation},
             },
         )
-        score = self.trained.get(str(budget), {}).get(chosen)
         kept = None
         if not interrupted:
             try:
@@ -380,7 +382,7 @@ class Run:
             stopped=TIME_LIMIT if evolved.out_of_time else None,
             settings=settings,
             kept=kept,
-            train=None if score is None else {"score": score, "n": len(self.train)},
+            train=train,
         )
 
     def describe(self) -> dict[str, Any]:
