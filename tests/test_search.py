@@ -13,7 +13,7 @@ from evolkv.errors import BudgetError, StudyError, UsageError
 from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.shards import ShardedEngine
-from evolkv.evolution import SearchProgress, search_curve
+from evolkv.evolution import OneBudget, SearchProgress, search_curve
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -491,3 +491,7 @@ def test_the_preset_paper_is_algorithm_1_unless_told_otherwise(small):
     assert found.profile.granularity == "layer"
     with pytest.raises(UsageError, match="Did you mean 'paper'"):
         evolkv.search(*small, preset="papr", **brief)
+    with pytest.raises(UsageError, match="Did you mean 'paper'"):
+        OneBudget(preset="papr", **brief)
+    with pytest.raises(UsageError, match=r"give a OneBudget its settings: \*\*preset_settings\('paper'\)"):
+        OneBudget(preset="paper", **brief)

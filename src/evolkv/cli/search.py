@@ -307,7 +307,7 @@ def with_preset(context: typer.Context) -> dict[str, Any]:
     from evolkv.evolution.config import preset_settings
 
     options = context.params
-    for name, value in preset_settings(options["preset"]).items():
+    for name, value in preset_settings(options.pop("preset")).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
             options[name] = [value] if name == "selector" and isinstance(value, str) else value

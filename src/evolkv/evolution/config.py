@@ -105,7 +105,8 @@ class SearchConfig:
         study: name of the study in the storage.
         on_progress: called as the search goes on.
         preset: what settings are that are not given: "best" (the defaults here) or "paper" (Algorithm 1 with the
-            paper's hyper-parameters); see `PRESETS`.
+            paper's hyper-parameters); see `PRESETS`. The classes themselves, which cannot tell what was given, take
+            "best" alone.
 
     Raises:
         UsageError: a setting that no search can use, or two that do not go together.
@@ -142,6 +143,11 @@ class SearchConfig:
     preset: str = "best"
 
     def __post_init__(self) -> None:
+        if preset_settings(self.preset):
+            raise UsageError(
+                f"preset {self.preset!r} is for evolkv.search and search_curve; give a {type(self).__name__} its "
+                f"settings: **preset_settings({self.preset!r})"
+            )
         strategy = STRATEGIES[self.strategy]
         if self.selector is None and isinstance(self.start, BudgetProfile):
             object.__setattr__(self, "selector", self.start.selector)
