@@ -279,17 +279,17 @@ class SearchConfig:
         """Return True if LU-KV can be calibrated, and so is among what the search chooses from."""
         return self.engine == "replay" and reads_answer(self.metric) and self._uncut is None
 
-    def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
+    def evaluations(self, shape: tuple[int, ...], searches: int = 1) -> int:
         """Return how many candidates a search evaluates: whole generations, or part of one.
 
         Args:
             shape: of the budgets.
-            share: searches that `max_evals` is for, of which this is one.
+            searches: that divide `max_evals`, of which this is one.
         """
         strategy = STRATEGIES[self.strategy]
         if self.max_evals is None:
-            return strategy.default_evaluations(self, shape, share)
-        asked, whole = self.max_evals // share, strategy.smallest(self, shape)
+            return strategy.default_evaluations(self, shape, searches)
+        asked, whole = self.max_evals // searches, strategy.smallest(self, shape)
         return asked // whole * whole or max(1, asked)
 
     @property

@@ -222,7 +222,7 @@ def evolve(
 
 
 def make_strategy(
-    config: SearchConfig, space: SearchSpace, budget: int, start: Start, share: int = 1, step: float = 1.0
+    config: SearchConfig, space: SearchSpace, budget: int, start: Start, searches: int = 1, step: float = 1.0
 ) -> Strategy:
     """Return the strategy of a search at one budget.
 
@@ -231,7 +231,7 @@ def make_strategy(
         space: the budgets to choose from.
         budget: the target.
         start: where to start from, if the strategy `starts_anywhere`.
-        share: searches that divide the candidates, of which this is one.
+        searches: that divide the candidates, of which this is one.
         step: factor on the default sigma.
 
     Raises:
@@ -246,7 +246,7 @@ def make_strategy(
         "floor": floor,
         "ceiling": ceiling,
         "seed": config.seed,
-        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, share)),
+        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, searches)),
     }
     if strategy.starts_anywhere:
         arguments["x0"] = space.start(start, budget)

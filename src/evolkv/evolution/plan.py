@@ -28,7 +28,7 @@ from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
 from evolkv.evolution.limit import allocations
-from evolkv.evolution.rivals import searches, settled
+from evolkv.evolution.rivals import searches_of, settled
 from evolkv.evolution.run import Run
 from evolkv.tasks import Example, encode_prompt
 
@@ -125,7 +125,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         # Where they compete, one of them evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
-        chosen = allocations(len(budgets)) * searches(config) * (len(run.held_out) + len(run.train))
+        chosen = allocations(len(budgets)) * searches_of(config) * (len(run.held_out) + len(run.train))
         descents = config.gradient_steps * len(budgets) * len(selectors) if config.follows_slope else 0
         seconds = {
             "prefill": measured.read(run.train),

@@ -101,7 +101,7 @@ def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
     return max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
 
 
-def searches(config: SearchConfig) -> int:
+def searches_of(config: SearchConfig) -> int:
     """Return how many searches there are at each budget, one after the other."""
     several = len(config.selectors)
     return several + (several > 1 and config.competes)

@@ -28,7 +28,7 @@ from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
-from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
+from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
@@ -66,7 +66,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, [config.target])
-    limit = TimeLimit(config.time_limit, searches(config), 1, config.val, config.num_train)
+    limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(config.selectors) > 1:
         return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
@@ -205,8 +205,8 @@ class Run:
             self.study.put("max_evals", evaluations)
         return budgets
 
-    def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
-        """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
+    def evolve(self, budget: int, start: Start, searches: int = 1, step: float = 1.0) -> Evolved:
+        """Search at one of so many budgets that divide the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
         if (before := self._begun.get(budget)) is None:
             before = self._begin(budget, start)
@@ -221,9 +221,9 @@ class Run:
         elif isinstance(start, str) and start == LUKV:
             start = before.lukv
         evolved = evolve(
-            make_strategy(config, space, budget, start, share, step),
+            make_strategy(config, space, budget, start, searches, step),
             budget,
-            config.evaluations(space.shape, share),
+            config.evaluations(space.shape, searches),
             config=config,
             space=space,
             rotation=self.rotation,
