@@ -33,7 +33,19 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Example, get_task
-from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, VOCABULARY, failing, stretching_model, tiny_model, tokens
+from tiny import (
+    FAMILIES,
+    KV_HEADS,
+    LAYERS,
+    STRETCHING,
+    VOCABULARY,
+    failing,
+    scored_texts,
+    stretching_model,
+    tiny_model,
+    tokens,
+    tokens_read,
+)
 
 SNAPKV = get_selector({"name": "snapkv", "window": 4})
 
@@ -120,11 +132,11 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
     first, second = tokens(1, 90), tokens(1, 80)
     second[:, 60:] = tokens(1, 20, seed=9)
     shared = Prefiller(model, [chosen])
-    shared(first)
-    after = shared(second)
+    with tokens_read(model) as read:
+        shared(first)
+        after = shared(second)
     alone = Prefiller(model, [chosen])(second)
-    reused = shared.tokens_seen - shared.tokens_computed
-    assert reused == (0 if selector == "h2o" else 60)
+    assert read == [90, 80 if selector == "h2o" else 20]
     torch.testing.assert_close(after.next_logits, alone.next_logits, atol=1e-5, rtol=0)
     for got, expected in zip(after.kv_layers, alone.kv_layers, strict=True):
         torch.testing.assert_close(got.held()[0], expected.held()[0], atol=1e-5, rtol=0)
@@ -283,8 +295,8 @@ def test_replay_equals_naive_on_smollm2(needles):
     assert scores.shape == (3, 2)
     assert np.abs(scores - expected).max() <= 1e-4
     assert np.ptp(scores) > 0.01
-    for column in range(2):
-        assert replay.generate(column, budgets) == [naive.generate(column, candidate) for candidate in budgets]
+    replay, naive = (engine(model, tokenizer, examples, selector, "contains") for engine in (ReplayEngine, NaiveEngine))
+    assert scored_texts(replay, budgets) == scored_texts(naive, budgets)
 
 
 @pytest.mark.slow
@@ -446,10 +458,12 @@ def test_engines_and_evaluation_apply_the_repetition_penalty_alike(small, monkey
     example = Example(id="a", prompt="The sky is blue and blue is the sky. " * 9, references=("x",), later=later)
     budgets = np.full((1, LAYERS, KV_HEADS), 300)
     selector = get_selector("snapkv")
-    (replayed,) = ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)
-    assert replayed == NaiveEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets[0])
+    settings = (model, tokenizer, [example], selector, "contains")
+    replay, naive = ReplayEngine(*settings), NaiveEngine(*settings)
+    (replayed,) = scored_texts(replay, budgets)
+    assert [replayed] == scored_texts(naive, budgets)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", None)
-    assert replayed != ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)[0]
+    assert [replayed] != scored_texts(ReplayEngine(*settings), budgets)
 
 
 @pytest.mark.parametrize("engine", [ReplayEngine, NaiveEngine])

@@ -229,9 +229,6 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def serve(self, request: Request) -> np.ndarray:
         if not self._same:
             assert self._origin is not None

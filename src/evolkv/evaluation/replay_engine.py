@@ -18,7 +18,7 @@ from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.memory import USABLE, free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
-from evolkv.evaluation.scoring import Question, encode_examples, generate
+from evolkv.evaluation.scoring import Question, encode_examples
 from evolkv.evaluation.slope import slope
 from evolkv.evaluation.utility import utility
 from evolkv.models import model_facts
@@ -176,13 +176,6 @@ class ReplayEngine(Engine):
             for layer, part in enumerate(utility(self.model, ranked.prompt, ranked.question)):
                 total[layer, :, : part.shape[1]] += part
         return total.astype(np.float32)
-
-    def generate(self, column: int, budgets: np.ndarray) -> list[str]:
-        """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
-        prompt = (self._held[column] if self._held is not None else self._rank(self._prefiller(), column)).prompt
-        cache = ReplayCache(self.model, [prompt], self._carried(np.asarray(budgets, dtype=np.int64), [prompt]))
-        logits = prompt.next_logits.expand(len(budgets), -1)
-        return generate(self.model, self.tokenizer, cache, logits, [self.questions[column]] * len(budgets))
 
     def close(self) -> None:
         """Free the prefill; scoring would begin with another."""

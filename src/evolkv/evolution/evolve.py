@@ -183,9 +183,9 @@ def evolve(
                     evaluations.append(
                         Evaluation(
                             as_lists(candidate),
-                            float(fitness(score, spent, budget, lam=config.lam, gamma=config.gamma)),
+                            fitness(score, spent, budget, lam=config.lam, gamma=config.gamma),
                             score,
-                            float(cache_score(spent, budget, gamma=config.gamma)),
+                            cache_score(spent, budget, gamma=config.gamma),
                             generation,
                             by_example,
                             took,
