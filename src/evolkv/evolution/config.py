@@ -148,12 +148,24 @@ class SearchConfig:
                 f"preset {self.preset!r} is for evolkv.search and search_curve; give a {type(self).__name__} its "
                 f"settings: **preset_settings({self.preset!r})"
             )
-        strategy = STRATEGIES[self.strategy]
+        self._fill_in()
+        self._check_values()
+        self._check_strategy()
+        self._check_start()
+        self._check_engine()
+
+    def _fill_in(self) -> None:
+        """Fill in the defaults that depend on other settings."""
         if self.selector is None and isinstance(self.start, BudgetProfile):
             object.__setattr__(self, "selector", self.start.selector)
         if self.granularity is None:
-            layers_only = strategy.layers_only or self._pruning is not None
+            layers_only = STRATEGIES[self.strategy].layers_only or self._pruning is not None
             object.__setattr__(self, "granularity", "layer" if layers_only else "head")
+        if self.metric is None:
+            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
+
+    def _check_values(self) -> None:
+        """Check each setting by itself."""
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "backend" and callable(value)):
@@ -173,6 +185,15 @@ class SearchConfig:
                 f"{f'--max-evals {self.max_evals}' if self.max_evals else f'at most {MOST_POPULATION:,}'}); "
                 "a search wants many generations: leave --population out, or raise --max-evals"
             )
+        check_metric(self.metric)
+        if not self.selectors:
+            raise UsageError("no selector is given; give at least one, such as snapkv")
+        # Checks its arguments, long before the first candidate would.
+        fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
+
+    def _check_strategy(self) -> None:
+        """Check what goes with the strategy."""
+        strategy = STRATEGIES[self.strategy]
         if self.minibatch is not None and not strategy.mean_first:
             raise UsageError(
                 f"strategy {self.strategy!r} compares candidates of different generations, which needs them all scored "
@@ -191,9 +212,11 @@ class SearchConfig:
             raise UsageError(
                 f"strategy {self.strategy!r} starts from uniform budgets; leave --start out, or use 'joint'"
             )
-        if self.metric is None:
-            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
-        check_metric(self.metric)
+        if self.strategy == GRADIENT and not self.follows_slope:
+            raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
+
+    def _check_start(self) -> None:
+        """Check what a computed start needs."""
         if (uncut := self._uncut) and self.begins_at in COMPUTED:
             raise UsageError(
                 f"under {uncut} budgets say what is read: that has no slope, and lukv lays out what is held; use "
@@ -211,8 +234,9 @@ class SearchConfig:
                 f"{lacking} reads no answer for lukv to be calibrated on; use --start uniform, or --metric logprob "
                 "with --engine replay"
             )
-        if self.strategy == GRADIENT and not self.follows_slope:
-            raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
+
+    def _check_engine(self) -> None:
+        """Check what goes with the engine."""
         if self.engine == "naive" and self.backend != "local":
             raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
         if self.engine == "replay" and self.prefill_chunk is not None:
@@ -220,13 +244,9 @@ class SearchConfig:
                 "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
                 "add --engine naive, which reads each prompt for each candidate"
             )
-        if not self.selectors:
-            raise UsageError("no selector is given; give at least one, such as snapkv")
         if self.engine == "replay":
             for spec in self.selectors.values():
                 get_selector(spec).check_replay()
-        # Checks its arguments, long before the first candidate would.
-        fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     @property
     def _given(self) -> list[Selector]:
