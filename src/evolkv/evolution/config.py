@@ -146,7 +146,7 @@ class SearchConfig:
         if preset_settings(self.preset):
             raise UsageError(
                 f"preset {self.preset!r} is for evolkv.search and search_curve; give a {type(self).__name__} its "
-                f"settings: **preset_settings({self.preset!r})"
+                f"settings: **evolkv.evolution.config.preset_settings({self.preset!r})"
             )
         self._fill_in()
         self._check_values()
