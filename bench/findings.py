@@ -113,7 +113,7 @@ class Findings:
         config = replace(self.trial.config, granularity=self.finest)
         examples = min(SLOPE_EXAMPLES, self.arguments.train)
         started = time.perf_counter()
-        steps, _ = descend(
+        steps, *_ = descend(
             budget,
             config=config,
             space=self.trial.space(self.finest),

@@ -281,7 +281,7 @@ def descent(
 
         _ = trial.train
         started = time.perf_counter()
-        steps, _ = descend(
+        steps, *_ = descend(
             budget,
             config=config,
             space=space,

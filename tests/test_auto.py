@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import evolkv.models
 from evolkv.cli import main
-from evolkv.errors import BudgetError, UsageError
+from evolkv.errors import BudgetError, RunError, UsageError
 from evolkv.evolution import SearchConfig
 from evolkv.evolution.auto import run_auto, several
 from evolkv.profile import BudgetProfile
+from tiny import tiny_model
 
 SETTINGS = {
     "task": "niah:context=200",
@@ -31,16 +33,24 @@ def safe(small):
 
 
 def test_the_grid_is_of_the_longest_prompt_and_leaves_out_what_is_below_the_floor(small):
-    _, tokenizer = small
-    wide = several(tokenizer, SearchConfig(**SETTINGS)).targets
+    model, tokenizer = small
+    wide = several(model, tokenizer, SearchConfig(**SETTINGS)).targets
     # Of a prompt of 200 tokens 2.5 % are the floor of 5.
     assert wide == [10, 20, 40, 80]
     narrow = several(
-        tokenizer, SearchConfig(**{**SETTINGS, "selector": ["snapkv:window=4", "snapkv:window=32"]})
+        model, tokenizer, SearchConfig(**{**SETTINGS, "selector": ["snapkv:window=4", "snapkv:window=32"]})
     ).targets
     assert narrow == [40, 80]
     with pytest.raises(BudgetError, match="leaves --budget auto less than two budgets to try"):
-        several(tokenizer, SearchConfig(**{**SETTINGS, "floor": 60}))
+        several(model, tokenizer, SearchConfig(**{**SETTINGS, "floor": 60}))
+
+
+def test_the_grid_leaves_out_what_the_layers_cannot_hold(tokenizer):
+    settings = SearchConfig(**SETTINGS)
+    # Three of four layers have a window of 24, the fourth sees all 200 tokens: 68 on average.
+    model = tiny_model("gemma3", vocab_size=len(tokenizer), max_position_embeddings=8192)
+    assert several(model, tokenizer, settings).targets == [10, 20, 40]
+    assert several(model, tokenizer, replace(settings, ceiling=30)).targets == [10, 20]
 
 
 def test_the_smallest_safe_profile_has_its_certificate(safe):
@@ -89,6 +99,44 @@ def test_options_that_make_no_sense_are_refused_first(options, message, tmp_path
     assert message in capsys.readouterr().err
 
 
-def test_bounds_are_checked_first(small):
-    with pytest.raises(UsageError, match="--confidence is 1"):
-        run_auto(*small, SearchConfig(**SETTINGS), confidence=1)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"confidence": 1}, "--confidence is 1"),
+        ({"samples": 200_000}, "--certify is 200000; expected 1 to 100,000 examples"),
+        ({"samples": 0}, "--certify is 0"),
+        ({"loss": 1e-5}, "to certify a loss below 1e-05 with confidence 0.95 takes more than 100,000 examples"),
+        ({"loss": 1e-8}, "use a larger --loss"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused_first(small, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        run_auto(*small, SearchConfig(**SETTINGS, on_progress=pytest.fail), **wrong)
+
+
+def raising(error):
+    def call(*given, **named):
+        raise error
+
+    return call
+
+
+def test_the_searches_outlive_a_certification_that_is_stopped_or_fails(small, safe):
+    largest = safe.curve.results[-1].profile
+    stopped = run_auto(*small, SearchConfig(**SETTINGS), samples=2, on_example=raising(KeyboardInterrupt))
+    assert (stopped.certificate, stopped.failed, stopped.profile) == (None, None, largest)
+    assert stopped.to_dict("p.json")["interrupted"]
+    failed = run_auto(*small, SearchConfig(**SETTINGS), samples=2, on_example=raising(RunError("no room")))
+    assert (failed.certificate, failed.interrupted, failed.profile) == (None, False, largest)
+    assert str(failed.failed) == "no room"
+
+
+def test_the_profile_is_written_where_certification_fails(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evolkv.models, "load_model", lambda name, **options: small)
+    monkeypatch.setattr("evolkv.evolution.auto.evaluate", raising(RunError("no room")))
+    command = ["search", "smollm2-135m", "--task", "niah:context=200", "--budget", "auto", "--start", "uniform"]
+    command += ["--selector", "snapkv:window=4", "--train", "2", "--val", "2", "--max-evals", "8"]
+    assert main([*command, "--granularity", "layer"]) == 1
+    assert "profile.json holds the largest budget" in " ".join(capsys.readouterr().err.split())
+    assert BudgetProfile.load("profile.json").budget == 80

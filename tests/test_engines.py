@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,19 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector, get_selector
 from evolkv.tasks import Example, get_task
-from tiny import FAMILIES, KV_HEADS, LAYERS, STRETCHING, VOCABULARY, failing, stretching_model, tiny_model, tokens
+from tiny import (
+    FAMILIES,
+    KV_HEADS,
+    LAYERS,
+    STRETCHING,
+    VOCABULARY,
+    failing,
+    scored_texts,
+    stretching_model,
+    tiny_model,
+    tokens,
+    tokens_read,
+)
 
 SNAPKV = get_selector({"name": "snapkv", "window": 4})
 
@@ -119,11 +132,11 @@ def test_shared_prefix_gives_the_same_recording_as_a_prefill_of_its_own(family, 
     first, second = tokens(1, 90), tokens(1, 80)
     second[:, 60:] = tokens(1, 20, seed=9)
     shared = Prefiller(model, [chosen])
-    shared(first)
-    after = shared(second)
+    with tokens_read(model) as read:
+        shared(first)
+        after = shared(second)
     alone = Prefiller(model, [chosen])(second)
-    reused = shared.tokens_seen - shared.tokens_computed
-    assert reused == (0 if selector == "h2o" else 60)
+    assert read == [90, 80 if selector == "h2o" else 20]
     torch.testing.assert_close(after.next_logits, alone.next_logits, atol=1e-5, rtol=0)
     for got, expected in zip(after.kv_layers, alone.kv_layers, strict=True):
         torch.testing.assert_close(got.held()[0], expected.held()[0], atol=1e-5, rtol=0)
@@ -282,8 +295,8 @@ def test_replay_equals_naive_on_smollm2(needles):
     assert scores.shape == (3, 2)
     assert np.abs(scores - expected).max() <= 1e-4
     assert np.ptp(scores) > 0.01
-    for column in range(2):
-        assert replay.generate(column, budgets) == [naive.generate(column, candidate) for candidate in budgets]
+    replay, naive = (engine(model, tokenizer, examples, selector, "contains") for engine in (ReplayEngine, NaiveEngine))
+    assert scored_texts(replay, budgets) == scored_texts(naive, budgets)
 
 
 @pytest.mark.slow
@@ -322,6 +335,32 @@ def test_a_limit_too_small_for_one_candidate_is_a_clear_error(needles):
     engine = ReplayEngine(model, tokenizer, examples[:1], get_selector("snapkv"), memory_limit=14 * 2**20)
     with pytest.raises(RunError, match="one candidate on example"):
         engine.score(smollm2_candidates(300))
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_snapshots_are_refused_only_where_their_sum_does_not_fit(tokenizer, reversed_, monkeypatch):
+    model = tiny_model("gemma3", vocab_size=len(tokenizer))
+    examples = [Example(f"{n}", "a b " * n, ("x",)) for n in (60, 4, 4, 4)][:: -1 if reversed_ else 1]
+    lengths = [question.tokens for question in encode_examples(tokenizer, model, examples, "logprob")]
+    held = ReplayEngine(model, tokenizer, examples, SNAPKV).held_bytes
+    for free, fits in ((held + 2, True), (held - 2, False)):
+        monkeypatch.setattr("evolkv.evaluation.shards.free_memory", lambda model, free=free: free / 0.9)
+        backend, read = LocalBackend(model, tokenizer, workers=1), []
+        with contextlib.nullcontext() if fits else pytest.raises(RunError, match="snapshots of 4 examples need about"):
+            ShardedEngine(
+                *(backend, examples, SNAPKV, "logprob", 1000),
+                on_progress=lambda done, total, read=read: read.append(done),
+                tokens=lengths,
+            )
+        # What all prompts hold is known from the first.
+        assert len(read) == (4 if fits else 0)
+
+
+def test_the_full_caches_logits_count_among_the_snapshots(small_needles):
+    held = ReplayEngine(*small_needles, SNAPKV, "fidelity").held_bytes
+    assert ReplayEngine(*small_needles, SNAPKV, "fidelity", memory_limit=held).room == 0
+    with pytest.raises(RunError, match="snapshots of 2 examples need about"):
+        ReplayEngine(*small_needles, SNAPKV, "fidelity", memory_limit=held - 1)
 
 
 @pytest.mark.slow
@@ -369,7 +408,7 @@ def test_room_for_candidates_is_shared_by_those_who_compute(small_needles, repli
     model, tokenizer, examples = small_needles
     server = ShardServer(model, tokenizer)
     shards = [Shard(f"0/{i}", tuple(examples), get_selector("snapkv"), "logprob", 300, hold=True) for i in range(2)]
-    sharing, budgets = Sharing(2, replicas, threads), candidates(3, 300, least=33)[:1]
+    sharing, budgets = Sharing((), replicas, threads), candidates(3, 300, least=33)[:1]
     for shard in shards:
         server.serve(Request(shard, sharing), lambda: None)
     server.serve(Request(shards[0], sharing, budgets, (0,)), lambda: None)
@@ -419,10 +458,12 @@ def test_engines_and_evaluation_apply_the_repetition_penalty_alike(small, monkey
     example = Example(id="a", prompt="The sky is blue and blue is the sky. " * 9, references=("x",), later=later)
     budgets = np.full((1, LAYERS, KV_HEADS), 300)
     selector = get_selector("snapkv")
-    (replayed,) = ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)
-    assert replayed == NaiveEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets[0])
+    settings = (model, tokenizer, [example], selector, "contains")
+    replay, naive = ReplayEngine(*settings), NaiveEngine(*settings)
+    (replayed,) = scored_texts(replay, budgets)
+    assert [replayed] == scored_texts(naive, budgets)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", None)
-    assert replayed != ReplayEngine(model, tokenizer, [example], selector, "contains").generate(0, budgets)[0]
+    assert [replayed] != scored_texts(ReplayEngine(*settings), budgets)
 
 
 @pytest.mark.parametrize("engine", [ReplayEngine, NaiveEngine])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,10 @@ from evolkv.errors import TaskError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.balance import LEAST_GAIN, LEAST_LOSS, BalancedEngine
 from evolkv.evaluation.scoring import text_score
+from evolkv.evolution import OneBudget
+from evolkv.evolution.plan import make_plan
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks import Task, encode_prompt, get_task
 from evolkv.tasks.general import KINDS
 from evolkv.tasks.protocol import under_protocol
 from tiny import KV_HEADS, LAYERS
@@ -121,6 +125,28 @@ def test_losses_count_by_what_the_full_cache_takes_off_them(engine):
     plain, slopes = engine.slope(budgets, 2.0, [0, 1, 2])
     np.testing.assert_allclose(losses, plain)
     np.testing.assert_allclose(balanced, slopes * (weights / weights.mean())[:, None, None], rtol=1e-3, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Balanced(Task):
+    """Needles whose scores are balanced."""
+
+    name = "balanced"
+    balanced = True
+
+    def examples(self, split, n, tokenizer, seed=0):
+        return get_task("niah:context=120").examples(split, n, tokenizer, seed)
+
+
+def test_the_full_cache_is_whole_under_a_ceiling(small):
+    settings = {"task": Balanced(), "budget": 24, "selector": "knorm", "start": "uniform", "granularity": "layer"}
+    settings |= {"train": 2, "val": 2, "max_evals": 8, "metric": "fidelity"}
+    whole, cut = (evolkv.search(*small, **settings, ceiling=ceiling) for ceiling in (None, 40))
+    (free,), (bound,) = ([row for row in found.validation if row["name"] == "uniform"] for found in (whole, cut))
+    assert bound == free
+    assert np.max([entry["budgets"] for entry in cut.history]) <= 40
+    plan = make_plan(*small, OneBudget(**settings, ceiling=40))
+    assert plan.memory.recordings == make_plan(*small, OneBudget(**settings)).memory.recordings
 
 
 def test_general_is_searched_and_says_that_it_was_balanced(small):

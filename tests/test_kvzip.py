@@ -119,7 +119,7 @@ def test_a_recorded_prompt_is_ranked_as_a_cache_ranks_it(family):
         assert recorded.prefill_factor(spec) == cache.prefill_factor
         assert recorded.prefill_factor(get_selector("keydiff")) == 1
     # What both prompts share was read once; the passages do not count as read.
-    assert prefill.tokens_computed == 60 + 15
+    assert prefill.tokens_to_compute([first, second]) == 60 + 15
 
 
 def cache_budgets(model, budget):

@@ -12,7 +12,7 @@ import evolkv
 from evolkv.errors import RunError, UsageError
 from evolkv.evolution import limit as module
 from evolkv.evolution import search_curve
-from evolkv.evolution.limit import CHOICES, TimeLimit
+from evolkv.evolution.limit import TimeLimit, allocations
 
 SETTINGS = {
     "task": "niah:context=200",
@@ -51,14 +51,21 @@ def test_without_a_limit_no_moment_is_too_late(now):
 
 
 def test_room_is_kept_for_a_step_and_the_choice(now):
-    limit = TimeLimit(100, val=10)
+    limit = TimeLimit(100, val=10, train=4)
     limit.read(4, 4, 4.0)
     limit.scored(20, 2.0)
-    # Ten prompts and one more of a second, ten times the choices at a tenth of a second, a tenth on top, and a step.
-    kept = 1.1 * (11 * 1.0 + 10 * CHOICES * 0.1) + 2
+    # Eleven prompts of a second, six allocations on all 14 examples at a tenth of a second, a tenth on top, and a step.
+    kept = 1.1 * (11 * 1.0 + 6 * 14 * 0.1) + 2
     for moment, reached in ((0, False), (100 - kept - 0.01, False), (100 - kept + 0.01, True)):
         now[0] = moment
         assert limit.reached() is reached
+
+
+def test_a_curve_chooses_among_as_many_allocations_as_room_is_kept_for(small):
+    settings = {name: value for name, value in SETTINGS.items() if name != "budget"}
+    settings |= {"start": "gradient", "gradient_steps": 1, "selector": "snapkv"}
+    curve = search_curve(*small, **{**settings, "budgets": [40, 48, 56], "max_evals": GENERATION})
+    assert sum(len(result.validation) for result in curve.results) == allocations(3)
 
 
 def test_searches_share_what_is_left(now):

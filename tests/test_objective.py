@@ -36,21 +36,13 @@ def test_fitness_follows_equation_1():
     assert fitness(0.5, 64, 128, lam=0) == 0.5
 
 
-def test_numbers_give_floats_and_arrays_give_arrays():
+def test_numbers_of_any_type_give_floats():
     assert type(cache_score(100, 128)) is float
-    assert type(fitness(0.5, np.int64(100), 128)) is float
-    means = np.array([0, 64, 128, 192, 500])
-    scores = np.linspace(0, 1, 5)
-    assert cache_score(means, 128).tolist() == [cache_score(int(m), 128) for m in means]
-    assert fitness(scores, means, 128).tolist() == [
-        fitness(float(s), int(m), 128) for s, m in zip(scores, means, strict=True)
-    ]
+    assert type(fitness(np.float32(0.5), np.int64(100), 128)) is float
 
 
 def test_less_than_the_target_costs_less_than_more():
-    means = np.arange(1, 300)
-    scores = cache_score(means, 128)
-    assert means[scores.argmax()] == 128
+    assert max(range(1, 300), key=lambda mean: cache_score(mean, 128)) == 128
     assert cache_score(128 - 32, 128) > cache_score(128 + 32, 128)
 
 

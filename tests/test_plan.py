@@ -9,10 +9,12 @@ import pytest
 import evolkv
 import evolkv.models
 from evolkv.cli import main
+from evolkv.errors import BudgetError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evolution import OneBudget, SeveralBudgets
 from evolkv.evolution import plan as module
 from evolkv.evolution.plan import make_plan
+from evolkv.evolution.run import run_search
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 
@@ -40,6 +42,12 @@ def test_recordings_are_those_that_the_engine_holds(small):
         examples = get_task(SETTINGS["task"]).examples("train", 4, tokenizer, 0)
         engine = ReplayEngine(model, tokenizer, examples, get_selector("snapkv"), "logprob", ceiling)
         assert plan.memory.recordings == pytest.approx(engine.held_bytes, rel=0.02)
+
+
+def test_a_budget_that_the_search_refuses_is_refused(small):
+    for run in (make_plan, run_search):
+        with pytest.raises(BudgetError, match="a smaller window, such as --selector snapkv:window=10"):
+            run(*small, OneBudget(budget=20, **SETTINGS))
 
 
 def test_a_text_metric_has_no_gradient(small):

@@ -47,7 +47,7 @@ def test_a_killed_worker_changes_nothing(smollm2, local, without_ray):
 
     def kill(step: SearchProgress):
         if step.stage == "search" and step.generation == 1:
-            pid = ray.get(backends[0].actors[1].pid.remote())
+            pid = ray.get(backends[0].actors[1].__ray_call__.remote(lambda worker: os.getpid()))
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 

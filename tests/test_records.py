@@ -337,6 +337,7 @@ def test_chosen_examples_alone_are_evaluated(tiny, task, whole):
             if (each["method"], each["budget"]) == (row["method"], row["budget"]) and each["example"] in chosen
         ]
         assert (row["n"], row["score"]) == (2, pytest.approx(np.mean(scores)))
+    assert evolkv.evaluate(*tiny, task=task, sample_ids=",".join(chosen), **METHODS) == rows
 
 
 def test_an_unknown_example_is_refused_with_the_nearest_one(tiny, task):

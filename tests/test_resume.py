@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +124,17 @@ def test_a_finished_search_is_not_searched_again(small, finished):
     assert again.history == result.history
     assert again.validation == result.validation
     assert again.profile == result.profile
+
+
+def test_the_recorded_steps_of_a_descent_count_once(small, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "max_evals": 4, "selector": ["knorm", "keydiff"], "storage": str(tmp_path / "study.db")}
+    with monkeypatch.context() as patch:
+        # Each step takes an hour.
+        clock = SimpleNamespace(perf_counter=itertools.count(0, 3600).__next__)
+        patch.setattr("evolkv.evolution.gradient.time", clock)
+        evolkv.search(*small, **settings)
+    hours = evolkv.search(*small, **settings).seconds / 3600
+    assert len(settings["selector"]) * SETTINGS["gradient_steps"] < hours < 13
 
 
 def test_a_finished_search_goes_on_with_more_candidates(small, finished):

@@ -13,7 +13,7 @@ from evolkv.errors import BudgetError, StudyError, UsageError
 from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.shards import ShardedEngine
-from evolkv.evolution import SearchProgress, search_curve
+from evolkv.evolution import OneBudget, SearchProgress, search_curve
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -135,6 +135,18 @@ def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(sma
         assert any(np.ptp(entry["budgets"], axis=1).any() for entry in found.history)
 
 
+def test_a_search_from_a_profile_is_under_its_selector(small, caplog):
+    begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48], selector="keydiff")
+    settings = {**SETTINGS, "max_evals": GENERATION, "start": begun}
+    found = evolkv.search(*small, **settings)
+    assert found.profile.selector == begun.selector
+    as_it_is = evolkv.search(*small, **settings, strategy="start")
+    assert (as_it_is.profile.selector, as_it_is.profile.budgets.tolist()) == (begun.selector, begun.budgets.tolist())
+    assert "has to beat" not in caplog.text
+    assert evolkv.search(*small, **settings, selector="knorm").profile.selector["name"] == "knorm"
+    assert "the profile to start from is under keydiff, and the search under knorm" in caplog.text
+
+
 def test_a_profile_that_a_search_starts_from_is_among_what_it_has_to_beat(small):
     begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48])
     found = evolkv.search(*small, **{**SETTINGS, "budget": 60, "max_evals": 14, "start": begun})
@@ -186,6 +198,8 @@ def test_the_training_score_in_a_profile_is_that_of_its_budgets(small):
         if event.stage == "search":
             raise KeyboardInterrupt
 
+    whole = evolkv.search(*small, **{**SETTINGS, "minibatch": 1, "max_evals": GENERATION})
+    assert whole.profile.scores["train"] == {**whole.train, "metric": "logprob"}
     # Generations on examples in turn: what is left is the distribution's mean, which was not scored.
     found = evolkv.search(*small, on_progress=stop, **{**SETTINGS, "minibatch": 1, "train": 2})
     assert found.chosen == "mean"
@@ -232,6 +246,20 @@ def test_interruption_before_the_first_score_is_passed_on(small):
     with pytest.raises(KeyboardInterrupt):
         evolkv.search(*small, on_progress=stop, **SETTINGS)
     assert small[0].config._attn_implementation == "sdpa"
+
+
+def test_interruption_of_the_first_generation_keeps_the_descent(small, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardedEngine, "score", stop)
+    settings = {**CONTEST, "selector": "snapkv:window=8"}
+    found = evolkv.search(*small, budget=24, **settings)
+    assert (found.interrupted, found.chosen, len(found.descent)) == (True, "gradient", 2)
+    assert found.profile.budgets.tolist() == found.descent[-1]["budgets"]
+    curve = search_curve(*small, budgets=[24, 32], **settings)
+    assert curve.interrupted
+    assert [result.profile for result in curve.results] == [found.profile]
 
 
 @pytest.mark.parametrize(
@@ -463,3 +491,7 @@ def test_the_preset_paper_is_algorithm_1_unless_told_otherwise(small):
     assert found.profile.granularity == "layer"
     with pytest.raises(UsageError, match="Did you mean 'paper'"):
         evolkv.search(*small, preset="papr", **brief)
+    with pytest.raises(UsageError, match="Did you mean 'paper'"):
+        OneBudget(preset="papr", **brief)
+    with pytest.raises(UsageError, match=r"give a OneBudget its settings: .*preset_settings\('paper'\)"):
+        OneBudget(preset="paper", **brief)

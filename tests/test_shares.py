@@ -209,6 +209,8 @@ def test_a_uniform_profile_takes_a_share():
 def test_a_compression_ratio_is_the_share_that_goes(name):
     assert get_method(name).target == "10%"
     assert get_method({"name": "snapkv", "ratio": 0.75}).target == "25%"
+    assert get_method({"name": "snapkv", "ratio": 0.1 + 0.2}).target == "70%"
+    assert get_method({"name": "snapkv", "ratio": 1 / 3}).target == "66.66666667%"
 
 
 def test_a_ratio_that_contradicts_the_budget_is_refused():

@@ -212,3 +212,30 @@ def add_adapters(model, *names):
             part.disabled, part.active_adapters = name is None, [name] if name else part.active_adapters
 
     return switch
+
+
+@contextlib.contextmanager
+def tokens_read(model):
+    """Yields a list of how many tokens each call of the model reads."""
+    counts = []
+    handle = model.register_forward_pre_hook(lambda model, arguments: counts.append(arguments[0].shape[1]))
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def scored_texts(engine, budgets):
+    """The texts that an engine scores, sorted: replay and naive go through examples and candidates in other orders."""
+    said = []
+    scorer = engine.questions[0].scorer
+    score = type(scorer).score
+
+    def recorded(*given):
+        answers = score(scorer, *given)
+        said.extend(answer.text for answer in answers)
+        return answers
+
+    scorer.score = recorded
+    engine.score(budgets)
+    return sorted(said)

@@ -15,8 +15,9 @@ from evolkv.numbers import is_whole
 
 #: No prompt is longer: a larger budget is a mistake.
 MAX_BUDGET = 2**31
-# Ten digits are more than a prompt can tell apart, and few enough for a float to hold.
-_SHARE = r"[0-9]{1,2}(\.[0-9]{1,8})?%"
+#: Decimals of a share in percent: more than a prompt can tell apart, and few enough for a float to hold.
+SHARE_DIGITS = 8
+_SHARE = rf"[0-9]{{1,2}}(\.[0-9]{{1,{SHARE_DIGITS}}})?%"
 
 
 class Share(str):

@@ -20,7 +20,7 @@ from evolkv.allocators.adaptive import (
     Observer,
     get_adaptive,
 )
-from evolkv.budgets import Budget, BudgetSpec, Share, read_budget
+from evolkv.budgets import SHARE_DIGITS, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.facts import ModelFacts
@@ -329,7 +329,8 @@ def _without_ratio(selector: str) -> tuple[str, str | None]:
 def _kept(ratio: str) -> Share:
     """Return the share of a prompt that is left after a ratio of it, such as ``0.9``, was evicted."""
     try:
-        return Share.of_fraction(1 - Decimal(ratio.strip()))
+        # A ratio that was computed, such as 1 / 3, has more digits than a share.
+        return Share(f"{round(100 * (1 - Decimal(ratio.strip())), SHARE_DIGITS):f}%")
     except (ArithmeticError, BudgetError):
         raise UsageError(
             f"ratio is {ratio}; expected the share of each prompt to evict, above 0 and below 1: ratio=0.9 keeps 10%"

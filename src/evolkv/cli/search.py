@@ -54,7 +54,7 @@ def search(
             "-s",
             metavar="S...",
             help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on unseen examples is taken. "
-            "(default: three compete; without a slope snapkv)",
+            "(default: three compete; without a slope snapkv; that of a profile to start from)",
         ),
     ] = None,
     companion: Companion = None,
@@ -307,7 +307,7 @@ def with_preset(context: typer.Context) -> dict[str, Any]:
     from evolkv.evolution.config import preset_settings
 
     options = context.params
-    for name, value in preset_settings(options["preset"]).items():
+    for name, value in preset_settings(options.pop("preset")).items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "DEFAULT":
             options[name] = [value] if name == "selector" and isinstance(value, str) else value

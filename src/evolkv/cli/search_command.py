@@ -17,7 +17,6 @@ from evolkv.cli.arguments import sibling
 from evolkv.cli.options import ModelOptions, accompanied, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
-from evolkv.evaluation.certify import check_bounds
 from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
 from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
@@ -79,6 +78,9 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
     finally:
         if not curve.interrupted:
             print_whole(curve_table(curve.points))
+    if found.failed is not None:
+        console.say(f"evolkv: the searches are done, and {out} holds the largest budget; their certification failed")
+        raise found.failed
     if certificate is None:
         again = "; the same command goes on from there" if config.storage else ""
         console.say(f"evolkv: interrupted; the best so far is in {out}{again}")
@@ -183,7 +185,9 @@ def _config(options: Mapping[str, Any], budgets: list[Budget], outs: Mapping[Bud
         "study": options["study"] or os.path.basename(sibling(out, "")),
     }
     if not budgets:
-        check_bounds(options["loss"], options["confidence"])
+        from evolkv.evolution.auto import examples_to_certify
+
+        examples_to_certify(options["loss"], options["confidence"], options["certify"])
         return SearchConfig(**settings)
     if len(budgets) == 1:
         return OneBudget(budget=budgets[0], **settings)

@@ -83,7 +83,7 @@ def evaluate(
     protocol: str = AWARE,
     prefill_chunk: int | None = None,
     block_size: int | None = None,
-    sample_ids: Sequence[str] | None = None,
+    sample_ids: str | Sequence[str] | None = None,
     records: str | os.PathLike[str] | None = None,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -109,8 +109,8 @@ def evaluate(
             a prefill per method and example. Default: all at once.
         block_size: tokens of the blocks of a server that the budgets are meant for: budgets are rounded up as it rounds
             them (`evolkv.budgets.held_in_blocks`). Not with `prefill_chunk`. Default: each budget to the entry.
-        sample_ids: ids of the examples to evaluate, of those that `samples` draws, or several joined with commas;
-            default: all.
+        sample_ids: one or more ids of examples to evaluate, of those that `samples` draws, or several joined with
+            commas; default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluation.records`. If
             the file is there, examples that it holds are not evaluated again.
         on_progress: called after each example, and first with what is on record already, if anything is.
@@ -148,7 +148,7 @@ def evaluate(
     }
     named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
     if sample_ids is not None:
-        sample_ids = _chosen(named, sample_ids)
+        sample_ids = _chosen(named, [sample_ids] if isinstance(sample_ids, str) else sample_ids)
         named = {
             spec: {name: each for name, each in part.items() if name in sample_ids} for spec, part in named.items()
         }

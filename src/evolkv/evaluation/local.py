@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ class LocalBackend:
         self._server = ShardServer(model, tokenizer)
         self._workers = Workers(model.device, workers)
 
-    def sharing(self, shards: int) -> Sharing:
+    def sharing(self, shards: Sequence[Sequence[int]]) -> Sharing:
         """Return that all shards share the memory, and each thread computes one."""
-        return Sharing(shards, threads=self._workers.count)
+        return Sharing(tuple(chain(*shards)), threads=self._workers.count)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Answer requests; see `Backend.run`."""

@@ -14,7 +14,7 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.prefill import Prefiller
-from evolkv.evaluation.scoring import encode_examples, generate
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.models import model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import Selector
@@ -70,11 +70,6 @@ class NaiveEngine(Engine):
         question = self.questions[column]
         (answer,) = question.scorer.score(*self._prefill(column, budgets), [question])
         return answer.score
-
-    def generate(self, column: int, budgets: np.ndarray) -> str:
-        """Return the greedy text that a candidate gives for example number `column`."""
-        (text,) = generate(self.model, self.tokenizer, *self._prefill(column, budgets), [self.questions[column]])
-        return text
 
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
         if self.lengths is not None:

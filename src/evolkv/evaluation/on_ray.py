@@ -9,6 +9,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -133,9 +134,10 @@ class RayBackend:
         per_node = Counter(self.nodes)
         self._crowd = max(per_node.values()) if not gpus else max(1, round(1 / gpus))
 
-    def sharing(self, shards: int) -> Sharing:
-        """Return the shards of a worker, times the workers that share its memory."""
-        return Sharing(math.ceil(shards / len(self.actors)) * self._crowd, replicas=self._crowd)
+    def sharing(self, shards: Sequence[Sequence[int]]) -> Sharing:
+        """Return the prompts of the worker that holds most, and how many workers share its memory."""
+        count = len(self.actors)
+        return Sharing(max((tuple(chain(*shards[i::count])) for i in range(count)), key=sum), replicas=self._crowd)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Answer requests; see `Backend.run`. Progress comes by whole shards."""
@@ -226,9 +228,6 @@ class _Worker:
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def serve(self, request: Request) -> np.ndarray:
         if not self._same:

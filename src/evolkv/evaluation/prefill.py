@@ -68,8 +68,6 @@ class Prefiller:
         self._observed = None if None in observed else max((n for n in observed if n is not None), default=0)
         self._cache: RecordingCache | None = None
         self._last: list[int] = []
-        #: Tokens of all prompts so far, and how many of them were computed rather than shared.
-        self.tokens_seen = self.tokens_computed = 0
 
     def __call__(self, input_ids: Tensor) -> RecordedPrompt:
         """Prefill one prompt.
@@ -93,8 +91,6 @@ class Prefiller:
                 logits_to_keep=1,
             )
         self._last = ids
-        self.tokens_seen += len(ids)
-        self.tokens_computed += len(ids) - shared
         return self._cache.recorded(output.logits[0, -1].float())
 
     def tokens_to_compute(self, prompts: Sequence[Tensor]) -> int:

@@ -18,9 +18,10 @@ from evolkv.evaluation.engine import Engine, Progress
 from evolkv.evaluation.lengths import ByLength
 from evolkv.evaluation.memory import USABLE, free_memory
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
-from evolkv.evaluation.scoring import Question, encode_examples, generate
+from evolkv.evaluation.scoring import Question, encode_examples
 from evolkv.evaluation.slope import slope
 from evolkv.evaluation.utility import utility
+from evolkv.models import model_facts
 from evolkv.selectors import Selector
 from evolkv.tasks import Example
 
@@ -84,6 +85,7 @@ class ReplayEngine(Engine):
         hold: whether to prefill now and hold the result for any number of `score` calls. False prefills during `score`,
             one example at a time: right for scoring once.
         on_progress: called with (done, total) after each example that was prefilled.
+        beside: lengths of all prompts whose snapshots share the memory, these examples' among them. Default: these.
         rankings: selectors that come after this one on the same examples: their rankings are recorded as well.
         lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
         store: where recorded prompts are looked for before they are prefilled, and left for those who come after, each
@@ -105,6 +107,7 @@ class ReplayEngine(Engine):
         memory_limit: int | None = None,
         hold: bool = True,
         on_progress: Progress | None = None,
+        beside: Sequence[int] = (),
         rankings: Sequence[Selector] = (),
         store: tuple[RecordingStore, str] | None = None,
         lengths: ByLength | None = None,
@@ -114,11 +117,11 @@ class ReplayEngine(Engine):
         self.questions = encode_examples(tokenizer, model, examples, metric)
         #: Bytes that one batch of candidates may take.
         self.room = memory_limit if memory_limit is not None else int(USABLE * free_memory(model))
-        #: Bytes of the snapshots.
-        self.held_bytes = 0
+        #: Bytes of the snapshots, and how many of them are the full cache's logits.
+        self.held_bytes = self.reference_bytes = 0
         self._selector, self._ceiling = selector, ceiling or max(question.tokens for question in self.questions)
         self._rankings, self._store, self._lengths = [selector, *rankings], store, lengths
-        self._on_progress = on_progress
+        self._on_progress, self._beside = on_progress, beside or [question.tokens for question in self.questions]
         self._held: list[_Ranked] | None = self._prefill_all() if hold else None
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
@@ -174,17 +177,10 @@ class ReplayEngine(Engine):
                 total[layer, :, : part.shape[1]] += part
         return total.astype(np.float32)
 
-    def generate(self, column: int, budgets: np.ndarray) -> list[str]:
-        """Return the greedy text that each candidate, ``[candidates, layers, kv_heads]``, gives for one example."""
-        prompt = (self._held[column] if self._held is not None else self._rank(self._prefiller(), column)).prompt
-        cache = ReplayCache(self.model, [prompt], self._carried(np.asarray(budgets, dtype=np.int64), [prompt]))
-        logits = prompt.next_logits.expand(len(budgets), -1)
-        return generate(self.model, self.tokenizer, cache, logits, [self.questions[column]] * len(budgets))
-
     def close(self) -> None:
         """Free the prefill; scoring would begin with another."""
         self.room += self.held_bytes
-        self._held, self.held_bytes = None, 0
+        self._held, self.held_bytes, self.reference_bytes = None, 0, 0
 
     def _batches(self, candidates: int, columns: Sequence[int]) -> Iterator[tuple[list[int], list[_Ranked]]]:
         """Yield examples to be scored together, in order, and their numbers: `candidates` on each make a full batch."""
@@ -214,12 +210,14 @@ class ReplayEngine(Engine):
         total = len(self.questions)
         for column in range(total):
             ranked.append(self._rank(prefill, column))
+            prompt = ranked[-1].prompt
             self.held_bytes += ranked[-1].nbytes
-            expected = self.held_bytes * total // len(ranked)
+            self.reference_bytes += ranked[-1].nbytes - prompt.nbytes
+            expected = _held_bytes(self.model, prompt, self._beside, self._ceiling) + self.reference_bytes
             if expected > self.room:
                 raise RunError(
-                    f"the snapshots of {total} examples need about {_mib(expected)}, and {_mib(self.room)} may be "
-                    "used; use fewer examples, a lower ceiling, or engine 'naive'"
+                    f"the snapshots of {len(self._beside)} examples need about {_mib(expected)}, and "
+                    f"{_mib(self.room)} may be used; use fewer examples, a lower ceiling, or engine 'naive'"
                 )
             if self._on_progress is not None:
                 self._on_progress(column + 1, total)
@@ -322,6 +320,18 @@ def _queries(question: Question) -> int:
     """Return how many tokens a row reads at once."""
     later = len(question.later)
     return later + question.answer_tokens if question.scorer.teacher_forced else max(1, later)
+
+
+def _held_bytes(model: PreTrainedModel, prompt: RankedPrompt, lengths: Sequence[int], ceiling: int) -> int:
+    """Return the bytes that prompts of some lengths hold, given one of them."""
+    total = len(lengths) * sum(state.nbytes for state in prompt.states)
+    if prompt.selector is not None:
+        ceiling = int(prompt.selector.held_under(np.array(ceiling)))
+    layers = zip(prompt.keys, prompt.values, prompt.positions, model_facts(model).sliding_windows, strict=True)
+    for *parts, window in layers:
+        entries = np.minimum(lengths, ceiling if window is None else min(ceiling, window)).sum()
+        total += sum(part[:, 0].nbytes for part in parts) * int(entries)
+    return total
 
 
 def slope_bytes(model: PreTrainedModel, prompt: RankedPrompt, tokens: int) -> tuple[int, int]:

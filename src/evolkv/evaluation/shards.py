@@ -56,12 +56,12 @@ class Sharing:
     """Sharers of the memory of a machine or device.
 
     Args:
-        shards: how many shards, over all replicas of the model there.
+        tokens: lengths of the prompts that a replica of the model holds, the one that holds most.
         replicas: how many replicas of the model.
         threads: how many shards a replica computes at once.
     """
 
-    shards: int
+    tokens: tuple[int, ...] = ()
     replicas: int = 1
     threads: int = 1
 
@@ -125,8 +125,9 @@ class ShardServer:
                 shard.selector,
                 shard.metric,
                 shard.ceiling,
-                memory_limit=self._memory // request.sharing.shards if shard.hold else self._left(request.sharing),
+                memory_limit=self._for_prompts(request.sharing) if shard.hold else self._left(request.sharing),
                 hold=shard.hold,
+                beside=request.sharing.tokens,
                 on_progress=lambda done, total: step(),
                 rankings=shard.rankings,
                 store=None if self._store is None else (self._store, fingerprint(shard.examples)),
@@ -145,6 +146,11 @@ class ShardServer:
             return np.column_stack([losses, slopes.reshape(len(losses), -1)])
         return engine.score(request.budgets, request.columns)
 
+    def _for_prompts(self, sharing: Sharing) -> int:
+        """Return the bytes for the ranked entries of all prompts; how long references are is known as they come."""
+        references = sum(engine.reference_bytes for engine in list(self._held.values()))
+        return self._memory // sharing.replicas - references
+
     def _left(self, sharing: Sharing) -> int:
         """Return the bytes for the candidates of one shard: all snapshots stay, and each thread computes one shard."""
         held = sum(engine.held_bytes for engine in list(self._held.values()))
@@ -158,8 +164,8 @@ class ShardServer:
 class Backend(Protocol):
     """Threads or processes that compute shards."""
 
-    def sharing(self, shards: int) -> Sharing:
-        """Return who shares the memory of a machine or device, of so many shards in all."""
+    def sharing(self, shards: Sequence[Sequence[int]]) -> Sharing:
+        """Return who shares the memory of a machine or device; of each shard the lengths of its prompts are given."""
         ...
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:
@@ -187,6 +193,8 @@ class ShardedEngine(Engine):
         hold: whether to prefill now and hold the result for any number of `score` calls.
         on_progress: called with (done, total) after each example that was prefilled.
         shard_size: examples of a shard.
+        tokens: length of each prompt, by which the first one read tells whether all fit into memory. Default: each
+            shard goes by its own prompts.
         lengths: carries candidates to each prompt's length; None where they are the same for every prompt.
 
     Raises:
@@ -206,6 +214,7 @@ class ShardedEngine(Engine):
         hold: bool = True,
         on_progress: Progress | None = None,
         shard_size: int = SHARD_SIZE,
+        tokens: Sequence[int] = (),
         lengths: ByLength | None = None,
     ):
         self.backend, self.hold, self._on_progress = backend, hold, on_progress
@@ -224,7 +233,9 @@ class ShardedEngine(Engine):
             )
             for start in range(0, len(examples), shard_size)
         ]
-        self._sharing = backend.sharing(len(self._shards))
+        self._sharing = backend.sharing(
+            [tokens[start : start + shard_size] for start in range(0, len(examples), shard_size)]
+        )
         if hold:
             backend.run([Request(shard, self._sharing) for shard in self._shards], self._counted())
 

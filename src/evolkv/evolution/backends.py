@@ -44,8 +44,8 @@ class SharedBackend:
             self._made = self._make()
         return self._made
 
-    def sharing(self, shards: int) -> Sharing:
-        """Say who shares the memory of a machine or device, of so many shards in all."""
+    def sharing(self, shards: Sequence[Sequence[int]]) -> Sharing:
+        """Say who shares the memory of a machine or device; of each shard the lengths of its prompts are given."""
         return self._backend.sharing(shards)
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[np.ndarray]:

@@ -58,8 +58,8 @@ class SearchConfig:
         task: a task or its spec, such as ``"niah:context=1600"``; of several, each gives as many examples.
         selector: which tokens a budget keeps; a name, or a mapping with the name and parameters. Of several each gets
             a descent, and evolution goes on under the one that does best on the validation examples; each gets a whole
-            search where there is no descent. The result lists them as `rivals`. Default: `COMPETING`, those that fit
-            the budget, where there is a descent, else `ALONE`.
+            search where there is no descent. The result lists them as `rivals`. Default: that of the profile to start
+            from; without one `COMPETING`, those that fit the budget, where there is a descent, else `ALONE`.
         strategy: "joint" (one CMA-ES at exactly the target memory), "gradient" (the gradient start alone), "start"
             (the `start` as it is, even if a heuristic does better), "evolkv" (the paper's Algorithm 1) or "random".
         granularity: "layer" (one budget per layer) or "head" (one per KV head; not for "evolkv"). Default: "head" where
@@ -105,7 +105,8 @@ class SearchConfig:
         study: name of the study in the storage.
         on_progress: called as the search goes on.
         preset: what settings are that are not given: "best" (the defaults here) or "paper" (Algorithm 1 with the
-            paper's hyper-parameters); see `PRESETS`.
+            paper's hyper-parameters); see `PRESETS`. The classes themselves, which cannot tell what was given, take
+            "best" alone.
 
     Raises:
         UsageError: a setting that no search can use, or two that do not go together.
@@ -142,10 +143,29 @@ class SearchConfig:
     preset: str = "best"
 
     def __post_init__(self) -> None:
-        strategy = STRATEGIES[self.strategy]
+        if preset_settings(self.preset):
+            raise UsageError(
+                f"preset {self.preset!r} is for evolkv.search and search_curve; give a {type(self).__name__} its "
+                f"settings: **evolkv.evolution.config.preset_settings({self.preset!r})"
+            )
+        self._fill_in()
+        self._check_values()
+        self._check_strategy()
+        self._check_start()
+        self._check_engine()
+
+    def _fill_in(self) -> None:
+        """Fill in the defaults that depend on other settings."""
+        if self.selector is None and isinstance(self.start, BudgetProfile):
+            object.__setattr__(self, "selector", self.start.selector)
         if self.granularity is None:
-            layers_only = strategy.layers_only or self._pruning is not None
+            layers_only = STRATEGIES[self.strategy].layers_only or self._pruning is not None
             object.__setattr__(self, "granularity", "layer" if layers_only else "head")
+        if self.metric is None:
+            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
+
+    def _check_values(self) -> None:
+        """Check each setting by itself."""
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "backend" and callable(value)):
@@ -165,6 +185,15 @@ class SearchConfig:
                 f"{f'--max-evals {self.max_evals}' if self.max_evals else f'at most {MOST_POPULATION:,}'}); "
                 "a search wants many generations: leave --population out, or raise --max-evals"
             )
+        check_metric(self.metric)
+        if not self.selectors:
+            raise UsageError("no selector is given; give at least one, such as snapkv")
+        # Checks its arguments, long before the first candidate would.
+        fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
+
+    def _check_strategy(self) -> None:
+        """Check what goes with the strategy."""
+        strategy = STRATEGIES[self.strategy]
         if self.minibatch is not None and not strategy.mean_first:
             raise UsageError(
                 f"strategy {self.strategy!r} compares candidates of different generations, which needs them all scored "
@@ -183,9 +212,11 @@ class SearchConfig:
             raise UsageError(
                 f"strategy {self.strategy!r} starts from uniform budgets; leave --start out, or use 'joint'"
             )
-        if self.metric is None:
-            object.__setattr__(self, "metric", "logprob" if get_task(self.task).labelled else "fidelity")
-        check_metric(self.metric)
+        if self.strategy == GRADIENT and not self.follows_slope:
+            raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
+
+    def _check_start(self) -> None:
+        """Check what a computed start needs."""
         if (uncut := self._uncut) and self.begins_at in COMPUTED:
             raise UsageError(
                 f"under {uncut} budgets say what is read: that has no slope, and lukv lays out what is held; use "
@@ -203,8 +234,9 @@ class SearchConfig:
                 f"{lacking} reads no answer for lukv to be calibrated on; use --start uniform, or --metric logprob "
                 "with --engine replay"
             )
-        if self.strategy == GRADIENT and not self.follows_slope:
-            raise UsageError("strategy 'gradient' is the gradient start alone; leave --start out, or use 'joint'")
+
+    def _check_engine(self) -> None:
+        """Check what goes with the engine."""
         if self.engine == "naive" and self.backend != "local":
             raise UsageError("engine 'naive' runs on the local backend only; use --engine replay with --backend ray")
         if self.engine == "replay" and self.prefill_chunk is not None:
@@ -212,13 +244,9 @@ class SearchConfig:
                 "engine 'replay' cuts prompts that were read at once, and --prefill-chunk evicts while they are read; "
                 "add --engine naive, which reads each prompt for each candidate"
             )
-        if not self.selectors:
-            raise UsageError("no selector is given; give at least one, such as snapkv")
         if self.engine == "replay":
             for spec in self.selectors.values():
                 get_selector(spec).check_replay()
-        # Checks its arguments, long before the first candidate would.
-        fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     @property
     def _given(self) -> list[Selector]:
@@ -271,17 +299,17 @@ class SearchConfig:
         """Return True if LU-KV can be calibrated, and so is among what the search chooses from."""
         return self.engine == "replay" and reads_answer(self.metric) and self._uncut is None
 
-    def evaluations(self, shape: tuple[int, ...], share: int = 1) -> int:
+    def evaluations(self, shape: tuple[int, ...], searches: int = 1) -> int:
         """Return how many candidates a search evaluates: whole generations, or part of one.
 
         Args:
             shape: of the budgets.
-            share: searches that `max_evals` is for, of which this is one.
+            searches: that divide `max_evals`, of which this is one.
         """
         strategy = STRATEGIES[self.strategy]
         if self.max_evals is None:
-            return strategy.default_evaluations(self, shape, share)
-        asked, whole = self.max_evals // share, strategy.smallest(self, shape)
+            return strategy.default_evaluations(self, shape, searches)
+        asked, whole = self.max_evals // searches, strategy.smallest(self, shape)
         return asked // whole * whole or max(1, asked)
 
     @property

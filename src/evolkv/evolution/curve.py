@@ -17,7 +17,7 @@ from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
-from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
+from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
 from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
@@ -88,11 +88,11 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     Raises:
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, config.targets)
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
-    limit = TimeLimit(config.time_limit, searches(config), len(config.targets), config.val)
+    limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(selectors) > 1:
         return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))

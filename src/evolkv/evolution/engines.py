@@ -58,8 +58,17 @@ class Engines:
     def side_by_side(self, examples: int) -> int:
         """Return how many shards of so many examples are computed at once."""
         shards = math.ceil(examples / SHARD_SIZE)
-        sharing = self.backend.sharing(shards)
+        sharing = self.backend.sharing([()] * shards)
         return min(shards, sharing.replicas * sharing.threads)
+
+    @property
+    def holds_all(self) -> bool:
+        """Return whether prompts are held whole: at a share, or where scores are balanced against the full cache."""
+        return bool(self._space.shares) or self._balanced
+
+    def most_held(self, longest: int) -> int:
+        """Return the most ranked entries of a head that are held, of prompts with so many tokens at most."""
+        return longest if self.holds_all else self._space.ceiling
 
     def training(self, examples: Sequence[Example]) -> Engine:
         """Return the engine over the training examples; their prompts are prefilled once, and held for many calls."""
@@ -110,10 +119,15 @@ class Engines:
                 lengths,
             )
         side_by_side = self.side_by_side(len(examples))
-        ceiling = self._space.ceiling
-        if lengths is not None:
-            # Of each prompt every head may get all.
-            ceiling = max(encode_prompt(self._tokenizer, example).shape[1] for example in examples)
+        tokens = [encode_prompt(self._tokenizer, example).shape[1] for example in examples]
         return ShardedEngine(
-            self.backend, examples, self._selector, config.metric, ceiling, held, on_progress, lengths=lengths
+            self.backend,
+            examples,
+            self._selector,
+            config.metric,
+            self.most_held(max(tokens)),
+            held,
+            on_progress,
+            tokens=tokens,
+            lengths=lengths,
         )

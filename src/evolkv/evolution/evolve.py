@@ -33,12 +33,14 @@ class Beginning:
         lukv: the budgets of LU-KV, ``[layers, kv_heads]``, or None where it cannot be calibrated.
         interrupted: whether the descent was stopped before its end.
         out_of_time: whether the time limit ended it.
+        recorded_seconds: that earlier runs took for the steps that the study held.
     """
 
-    descent: Sequence[Evaluation]
-    lukv: np.ndarray | None
+    descent: Sequence[Evaluation] = ()
+    lukv: np.ndarray | None = None
     interrupted: bool = False
     out_of_time: bool = False
+    recorded_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,24 @@ class Evolved:
         history: every candidate, in order of evaluation.
         best: the candidate to put forward.
         mean: the distribution's mean as ``[layers, kv_heads]`` budgets, or None where there is no such candidate.
+        before: what was there before evolution.
         interrupted: whether it was stopped before its end.
         out_of_time: whether the time limit ended it.
-        recorded_seconds: that earlier runs took for what the study held.
-        descent: the steps of the gradient start that came before.
-        lukv: the budgets of LU-KV, ``[layers, kv_heads]``, or None where it cannot be calibrated.
+        recorded_seconds: that earlier runs took for what the study held, the descent included.
     """
 
     history: list[Evaluation]
     best: Evaluation
     mean: np.ndarray | None
+    before: Beginning
     interrupted: bool
     out_of_time: bool = False
     recorded_seconds: float = 0.0
-    descent: Sequence[Evaluation] = ()
-    lukv: np.ndarray | None = None
+
+    @classmethod
+    def none(cls, before: Beginning, interrupted: bool) -> Evolved:
+        """Return the outcome of a search that ends with its descent."""
+        return cls([], before.descent[-1], None, before, interrupted, before.out_of_time, before.recorded_seconds)
 
 
 class Rotation:
@@ -112,6 +117,7 @@ def evolve(
     scorer: Callable[[], Engine],
     study: Study | None = None,
     limit: TimeLimit | None = None,
+    before: Beginning | None = None,
 ) -> Evolved:
     """Run a strategy until it is done, or its next generation would be more than `total` candidates.
 
@@ -129,17 +135,18 @@ def evolve(
         scorer: the engine over the training examples; asked for only if something has to be scored.
         study: where generations are recorded.
         limit: ends the search before the first generation for which there is no time.
+        before: what was there before.
 
     Raises:
         StudyError: if what the study holds is not what the strategy proposes.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first generation was scored, and without a descent before it.
     """
     stage = stage_name(budget)
     recorded = study.generations(stage) if study is not None else []
     leader = _Leader(rotation)
-    limit = limit or TimeLimit(None)
+    limit, before = limit or TimeLimit(None), before or Beginning()
     interrupted = out_of_time = False
-    done, recorded_seconds = 0, 0.0
+    done, recorded_seconds = 0, before.recorded_seconds
     try:
         while not strategy.done and done < total:
             group, generation = strategy.group, strategy.generation
@@ -176,9 +183,9 @@ def evolve(
                     evaluations.append(
                         Evaluation(
                             as_lists(candidate),
-                            float(fitness(score, spent, budget, lam=config.lam, gamma=config.gamma)),
+                            fitness(score, spent, budget, lam=config.lam, gamma=config.gamma),
                             score,
-                            float(cache_score(spent, budget, gamma=config.gamma)),
+                            cache_score(spent, budget, gamma=config.gamma),
                             generation,
                             by_example,
                             took,
@@ -207,13 +214,15 @@ def evolve(
     except KeyboardInterrupt:
         interrupted = True
     if not leader.history:
-        raise KeyboardInterrupt
+        if not before.descent:
+            raise KeyboardInterrupt
+        return Evolved.none(before, interrupted=True)
     mean = None if strategy.mean is None else space.matrix(strategy.mean)
-    return Evolved(leader.history, leader.finalist(), mean, interrupted, out_of_time, recorded_seconds)
+    return Evolved(leader.history, leader.finalist(), mean, before, interrupted, out_of_time, recorded_seconds)
 
 
 def make_strategy(
-    config: SearchConfig, space: SearchSpace, budget: int, start: Start, share: int = 1, step: float = 1.0
+    config: SearchConfig, space: SearchSpace, budget: int, start: Start, searches: int = 1, step: float = 1.0
 ) -> Strategy:
     """Return the strategy of a search at one budget.
 
@@ -222,7 +231,7 @@ def make_strategy(
         space: the budgets to choose from.
         budget: the target.
         start: where to start from, if the strategy `starts_anywhere`.
-        share: searches that divide the candidates, of which this is one.
+        searches: that divide the candidates, of which this is one.
         step: factor on the default sigma.
 
     Raises:
@@ -237,7 +246,7 @@ def make_strategy(
         "floor": floor,
         "ceiling": ceiling,
         "seed": config.seed,
-        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, share)),
+        **strategy.own_arguments(config, space.shape, config.evaluations(space.shape, searches)),
     }
     if strategy.starts_anywhere:
         arguments["x0"] = space.start(start, budget)

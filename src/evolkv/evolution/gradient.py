@@ -155,7 +155,7 @@ def descend(
     scorer: Callable[[], Engine],
     study: Study | None = None,
     limit: TimeLimit | None = None,
-) -> tuple[list[Evaluation], bool]:
+) -> tuple[list[Evaluation], bool, float]:
     """Follow the slope from uniform budgets; steps that the study holds are taken again as they were.
 
     KeyboardInterrupt ends the descent early.
@@ -170,7 +170,8 @@ def descend(
         limit: ends the descent before the first step for which there is no time.
 
     Returns:
-        The steps, each with the budgets that it came to, at exactly the target total; and whether it was interrupted.
+        The steps, each with the budgets that it came to, at exactly the target total; whether it was interrupted; and
+        the seconds that earlier runs took for those that the study held.
 
     Raises:
         StudyError: if what the study holds is not what the descent comes to.
@@ -182,11 +183,13 @@ def descend(
     descent = Descent(space.shape, budget, config.gradient_steps, floor, ceiling, rotation.size, config.seed)
     limit = limit or TimeLimit(None)
     steps: list[Evaluation] = []
+    interrupted, recorded_seconds = False, 0.0
     try:
         while not descent.done:
             number = descent.step
             if number < len(recorded):
                 (entry,) = recorded[number]
+                recorded_seconds += entry.seconds
                 descent.tell(np.array(entry.slope).reshape(space.shape))
                 if entry.budgets != as_lists(space.matrix(descent.budgets)):
                     raise StudyError(
@@ -223,5 +226,5 @@ def descend(
     except KeyboardInterrupt:
         if not steps:
             raise
-        return steps, True
-    return steps, False
+        interrupted = True
+    return steps, interrupted, recorded_seconds

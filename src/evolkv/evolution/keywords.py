@@ -38,7 +38,8 @@ def by_keyword(
 
     @functools.wraps(run)
     def search(model: PreTrainedModel, tokenizer: Any, *args: P.args, **settings: P.kwargs) -> Result:
-        given: dict[str, Any] = {**preset_settings(str(settings.get("preset", "best"))), **settings}
+        preset = preset_settings(str(settings.get("preset", "best")))
+        given: dict[str, Any] = {**preset, **settings, "preset": "best"}
         try:
             checked = config(*args, **given)
         except TypeError as error:

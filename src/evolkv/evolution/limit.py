@@ -11,10 +11,16 @@ from evolkv.errors import RunError
 clock = time.perf_counter
 #: By how much the time that is kept for the choice is larger than expected.
 _MARGIN = 1.1
-#: Allocations that a budget chooses from: two heuristics, two of the search, three to start from or expanded to it.
-CHOICES = 7
 #: Passes of one row that a pass there and back takes as long as.
 SLOPE_ROWS = 3
+
+
+def allocations(budgets: int) -> int:
+    """Return how many allocations so many budgets choose from in all.
+
+    Each has two heuristics, two of the search and two to start from, and those of its neighbours expanded to it.
+    """
+    return 6 * budgets + 2 * (budgets - 1)
 
 
 class OutOfTimeError(RunError):
@@ -32,11 +38,12 @@ class TimeLimit:
         selectors: searches of the same budgets, each with a choice of its own.
         budgets: budgets of each.
         val: unseen examples that are chosen on.
+        train: training examples, on all of which the choices are scored as well.
     """
 
-    def __init__(self, seconds: float | None, selectors: int = 1, budgets: int = 1, val: int = 0):
+    def __init__(self, seconds: float | None, selectors: int = 1, budgets: int = 1, val: int = 0, train: int = 0):
         self._end = math.inf if seconds is None else clock() + seconds
-        self._seconds, self._budgets, self._val = seconds, budgets, val
+        self._seconds, self._budgets, self._val, self._train = seconds, budgets, val, train
         self._left = selectors * budgets
         self._began: float | None = None
         self._prompt = self._row = self._step = 0.0
@@ -66,7 +73,8 @@ class TimeLimit:
         if self._began is None:
             self._began = now
         selectors = math.ceil(self._left / self._budgets)
-        prompts, rows = self._val + self._budgets, selectors * self._budgets * CHOICES * self._val
+        prompts = self._val + self._budgets
+        rows = selectors * allocations(self._budgets) * (self._val + self._train)
         kept = _MARGIN * (prompts * self._prompt + rows * self._row)
         return now + self._step > self._began + (self._end - kept - self._began) / self._left
 

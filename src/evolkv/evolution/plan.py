@@ -27,8 +27,8 @@ from evolkv.evolution.config import COMPUTED, OneBudget, SearchConfig, SeveralBu
 from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
-from evolkv.evolution.limit import CHOICES
-from evolkv.evolution.rivals import searches, settled
+from evolkv.evolution.limit import allocations
+from evolkv.evolution.rivals import searches_of, settled
 from evolkv.evolution.run import Run
 from evolkv.tasks import Example, encode_prompt
 
@@ -115,7 +115,9 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
     targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
     config = settled(tokenizer, config, targets)
     selectors = list(config.selectors.values())
-    one = replace(config, selector=[fitted(selectors[0], targets[0])], storage=None, time_limit=None)
+    # As the search does: of one budget alone the window stays as it is.
+    first = fitted(selectors[0], targets[0]) if isinstance(config, SeveralBudgets) else selectors[0]
+    one = replace(config, selector=[first], storage=None, time_limit=None)
     free = free_memory(model)
     with Run(model, tokenizer, one) as run:
         budgets = run.space.aim(targets)
@@ -123,7 +125,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         # Where they compete, one of them evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
-        chosen = CHOICES * len(budgets) * searches(config) * len(run.held_out)
+        chosen = allocations(len(budgets)) * searches_of(config) * (len(run.held_out) + len(run.train))
         descents = config.gradient_steps * len(budgets) * len(selectors) if config.follows_slope else 0
         seconds = {
             "prefill": measured.read(run.train),
@@ -158,8 +160,9 @@ class _Replay:
         # One of each shard, as many as run at once.
         sample = run.train[::SHARD_SIZE][: self.side_by_side]
         self.tokens = _lengths(run, run.train)
+        self.ceiling = run.engines.most_held(max(self.tokens))
         started = time.perf_counter()
-        engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, space.ceiling, shard_size=1)
+        engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, self.ceiling, shard_size=1)
         took = time.perf_counter() - started
         self.sampled = _lengths(run, sample)
         self.per_token = took / sum(self.sampled)
@@ -204,17 +207,17 @@ class _Replay:
         """Return what the search takes; `free` are the bytes that were free before."""
         run, config = self.run, self.run.config
         longest = run.train[int(np.argmax(self.tokens))]
-        engine = ReplayEngine(run.model, run.tokenizer, [longest], run.selector, config.metric, run.space.ceiling)
+        engine = ReplayEngine(run.model, run.tokenizer, [longest], run.selector, config.metric, self.ceiling)
         needs = engine.needs(self.rows)
         engine.close()
         # Up to the ceiling all of a prompt is held.
-        held = np.minimum(self.tokens, run.space.ceiling)
+        held = np.minimum(self.tokens, self.ceiling)
         recordings = int(needs.snapshot * held.sum() / held.max())
-        whole = int(needs.snapshot * needs.tokens / min(needs.tokens, run.space.ceiling))
+        whole = int(needs.snapshot * needs.tokens / min(needs.tokens, self.ceiling))
         if selectors > 1:
             # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
             recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(USABLE * free / 2))
-        held_then = int(needs.snapshot * np.minimum(self.sampled, run.space.ceiling).sum() / held.max())
+        held_then = int(needs.snapshot * np.minimum(self.sampled, self.ceiling).sum() / held.max())
         passes = min(self.side_by_side, SLOPE_EXAMPLES)
         return Memory(
             self.in_use - held_then,
@@ -289,7 +292,8 @@ def _advice(run: Run, memory: Memory, usable: float) -> list[str]:
         share = left / memory.recordings
         if (train := int(len(run.train) * share)) >= 1:
             advice.append(f"--train {train} (now {len(run.train)})")
-        if (ceiling := int(run.space.ceiling * share)) > max(run.space.floor, *run.space.budgets):
+        ceiling = int(run.space.ceiling * share)
+        if not run.engines.holds_all and ceiling > max(run.space.floor, *run.space.budgets):
             advice.append(f"--ceiling {ceiling} (now {run.space.ceiling})")
     if run.model.dtype == torch.float32 and memory.needed / 2 <= usable + memory.weights / 2:
         advice.append("--dtype bfloat16 (now float32)")

@@ -7,6 +7,7 @@ slope there is no descent, and each selector gets a whole search.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -20,9 +21,12 @@ from evolkv.evolution.evolve import Beginning
 from evolkv.evolution.limit import OutOfTimeError
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
+from evolkv.profile import BudgetProfile
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.protocol import under_protocol
+
+log = logging.getLogger(__name__)
 
 
 class _Result(Protocol):
@@ -52,11 +56,21 @@ class _Run(Protocol[_Config, Result_co]):
 def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config:
     """Return the settings with selectors: where none is given, those that compete by default and fit the budgets.
 
+    Warns where none of them is that of the profile to start from.
+
     Args:
         tokenizer: of the model.
         config: the settings.
         targets: the budgets.
     """
+    start = config.start
+    if isinstance(start, BudgetProfile) and (own := get_selector(start.selector).spec) not in config.selectors:
+        log.warning(
+            "the profile to start from is under %s, and the search under %s: the result has to beat the profile's "
+            "budgets under another selector, not the profile",
+            own,
+            ", ".join(config.selectors),
+        )
     if config.selector is not None:
         return config
     if not config.follows_slope:
@@ -87,7 +101,7 @@ def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
     return max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
 
 
-def searches(config: SearchConfig) -> int:
+def searches_of(config: SearchConfig) -> int:
     """Return how many searches there are at each budget, one after the other."""
     several = len(config.selectors)
     return several + (several > 1 and config.competes)

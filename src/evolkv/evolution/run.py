@@ -28,7 +28,7 @@ from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
-from evolkv.evolution.rivals import best_of, score_of, searches, settled, under_each_selector
+from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
@@ -63,10 +63,10 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
         UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
             study was made with other settings, or another process is at it.
         RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first generation was scored.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     config = settled(tokenizer, config, [config.target])
-    limit = TimeLimit(config.time_limit, searches(config), 1, config.val)
+    limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
     if len(config.selectors) > 1:
         return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
@@ -205,48 +205,41 @@ class Run:
             self.study.put("max_evals", evaluations)
         return budgets
 
-    def evolve(self, budget: int, start: Start, share: int = 1, step: float = 1.0) -> Evolved:
-        """Search at one of `share` budgets that share the candidates; `step` is a factor on the default sigma."""
+    def evolve(self, budget: int, start: Start, searches: int = 1, step: float = 1.0) -> Evolved:
+        """Search at one of so many budgets that divide the candidates; `step` is a factor on the default sigma."""
         config, space = self.config, self.space
-        if budget not in self._begun:
-            self._begun[budget] = self._begin(budget, start)
-        before = self._begun[budget]
+        if (before := self._begun.get(budget)) is None:
+            before = self._begin(budget, start)
+            # A second part of the search does not count its time again.
+            self._begun[budget] = replace(before, recorded_seconds=0.0)
         if before.descent:
-            last = before.descent[-1]
             # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
             if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
-                return Evolved(
-                    [],
-                    last,
-                    None,
-                    before.interrupted,
-                    before.out_of_time,
-                    descent=before.descent,
-                    lukv=before.lukv,
-                )
-            start, step = np.array(last.budgets), step * STEP_AFTER
+                return Evolved.none(before, before.interrupted)
+            start, step = np.array(before.descent[-1].budgets), step * STEP_AFTER
         elif isinstance(start, str) and start == LUKV:
             start = before.lukv
         evolved = evolve(
-            make_strategy(config, space, budget, start, share, step),
+            make_strategy(config, space, budget, start, searches, step),
             budget,
-            config.evaluations(space.shape, share),
+            config.evaluations(space.shape, searches),
             config=config,
             space=space,
             rotation=self.rotation,
             scorer=self._scorer,
             study=self.study,
             limit=self.limit,
+            before=before,
         )
         self.limit.next_search()
-        return replace(evolved, descent=before.descent, lukv=before.lukv)
+        return evolved
 
     def _begin(self, budget: int, start: Start) -> Beginning:
         lukv = self._calibration.budgets(budget, self.study)
         if not (isinstance(start, str) and start == GRADIENT):
-            return Beginning([], lukv)
-        descent, interrupted = descend(
+            return Beginning(lukv=lukv)
+        descent, interrupted, recorded_seconds = descend(
             budget,
             config=self.config,
             space=self.space,
@@ -256,7 +249,7 @@ class Run:
             limit=self.limit,
         )
         cut = not interrupted and len(descent) < self.config.gradient_steps
-        return Beginning(descent, lukv, interrupted, cut)
+        return Beginning(descent, lukv, interrupted, cut, recorded_seconds)
 
     def start_at(self, budget: int, start: np.ndarray) -> np.ndarray:
         """Return the budgets that the search at a budget starts from: those on record, else these.
@@ -280,10 +273,10 @@ class Run:
         allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
-        if evolved.descent:
-            allocations[GRADIENT] = np.array(evolved.descent[-1].budgets)
-        if evolved.lukv is not None:
-            allocations[LUKV] = evolved.lukv
+        if evolved.before.descent:
+            allocations[GRADIENT] = np.array(evolved.before.descent[-1].budgets)
+        if evolved.before.lukv is not None:
+            allocations[LUKV] = evolved.before.lukv
         if isinstance(self.config.start, BudgetProfile):
             allocations[START] = self.config.start.budgets
         completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
@@ -349,9 +342,12 @@ class Run:
         # The profile says these itself.
         for name in ("model", "granularity", "selector"):
             settings.pop(name)
-        train = {}
-        if history and np.array_equal(budgets, evolved.best.budgets):
-            train["train"] = {"score": evolved.best.score, "n": self.rotation.size, "metric": metric}
+        score = self.trained.get(str(budget), {}).get(chosen)
+        train = None if score is None else {"score": score, "n": len(self.train)}
+        on_all = train
+        if on_all is None and history and self.rotation.everything and np.array_equal(budgets, evolved.best.budgets):
+            # What was stopped before the choice.
+            on_all = {"score": evolved.best.score, "n": len(self.train)}
         profile = BudgetProfile.from_budgets(
             self.model,
             budgets,
@@ -361,12 +357,11 @@ class Run:
             granularity=self.config.granularity,
             search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
             scores={
-                **train,
+                **({} if on_all is None else {"train": {**on_all, "metric": metric}}),
                 "validation": {entry.name: entry.score for entry in validation},
                 "ci95": {entry.name: list(entry.ci95) for entry in validation},
             },
         )
-        score = self.trained.get(str(budget), {}).get(chosen)
         kept = None
         if not interrupted:
             try:
@@ -378,7 +373,7 @@ class Run:
             history=[public_row(entry) for entry in history],
             validation=as_rows(validation),
             best=public_row(evolved.best),
-            descent=[public_row(entry) for entry in evolved.descent],
+            descent=[public_row(entry) for entry in evolved.before.descent],
             chosen=chosen,
             improved=bool(validation) and validation[0].evolved,
             evaluations=len(history),
@@ -387,7 +382,7 @@ class Run:
             stopped=TIME_LIMIT if evolved.out_of_time else None,
             settings=settings,
             kept=kept,
-            train=None if score is None else {"score": score, "n": len(self.train)},
+            train=train,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -81,16 +81,16 @@ class Strategy(ABC):
         return config.population or default_population(math.prod(shape))
 
     @classmethod
-    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], share: int) -> int:
+    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], searches: int) -> int:
         """Return how many candidates a search evaluates by default, in whole generations.
 
         Args:
             config: the settings of the search.
             shape: of the budgets.
-            share: searches that divide the candidates, of which this is one.
+            searches: that divide the candidates, of which this is one.
         """
         whole = cls.smallest(config, shape)
-        return math.ceil(min(MOST_EVALUATIONS, PER_VARIABLE * math.prod(shape)) / share / whole) * whole
+        return math.ceil(min(MOST_EVALUATIONS, PER_VARIABLE * math.prod(shape)) / searches / whole) * whole
 
     @classmethod
     def identity(cls, config: Settings) -> dict[str, Any]:

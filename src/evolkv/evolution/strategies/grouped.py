@@ -89,9 +89,9 @@ class GroupedCMA(Strategy):
         return sum(config.population or default_population(size) for size in sizes)
 
     @classmethod
-    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], share: int) -> int:
-        """Return the candidates of ten generations of every group, or of a share of them."""
-        return max(1, GENERATIONS // share) * cls.smallest(config, shape)
+    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], searches: int) -> int:
+        """Return the candidates of ten generations of every group, or of its part of them."""
+        return max(1, GENERATIONS // searches) * cls.smallest(config, shape)
 
     @classmethod
     def identity(cls, config: Settings) -> dict[str, Any]:

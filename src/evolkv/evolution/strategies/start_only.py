@@ -52,7 +52,7 @@ class StartOnly(Strategy):
         return 1
 
     @classmethod
-    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], share: int) -> int:
+    def default_evaluations(cls, config: Settings, shape: tuple[int, ...], searches: int) -> int:
         """Return 1."""
         return 1
 
