@@ -98,17 +98,20 @@ def render_chat(
 
 
 def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
-    """Return a prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them."""
+    """Return a prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them.
+
+    A chat's markup stays in it; only a BOS that is added to every text is left out.
+    """
     ids = encode_text(tokenizer, prompt)
     if len(ids) <= limit:
         return prompt
     half = limit // 2
+    before, _ = special_tokens(tokenizer)
+    start, end = ids[:half], ids[-half:]
+    if start[: len(before)] == before:
+        start = start[len(before) :]
     # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
-    start, end = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (ids[:half], ids[-half:])
-    )
-    return start + end
+    return "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (start, end))
 
 
 def question_at(prompt: str, question: str) -> int | None:
