@@ -114,7 +114,33 @@ def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
     return "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (start, end))
 
 
-def question_at(prompt: str, question: str) -> int | None:
-    """Return where a prompt's last occurrence of a question begins; None if it is not there, or nothing is before."""
-    place = prompt.rfind(question.strip())
+def behind_message(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]] = ({"role": "user"},),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return what `render_chat` puts behind the text of the last message, such as where the answer begins.
+
+    Args:
+        tokenizer: the tokenizer, which has a chat template.
+        messages: as of `render_chat`; the last one's text is of no account. Default: one of the user.
+        tools: as of `render_chat`.
+
+    Raises:
+        TaskError: as `render_chat`.
+    """
+    mark = "<<<the message>>>"
+    marked = [*messages[:-1], {**messages[-1], "content": mark}]
+    return render_chat(tokenizer, marked, tools).rpartition(mark)[2]
+
+
+def question_at(prompt: str, question: str, behind: str = "") -> int | None:
+    """Return where a prompt's last occurrence of a question begins; None if it is not there, or nothing is before.
+
+    Args:
+        prompt: the prompt.
+        question: its words.
+        behind: what stands behind the question, and may hold its words, too; see `behind_message`.
+    """
+    place = prompt.removesuffix(behind).rfind(question.strip())
     return place if place > 0 else None

@@ -13,7 +13,15 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from evolkv.errors import TaskError, UsageError
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
-from evolkv.tasks.prompts import cut_middle, encode_text, question_at, render_chat, user_message, uses_chat
+from evolkv.tasks.prompts import (
+    behind_message,
+    cut_middle,
+    encode_text,
+    question_at,
+    render_chat,
+    user_message,
+    uses_chat,
+)
 from evolkv.tasks.rows import (
     AnyText,
     Count,
@@ -94,11 +102,12 @@ class RawPrompts(PromptRows):
 
     def _example(self, row: Row[_Prompt], tokenizer: Any) -> Example:
         fields = row.fields
-        question = fields.question
+        question, behind = fields.question, ""
         if fields.prompt is not None:
             prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
             if self.chat:
                 prompt = user_message(tokenizer, prompt)
+                behind = behind_message(tokenizer) if question is not None else ""
         else:
             turns = _shortened(fields.turns, tokenizer, self.context)
             try:
@@ -106,14 +115,15 @@ class RawPrompts(PromptRows):
                 prompt = render_chat(tokenizer, turns, fields.tools)
             except TaskError as error:
                 raise TaskError(f"{row.where}: {error}") from None
-            question = turns[-1]["content"] if len(turns) > 1 else None
+            if len(turns) > 1:
+                question, behind = turns[-1]["content"], behind_message(tokenizer, turns, fields.tools)
         return Example(
             id=row.id,
             prompt=prompt,
             references=(),
             max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 64,
             metric=self.default_metric,
-            question_at=None if question is None else question_at(prompt, question),
+            question_at=None if question is None else question_at(prompt, question, behind),
         )
 
 
