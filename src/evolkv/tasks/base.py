@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class Task(ABC):
             TaskError: the data cannot be found, fetched or read, or is malformed.
         """
         for path in self.files():
-            if not Path(path).expanduser().exists():
+            if not Path(os.path.expanduser(path)).exists():
                 raise TaskError(f"file {path} does not exist; check the path")
 
     def files(self) -> list[str]:
@@ -158,7 +159,7 @@ def read_text(path: str) -> str:
     """
     if not path:
         raise TaskError("the path of a file is empty; give one")
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.is_dir():
         raise TaskError(f"{path} is a folder; give the path of a file")
     try:

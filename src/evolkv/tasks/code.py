@@ -140,7 +140,7 @@ class CodeCompletion(Task):
     def _folder(self) -> Path:
         if self.path == "":
             raise TaskError("code: the path of the folder is empty; give one, or leave path out")
-        return Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
+        return Path(sysconfig.get_path("stdlib") if self.path is None else os.path.expanduser(self.path))
 
     def _files(self, split: Split) -> list[str]:
         """Return the files that serve a split, relative to the folder, with "/" between their parts."""

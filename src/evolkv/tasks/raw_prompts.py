@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +85,15 @@ class RawPrompts(PromptRows):
         self._check_settings()
 
     def _rows(self) -> Iterator[Row[_Prompt]]:
-        root = Path(self.path).expanduser()
+        root = Path(os.path.expanduser(self.path))
         for file in _files(root, self.path):
             text = read_text(str(file))
             label = file.relative_to(root).as_posix() if file != root else file.name
-            if file.suffix == ".jsonl":
+            if file.suffix.lower() == ".jsonl":
                 for (number, where), fields in checked_rows(_Prompt, parse_rows(text, str(file))):
-                    name = fields.id or f"{label.removesuffix('.jsonl')}-{number}"
+                    name = fields.id or f"{label.removesuffix(file.suffix)}-{number}"
                     yield Row(name, where, fields, fields.group, fields.content)
-            elif file.suffix == ".json":
+            elif file.suffix.lower() == ".json":
                 raise TaskError(
                     f"{file}: expected JSON Lines, with one object on each line; convert it to a .jsonl file"
                 )
