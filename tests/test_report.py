@@ -11,6 +11,7 @@ import sys
 import pytest
 import typer
 
+import evolkv
 from evolkv.cli import main
 from evolkv.cli.app import app
 from evolkv.errors import UsageError
@@ -19,6 +20,7 @@ from evolkv.report.charts import course_chart
 from evolkv.report.comparisons import comparisons
 from evolkv.report.differences import in_validation
 from evolkv.report.page import render
+from evolkv.report.recipes import recipes
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
 
@@ -427,6 +429,33 @@ def test_command_of_a_search_is_one_that_the_program_takes(demo, write, tmp_path
     with command.make_context("evolkv", words[1:]) as context:
         name, sub, rest = command.resolve_command(context, words[1:])
         assert sub.make_context(name, rest, parent=context).params["max_evals"] == 48
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"minibatch": 1, "start": "uniform"},
+        {"metric": "contains"},
+        {"strategy": "gradient", "gradient_steps": 1},
+        {"strategy": "start", "start": "lukv"},
+        {"strategy": "evolkv", "group_size": 2},
+        {"strategy": "random"},
+        {"preset": "paper", "selector": "snapkv:window=8", "group_size": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "best",
+)
+def test_the_command_finds_the_same_budgets_again(options, small, write, tmp_path, monkeypatch):
+    common = {"task": "niah:context=120", "budget": 20, "train": 2, "val": 2, "max_evals": 12, "gradient_steps": 2}
+    settings = {**common, "selector": "snapkv:window=8", "seed": 3}
+    found = evolkv.search(*small, **{**settings, **options})
+    path = write("s.json", {**found.to_dict(), "profile": None} | {"format": "evolkv.search/1"})
+    found.profile.save(tmp_path / "first.json")
+    (recipe,) = recipes(read_sources([path, tmp_path / "first.json"]), [], "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evolkv.cli.options.ModelOptions.load", lambda *_: small)
+    assert main([*shlex.split(" ".join(recipe.command))[1:], "--storage", "none", "--quiet"]) == 0
+    assert json.loads((tmp_path / "profile.json").read_text())["budgets"] == found.profile.to_dict()["budgets"]
 
 
 def test_paths_with_spaces_survive_the_command(write):
