@@ -573,6 +573,10 @@ def test_raw_leaves_the_chat_template_out(run):
         (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
         (("search", "--task", "jsonl:path=three.jsonl", "--budget", 48), "split 'train' is empty"),
         (("search", "--task", "niah:haystack=short.txt", "--budget", 48), "give a longer text"),
+        (("search", "--task", "general:context=1000", "--budget", 100), "context=1000 gives dialogue"),
+        (("search", "--task", TASK, "general", "--budget", 100, "--train", 1), "1 train examples cannot cover"),
+        (("search", "--task", TASK, "general", "--budget", "auto", "--certify", 1), "1 report examples cannot cover"),
+        (("eval", "--task", f"{TASK} && general", "--method", "full", "-n", 1), "1 report examples cannot cover"),
     ],
 )
 def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(

@@ -120,7 +120,7 @@ def evaluate(
     check_request(methods, budgets, samples, metric)
     for every in tasks:
         every.check_files()
-    check = partial(check_examples, tasks, ["report"], metric=metric, protocol=protocol, seed=seed)
+    check = partial(check_examples, tasks, {"report": samples}, metric=metric, protocol=protocol, seed=seed)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
     stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:

@@ -109,11 +109,11 @@ class CodeCompletion(Task):
                 of the split has a line to ask for after that much code.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self.context, len(encode_text(tokenizer, PROMPT.format(code=""))))
+        prompts = _Prompts(tokenizer, self.context, _overhead(tokenizer))
         if prompts.room <= SLACK:
             raise TaskError(
                 f"code: context={self.context} is too small for the instruction and code; "
-                f"give at least {prompts.overhead + SLACK + 1} tokens"
+                f"give at least {self.least_context(tokenizer)} tokens"
             )
         folder, names = self._folder, self._files(split)
         random.Random(f"code/{seed}/{split}").shuffle(names)
@@ -127,6 +127,10 @@ class CodeCompletion(Task):
         if len(drawn) < n:
             logger.warning("%s: split %r has %d lines to ask for; using all, not %d", folder, split, len(drawn), n)
         return drawn
+
+    def least_context(self, tokenizer: Any) -> int:
+        """Return the fewest tokens that hold the instruction and some code."""
+        return _overhead(tokenizer) + SLACK + 1
 
     def files(self) -> list[str]:
         """Return the .py files of a folder that is the user's."""
@@ -225,6 +229,11 @@ class _Prompts:
             per_token = len(code) / max(1, self.room - left)
             probe = source.before(end, (self.room - SLACK / 2) * per_token)
         return None
+
+
+def _overhead(tokenizer: Any) -> int:
+    """Return the tokens of a prompt without code."""
+    return len(encode_text(tokenizer, PROMPT.format(code="")))
 
 
 def _python_files(folder: Path) -> Iterator[str]:
