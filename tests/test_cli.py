@@ -23,8 +23,8 @@ from evolkv.cli.arguments import for_typer
 from evolkv.cli.tables import print_table, print_whole, validation_table
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
-from evolkv.evaluation.evaluation import summarise
 from evolkv.evaluation.records import read_records
+from evolkv.evaluation.summary import summarise
 from evolkv.profile import BudgetProfile
 from evolkv.report.tables import results_table
 from evolkv.report.units import mebibytes

@@ -94,8 +94,8 @@ class Sources:
     def add_records(self, path: Path) -> None:
         """Take a file of records, and the rows that follow from it."""
         # Takes seconds to import, and no other input needs it.
-        from evolkv.evaluation.evaluation import summarise
         from evolkv.evaluation.records import read_records
+        from evolkv.evaluation.summary import summarise
 
         found = read_records(path)
         rows = summarise(found)

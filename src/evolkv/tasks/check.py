@@ -34,8 +34,8 @@ def check_examples(
         seed: of the examples.
 
     Raises:
-        UsageError: a split is empty, or its examples are too few for a mixture, a prompt and its answer exceed the model's context, or the metric cannot judge an
-            example.
+        UsageError: a split is empty, or has too few examples for several tasks; a prompt and its answer exceed the
+            model's context; or the metric cannot judge an example.
         RunError: a task's own code fails.
     """
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
