@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,10 @@ import evolkv.models
 from evolkv.cli import console, main
 from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer
+from evolkv.cli.demo import _next_commands
+from evolkv.cli.options import ModelOptions
 from evolkv.cli.tables import print_table, print_whole, validation_table
+from evolkv.demo import DemoFiles
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.records import read_records
@@ -302,6 +307,22 @@ def test_demo_refuses_a_file_as_its_folder(run, tmp_path):
     assert code == 2
     assert "is a file" in one_line(err)
     assert (tmp_path / "demo").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("out", "paper"),
+    [
+        ("demo", "demo-paper.json"),
+        (".", "demo-paper.json"),
+        ("..", "../demo-paper.json"),
+        ("/", "/demo-paper.json"),
+        ("a/b.1/", "a/b.1-paper.json"),
+    ],
+)
+def test_demo_suggests_files_beside_any_folder(out, paper):
+    result = SimpleNamespace(files=DemoFiles(Path(out)), task=TASK, answer="1")
+    commands = dict(_next_commands(result, MODEL, 40, 1600, ModelOptions(None, None, None, False)))
+    assert commands["the paper's own search strategy"].endswith(f"--strategy evolkv --out {paper}")
 
 
 def test_demo_writes_the_contracts_results(demo):
