@@ -146,10 +146,11 @@ def evaluate(
     so_far = "" if stopped is None else f"after {stopped.finished} of {stopped.total} examples"
     if rows:
         from evolkv.report.tables import results_note, results_table
+        from evolkv.schemas import RESULTS_FORMAT
 
         unfinished = {"interrupted": True} if stopped else {}
         try:
-            console.write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": rows})
+            console.write_json(json_out, {"format": RESULTS_FORMAT, **unfinished, "rows": rows})
         finally:
             # A file that cannot be written must not take the numbers with it.
             note = " ".join(filter(None, [f"Interrupted {so_far}." if stopped else "", results_note(rows)]))
