@@ -662,6 +662,14 @@ def test_a_search_alone_says_that_its_score_is_of_examples_that_it_chose_on(writ
     assert "7 examples that the search never saw decide which allocation it returns" in text
 
 
+def test_a_start_that_nothing_evolved_from_is_not_said_to_have_won(write):
+    only = scored("lukv", 0.6, budgets=[[128] * HEADS] * LAYERS, evolved=False)
+    text = page(write("s.json", search(improved=False, chosen="lukv", validation=[only]))).text
+    assert "lukv scores 0.60 with 128 entries per KV head" in text
+    assert "Nothing was evolved: the profile holds the start, lukv." in text
+    assert "no evolved budgets" not in text
+
+
 def test_a_chart_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):
     assert not any(name == "data-row" for _, name, _ in page(write("one.json", results())).attributes)
     (group,) = comparisons(read_sources([write("several.json", evaluated())]).rows, [], [])
