@@ -36,7 +36,7 @@ _ALLOCATIONS = {
 }
 
 
-def facts(profile: BudgetProfile) -> dict[str, str]:
+def provenance(profile: BudgetProfile) -> dict[str, str]:
     """Return what a profile records about itself, in words, by short names in the order to show them."""
     search, model = profile.search, profile.model
     parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
@@ -168,7 +168,7 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         "## Scores",
         *_score_sections(profile, rows),
         "## How it was made",
-        _table(["", ""], [[key, _plain(value)] for key, value in facts(profile).items()]),
+        _table(["", ""], [[key, _plain(value)] for key, value in provenance(profile).items()]),
         f"This page was written by EvolKV {__version__}. Everything on it stands in `{address.filename}`"
         f"{', or in the results of the evaluation' if rows else ''}.",
     ]

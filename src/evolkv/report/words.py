@@ -61,7 +61,7 @@ def short(text: str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def shown_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) pairs of settings; nested ones on one line."""
     shown = {name: value for name, value in settings.items() if value is not None}
     if isinstance(selector := settings.get("selector"), Mapping):
