@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +22,14 @@ import evolkv.models
 from evolkv.cli import console, main
 from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer
+from evolkv.cli.demo import _next_commands
+from evolkv.cli.options import ModelOptions
 from evolkv.cli.tables import print_table, print_whole, validation_table
+from evolkv.demo import DemoFiles
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
-from evolkv.evaluation.evaluation import summarise
 from evolkv.evaluation.records import read_records
+from evolkv.evaluation.summary import summarise
 from evolkv.profile import BudgetProfile
 from evolkv.report.tables import results_table
 from evolkv.report.units import mebibytes
@@ -304,6 +309,22 @@ def test_demo_refuses_a_file_as_its_folder(run, tmp_path):
     assert (tmp_path / "demo").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("out", "paper"),
+    [
+        ("demo", "demo-paper.json"),
+        (".", "demo-paper.json"),
+        ("..", "../demo-paper.json"),
+        ("/", "/demo-paper.json"),
+        ("a/b.1/", "a/b.1-paper.json"),
+    ],
+)
+def test_demo_suggests_files_beside_any_folder(out, paper):
+    result = SimpleNamespace(files=DemoFiles(Path(out)), task=TASK, answer="1")
+    commands = dict(_next_commands(result, MODEL, 40, 1600, ModelOptions(None, None, None, False)))
+    assert commands["the paper's own search strategy"].endswith(f"--strategy evolkv --out {paper}")
+
+
 def test_demo_writes_the_contracts_results(demo):
     results = json.loads((demo / "results.json").read_text())
     assert results["format"] == "evolkv.results/1"
@@ -573,6 +594,10 @@ def test_raw_leaves_the_chat_template_out(run):
         (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
         (("search", "--task", "jsonl:path=three.jsonl", "--budget", 48), "split 'train' is empty"),
         (("search", "--task", "niah:haystack=short.txt", "--budget", 48), "give a longer text"),
+        (("search", "--task", "general:context=1000", "--budget", 100), "context=1000 gives dialogue"),
+        (("search", "--task", TASK, "general", "--budget", 100, "--train", 1), "1 train examples cannot cover"),
+        (("search", "--task", TASK, "general", "--budget", "auto", "--certify", 1), "1 report examples cannot cover"),
+        (("eval", "--task", f"{TASK} && general", "--method", "full", "-n", 1), "1 report examples cannot cover"),
     ],
 )
 def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(

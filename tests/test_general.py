@@ -90,10 +90,17 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_texts(tokenizer, monkeyp
     assert "\nAssistant: " in conversation
 
 
-@pytest.mark.parametrize("context", [0, 100])
-def test_a_context_that_is_too_small_is_refused(tokenizer, context):
-    with pytest.raises(TaskError, match="context"):
-        get_task(f"general:context={context}").examples("train", TURN, tokenizer)
+@pytest.mark.parametrize("context", [1, 2, 100, 600, 1000])
+def test_a_context_that_is_too_small_is_refused_with_one_that_is_not(tokenizer, context):
+    with pytest.raises(TaskError, match=rf"general: context={context} gives .* tokens, and needs") as error:
+        get_task(f"general:context={context}").examples("train", 5 * TURN, tokenizer)
+    least = int(str(error.value).rpartition("context=")[2])
+    assert len(get_task(f"general:context={least}").examples("train", 5 * TURN, tokenizer)) == 5 * TURN
+
+
+def test_a_length_must_be_positive():
+    with pytest.raises(TaskError, match="context=0 is not a length"):
+        get_task("general:context=0")
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,9 @@ def test_a_page_stands_beside_a_profile(hub):
     made().push_to_hub("org/name", token="hf_write")
     files = hub.repos["org/name"]["main"]
     page = files["README.md"].decode()
+    # No index has the package.
+    assert "pip install ." in page
+    assert "pip install evolkv" not in page
     assert sorted(files) == ["README.md", "budgets.png", "profile.json"]
     assert files["budgets.png"].startswith(b"\x89PNG")
     assert page.startswith("---\nlibrary_name: evolkv\ntags:\n")

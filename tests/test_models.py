@@ -276,7 +276,7 @@ def test_a_name_that_the_hub_does_not_know_is_bad_input_and_a_hub_that_is_away_i
     assert words in said
 
 
-@pytest.mark.parametrize("name", ["", "./nowhere", "/no/such/folder", "nothing.gguf", "what is this?"])
+@pytest.mark.parametrize("name", ["", "./nowhere", "/no/such/one", "nothing.gguf", "what is it?", "~nobody-here/model"])
 def test_missing_path_is_refused(name):
     assert "no such model file or folder" in message(name)
 

@@ -15,7 +15,7 @@ from evolkv.evaluation.scoring import encode_examples
 from evolkv.models.chat import user_message
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
-from evolkv.tasks.prompts import encode_text
+from evolkv.tasks.prompts import cut_middle, encode_text
 from tiny import tiny_model
 
 VOCABULARY = ["<pad>", "<end>", "<start>", "\n", *"abcdefgh"]
@@ -27,6 +27,7 @@ def adding(single):
     """A tokenizer of letters that adds special tokens to a text, such as BOS in "<start> $A"."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, "<pad>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
     backend.post_processor = TemplateProcessing(single=single, special_tokens=[("<start>", BOS), ("<end>", EOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<start>", eos_token="<end>", pad_token="<pad>", unk_token="<pad>"
@@ -123,3 +124,11 @@ def test_a_chat_template_that_cannot_put_a_message_is_refused(template, reason):
         user_message(tokenizer, "abc")
     assert "chat=false" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("single", ["$A", "<start> $A"])
+def test_a_cut_keeps_the_markup_of_a_chat_and_no_bos_that_is_added(single):
+    tokenizer = adding(single)
+    for text in ("<start><end>abcdefg<end>h", "<end>abcdefg<end>h"):
+        read = words(encode_text(tokenizer, cut_middle(tokenizer, text, 6)))
+        assert read == words(encode_text(tokenizer, text)[:3] + encode_text(tokenizer, text)[-3:])

@@ -124,6 +124,19 @@ def test_question_of_a_jsonl_row_must_end_its_prompt(tmp_path):
         get_task(f"jsonl:path={path},split=all").examples("train", 1, None)
 
 
+@pytest.mark.parametrize("question", ["end", "assistant", "im_start"])
+@pytest.mark.parametrize("name", ["jsonl", "prompts", "chat"])
+def test_a_question_is_not_sought_in_what_the_template_puts_behind_it(tmp_path, tokenizer, question, name):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": f"Some text. {question}", "question": question, "answer": "x"}
+    if name == "chat":
+        row = {"messages": [{"role": "user", "content": text} for text in ("Some text.", question)]}
+    path.write_text(json.dumps(row))
+    spec = f"{'jsonl' if name == 'jsonl' else 'prompts'}:path={path},split=all,chat=true"
+    (example,) = under_protocol(AGNOSTIC, get_task(spec).examples("train", 1, tokenizer))
+    assert example.later.startswith(f"{question}<|im_end|>")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("piece", [None, 1, 3])
 def test_reading_a_question_first_is_part_of_the_continuation(family, piece, monkeypatch):

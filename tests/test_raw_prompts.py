@@ -47,6 +47,7 @@ def test_a_folder_holds_a_prompt_in_each_text_file_and_many_in_json_lines(tmp_pa
     assert {each.max_new_tokens for each in found.values()} == {64, 7}
     assert all(each.references == () and each.metric == "fidelity" for each in found.values())
     assert drawn(f"prompts:path={tmp_path},split=all,max_new_tokens=5", tokenizer)["mine"].max_new_tokens == 5
+    assert set(drawn(write(tmp_path / "B.JSONL", {"prompt": "A"}, {"prompt": "B"}), tokenizer)) == {"B-1", "B-2"}
 
 
 def test_a_chat_ends_where_the_assistant_is_to_answer(tmp_path, tokenizer):

@@ -27,8 +27,8 @@ from evolkv.cli.tables import print_table
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluation import EvaluationInterrupted, EvaluationProgress, Method
 from evolkv.evaluation.compare import compare_records
-from evolkv.evaluation.evaluation import summarise
 from evolkv.evaluation.records import RecordLog, Records, read_records, sha256
+from evolkv.evaluation.summary import summarise
 from evolkv.report.needles import needle_grids
 from evolkv.report.sources import read_sources
 from evolkv.report.tables import results_table

@@ -11,6 +11,7 @@ import sys
 import pytest
 import typer
 
+import evolkv
 from evolkv.cli import main
 from evolkv.cli.app import app
 from evolkv.errors import UsageError
@@ -19,6 +20,7 @@ from evolkv.report.charts import course_chart
 from evolkv.report.comparisons import comparisons
 from evolkv.report.differences import in_validation
 from evolkv.report.page import render
+from evolkv.report.recipes import recipes
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
 
@@ -429,6 +431,33 @@ def test_command_of_a_search_is_one_that_the_program_takes(demo, write, tmp_path
         assert sub.make_context(name, rest, parent=context).params["max_evals"] == 48
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"minibatch": 1, "start": "uniform"},
+        {"metric": "contains"},
+        {"strategy": "gradient", "gradient_steps": 1},
+        {"strategy": "start", "start": "lukv"},
+        {"strategy": "evolkv", "group_size": 2},
+        {"strategy": "random"},
+        {"preset": "paper", "selector": "snapkv:window=8", "group_size": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "best",
+)
+def test_the_command_finds_the_same_budgets_again(options, small, write, tmp_path, monkeypatch):
+    common = {"task": "niah:context=120", "budget": 20, "train": 2, "val": 2, "max_evals": 12, "gradient_steps": 2}
+    settings = {**common, "selector": "snapkv:window=8", "seed": 3}
+    found = evolkv.search(*small, **{**settings, **options})
+    path = write("s.json", {**found.to_dict(), "profile": None} | {"format": "evolkv.search/1"})
+    found.profile.save(tmp_path / "first.json")
+    (recipe,) = recipes(read_sources([path, tmp_path / "first.json"]), [], "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evolkv.cli.options.ModelOptions.load", lambda *_: small)
+    assert main([*shlex.split(" ".join(recipe.command))[1:], "--storage", "none", "--quiet"]) == 0
+    assert json.loads((tmp_path / "profile.json").read_text())["budgets"] == found.profile.to_dict()["budgets"]
+
+
 def test_paths_with_spaces_survive_the_command(write):
     data = search()
     data["settings"]["task"] = "jsonl:path=my questions.jsonl"
@@ -631,6 +660,14 @@ def test_a_search_alone_says_that_its_score_is_of_examples_that_it_chose_on(writ
     text = page(write("s.json", search())).text
     assert "held-out" not in text
     assert "7 examples that the search never saw decide which allocation it returns" in text
+
+
+def test_a_start_that_nothing_evolved_from_is_not_said_to_have_won(write):
+    only = scored("lukv", 0.6, budgets=[[128] * HEADS] * LAYERS, evolved=False)
+    text = page(write("s.json", search(improved=False, chosen="lukv", validation=[only]))).text
+    assert "lukv scores 0.60 with 128 entries per KV head" in text
+    assert "Nothing was evolved: the profile holds the start, lukv." in text
+    assert "no evolved budgets" not in text
 
 
 def test_a_chart_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):

@@ -18,6 +18,8 @@ from evolkv.evaluation import NaiveEngine, ReplayEngine, get_method
 from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.lengths import ByLength
 from evolkv.integrations.kvpress import press_source
+from evolkv.report.comparisons import comparisons
+from evolkv.report.sources import read_sources
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example
 from tiny import KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
@@ -295,7 +297,15 @@ def test_a_curve_may_be_of_shares(small, tmp_path):
     assert [result.profile.target for result in curve.results] == ["10%", "20%"]
     assert any(row["name"] == "expanded from 20%" for row in curve.results[0].validation)
     assert " at 10% (" in _gaps(curve.results)
-    json.dumps(curve.to_dict())
+    # As rows of an evaluation: what the prompts hold that the scores are of, one of 160 tokens and one of 240.
+    longest = curve.results[0].profile.search["prompt_tokens"]
+    for point, share in zip(curve.points, (0.1, 0.2), strict=True):
+        assert point["mean_budget"] == pytest.approx(share * 200, abs=1.5) != share * longest
+        assert point["kv_bytes"] == point["mean_budget"] * SIZE * 2 * small[0].config.head_dim * 4
+    (tmp_path / "curve.json").write_text(json.dumps(curve.to_dict()))
+    sources = read_sources([tmp_path / "curve.json"])
+    (group,) = comparisons(sources.rows, sources.curves, sources.profiles)
+    assert {entry.name for entry in group.rivals(group.evolved[0])} >= {"uniform"}
 
 
 def test_a_search_that_goes_on_knows_its_share(small, tmp_path):

@@ -237,6 +237,18 @@ def test_a_mixture_within_a_list_is_the_one_that_its_spec_reads():
     assert get_task(format_spec(mixture)) == mixture
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("jsonl:{}", "prompts:{}", "code:path={}", "niah:haystack={}", "longbench:trec,path={}"),
+        *("longbench:trec,path={}.zip", "gsm8k:path={}", "gsm8k:path={}.parquet", "ruler:niah_single_2,essays={}"),
+    ],
+)
+def test_a_home_folder_that_no_user_has_is_a_path_that_does_not_exist(spec):
+    with pytest.raises(TaskError, match=r"~nobody-here/x.* does not exist"):
+        get_task(spec.format("~nobody-here/x")).check_files()
+
+
 def test_a_mixture_draws_as_many_examples_of_each_task(tmp_path):
     specs = []
     for name in ("one", "two", "three"):

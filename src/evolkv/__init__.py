@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from evolkv.on_demand import from_homes
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -42,12 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'evolkv' has no attribute {name!r}")
+__getattr__ = from_homes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

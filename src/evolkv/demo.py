@@ -15,13 +15,13 @@ from evolkv.plots import budgets_heatmap
 from evolkv.registry import unknown_name
 from evolkv.report.page import render
 from evolkv.report.sources import read_sources
+from evolkv.schemas import RESULTS_FORMAT
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, get_task
 from evolkv.whole_files import check_folder, check_outputs, write_json, write_text
 
 #: What budgets are evolved under. A window of 32 would be most of a budget of 40 (docs/gradient.md).
 SELECTOR = "chunkkv:window=2"
-RESULTS_FORMAT = "evolkv.results/1"
 SAMPLES = 24
 #: What SnapKV and PyramidKV, which the demo compares with, keep whatever the budget.
 LEAST_BUDGET = get_selector("snapkv").min_budget

@@ -19,6 +19,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from evolkv.errors import RunError
 from evolkv.version import __version__
 
 FORMAT = "evolkv.doctor/1"
@@ -105,8 +106,13 @@ def diagnose() -> Diagnosis:
         try:
             _look_at_device(found)
             _look_at_models(found)
+            importlib.import_module("evolkv.cache")
         except ImportError as error:
             found.problems.append(f"EvolKV cannot be imported with what is installed: {' '.join(str(error).split())}")
+        except RunError as error:
+            # transformers is too old. Where EvolKV is installed as a package, its requirements have said so.
+            if not any(each.name == "transformers" and not each.fits for each in found.packages):
+                found.problems.append(str(error))
     _look_at_folders(found)
     found.facts["environment"] = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if os.environ.get("EVOLKV_TRITON") == "1" and importlib.util.find_spec("triton") is None:

@@ -14,6 +14,7 @@ from evolkv.errors import UsageError
 from evolkv.hub import FILE_NAME, HubAddress
 from evolkv.json_files import read_json
 from evolkv.profile_file import MAX_FILE_BYTES
+from evolkv.schemas import RESULTS_FORMAT
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 README, PICTURE = "README.md", "budgets.png"
 #: Tells a page that EvolKV wrote, and may replace, from one of the repository's owner.
 _MARK = "<!-- written by evolkv -->"
-_RESULTS = "evolkv.results/1"
 _MOST_RESULT_BYTES = 64 * 2**20
 #: Allocations that a search compares, as people call them.
 _ALLOCATIONS = {
@@ -36,7 +36,7 @@ _ALLOCATIONS = {
 }
 
 
-def facts(profile: BudgetProfile) -> dict[str, str]:
+def provenance(profile: BudgetProfile) -> dict[str, str]:
     """Return what a profile records about itself, in words, by short names in the order to show them."""
     search, model = profile.search, profile.model
     parameters = ", ".join(f"{key} {value}" for key, value in profile.selector.items() if key != "name")
@@ -102,7 +102,7 @@ def read_rows(profile: BudgetProfile, path: str | os.PathLike[str]) -> list[dict
         data = read_json(place, _MOST_RESULT_BYTES, "results made by `evolkv eval --json`")
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    rows = data.get("rows") if isinstance(data, dict) and data.get("format") == _RESULTS else None
+    rows = data.get("rows") if isinstance(data, dict) and data.get("format") == RESULTS_FORMAT else None
     if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise UsageError(f"{path}: not results of an evaluation; expected a file made by `evolkv eval --json`")
     models = sorted({str(row["model"]) for row in rows} - {profile.model["name"]})
@@ -160,14 +160,15 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         "tokens these are.",
         f"![Budgets by layer and KV head]({PICTURE})",
         "## How to use it",
-        f"    pip install evolkv\n    evolkv generate {name} --profile {where} --prompt-file prompt.txt",
+        "    pip install .    # in a clone of EvolKV's repository\n"
+        f"    evolkv generate {name} --profile {where} --prompt-file prompt.txt",
         f"```python\n{python_example(name, where)}\n```",
         "The profile fits these weights only; EvolKV refuses others. It serves the kind of work that it was found on. "
         f"Check it on your own: `evolkv eval {name} --task TASK --method full {where} --budget {profile.target}`.",
         "## Scores",
         *_score_sections(profile, rows),
         "## How it was made",
-        _table(["", ""], [[key, _plain(value)] for key, value in facts(profile).items()]),
+        _table(["", ""], [[key, _plain(value)] for key, value in provenance(profile).items()]),
         f"This page was written by EvolKV {__version__}. Everything on it stands in `{address.filename}`"
         f"{', or in the results of the evaluation' if rows else ''}.",
     ]

@@ -14,6 +14,9 @@ from evolkv.numbers import is_whole
 
 M = TypeVar("M", bound=BaseModel)
 
+#: The format of a file of results, as `eval` and the demo write them.
+RESULTS_FORMAT = "evolkv.results/1"
+
 
 class Schema(BaseModel):
     """Part of such a file, checked without any conversion; what it has besides is ignored."""

@@ -103,8 +103,10 @@ def _next_commands(
     from evolkv.demo import LEAST_BUDGET
 
     folder, profile = result.files.folder, result.files.profile
-    paper = folder.with_name(f"{folder.name}-paper.json")
-    half = folder.with_name(f"{folder.name}-half")
+    # Of "." and "/" no other name can be made.
+    beside = folder if folder.name.strip(".") else folder / "demo"
+    paper = beside.with_name(f"{beside.name}-paper.json")
+    half = beside.with_name(f"{beside.name}-half")
     methods = ["full", "tova", profile]
     commands: list[tuple[str, list[object]]] = [
         (

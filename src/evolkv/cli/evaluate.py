@@ -120,7 +120,7 @@ def evaluate(
     check_request(methods, budgets, samples, metric)
     for every in tasks:
         every.check_files()
-    check = partial(check_examples, tasks, ["report"], metric=metric, protocol=protocol, seed=seed)
+    check = partial(check_examples, tasks, {"report": samples}, metric=metric, protocol=protocol, seed=seed)
     loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
     stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:
@@ -146,10 +146,11 @@ def evaluate(
     so_far = "" if stopped is None else f"after {stopped.finished} of {stopped.total} examples"
     if rows:
         from evolkv.report.tables import results_note, results_table
+        from evolkv.schemas import RESULTS_FORMAT
 
         unfinished = {"interrupted": True} if stopped else {}
         try:
-            console.write_json(json_out, {"format": "evolkv.results/1", **unfinished, "rows": rows})
+            console.write_json(json_out, {"format": RESULTS_FORMAT, **unfinished, "rows": rows})
         finally:
             # A file that cannot be written must not take the numbers with it.
             note = " ".join(filter(None, [f"Interrupted {so_far}." if stopped else "", results_note(rows)]))

@@ -20,29 +20,25 @@ app = typer.Typer(cls=Group, help="List what can be named on the command line.")
 Rows = list[dict[str, Any]]
 
 
-def _command(rows: Callable[[bool], Rows]) -> None:
-    """Make a command of a function that returns rows, for JSON or for people."""
+def _command(rows: Callable[[], Rows]) -> None:
+    """Make a command of a function that returns rows."""
 
     def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-        _print(rows(as_json), as_json)
+        _print(rows(), as_json)
 
     app.command(rows.__name__, cls=Command, help=rows.__doc__)(command)
 
 
 @_command
-def models(as_json: bool) -> Rows:
+def models() -> Rows:
     """Models that need no download, once their packages are installed."""
     from evolkv.models import list_models
 
-    rows = [asdict(row) for row in list_models()]
-    for row in rows if not as_json else ():
-        row["installed"] = "yes" if row["installed"] else "no"
-        row["package"] = row["package"].replace(" ", "\n")
-    return rows
+    return [asdict(row) for row in list_models()]
 
 
 @_command
-def tasks(as_json: bool) -> Rows:
+def tasks() -> Rows:
     """Tasks, and the settings that may follow their names."""
     from evolkv.tasks import TASKS
 
@@ -50,16 +46,17 @@ def tasks(as_json: bool) -> Rows:
 
 
 @_command
-def metrics(as_json: bool) -> Rows:
+def metrics() -> Rows:
     """Metrics."""
-    from evolkv.evaluation.scoring import SCORERS
-    from evolkv.tasks.metrics import METRICS
+    from evolkv.tasks.metrics import METRICS, MODEL_METRICS
 
-    return [_row(name, each) for name, each in sorted({**METRICS, **SCORERS}.items())]
+    rows = [_row(name, metric) for name, metric in METRICS.items()]
+    rows += [{"name": name, "description": said} for name, said in MODEL_METRICS.items()]
+    return sorted(rows, key=lambda row: row["name"])
 
 
 @_command
-def selectors(as_json: bool) -> Rows:
+def selectors() -> Rows:
     """Selectors, and the parameters that may follow their names."""
     from evolkv.selectors import SELECTORS
 
@@ -67,7 +64,7 @@ def selectors(as_json: bool) -> Rows:
 
 
 @_command
-def allocators(as_json: bool) -> Rows:
+def allocators() -> Rows:
     """Allocators, and the parameters that may follow their names. lukv is made by a search, with --start lukv."""
     from evolkv.allocators import ALLOCATORS, lukv
     from evolkv.allocators.adaptive import ADAPTIVE
@@ -77,7 +74,7 @@ def allocators(as_json: bool) -> Rows:
 
 
 @_command
-def strategies(as_json: bool) -> Rows:
+def strategies() -> Rows:
     """Strategies of a search."""
     from evolkv.evolution import STRATEGIES
 
@@ -101,6 +98,9 @@ def _print(rows: Rows, as_json: bool) -> None:
         console.OUT.file.write(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         return
     for row in rows:
+        if "installed" in row:
+            row["installed"] = "yes" if row["installed"] else "no"
+            row["package"] = row["package"].replace(" ", "\n")
         if "parameters" in row:
             row["parameters"] = "\n".join(
                 key if value == "required" else f"{key}={str(value).lower() if value in (None, False) else value}"

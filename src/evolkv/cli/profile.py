@@ -38,9 +38,9 @@ def show(
         return
     console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
     console.OUT.print()
-    from evolkv.profile_card import facts
+    from evolkv.profile_card import provenance
 
-    for name, value in facts(profile).items():
+    for name, value in provenance(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
 
 

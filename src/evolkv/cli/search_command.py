@@ -119,7 +119,11 @@ def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[Budget, str]
     check = partial(
         check_examples,
         [get_task(config.task)],
-        ["train", "validation", "report"] if auto else ["train", "validation"],
+        {
+            "train": config.num_train,
+            "validation": config.val,
+            **({"report": options["certify"]} if auto else {}),
+        },
         metric=config.metric,
         protocol=config.protocol,
         seed=config.seed,

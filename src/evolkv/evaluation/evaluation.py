@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +18,13 @@ from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.measure import Row, TaskQuestions, measure
 from evolkv.evaluation.records import (
     ModelSettings,
-    Record,
     RecordLog,
-    Records,
     Settings,
     TaskSettings,
-    metrics_of,
     versions,
 )
 from evolkv.evaluation.scoring import encode_examples
-from evolkv.intervals import ci95
+from evolkv.evaluation.summary import summarise
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.numbers import is_whole
@@ -225,71 +221,6 @@ def _check_blocks(block_size: int | None, prefill_chunk: int | None) -> None:
             "--block-size and --prefill-chunk are both given, but a server with blocks evicts once, after the prompt; "
             "leave one of them out"
         )
-
-
-def summarise(records: Records) -> list[dict[str, Any]]:
-    """Return the rows that follow from records, over the examples that all methods are done with; see `evaluate`."""
-    settings = records.settings
-    results = []
-    for task in settings.tasks:
-        finished = records.complete(task)
-        for name, method in settings.methods.items() if finished else ():
-            column = [example[name] for example in finished]
-            scores = np.array([record.score for record in column])
-            result = {
-                "model": settings.model.name,
-                "task": task,
-                "method": method.method,
-                "budget": method.budget,
-                "n": len(column),
-                "metric": metrics_of(column),
-                "score": float(scores.mean()),
-                "ci95": list(ci95(scores)),
-                "kv_bytes": float(np.mean([record.kv_bytes for record in column])),
-                "read_bytes": float(np.mean([record.read_bytes or record.kv_bytes for record in column])),
-                "mean_budget": float(np.mean([record.mean_budget for record in column])),
-                "prefill_factor": float(np.mean([record.prefill_factor for record in column])),
-                **_prefill_share(column),
-                **_beside_companion(column),
-                "seed": settings.seed,
-                "protocol": settings.protocol,
-                "dtype": settings.model.dtype,
-            }
-            if settings.tasks[task].haystack is not None:
-                result["haystack"] = settings.tasks[task].haystack
-            if settings.prefill_chunk is not None:
-                result["prefill_chunk"] = settings.prefill_chunk
-            if settings.block_size is not None:
-                result["block_size"] = settings.block_size
-            if method.expanded_from is not None:
-                result["expanded_from"] = method.expanded_from
-            bins = _by_bin(column)
-            results.append({**result, "bins": bins} if bins else result)
-    return results
-
-
-def _prefill_share(column: Sequence[Record]) -> dict[str, float]:
-    """Return the mean share of a plain prefill, where a method computes less."""
-    shares = [record.prefill_share for record in column]
-    return {"prefill_share": float(np.mean(shares))} if min(shares) < 1 else {}
-
-
-def _beside_companion(column: Sequence[Record]) -> dict[str, float]:
-    """Return what a step needs of the model's own cache, and the companion's cache, where there is one."""
-    if not any(record.companion_bytes for record in column):
-        return {}
-    companion = float(np.mean([record.companion_bytes for record in column]))
-    read = float(np.mean([record.read_bytes or record.kv_bytes for record in column]))
-    return {"resident_bytes": read - companion, "companion_bytes": companion}
-
-
-def _by_bin(column: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return the mean score and number of examples of each bin of length, where a task has bins."""
-    scores = defaultdict(list)
-    for record in column:
-        if "bin" in record.extra:
-            scores[str(record.extra["bin"])].append(record.score)
-    return {name: {"n": len(each), "score": float(np.mean(each))} for name, each in sorted(scores.items())}
 
 
 def _rows(model: PreTrainedModel, methods: Sequence[Method], budgets: Sequence[Budget]) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.budgets import Budget, Share
+from evolkv.budgets import MAX_BUDGET, Budget, Share
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
@@ -21,8 +21,9 @@ from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, und
 from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
-from evolkv.models import describe_model
+from evolkv.models import describe_model, model_facts
 from evolkv.selectors import SelectorSpec, get_selector
+from evolkv.tasks import encode_prompt
 
 FORMAT = "evolkv.curve/1"
 # A neighbour's budgets are near: the step from them is smaller than from uniform ones.
@@ -38,8 +39,8 @@ class CurveResult:
     Args:
         results: one per budget, smallest first. After an interruption: of the budgets that were searched.
         points: for each of them ``budget, score, ci95, n, metric, kv_bytes, mean_budget, source, evaluations, selector,
-            on_front``; `source` is "search", a heuristic or "expanded from …"; `on_front` says that no smaller budget
-            does as well.
+            on_front``; `kv_bytes`, and at shares `mean_budget`, are means over the validation examples; `source` is
+            "search", a heuristic or "expanded from …"; `on_front` says that no smaller budget does as well.
         seconds: wall-clock time of everything, of earlier runs as far as the study knows it.
         interrupted: whether it was stopped before its end.
     """
@@ -203,8 +204,12 @@ def _choices(run: Run, budget: int, evolutions: dict[int, Evolved], ascending: l
 def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
     info = describe_model(run.model)
     entry_bytes = 2 * info.head_dim * run.model.dtype.itemsize
+    windows = [window or MAX_BUDGET for window in model_facts(run.model).sliding_windows]
+    lengths = [encode_prompt(run.tokenizer, example).shape[1] for example in run.held_out]
     points: list[dict[str, Any]] = []
     for result in results:
+        # Of each validation example, as the scores are.
+        held = [np.minimum(result.profile.budgets_at(tokens, windows), tokens) for tokens in lengths]
         row = result.validation[0] if result.validation else None
         point = {
             "budget": result.profile.target,
@@ -212,8 +217,8 @@ def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
             "ci95": list(row["ci95"]) if row else None,
             "n": row["n"] if row else 0,
             "metric": run.config.metric,
-            "kv_bytes": int(np.minimum(result.profile.budgets, run.space.longest).sum()) * entry_bytes,
-            "mean_budget": result.profile.mean_budget,
+            "kv_bytes": float(np.mean([each.sum() for each in held])) * entry_bytes,
+            "mean_budget": float(np.mean(held)) if run.space.shares else result.profile.mean_budget,
             "source": result.chosen if result.chosen in NOT_EVOLVED or " " in result.chosen else "search",
             "evaluations": result.evaluations,
             "selector": run.selector.spec,

@@ -9,7 +9,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from transformers import PreTrainedModel
 
-from evolkv.evolution.config import SearchConfig, preset_settings
+from evolkv.evolution.config import OneBudget, SearchConfig, SeveralBudgets, preset_settings
+from evolkv.evolution.curve import run_curve
+from evolkv.evolution.run import run_search
 
 P = ParamSpec("P")
 Config = TypeVar("Config", bound=SearchConfig)
@@ -58,3 +60,7 @@ def by_keyword(
     parts = [run.__doc__, *(each.__doc__ for each in inspect.getmro(config)[:-1])]  # type: ignore[arg-type]
     search.__doc__ = "\n\n".join(inspect.cleandoc(part or "") for part in parts)
     return search
+
+
+search = by_keyword("search", OneBudget, run_search)
+search_curve = by_keyword("search_curve", SeveralBudgets, run_curve)

@@ -254,7 +254,7 @@ class EvolKVLM(HFLM):
 
 def _folder_of(pretrained: str) -> str:
     """The folder that an alias or a .gguf file is converted to; anything else is left to the harness."""
-    path = Path(pretrained).expanduser()
+    path = Path(os.path.expanduser(pretrained))
     if pretrained in ALIASES:
         entry = ALIASES[pretrained]
         return str(gguf.converted(entry.paths(pretrained), pretrained, entry.sha256))

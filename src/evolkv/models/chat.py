@@ -57,11 +57,18 @@ def render_chat(
     )
 
 
-def around_message(tokenizer: Any, **settings: Any) -> tuple[str, str]:
-    """Return the text that the chat template puts before and after the user's message; nothing without a template.
+def around_message(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]] = ({"role": "user"},),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> tuple[str, str]:
+    """Return the text that the chat template puts before and after the last message; nothing without a template.
 
     Args:
         tokenizer: the tokenizer.
+        messages: as of `render_chat`; the last one's text is of no account. Default: one of the user.
+        tools: as of `render_chat`.
         settings: what else the template takes.
 
     Raises:
@@ -69,5 +76,6 @@ def around_message(tokenizer: Any, **settings: Any) -> tuple[str, str]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return "", ""
-    before, _, after = render_chat(tokenizer, [{"role": "user", "content": _MARK}], **settings).partition(_MARK)
+    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+    before, _, after = render_chat(tokenizer, marked, tools, **settings).rpartition(_MARK)
     return before, after

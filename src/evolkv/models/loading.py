@@ -116,7 +116,7 @@ def load_model(
         try:
             model, tokenizer = _load(source, label, kind, place, attn_implementation, trust_remote_code, check)
             _tokenizers[model] = tokenizer
-            path = Path(name).expanduser()
+            path = Path(os.path.expanduser(name))
             origin = str(path.resolve()) if os.fspath(name) not in ALIASES and path.exists() else os.fspath(name)
             setattr(model, _ORIGIN, Origin(origin, kind, attn_implementation, trust_remote_code))
             return model, tokenizer
@@ -191,7 +191,7 @@ def _load_tokenizer(source: str, label: str, trust_remote_code: bool) -> Any:
 
 def _find(name: str) -> tuple[str, str]:
     """Return what transformers should load for a name, and what to call it."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in ALIASES:
         entry = ALIASES[name]
         return str(gguf.converted(entry.paths(name), name, entry.sha256)), name

@@ -13,7 +13,7 @@ from evolkv.budgets import size_of
 from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
 from evolkv.report.charts import ScoreChart, Scored, score_chart
-from evolkv.report.schemas import Curve, Row, Search, mean_of
+from evolkv.report.schemas import Curve, Row
 from evolkv.report.units import mebibytes
 from evolkv.report.words import counted, in_chunks, interval, number, percent, score
 
@@ -189,25 +189,22 @@ def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
         "model": model_name(settings, [*(s.profile for s in curve.searches if s.profile), *profiles]) or "model",
         "task": task if isinstance(task, str) else "task",
     }
+    # A curve has a search for each point, in their order.
+    searches = curve.searches if len(curve.searches) == len(curve.points) else [None] * len(curve.points)
     entries = []
-    for point in sorted(curve.points, key=lambda point: size_of(point.budget)):
+    for point, search in sorted(zip(curve.points, searches, strict=True), key=lambda pair: size_of(pair[0].budget)):
         row = Row(
             **common,
             **point.model_dump(include={"score", "ci95", "n", "metric", "budget", "kv_bytes", "mean_budget"}),
             method=EVOLVED,
         )
         entries.append(Entry(row, EVOLVED, point.source, point.on_front))
-        for other in _heuristics(curve.searches, round(point.mean_budget), point.n):
+        for other in search.validation if search is not None else ():
+            if other.evolved or other.n != point.n:
+                continue
             scores = {"score": other.score, "ci95": other.ci95, "method": other.name}
             entries.append(Entry(row.model_copy(update=scores), other.name))
     return Comparison(_ordered(entries), of_curve=True)
-
-
-def _heuristics(searches: Sequence[Search], budget: int, n: int) -> list[Any]:
-    for search in searches:
-        if search.validation and round(mean_of(search.validation[0].budgets)) == budget:
-            return [entry for entry in search.validation if not entry.evolved and entry.n == n]
-    return []
 
 
 def model_name(settings: dict[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:

@@ -143,6 +143,9 @@ def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headlin
         if heuristics:
             others = listing([f"{short(entry.name)} {entry.score:.2f}" for entry in heuristics])
             sentences.append(f"Budgets that need no evolution score less in the same memory: {others}.")
+    elif len(search.validation) == 1:
+        title = f"{_of(model, task)}: {short(result.name)} scores {result.score:.2f} with {entries} entries per KV head"
+        sentences = [f"Nothing was evolved: the profile holds the start, {short(result.name)}."]
     else:
         title = f"{_of(model, task)}: no evolved budgets beat {short(result.name)} with {entries} entries per KV head"
         others = listing([f"{short(entry.name)} ({entry.score:.2f})" for entry in heuristics])

@@ -51,10 +51,10 @@ def _place(record: Record) -> tuple[str, int, int] | None:
     """A record's task without its context, context, and bin of the depth; None for anything but a needle."""
     from evolkv.errors import TaskError
     from evolkv.tasks.niah import NeedleInHaystack
-    from evolkv.tasks.spec import parse_spec
+    from evolkv.tasks.spec import parse_task
 
     try:
-        name, values = parse_spec(record.task)
+        name, values = parse_task(record.task)
         context = int(values.pop("context", str(NeedleInHaystack.context)))
     except (TaskError, ValueError):
         return None

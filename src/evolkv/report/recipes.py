@@ -12,7 +12,7 @@ from evolkv.report.schemas import Search, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.units import duration
 from evolkv.report.views import search_title
-from evolkv.report.words import counted, eval_command, facts, search_command
+from evolkv.report.words import counted, eval_command, search_command, shown_settings
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,4 @@ def _recipe(title: str, settings: dict[str, Any], seconds: float = 0.0) -> Recip
 
 
 def _facts(settings: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
-    return facts(settings) + ([("time", duration(seconds))] if seconds else [])
+    return shown_settings(settings) + ([("time", duration(seconds))] if seconds else [])

@@ -17,7 +17,7 @@ from evolkv.registry import unknown_name
 from evolkv.report.schemas import Curve, Results, Row, Search
 from evolkv.report.studies import study_searches
 from evolkv.report.words import counted
-from evolkv.schemas import checked
+from evolkv.schemas import RESULTS_FORMAT, checked
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
@@ -30,7 +30,7 @@ _RECORDS = b'{"format": "evolkv.records/'
 
 _KINDS: dict[str, type[Search | Results | ProfileFile | Curve]] = {
     "evolkv.search/1": Search,
-    "evolkv.results/1": Results,
+    RESULTS_FORMAT: Results,
     "evolkv.profile/1": ProfileFile,
     "evolkv.curve/1": Curve,
 }
@@ -94,8 +94,8 @@ class Sources:
     def add_records(self, path: Path) -> None:
         """Take a file of records, and the rows that follow from it."""
         # Takes seconds to import, and no other input needs it.
-        from evolkv.evaluation.evaluation import summarise
         from evolkv.evaluation.records import read_records
+        from evolkv.evaluation.summary import summarise
 
         found = read_records(path)
         rows = summarise(found)

@@ -62,7 +62,7 @@ def short(text: str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def shown_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) pairs of settings; nested ones on one line."""
     shown = {name: value for name, value in settings.items() if value is not None}
     if isinstance(selector := settings.get("selector"), Mapping):
@@ -98,16 +98,24 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
         option, value = f"--{name.replace('_', '-')}", settings.get(name)
         if name == "val":
             value = settings.get("validation", value)
+        if name == "minibatch" and settings.get("strategy") != "joint" and value == _count(settings.get("train")):
+            # On record for every strategy; those that need all examples in each generation refuse the option.
+            continue
         if name == "selector" and (rivals := _rivals(settings)):
             words += [option, *(spec for spec, _ in rivals)]
             continue
-        value = value.get("n", selector_spec(value)) if isinstance(value, Mapping) else value
+        value = _count(value) or selector_spec(value) if isinstance(value, Mapping) else value
         if name == "start" and isinstance(value, str) and value.startswith("profile "):
             # Only the digest of a profile that a search started from is on record, not its path.
             value = "START.json"
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             words += [option, str(value)]
     return _pieces([*words, "--out", "profile.json"])
+
+
+def _count(examples: Any) -> Any:
+    """The number of examples that a search has on record for a split, if it has."""
+    return examples.get("n") if isinstance(examples, Mapping) else None
 
 
 def _rivals(settings: Mapping[str, Any]) -> list[tuple[str, float | None]]:

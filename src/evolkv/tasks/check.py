@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evolkv.errors import EvolKVError, RunError, UsageError
 from evolkv.tasks.base import Example, Split, Task
 from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
-from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.protocol import under_protocol
 
 
 def check_examples(
     tasks: Sequence[Task],
-    splits: Sequence[Split],
+    splits: Mapping[Split, int | None],
     tokenizer: Any,
     config: Any,
     *,
@@ -23,11 +22,11 @@ def check_examples(
     protocol: str,
     seed: int,
 ) -> None:
-    """Draw an example of each task for each split, and check that the model can be asked it.
+    """Draw an example of each task and kind for each split, and check that the model can be asked it.
 
     Args:
         tasks: the tasks.
-        splits: those that examples will be drawn for.
+        splits: those that examples will be drawn for, and how many of each task; None where that is not known yet.
         tokenizer: the model's.
         config: the model's.
         metric: judges all examples; None for each example's own.
@@ -35,14 +34,14 @@ def check_examples(
         seed: of the examples.
 
     Raises:
-        UsageError: a split is empty, a prompt and its answer exceed the model's context, or the metric cannot judge an
-            example.
+        UsageError: a split is empty, or has too few examples for several tasks; a prompt and its answer exceed the
+            model's context; or the metric cannot judge an example.
         RunError: a task's own code fails.
     """
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
     for task in tasks:
-        for split in splits:
-            for example in under_protocol(protocol, _first(task, split, tokenizer, seed)):
+        for split, count in splits.items():
+            for example in under_protocol(protocol, _first(task, split, count, tokenizer, seed)):
                 name = metric or example.metric
                 check_labelled(example, name)
                 answer = 1 if name == "logprob" else example.max_new_tokens
@@ -73,10 +72,10 @@ def check_room(example: Example, tokens: int, answer: int, context: float) -> No
         )
 
 
-def _first(task: Task, split: Split, tokenizer: Any, seed: int) -> list[Example]:
-    """Return an example, of a mixture one of each task."""
+def _first(task: Task, split: Split, count: int | None, tokenizer: Any, seed: int) -> list[Example]:
+    """Return an example of each kind, as far as `count` examples have it."""
     try:
-        return task.examples(split, len(task.tasks) if isinstance(task, Mixture) else 1, tokenizer, seed)
+        return task.examples(split, task.kinds if count is None else min(count, task.kinds), tokenizer, seed)
     except EvolKVError:
         raise
     except Exception as error:  # a task may be another package's

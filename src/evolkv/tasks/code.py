@@ -109,11 +109,11 @@ class CodeCompletion(Task):
                 of the split has a line to ask for after that much code.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, self.context, len(encode_text(tokenizer, PROMPT.format(code=""))))
+        prompts = _Prompts(tokenizer, self.context, _overhead(tokenizer))
         if prompts.room <= SLACK:
             raise TaskError(
                 f"code: context={self.context} is too small for the instruction and code; "
-                f"give at least {prompts.overhead + SLACK + 1} tokens"
+                f"give at least {self.least_context(tokenizer)} tokens"
             )
         folder, names = self._folder, self._files(split)
         random.Random(f"code/{seed}/{split}").shuffle(names)
@@ -128,6 +128,10 @@ class CodeCompletion(Task):
             logger.warning("%s: split %r has %d lines to ask for; using all, not %d", folder, split, len(drawn), n)
         return drawn
 
+    def least_context(self, tokenizer: Any) -> int:
+        """Return the fewest tokens that hold the instruction and some code."""
+        return _overhead(tokenizer) + SLACK + 1
+
     def files(self) -> list[str]:
         """Return the .py files of a folder that is the user's."""
         return [] if self.path is None else [str(self._folder / name) for name in _python_files(self._folder)]
@@ -140,7 +144,7 @@ class CodeCompletion(Task):
     def _folder(self) -> Path:
         if self.path == "":
             raise TaskError("code: the path of the folder is empty; give one, or leave path out")
-        return Path(sysconfig.get_path("stdlib") if self.path is None else self.path).expanduser()
+        return Path(sysconfig.get_path("stdlib") if self.path is None else os.path.expanduser(self.path))
 
     def _files(self, split: Split) -> list[str]:
         """Return the files that serve a split, relative to the folder, with "/" between their parts."""
@@ -225,6 +229,11 @@ class _Prompts:
             per_token = len(code) / max(1, self.room - left)
             probe = source.before(end, (self.room - SLACK / 2) * per_token)
         return None
+
+
+def _overhead(tokenizer: Any) -> int:
+    """Return the tokens of a prompt without code."""
+    return len(encode_text(tokenizer, PROMPT.format(code="")))
 
 
 def _python_files(folder: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.models.chat import user_message
+from evolkv.models.chat import around_message, user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.metrics import check_metric, judged_part
@@ -97,13 +97,15 @@ class JsonLines(PromptRows):
         prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
         if self.chat:
             prompt = user_message(tokenizer, prompt)
+        asked = fields.question
+        behind = around_message(tokenizer)[1] if self.chat and asked is not None else ""
         return Example(
             id=row.id,
             prompt=prompt,
             references=tuple(fields.references),
             max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 32,
             metric=self.metric or fields.metric or "contains",
-            question_at=None if fields.question is None else question_at(prompt, fields.question),
+            question_at=None if asked is None else question_at(prompt, asked, behind),
             first_line=bool(fields.first_line),
             stop=tuple(fields.stop or ()),
             extra=fields.extra,

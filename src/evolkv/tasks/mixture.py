@@ -44,6 +44,11 @@ class Mixture(Task):
         """True if the examples of any task are."""
         return any(task.free_text for task in self.tasks)
 
+    @property
+    def kinds(self) -> int:
+        """Number of examples that have every kind of every task."""
+        return len(self.tasks) * max(task.kinds for task in self.tasks)
+
     def check_files(self) -> None:
         """Check the files of all tasks."""
         for task in self.tasks:

@@ -105,7 +105,12 @@ class NeedleInHaystack(Task):
         check_request(split, n)
         prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
         sample = prompts.largest_needles(self.needles)
-        self._check_room(prompts, sample)
+        needed = prompts.least(sample)
+        if self.context < needed:
+            raise TaskError(
+                f"niah: context={self.context} is too small for template, {self.needles} needle(s) and "
+                f"question; give at least {needed} tokens"
+            )
         plans = [self._plan(split, index, seed) for index in range(n)]
         plans.sort(key=lambda plan: (plan.passage, -min(plan.depths), plan.index))
         count = self.passages or -(-n // EXAMPLES_PER_PASSAGE)
@@ -119,13 +124,10 @@ class NeedleInHaystack(Task):
                 examples.append(self._example(plan, split, seed, prompts, text, end))
         return examples
 
-    def _check_room(self, prompts: _Prompts, sample: Sequence[tuple[str, int]]) -> None:
-        needed = prompts.length("", 0, sample, [0] * len(sample)) + SLACK
-        if self.context < needed:
-            raise TaskError(
-                f"niah: context={self.context} is too small for template, {self.needles} needle(s) and "
-                f"question; give at least {needed} tokens"
-            )
+    def least_context(self, tokenizer: Any) -> int:
+        """Return the fewest tokens that hold template, needles and question."""
+        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
+        return prompts.least(prompts.largest_needles(self.needles))
 
     def _plan(self, split: Split, index: int, seed: int) -> _Plan:
         rng = random.Random(f"niah/{seed}/{split}/{index}")
@@ -253,6 +255,10 @@ class _Prompts:
     def length(self, text: str, cut: int, needles: Sequence[tuple[str, int]], positions: Sequence[int]) -> int:
         """Return the length of the rendered prompt in tokens."""
         return len(encode_text(self.tokenizer, self.render(text, cut, needles, positions)))
+
+    def least(self, needles: Sequence[tuple[str, int]]) -> int:
+        """Return the fewest tokens that hold a prompt with these needles."""
+        return self.length("", 0, needles, [0] * len(needles)) + SLACK
 
     def largest_needles(self, count: int) -> list[tuple[str, int]]:
         """Return the `count` needles that take the most tokens."""

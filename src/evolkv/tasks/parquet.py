@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def parse_parquet(path: str) -> Iterator[tuple[Place, dict[str, Any]]]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise TaskError(f"{path} is a Parquet file, which needs pyarrow; pip install 'evolkv[parquet]'") from None
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         what = "is a folder; give the path of a file" if file.is_dir() else "does not exist; check the path"
         raise TaskError(f"file {path} {what}")

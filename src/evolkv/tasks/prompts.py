@@ -55,20 +55,29 @@ def uses_chat(tokenizer: Any, choice: str | bool | None, task: str) -> bool:
 
 
 def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:
-    """Return a prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them."""
+    """Return a prompt of at most `limit` tokens: the first and last halves of a longer one, as LongBench cuts them.
+
+    A chat's markup stays in it; only a BOS that is added to every text is left out.
+    """
     ids = encode_text(tokenizer, prompt)
     if len(ids) <= limit:
         return prompt
     half = limit // 2
+    before, _ = special_tokens(tokenizer)
+    start, end = ids[:half], ids[-half:]
+    if start[: len(before)] == before:
+        start = start[len(before) :]
     # A tokenizer's clean-up would alter spacing everywhere, not just where the text is cut.
-    start, end = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (ids[:half], ids[-half:])
-    )
-    return start + end
+    return "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (start, end))
 
 
-def question_at(prompt: str, question: str) -> int | None:
-    """Return where a prompt's last occurrence of a question begins; None if it is not there, or nothing is before."""
-    place = prompt.rfind(question.strip())
+def question_at(prompt: str, question: str, behind: str = "") -> int | None:
+    """Return where a prompt's last occurrence of a question begins; None if it is not there, or nothing is before.
+
+    Args:
+        prompt: the prompt.
+        question: its words.
+        behind: what stands behind the question, and may hold its words, too; see `around_message`.
+    """
+    place = prompt.removesuffix(behind).rfind(question.strip())
     return place if place > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.models.chat import render_chat, user_message
+from evolkv.models.chat import around_message, render_chat, user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.prompts import cut_middle, encode_text, question_at, uses_chat
@@ -77,15 +78,15 @@ class RawPrompts(PromptRows):
         self._check_settings()
 
     def _rows(self) -> Iterator[Row[_Prompt]]:
-        root = Path(self.path).expanduser()
+        root = Path(os.path.expanduser(self.path))
         for file in _files(root, self.path):
             text = read_text(str(file))
             label = file.relative_to(root).as_posix() if file != root else file.name
-            if file.suffix == ".jsonl":
+            if file.suffix.lower() == ".jsonl":
                 for (number, where), fields in checked_rows(_Prompt, parse_rows(text, str(file))):
-                    name = fields.id or f"{label.removesuffix('.jsonl')}-{number}"
+                    name = fields.id or f"{label.removesuffix(file.suffix)}-{number}"
                     yield Row(name, where, fields, fields.group, fields.content)
-            elif file.suffix == ".json":
+            elif file.suffix.lower() == ".json":
                 raise TaskError(
                     f"{file}: expected JSON Lines, with one object on each line; convert it to a .jsonl file"
                 )
@@ -95,11 +96,12 @@ class RawPrompts(PromptRows):
 
     def _example(self, row: Row[_Prompt], tokenizer: Any) -> Example:
         fields = row.fields
-        question = fields.question
+        question, behind = fields.question, ""
         if fields.prompt is not None:
             prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
             if self.chat:
                 prompt = user_message(tokenizer, prompt)
+                behind = around_message(tokenizer)[1] if question is not None else ""
         else:
             turns = _shortened(fields.turns, tokenizer, self.context)
             try:
@@ -107,14 +109,15 @@ class RawPrompts(PromptRows):
                 prompt = render_chat(tokenizer, turns, fields.tools)
             except TaskError as error:
                 raise TaskError(f"{row.where}: {error}") from None
-            question = turns[-1]["content"] if len(turns) > 1 else None
+            if len(turns) > 1:
+                question, behind = turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1]
         return Example(
             id=row.id,
             prompt=prompt,
             references=(),
             max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 64,
             metric=self.default_metric,
-            question_at=None if question is None else question_at(prompt, question),
+            question_at=None if question is None else question_at(prompt, question, behind),
         )
 
 

@@ -80,7 +80,7 @@ def get_tasks(spec: str | Task | Sequence[str | Task]) -> list[Task]:
     return tasks
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+def parse_task(spec: str) -> tuple[str, dict[str, str]]:
     """Return the task's name and its values as texts.
 
     Raises:
@@ -110,7 +110,7 @@ def format_spec(task: Task) -> str:
 
 
 def _task(spec: str) -> Task:
-    name, texts = parse_spec(spec)
+    name, texts = parse_task(spec)
     if "," in name:
         raise TaskError(f"task {spec!r}: settings stand after a colon; write {spec.replace(',', ':', 1)!r}")
     task = TASKS[name]

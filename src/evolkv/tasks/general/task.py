@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,6 +33,8 @@ _PUZZLES: dict[str, Callable[[random.Random, Split], Puzzle]] = {
 KINDS = ("needle", "variables", "dialogue", "code", "keys", "counting", "cloze", "arithmetic")
 #: Lengths as parts of `context`. Half of it on average, and prime to the number of kinds, so that each kind gets each.
 LENGTHS = (0.2, 1.0, 0.4, 0.3, 0.6)
+#: The least context is said in multiples of this.
+_ROUND = 100
 #: Needles of the kind `keys`.
 NEEDLES = 4
 _LANGUAGES = tuple(WORDINGS)
@@ -69,6 +72,11 @@ class General(Task):
                 f"general: context={self.context} is not a length; give the longest prompt's length in tokens"
             )
 
+    @property
+    def kinds(self) -> int:
+        """Number of examples that have every kind at every length."""
+        return len(KINDS) * len(LENGTHS)
+
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n examples, one of each kind in turn.
 
@@ -80,32 +88,47 @@ class General(Task):
         for index in range(n):
             indices[_Slot.of(index)].append(index)
         drawn: dict[int, Example] = {}
+        short: list[_TooShortError] = []
         for slot, places in indices.items():
-            some = self._draw(slot, split, places, tokenizer, seed)
+            try:
+                some = self._draw(slot, split, places, tokenizer, seed)
+            except _TooShortError as error:
+                short.append(error)
+                continue
             for index, example in zip(places, some, strict=False):
                 extra = {**example.extra, "kind": slot.kind}
                 drawn[index] = replace(example, id=f"general-{split}-{seed}-{index}-{slot.kind}", extra=extra)
+        if short:
+            # Of all kinds and lengths, so that the advice holds for each.
+            worst = max(short, key=lambda error: error.least)
+            # Other examples of the kind may need a little more.
+            least = -(-worst.least // _ROUND) * _ROUND
+            raise TaskError(f"general: context={self.context} {worst}; give at least context={least}")
         return [drawn[index] for index in sorted(drawn)]
 
     def _draw(self, slot: _Slot, split: Split, indices: list[int], tokenizer: Any, seed: int) -> list[Example]:
-        context = round(LENGTHS[slot.length] * self.context)
+        part = LENGTHS[slot.length]
+        context = max(1, round(part * self.context))
         if slot.kind in _PUZZLES:
             make = _PUZZLES[slot.kind]
             return [
-                self._fitted(make(random.Random(f"general/{seed}/{split}/{i}"), split), context, tokenizer, slot.kind)
+                self._fitted(make(random.Random(f"general/{seed}/{split}/{i}"), split), part, tokenizer, slot.kind)
                 for i in indices
             ]
-        task: Task
+        task: CodeCompletion | NeedleInHaystack
         if slot.kind == "code":
             task = CodeCompletion(context=context)
         else:
             needles = 1 if slot.kind == "needle" else NEEDLES
             task = NeedleInHaystack(context=context, needles=needles, language=_LANGUAGES[slot.language])
+        if context < (needed := task.least_context(tokenizer)):
+            raise _TooShortError(slot.kind, part, context, needed)
         # The same seed would have the same needle, or file, at every length.
         own = seed * len(KINDS) * len(LENGTHS) * len(_LANGUAGES) + slot.number
         return task.examples(split, len(indices), tokenizer, own)
 
-    def _fitted(self, puzzle: Puzzle, context: int, tokenizer: Any, kind: str) -> Example:
+    def _fitted(self, puzzle: Puzzle, part: float, tokenizer: Any, kind: str) -> Example:
+        context = max(1, round(part * self.context))
         # The first token of an answer follows from the prompt before anything is evicted, so it must not be what is
         # asked: the last word of the prefix is left to the answer.
         prefix, _, last = puzzle.prefix.rpartition(" ")
@@ -120,10 +143,7 @@ class General(Task):
 
         spare = room(puzzle.least)
         if spare < 0:
-            raise TaskError(
-                f"general: context={self.context} gives {kind} {context} tokens, and needs {context - spare}; give at "
-                f"least context={-(-(context - spare) * self.context // context)}"
-            )
+            raise _TooShortError(kind, part, context, context - spare)
         prompt = render(largest(room, puzzle.least, spare, None, puzzle.least + context))
         asked = prompt.rfind(puzzle.asks)
         return Example(
@@ -137,6 +157,14 @@ class General(Task):
             question_at=asked if asked > 0 else None,
             extra={"mode": "flexible"} if puzzle.metric == "gsm8k" else {},
         )
+
+
+class _TooShortError(Exception):
+    """A kind needs more tokens than its part of the context gives it."""
+
+    def __init__(self, kind: str, part: float, given: int, needed: int):
+        super().__init__(f"gives {kind} {given} tokens, and needs {needed}")
+        self.least = math.ceil(needed / part)
 
 
 class _Slot(NamedTuple):

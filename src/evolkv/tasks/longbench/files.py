@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -32,7 +33,7 @@ def read_subset(name: str, path: str | None) -> tuple[str, str]:
         return _read_member(hub_file(REPOSITORY, ARCHIVE, "longbench", instead), name)
     if not path:
         raise TaskError("longbench: path is empty; give a folder or file, or leave it out")
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         return _read_from_folder(place, name)
     if place.suffix.lower() == ".zip":
@@ -53,7 +54,7 @@ def _read_from_folder(folder: Path, name: str) -> tuple[str, str]:
 def _read_member(archive: str, name: str) -> tuple[str, str]:
     wanted = f"{name}.jsonl"
     try:
-        with zipfile.ZipFile(Path(archive).expanduser()) as members:
+        with zipfile.ZipFile(Path(os.path.expanduser(archive))) as members:
             member = next((path for path in members.namelist() if PurePosixPath(path).name == wanted), None)
             if member is None:
                 raise TaskError(f"{archive} has no {wanted}; give LongBench's {ARCHIVE} or a folder with {wanted}")

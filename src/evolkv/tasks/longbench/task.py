@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class LongBench(Task):
 
     def files(self) -> list[str]:
         """Return the subset's file, also where `path` is the folder that it is in."""
-        if self.path is not None and Path(self.path).expanduser().is_dir():
+        if self.path is not None and Path(os.path.expanduser(self.path)).is_dir():
             return [str(Path(self.path) / f"{self.subset}.jsonl")]
         return super().files()
 

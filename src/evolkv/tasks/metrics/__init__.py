@@ -22,8 +22,12 @@ __all__ = ["LABEL_FREE", "METRICS", "MODEL_METRICS", "Metric", "check_metric", "
 
 #: Metrics that need no reference answer: they compare with the model's own under the full cache.
 LABEL_FREE = ("fidelity", "agreement")
-#: Metrics of what the model predicts, which engines compute; `evolkv.evaluation.scoring.SCORERS` has them.
-MODEL_METRICS = ("logprob", *LABEL_FREE)
+#: Metrics of what the model predicts, and what each is; engines compute them, with `evolkv.evaluation.scoring.SCORERS`.
+MODEL_METRICS = {
+    "logprob": "The geometric mean of the reference tokens' probabilities (1 / perplexity), in [0, 1].",
+    "fidelity": "Share of the full cache's behaviour that is kept: exp(-KL), the mean over its own answer, in [0, 1].",
+    "agreement": "Share of its own answer's tokens whose most probable token stays that of the full cache, in [0, 1].",
+}
 
 
 class Metric(Protocol):
