@@ -7,9 +7,9 @@ import pytest
 
 from evolkv.errors import TaskError
 from evolkv.evaluation.scoring import text_score
+from evolkv.models.chat import user_message
 from evolkv.tasks import SPLITS, Example, fingerprint, format_spec, get_task
 from evolkv.tasks.gsm8k import Gsm8k
-from evolkv.tasks.prompts import user_message
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.evaluation.scoring import text_score
+from evolkv.models.chat import user_message
 from evolkv.tasks import SPLITS, encode_prompt, format_spec, get_task
 from evolkv.tasks.longbench import LongBench
 from evolkv.tasks.longbench.subsets import EXTENDED, SUBSETS
 from evolkv.tasks.metrics import METRICS
-from evolkv.tasks.prompts import user_message
 
 # As published: SHA-256 of the prompt (its first 12 digits), most new tokens, metric.
 PUBLISHED = {
