@@ -802,6 +802,7 @@ def check_its_best_is_kept(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["found.json", "profile.json", "profile.study.db"]
 
 
+@pytest.mark.slow
 @SIGNALS
 def test_interrupted_or_terminated_search_keeps_its_best(run, monkeypatch, tmp_path, sent, code):
     calls = []
@@ -1077,9 +1078,8 @@ def test_an_address_on_the_hub_is_no_output(run, tmp_path, argv):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "closed", ["<&- >&- 2>&-", *(pytest.param(each, marks=pytest.mark.slow) for each in (">&-", "2>&-", ">&- 2>&-"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_stream_loses_no_work(published, questions, tmp_path, closed):
     model, results = published(tmp_path / "model", {}), tmp_path / "r.json"
     words = ["eval", model, "--task", questions, "--method", "full", "--samples", 1, "--json", results]

@@ -253,6 +253,7 @@ def test_beam_search_reorders_every_layer(family):
         assert torch.equal(model.generate(tokens(2, 30), **settings), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bamba", "gpt_oss"])
 def test_search_and_evaluation_run_on_hybrids_and_on_attention_sinks(tokenizer, family):
     model = tiny_model(family, vocab_size=len(tokenizer), pad_token_id=None, max_position_embeddings=1024)

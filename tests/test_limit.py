@@ -122,6 +122,7 @@ def test_a_search_that_ended_before_its_limit_does_not_speak_of_it(small):
     assert "stopped" not in found.profile.search
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_same_history(small, ticking, tmp_path):
     whole = evolkv.search(*small, **SETTINGS)
     storage = str(tmp_path / "study.db")
@@ -143,6 +144,7 @@ def test_a_descent_out_of_time_goes_on_too(small, ticking, tmp_path):
     assert (again.descent, again.history, again.stopped) == (whole.descent, whole.history, None)
 
 
+@pytest.mark.slow
 def test_a_curve_out_of_time_has_all_its_points_and_goes_on(small, ticking, tmp_path):
     settings = {name: value for name, value in SETTINGS.items() if name != "budget"}
     settings |= {"budgets": [40, 48, 56], "storage": str(tmp_path / "study.db")}

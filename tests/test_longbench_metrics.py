@@ -233,6 +233,7 @@ def test_a_perfect_match_scores_1(name, words):
     assert score(name, text, text) == pytest.approx(1, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_libraries_are_loaded_at_first_use_and_write_nothing(tmp_path):
     code = (
         "import sys, evolkv, evolkv.cli, evolkv.tasks.metrics as m\n"

@@ -431,6 +431,7 @@ def test_command_of_a_search_is_one_that_the_program_takes(demo, write, tmp_path
         assert sub.make_context(name, rest, parent=context).params["max_evals"] == 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -226,6 +226,7 @@ def test_a_curve_chooses_among_its_neighbours_and_resumes(small, tmp_path):
     assert json.dumps(curve.to_dict(["a", "b", "c"]))
 
 
+@pytest.mark.slow
 def test_a_curve_takes_for_each_budget_the_selector_that_does_best(small, tmp_path):
     settings = {**SETTINGS, "budgets": [36, 48], "max_evals": 8, "storage": str(tmp_path / "curve.db")}
     del settings["budget"], settings["selector"]

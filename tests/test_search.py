@@ -427,6 +427,7 @@ def test_by_default_selectors_compete_for_budgets_per_head(small):
     assert not evolkv.search(*small, budget=48, **CONTEST, start="uniform").rivals
 
 
+@pytest.mark.slow
 def test_of_competing_selectors_the_best_descent_evolves(small, tmp_path):
     selectors = ["knorm", "keydiff", "snapkv:window=8"]
     settings = {**CONTEST, "budget": 24, "selector": selectors, "storage": str(tmp_path / "s.db")}

@@ -291,6 +291,7 @@ def test_a_search_at_a_share_returns_a_profile_with_it(small, engine, strategy):
     assert found.profile.budgets_at(160).sum() == 16 * SIZE
 
 
+@pytest.mark.slow
 def test_a_curve_may_be_of_shares(small, tmp_path):
     curve = evolkv.evolution.search_curve(*small, budgets="20%,10%", workers=1, **SETTINGS)
     assert [point["budget"] for point in curve.points] == ["10%", "20%"]
@@ -308,6 +309,7 @@ def test_a_curve_may_be_of_shares(small, tmp_path):
     assert {entry.name for entry in group.rivals(group.evolved[0])} >= {"uniform"}
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_knows_its_share(small, tmp_path):
     settings = {**SETTINGS, "storage": str(tmp_path / "study.db"), "workers": 1}
     first = evolkv.search(*small, budget="10%", **settings)

@@ -54,6 +54,7 @@ def test_transformers_that_is_new_enough_is_accepted(version):
     assert check_transformers(version) is None
 
 
+@pytest.mark.slow
 def test_commands_that_compute_nothing_need_no_cache(tmp_path):
     columns = {"full": [1.0] * 60, "snapkv@64": [1.0] * 60}
     argv = [str(recorded(tmp_path / "r.jsonl", columns)), str(tmp_path / "r.html")]
