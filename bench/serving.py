@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from evolkv import BudgetProfile
+from evolkv.errors import UsageError
 from evolkv.models import ALIASES, gguf
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
@@ -31,6 +32,7 @@ from lib import server
 from lib.command import Bench, run
 from lib.common import ratios, seconds, spread, versions
 from lib.host_time import Engine
+from lib.serving_plot import draw
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -116,6 +118,7 @@ def serve(
     answers: list[int] | None = None,
     pool: int = 220,
     contenders: list[str] | None = None,
+    plot_file: Path | None = None,
 ) -> dict[str, Any]:
     """Requests per second, and what a client waits for, at a fixed pool of keys and values.
 
@@ -132,7 +135,10 @@ def serve(
         pool: mebibytes for keys and values.
         contenders: some of plain, covering (a budget that covers every prompt), uniform and the profiles (default:
             all).
+        plot_file: draw the result there (png or svg); plain must be among the contenders.
     """
+    if plot_file is not None and (plot_file.suffix not in (".png", ".svg") or "plain" not in (contenders or ["plain"])):
+        raise UsageError(f"--plot-file {plot_file}: expected .png or .svg, and plain among --contenders")
     evolved = {path.stem: BudgetProfile.load(path) for path in profiles}
     first = next(iter(evolved.values()))
     settings: dict[str, dict[str, Any] | None] = {
@@ -167,7 +173,7 @@ def serve(
                     rows.setdefault((name, tokens), []).append({**load.facts(), "score": sum(found) / requests})
                     print(name, tokens, rows[name, tokens][-1], file=sys.stderr, flush=True)
         said = {name: each.line("EvolKV: ") for name, each in servers.items()}
-    return {
+    result = {
         "n": rounds,
         "requests": requests,
         "context": context,
@@ -186,6 +192,9 @@ def serve(
         ],
         "versions": _versions(),
     }
+    if plot_file is not None:
+        draw(result, plot_file)
+    return result
 
 
 def heads(
