@@ -42,7 +42,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], what: str, title: str, form: s
         ]
         colour = RAMP[5 + 6 * number]
         bars = axes.bar(
-            places, heights, 0.94 * width, yerr=reach, color=colour, ecolor="#555", label=f"{length} tokens"
+            places, heights, 0.94 * width, yerr=reach, color=colour, ecolor="#555", label=f"answers of {length} tokens"
         )
         axes.bar_label(bars, [form.format(height) for height in heights], fontsize=8, padding=2)
     axes.set_xticks(range(len(names)), names)
