@@ -51,7 +51,7 @@ demo: $(INSTALLED) ## evolve a profile on an embedded model, compare, write a re
 	@$(BIN)/evolkv demo $(DEMO_ARGS)
 
 # mypy takes half a minute of one core, beside the tests.
-test: lint ## lint, format, types and the quick tests: about five minutes on two cores
+test: lint ## lint, format, types and the quick tests: about four minutes on two cores
 	@$(MAKE) --no-print-directory -j 2 types quick
 
 quick: $(INSTALLED) ## the quick tests alone
