@@ -121,11 +121,15 @@ def raising(error):
     return call
 
 
-def test_the_searches_outlive_a_certification_that_is_stopped_or_fails(small, safe):
+def test_the_searches_outlive_a_certification_that_is_stopped_or_fails(small, safe, monkeypatch):
     largest = safe.curve.results[-1].profile
-    stopped = run_auto(*small, SearchConfig(**SETTINGS), samples=2, on_example=raising(KeyboardInterrupt))
-    assert (stopped.certificate, stopped.failed, stopped.profile) == (None, None, largest)
-    assert stopped.to_dict("p.json")["interrupted"]
+    with monkeypatch.context() as before_the_first_example:
+        before_the_first_example.setattr("evolkv.evolution.auto.evaluate", raising(KeyboardInterrupt))
+        early = run_auto(*small, SearchConfig(**SETTINGS), samples=2)
+    late = run_auto(*small, SearchConfig(**SETTINGS), samples=2, on_example=raising(KeyboardInterrupt))
+    for stopped in (early, late):
+        assert (stopped.certificate, stopped.failed, stopped.profile) == (None, None, largest)
+        assert stopped.to_dict("p.json")["interrupted"]
     failed = run_auto(*small, SearchConfig(**SETTINGS), samples=2, on_example=raising(RunError("no room")))
     assert (failed.certificate, failed.interrupted, failed.profile) == (None, False, largest)
     assert str(failed.failed) == "no room"

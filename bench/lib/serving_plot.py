@@ -40,7 +40,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], what: str, title: str, form: s
             [found[name]["median"] - found[name]["min"] for name in names],
             [found[name]["max"] - found[name]["median"] for name in names],
         ]
-        colour = RAMP[5 + 6 * number]
+        colour = RAMP[5 + 10 * number // len(lengths)]
         bars = axes.bar(
             places, heights, 0.94 * width, yerr=reach, color=colour, ecolor="#555", label=f"answers of {length} tokens"
         )

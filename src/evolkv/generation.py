@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from evolkv.budgets import BudgetSpec
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.reeviction import Reeviction
-from evolkv.errors import EvolKVError, ModelError, RunError, UsageError
+from evolkv.errors import EvolKVError, ModelError, RunError, TaskError, UsageError
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
@@ -261,7 +261,12 @@ def _prompt_inputs(
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
-    before, after = around_message(tokenizer)
+    try:
+        before, after = around_message(tokenizer)
+    except TaskError:
+        if not raw:
+            raise
+        before, after = "", ""
     # What follows may hold a date, and the last token may be one with the document's first.
     start = encode_text(tokenizer, before)[:-1][:4] if before else []
     # What any text begins with says nothing of the template.

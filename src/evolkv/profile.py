@@ -263,7 +263,8 @@ class BudgetProfile:
             granularity: "layer", where each layer counts with its mean, or "head".
 
         Returns:
-            A profile with the same total; where that is no multiple of a class's size, with the next lower one.
+            A profile in which the layers without a sliding window have the same total; where that is no multiple of a
+            class's size, the next lower one.
 
         Raises:
             UsageError: a count that does not divide the number of layers, or of heads.

@@ -124,10 +124,26 @@ def _reasons(config: Any, selector: Selector, classes: int, by_head: bool) -> li
         ),
         (
             classes > 1 and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "one block table for all layers, because layers have different budgets; leave out "
-            "--disable-hybrid-kv-cache-manager, or use the same budget for all layers",
+            "one block table for all layers, because budgets differ; leave out --disable-hybrid-kv-cache-manager, or "
+            "use the same budget for all layers",
         ),
     ]
+
+
+def check_sharing(target: str | None, name: str) -> None:
+    """Check that an attention layer has keys and values of its own.
+
+    Args:
+        target: the layer whose keys and values it uses, or None.
+        name: of the layer, for messages.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if target is not None:
+        raise UsageError(
+            f"EvolKV cannot run with layers that share keys and values ({name}); serve this model without a profile"
+        )
 
 
 def check_layer(layer: Any, name: str) -> None:
@@ -146,10 +162,7 @@ def check_layer(layer: Any, name: str) -> None:
             f"EvolKV cannot run with the attention backend {layer.attn_backend.get_name()}; choose "
             "--attention-backend FLASH_ATTN or TRITON_ATTN on a GPU"
         )
-    if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
-        raise UsageError(
-            f"EvolKV cannot run with layers that share keys and values ({name}); serve this model without a profile"
-        )
+    check_sharing(getattr(layer, "kv_sharing_target_layer_name", None), name)
     if getattr(implementation, "alibi_slopes", None) is not None:
         raise UsageError(
             "EvolKV cannot run with ALiBi, whose biases selectors do not see; serve this model without a profile"

@@ -224,8 +224,11 @@ def _wrap_layers() -> None:
     def by_head(plain: Callable[..., Any]) -> Callable[..., Any]:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             arguments = heads.bound(plain, self, *args, **kwargs)
-            plain(self, *args, **kwargs)
             rule = plan.rule_of(get_current_vllm_config())
+            if rule is not None and rule.heads > 1:
+                # vLLM would miss the other layer, whose heads have taken its place.
+                checks.check_sharing(arguments.get("kv_sharing_target_layer_name"), arguments.get("prefix", ""))
+            plain(self, *args, **kwargs)
             attends = type(self) is Attention and self.attn_type == AttentionType.DECODER
             if attends and rule is not None and rule.heads > 1:
                 heads.split(self, plain, arguments, rule)

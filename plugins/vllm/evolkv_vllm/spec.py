@@ -49,7 +49,7 @@ class EvolKVSpec(FullAttentionSpec):
             AssertionError: for specs that differ, which tells vLLM to give them different groups.
         """
         if any(spec != specs[0] for spec in specs):
-            raise AssertionError("layers with different budgets need groups of their own")
+            raise AssertionError("different budgets need groups of their own")
         return specs[0]
 
     def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
@@ -57,11 +57,11 @@ class EvolKVSpec(FullAttentionSpec):
         return all(spec == self for spec in kv_cache_specs.values())
 
     def evicted_tokens(self, prompt_tokens: int) -> int:
-        """Return how many entries of a prompt of so many tokens the layer does without."""
+        """Return how many entries of a prompt of so many tokens the layer, or the head, does without."""
         return int(self.rule.evicts(prompt_tokens, self.block_size)[self.part_class])
 
     def dropped_blocks(self, prompt_tokens: int) -> int:
-        """Return how many blocks at the head of a prompt of so many tokens the layer gives back."""
+        """Return how many blocks at the head of a prompt of so many tokens the layer, or the head, gives back."""
         return self.evicted_tokens(prompt_tokens) // self.block_size
 
     def reusable_tokens(self, prompt_tokens: int) -> int | None:

@@ -24,7 +24,8 @@ def in_classes(
     """Give layers, or heads, with neighbouring budgets one budget, near the mean of theirs, in classes of one size.
 
     Of all classes of one size these change the budgets least. The order by budget stays. Layers with a sliding window
-    keep what they have, because an engine gives them their window, whatever the budget.
+    keep what they have (by layer, the mean of their heads, rounded down), because an engine gives them their window,
+    whatever the budget.
 
     Args:
         budgets: ``[layers, kv_heads]``.
@@ -34,8 +35,8 @@ def in_classes(
         granularity: "layer", where each layer counts with its mean, or "head".
 
     Returns:
-        int64 budgets, ``[layers, kv_heads]``, of the same total; where that is no multiple of a class's size, of the
-        next lower one.
+        int64 budgets, ``[layers, kv_heads]``. The layers without a sliding window have the same total; where that is no
+        multiple of a class's size, the next lower one.
 
     Raises:
         UsageError: a count that does not divide the number of layers, or of heads.

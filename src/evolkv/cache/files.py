@@ -92,7 +92,7 @@ class _Description(Schema):
     states: list[_States]
     reeviction: _Reeviction | None
     #: See `CompressedCache.prefill_factor`.
-    prefill_factor: float = Field(ge=1)
+    prefill_factor: float = Field(ge=1, default=1.0)
     #: A checksum of each tensor, by name.
     crc32: dict[str, int]
 

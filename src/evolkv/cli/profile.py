@@ -110,7 +110,9 @@ def classes(
     check_outputs([out], [path])
     profile = _load(path).in_classes(count, what)
     profile.save(out)
-    budgets = ", ".join(f"{int(budget):,}" for budget in sorted({*profile.budgets.flat}, reverse=True))
+    windows = profile.model.get("sliding_windows") or [None] * profile.num_layers
+    full = profile.budgets[[window is None for window in windows]]
+    budgets = ", ".join(f"{int(budget):,}" for budget in sorted({*full.flat}, reverse=True))
     console.OUT.print(
         f"{count} {'class' if count == 1 else 'classes'} of {what}s (budgets {budgets}), mean budget {_mean(profile)}; "
         f"profile written to {out}",

@@ -215,9 +215,11 @@ class ReplayEngine(Engine):
             self.reference_bytes += ranked[-1].nbytes - prompt.nbytes
             expected = _held_bytes(self.model, prompt, self._beside, self._ceiling) + self.reference_bytes
             if expected > self.room:
+                # Some searches hold prompts whole, whatever the ceiling.
+                ceiling = "a lower ceiling, " if self._ceiling < max(self._beside) else ""
                 raise RunError(
                     f"the snapshots of {len(self._beside)} examples need about {_mib(expected)}, and "
-                    f"{_mib(self.room)} may be used; use fewer examples, a lower ceiling, or engine 'naive'"
+                    f"{_mib(self.room)} may be used; use fewer examples, {ceiling}or engine 'naive'"
                 )
             if self._on_progress is not None:
                 self._on_progress(column + 1, total)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.errors import BudgetError, EvolKVError, UsageError
 from evolkv.evaluation.certify import Certificate, certify_records, check_bounds, examples_needed
-from evolkv.evaluation.evaluation import MOST_SAMPLES, EvaluationInterrupted, EvaluationProgress, evaluate
+from evolkv.evaluation.evaluation import MOST_SAMPLES, EvaluationProgress, evaluate
 from evolkv.evolution.config import SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
 from evolkv.evolution.rivals import longest_prompt
@@ -99,7 +99,7 @@ def run_auto(
         certificate = _certified(
             model, tokenizer, config, list(profiles.values()), loss, confidence, samples, on_example
         )
-    except EvaluationInterrupted:
+    except KeyboardInterrupt:
         return AutoResult(curve, None, largest)
     except EvolKVError as error:
         return AutoResult(curve, None, largest, error)

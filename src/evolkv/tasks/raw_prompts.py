@@ -107,10 +107,10 @@ class RawPrompts(PromptRows):
             try:
                 uses_chat(tokenizer, True, self.name)
                 prompt = render_chat(tokenizer, turns, fields.tools)
+                if len(turns) > 1:
+                    question, behind = turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1]
             except TaskError as error:
                 raise TaskError(f"{row.where}: {error}") from None
-            if len(turns) > 1:
-                question, behind = turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1]
         return Example(
             id=row.id,
             prompt=prompt,
