@@ -20,11 +20,11 @@ def settings_of(reference, name, profile, exact=False):
     return {"profile": str(Path(reference["folder"], f"{name}-{profile}.json")), "exact": exact}
 
 
-def check(reference, profile, llm, kept, exact=False, ties=0.0):
+def check(reference, profile, llm, kept, exact=False, ties=0.005):
     """Compare greedy answers, and the positions that were kept of every prompt in every layer and head.
 
-    `ties` is the share of heads that may have one token exchanged: a prompt that is read in chunks has scores that
-    round otherwise, and in the many heads of a real model two of them are equal but for that now and then.
+    `ties` is the share of heads that may have one token exchanged. vLLM's kernels and chunks round otherwise, and now
+    and then two scores are equal but for that: with AVX-512 two of the tiny model differ by less than float32 can say.
     """
     cases = cases_of(reference, profile, exact)
     assert len(cases) >= 20
