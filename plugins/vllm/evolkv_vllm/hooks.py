@@ -223,14 +223,15 @@ def _wrap_layers() -> None:
 
     def by_head(plain: Callable[..., Any]) -> Callable[..., Any]:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            arguments = heads.bound(plain, self, *args, **kwargs)
             rule = plan.rule_of(get_current_vllm_config())
-            if rule is not None and rule.heads > 1:
-                # vLLM would miss the other layer, whose heads have taken its place.
-                checks.check_sharing(arguments.get("kv_sharing_target_layer_name"), arguments.get("prefix", ""))
+            if rule is None or rule.heads == 1:
+                plain(self, *args, **kwargs)
+                return
+            arguments = heads.bound(plain, self, *args, **kwargs)
+            # vLLM would miss the other layer, whose heads have taken its place.
+            checks.check_sharing(arguments.get("kv_sharing_target_layer_name"), arguments.get("prefix", ""))
             plain(self, *args, **kwargs)
-            attends = type(self) is Attention and self.attn_type == AttentionType.DECODER
-            if attends and rule is not None and rule.heads > 1:
+            if type(self) is Attention and self.attn_type == AttentionType.DECODER:
                 heads.split(self, plain, arguments, rule)
 
         return init

@@ -23,8 +23,8 @@ class Step:
         counts: how many queries each request brings, ``[requests]``.
         computed: tokens of each request before this step, ``[requests]``.
         lengths: tokens after it, ``[requests]``.
-        evicted: entries that each class does without in this step, ``[classes, requests]``; 0 where the
-            prompt is still being read.
+        evicted: entries that each class does without in this step, ``[classes, requests]``; 0 where the prompt is
+            still being read.
         to_evict: entries that each class does without from the end of the prompt on, ``[classes, requests]``.
         reading: requests whose prompt is being read in this step.
         memories: what selectors remember of a request from layer to layer, by its number in the batch.
