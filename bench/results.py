@@ -3,9 +3,10 @@
     python bench/results.py --out DIR [--table NAME ...] [--record NAME] [--model smollm2-135m] [--data DIR]
 
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
-examples), and LU-KV's are calibrated on the same examples. Then these, published methods, and the rankings that budgets
-were evolved under, at equal budgets, are scored on the same held-out examples. The difference is paired with LU-KV, and
-with the method that scores best on those very examples at that budget and task, which favours what is not evolved.
+examples of its tasks, or of `general` for the table `unseen`), and LU-KV's are calibrated on the same examples. Then
+these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored on the same
+held-out examples. The difference is paired with LU-KV, and with the method that scores best on those very examples at
+that budget and task, which favours what is not evolved.
 
 Profiles, studies and the records of every example are kept in DIR. Given again, the same command goes on where it was
 stopped.
@@ -77,6 +78,7 @@ class Table:
 
     Args:
         tasks: specs; ``{data}`` stands for the folder with the user's files.
+        searched: what budgets are evolved on, where that is not the tasks themselves.
         metric: None stands for each task's own.
         samples: held-out examples per task.
         train: training examples of a search, per task.
@@ -90,7 +92,25 @@ class Table:
     train: int = 8
     val: int = 12
     protocols: tuple[str, ...] = ("aware", "agnostic")
+    searched: tuple[str, ...] = ()
 
+
+#: Those of RULER that `general` has nothing like.
+RULER_UNSEEN = ("niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "fwe")
+#: The English subsets of MiniLongBench whose answers a small model can be scored on.
+MINILONGBENCH = (
+    "gov_report",
+    "hotpotqa",
+    "lcc",
+    "multi_news",
+    "musique",
+    "narrativeqa",
+    "passage_count",
+    "qasper",
+    "qmsum",
+    "samsum",
+    "trec",
+)
 
 TABLES = {
     "needles": Table(tuple(f"niah:context={context}" for context in (800, 1600, 3200)), None, 32, train=4, val=8),
@@ -110,6 +130,19 @@ TABLES = {
         train=4,
         val=4,
         protocols=("aware",),
+    ),
+    # The profile that one would publish for a model, on work that its search never saw.
+    "unseen": Table(
+        (
+            *(f"ruler:task={name},context=2048" for name in RULER_UNSEEN),
+            *(f"jsonl:path={{data}}/minilongbench/{name}.jsonl,context=2000,split=all" for name in MINILONGBENCH),
+        ),
+        "logprob",
+        8,
+        train=24,
+        val=24,
+        protocols=("aware",),
+        searched=("general",),
     ),
 }
 
@@ -201,15 +234,16 @@ class Runner:
         paths = [Path(pattern.replace("{}", str(budget))) for budget in self.budgets]
         if all(path.exists() for path in paths):
             return pattern
+        searched = list(table.searched) or tasks
         curve = search_curve(
             self.model,
             self.tokenizer,
-            task=get_task(tasks),
+            task=get_task(searched),
             budgets=self.budgets,
             granularity=self.granularity,
             protocol=protocol,
-            train=table.train * len(tasks),
-            val=table.val * len(tasks),
+            train=table.train * len(searched),
+            val=table.val * len(searched),
             max_evals=self.arguments.max_evals,
             first=self.arguments.first,
             seed=self.seed,

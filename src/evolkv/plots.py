@@ -27,7 +27,7 @@ _MOST_NUMBERS = 160
 def budgets_heatmap(profile: BudgetProfile, path: str | os.PathLike[str]) -> None:
     """Draw a profile's budgets: a heat map of layers × heads, under bars per layer where all heads are alike.
 
-    Colours and bars are on one logarithmic scale, labelled with cache entries. Nothing but the file is touched:
+    Colours and bars are on one logarithmic scale, labelled with what budgets count. Nothing but the file is touched:
     no window opens, and matplotlib's own state stays as it is.
 
     Args:
@@ -90,7 +90,7 @@ def _heads(figure: Figure | None, axes: Axes, profile: BudgetProfile) -> None:
             colour = "white" if float(norm(float(budget))) > 0.6 else "black"
             axes.text(layer, head, str(budget), ha="center", va="center", fontsize=size, color=colour)
     bar = figure.colorbar(picture, ax=axes, pad=0.01, aspect=14)
-    bar.set_label("cache entries (log scale)")
+    bar.set_label(f"{profile.unit} (log scale)")
     _log_ticks(bar.ax.yaxis, low, high)
 
 
@@ -103,7 +103,7 @@ def _layers(axes: Axes, profile: BudgetProfile) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low / 1.5, high * 1.6)
     axes.set_xlim(-0.7, len(budgets) - 0.3)
-    axes.set_ylabel("cache entries per KV head (log scale)")
+    axes.set_ylabel(f"{profile.unit} per KV head (log scale)")
     _log_ticks(axes.yaxis, low, high)
     axes.axhline(profile.mean_budget, color="0.25", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(

@@ -109,6 +109,11 @@ class BudgetProfile:
         return self.budget if self.share is None else self.share
 
     @property
+    def unit(self) -> str:
+        """What a budget counts, as people read it."""
+        return get_selector(self.selector).unit
+
+    @property
     def mean_budget(self) -> float:
         """Mean over layers and heads, in cache entries."""
         return self.total / self.budgets.size

@@ -44,7 +44,7 @@ def provenance(profile: BudgetProfile) -> dict[str, str]:
         "model": f"{model['name']} ({model['num_layers']} layers × {model['num_kv_heads']} KV heads)",
         "budget": ("" if profile.share is None else f"{profile.share} of each prompt, in the proportions of ")
         + f"mean {profile.mean_budget:,.6g}, from {profile.budgets.min():,} to {profile.budgets.max():,} "
-        f"cache entries, by {profile.granularity}",
+        f"{profile.unit}, by {profile.granularity}",
         "selector": profile.selector["name"] + (f" ({parameters})" if parameters else ""),
     }
     if "expanded_from" in search:
@@ -149,13 +149,13 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
     name = profile.model["name"]
     where = str(HubAddress(address.repo_id, address.filename, address.revision))
     where = where.removesuffix(f"/{FILE_NAME}") if address.filename == FILE_NAME else where
-    kept = f"{profile.share} of each prompt" if profile.share else f"{profile.mean_budget:,.6g} cache entries"
-    unit = "KV head" if profile.granularity == "head" else "layer"
+    mean = f"{profile.share} of each prompt" if profile.share else f"{profile.mean_budget:,.6g} {profile.unit}"
+    each = "KV head" if profile.granularity == "head" else "layer"
     parts = [
         _front_matter(name),
         _MARK,
         f"# EvolKV profile of {_plain(name)}",
-        f"How many entries of the KV cache each {unit} of `{name}` keeps: {kept} per KV head on average, from "
+        f"A budget of {profile.unit} for each {each} of `{name}`: {mean} per KV head on average, from "
         f"{profile.budgets.min():,} to {profile.budgets.max():,}. The selector `{profile.selector['name']}` says which "
         "tokens these are.",
         f"![Budgets by layer and KV head]({PICTURE})",

@@ -149,7 +149,7 @@ def read_sources(inputs: Iterable[str | os.PathLike[str]], study: str | None = N
             _add_file(sources, Path(path), study)
         else:
             # Others' files may lie there, too.
-            files = [file for file in sorted(Path(path).glob("*.json*")) if file.is_file() and _is_ours(file)]
+            files = [file for file in sorted(Path(path).iterdir()) if file.is_file() and _is_ours(file)]
             if not files:
                 raise UsageError(f"{path}: no results in this folder; expected files of evolkv, such as search.json")
             for file in files:
@@ -186,7 +186,8 @@ def _without_numbers(row: Row) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         try:
             return (_format(_read_json(path)) or "").startswith("evolkv.")
         except UsageError:
@@ -194,7 +195,7 @@ def _is_ours(path: Path) -> bool:
             if b'"evolkv.' in _start(path):
                 raise
             return False
-    return path.suffix == ".jsonl" and _start(path).startswith(_RECORDS)
+    return suffix == ".jsonl" and _start(path).startswith(_RECORDS)
 
 
 def _start(path: Path) -> bytes:

@@ -254,6 +254,11 @@ class Selector(ABC):
         """Return whether the budgets say what a head holds (default), and so how far its ranking is cut."""
         return True
 
+    @property
+    def unit(self) -> str:
+        """Return what a budget counts, as people read it."""
+        return "cache entries" if self.budgets_cut else "entries read by a token"
+
     def held_under(self, budgets: np.ndarray) -> np.ndarray:
         """Return the entries that each head holds of a prompt that is long enough, in the shape of the budgets."""
         return budgets
