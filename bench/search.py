@@ -19,7 +19,6 @@ import evolkv
 from evolkv.cache.replay import RankedPrompt
 from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
 from evolkv.evaluation.compare import compare_records
-from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evaluation.records import label
 from evolkv.evaluation.scoring import encode_examples
@@ -100,30 +99,6 @@ def engine(bench: Bench, context: int = 1600, examples: int = 2, pairs: int = 3,
         "replay_over_floor": medians["replay"] / floor,
         "matrix_gigaflop_per_second": rate / 1e9,
     }
-
-
-class Reached(Exception):  # noqa: N818
-    """The last threshold has been reached, or the evaluations are spent."""
-
-
-class Counting(Engine):
-    """An engine that counts what it scores."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.evaluations, self.seconds = 0, 0.0
-
-    def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
-        """Score candidates, ``[candidates, columns]``."""
-        started = time.perf_counter()
-        scores = self.engine.score(budgets, columns)
-        self.evaluations += scores.size
-        self.seconds += time.perf_counter() - started
-        return scores
-
-    def close(self) -> None:
-        """Free the engine."""
-        self.engine.close()
 
 
 def tokens_at_once(
