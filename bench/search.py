@@ -364,6 +364,77 @@ def label_free(
     return {"n": samples, "rows": rows}
 
 
+def under(
+    bench: Bench,
+    task: list[str] = ["niah:context=800", "ruler:niah_multikey_1,context=1024"],  # noqa: B006
+    selector: list[str] = ["rocketkv", "rocketkv:held=200", "pyramidinfer", "smallkv:model=smollm2-135m", "kvzip"],  # noqa: B006
+    budgets: list[str] = ["10%", "24", "50%", "10%", "10%"],  # noqa: B006
+    train: int = 16,
+    val: int = 16,
+    samples: int = 24,
+    max_evals: int = 250,
+) -> dict[str, Any]:
+    """Say what evolved budgets are worth under each selector: beside equal budgets under the same one.
+
+    One profile serves all tasks. Both are scored on held-out examples, by the answers' probability.
+
+    Args:
+        task: specs of the tasks.
+        selector: whose ranking is cut, each with a search of its own.
+        budgets: mean cache entries per KV head or shares of each prompt, of each selector.
+        train: training examples of all tasks together.
+        val: examples to choose on, likewise.
+        samples: held-out examples of each task.
+        max_evals: candidates of each search.
+    """
+    model, tokenizer = bench.load()
+    rows: list[dict[str, Any]] = []
+    for ranking, budget in zip(selector, budgets, strict=True):
+        found = evolkv.search(
+            model,
+            tokenizer,
+            task=task,
+            budget=budget,
+            selector=ranking,
+            train=train,
+            val=val,
+            max_evals=max_evals,
+            seed=bench.seed,
+        )
+        evolved = Method.of_profile(found.profile, "evolved")
+        with tempfile.TemporaryDirectory() as folder:
+            records = Path(folder) / "records.jsonl"
+            compared = evolkv.evaluate(
+                model,
+                tokenizer,
+                task=task,
+                methods=["full", ranking, evolved],
+                budgets=[budget],
+                samples=samples,
+                seed=bench.seed,
+                metric="logprob",
+                records=records,
+            )
+            pairs = compare_records([records], label("evolved", budget), label(ranking, budget))
+        for pair in pairs.tasks:
+            scores = {row["method"]: row["score"] for row in compared if row["task"] == pair.task}
+            rows.append(
+                {
+                    "selector": ranking,
+                    "budget": budget,
+                    "task": pair.task,
+                    "scores": scores,
+                    "difference": pair.result.difference,
+                    "ci95": list(pair.result.ci95),
+                    "chosen": found.chosen,
+                    "evaluations": found.evaluations,
+                    "seconds": found.seconds,
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    return {"n": samples, "rows": rows}
+
+
 def way_back(bench: Bench, context: int = 8000, answer: int = 64, runs: int = 3) -> dict[str, Any]:
     """Measure the memory and the seconds of one slope beyond the recording that it is taken on.
 
@@ -469,4 +540,4 @@ def scaling(
 
 
 if __name__ == "__main__":
-    run(__doc__, engine, gradient, descent, label_free, way_back, tokens_at_once, scaling)
+    run(__doc__, engine, gradient, descent, label_free, under, way_back, tokens_at_once, scaling)

@@ -425,6 +425,18 @@ def label_free(record: Record) -> Table:
     return heads, rows
 
 
+def under(record: Record) -> Table:
+    """Return what evolved budgets are worth under each selector."""
+    rows = []
+    for row in record["rows"]:
+        scores = row["scores"]
+        low, high = row["ci95"]
+        shown = [f"{scores[name]:.3f}" for name in ("full", row["selector"], "evolved")]
+        difference = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+        rows.append([f"`{row['selector']}`", row["budget"], row["task"], *shown, difference])
+    return ["selector", "budget", "task", "full", "equal budgets", "evolved", "difference"], rows
+
+
 def plan(record: Record) -> Table:
     """Return what was planned beside what was taken."""
     mib = 2**20
@@ -605,6 +617,7 @@ BY_BENCHMARK: dict[str, View] = {
     "search gradient": one_by_one(gradient),
     "search descent": one_by_one(descent),
     "search label-free": one_by_one(label_free),
+    "search under": one_by_one(under),
     "plan": one_by_one(plan),
     "search way-back": one_by_one(way_back),
     "kvpress kept-tokens": one_by_one(kept_tokens),

@@ -351,6 +351,16 @@ def test_the_command_line_names_the_companion(small_folder, tmp_path, capsys):
     assert "--companion" in capsys.readouterr().err
 
 
+def test_a_comparison_names_the_companion_in_its_rows(small_folder, capsys):
+    from evolkv.cli.app import main
+
+    model = str(small_folder)
+    words = ["eval", model, "-t", "niah:context=200", "-m", "full", "smallkv:match=40", "-b", "40", "-n", "1"]
+    assert main([*words, "--companion", model, "--metric", "logprob", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["method"] for row in rows] == ["full", SmallKV(model=model, match=40).spec]
+
+
 @pytest.mark.slow
 def test_a_search_has_each_candidate_read_along(small_folder, tmp_path):
     from evolkv.cli.app import main

@@ -32,7 +32,8 @@ from evolkv.cli.options import (
 from evolkv.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from evolkv.evaluation import EvaluationProgress
+    from evolkv.evaluation import EvaluationProgress, Method
+    from evolkv.selectors import Selector
 
 
 def evaluate(
@@ -114,7 +115,7 @@ def evaluate(
 
     tasks, methods = get_tasks(task), [get_method(name) for name in method]
     selectors = accompanied([each.selector for each in methods], companion)
-    methods = [replace(each, selector=selector) for each, selector in zip(methods, selectors, strict=True)]
+    methods = [_with_selector(each, selector) for each, selector in zip(methods, selectors, strict=True)]
     read = [*(each.files() for each in tasks), *(each.files(budgets) for each in methods)]
     check_outputs(files(json_out, kept, markdown), chain.from_iterable(read))
     check_request(methods, budgets, samples, metric)
@@ -160,6 +161,13 @@ def evaluate(
         console.say(f"evolkv: interrupted {so_far}{again}")
         return 130
     return 0
+
+
+def _with_selector(method: Method, selector: Selector | None) -> Method:
+    """Return a method with its companion, which its name says, so that a report's command needs nothing else."""
+    if selector is None or selector == method.selector:
+        return method
+    return replace(method, selector=selector, name=method.name if method.profile else selector.spec)
 
 
 def _show(progress: console.Progress, step: EvaluationProgress, records: str | None) -> None:
