@@ -160,12 +160,13 @@ def test_documented_python_uses_what_there_is(text):
 
 @pytest.mark.model
 def test_the_readmes_first_lines_of_python_run(demo, smollm2, monkeypatch, capsys):
-    first, later, *_ = (text for language, _, text in blocks(ROOT / "README.md") if language == "python")
+    first, profiles, later, *_ = (text for language, _, text in blocks(ROOT / "README.md") if language == "python")
     monkeypatch.chdir(demo.parent)
     monkeypatch.setattr(evolkv, "load_model", lambda name: smollm2)
     names = {}
-    exec(first, names)
-    assert capsys.readouterr().out.strip()
+    for text in (first, profiles):
+        exec(text, names)
+        assert capsys.readouterr().out.strip()
     document = "The harbour has three piers. The keeper's name is Ulla. Ships come at noon. " * 8
     for name, text in (("document_ids", document), ("question_ids", "Who keeps the harbour?")):
         names[name] = smollm2[1](text, return_tensors="pt").input_ids
