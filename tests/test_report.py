@@ -600,9 +600,8 @@ def test_what_needles_hide_in_is_named_where_it_is_known(write):
     rows = [row("full", None, 1.0), row("snapkv", 128, 0.1)]
     assert "haystack" not in page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
     rows = [{**each, "haystack": "essays.txt, sha256 0123"} for each in rows]
-    assert (
-        "haystack essays.txt, sha256 0123" in page(write("b.json", {"format": "evolkv.results/1", "rows": rows})).text
-    )
+    text = page(write("b.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "haystack essays.txt, sha256 0123" in text
 
 
 @pytest.mark.parametrize(
