@@ -282,7 +282,13 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
         whole = float(np.average(scores, weights=counts))
         comparisons.append({"task": _short(task), "n": sum(counts), "full": whole, "cells": cells})
     methods = dict.fromkeys(row["method"] for row in rows)
-    return {"budgets": budgets, "scores": {method: means(method) for method in methods}, "comparisons": comparisons}
+    haystacks = sorted({row["haystack"] for row in rows if "haystack" in row})
+    return {
+        "budgets": budgets,
+        **({"haystack": "; ".join(haystacks)} if haystacks else {}),
+        "scores": {method: means(method) for method in methods},
+        "comparisons": comparisons,
+    }
 
 
 def _short(task: str) -> str:

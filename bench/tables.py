@@ -61,9 +61,14 @@ class Record:
 
     @property
     def caption(self) -> str:
-        """Model, n, seed, machine and date, as a line."""
-        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", self.setting]
+        """Model, n, seed, what needles hide in if the record says so, machine and date, as a line."""
+        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", *self._haystacks, self.setting]
         return f"{'; '.join(facts)}. Measured {self['date'][:10]}."
+
+    @property
+    def _haystacks(self) -> list[str]:
+        parts = [*self.content.get("tables", []), *self.content.get("rows", [])]
+        return [f"haystack: {each}" for each in sorted({part["haystack"] for part in parts if "haystack" in part})]
 
 
 Lines = Iterator[str]

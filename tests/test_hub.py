@@ -235,8 +235,8 @@ ROW = {"model": "tiny", "task": "niah", "method": "profile.json", "budget": 59, 
 
 def made(**changes):
     """A profile as a search makes it."""
-    search = {"task": "niah:context=1600", "strategy": "joint", "metric": "logprob", "seed": 3, "evaluations": 900,
-              "chosen": "best", "versions": {"evolkv": "0.1.0"}}  # fmt: skip
+    search = {"task": "niah:context=1600", "haystack": "generated prose", "strategy": "joint", "metric": "logprob",
+              "seed": 3, "evaluations": 900, "chosen": "best", "versions": {"evolkv": "0.1.0"}}  # fmt: skip
     scores = {"validation": {"best": 0.9132, "uniform": 0.25}, "ci95": {"best": [0.85, 0.96]}}
     given = {"search": search, "scores": scores, **changes}
     return BudgetProfile.from_budgets(INFO, [[40, 50], [60, 70], [33, 99]], **given)
@@ -256,7 +256,7 @@ def test_a_page_stands_beside_a_profile(hub):
     assert 'evolkv.BudgetProfile.load("hf://org/name")' in page
     assert "| evolved, the fittest candidate, **chosen** | 0.913 | 0.85–0.96 |" in page
     assert "| equal budgets | 0.250 | not kept |" in page
-    assert "| task | niah:context=1600 |" in page
+    assert "| task | niah:context=1600 |\n| haystack | generated prose |" in page
     assert "joint, 900 candidates, metric logprob, seed 3, chosen: best" in page
 
 

@@ -23,6 +23,7 @@ from evolkv.report.page import render
 from evolkv.report.recipes import recipes
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
+from evolkv.report.tables import results_note
 
 LAYERS, HEADS = 12, 2
 MODEL, TASK = "smollm2-135m", "niah:context=1600"
@@ -481,8 +482,8 @@ def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
 def test_only_scores_of_the_same_examples_are_compared():
     rows = [row("snapkv", 64, 0.1), row("snapkv", 64, 0.1, task="other"), row("snapkv", 64, 0.1, n=49)]
     rows += [row("snapkv", 64, 0.1, seed=1), row("snapkv", 64, 0.1, protocol="agnostic")]
-    rows += [row("snapkv", 64, 0.1, prefill_chunk=512)]
-    assert len(comparisons(_rows(rows), [], [])) == 6
+    rows += [row("snapkv", 64, 0.1, prefill_chunk=512), row("snapkv", 64, 0.1, haystack="generated prose")]
+    assert len(comparisons(_rows(rows), [], [])) == 7
 
 
 def test_protocols_are_named_and_stand_apart(write):
@@ -593,6 +594,27 @@ def test_how_prompts_were_read_is_named(write):
     text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
     assert "prompts read in chunks of 512" in text
     assert "--prefill-chunk 512" in text
+
+
+def test_what_needles_hide_in_is_named_where_it_is_known(write):
+    rows = [row("full", None, 1.0), row("snapkv", 128, 0.1)]
+    assert "haystack" not in page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text
+    rows = [{**each, "haystack": "essays.txt, sha256 0123"} for each in rows]
+    text = page(write("b.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "haystack essays.txt, sha256 0123" in text
+
+
+@pytest.mark.parametrize(
+    ("haystacks", "note"),
+    [
+        ({}, ""),
+        ({"niah": "generated prose"}, "Haystack: generated prose."),
+        ({"niah": "a.txt", "ruler": "generated prose"}, "Haystack: niah a.txt; ruler generated prose."),
+    ],
+)
+def test_the_note_of_a_table_names_the_haystack(haystacks, note):
+    rows = [{"task": "gsm8k"}, *({"task": task, "haystack": used} for task, used in haystacks.items())]
+    assert results_note([{**each, "ci95": [0.1, 0.2]} for each in rows]) == note
 
 
 def test_what_is_read_stands_beside_what_is_held_where_a_method_reads_less(write):

@@ -95,6 +95,7 @@ def test_result_is_json_and_says_where_it_came_from(result):
     assert data["best"]["fitness"] == max(entry["fitness"] for entry in data["history"])
     search = found.profile.search
     assert search["task"] == "niah:context=200"
+    assert search["haystack"] == found.settings["haystack"] == "generated prose"
     assert (search["strategy"], search["seed"], search["evaluations"]) == ("joint", 0, 24)
     assert {"evolkv", "torch", "transformers", "cma"} <= set(search["versions"])
 

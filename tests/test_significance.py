@@ -14,6 +14,9 @@ from evolkv.errors import UsageError
 from evolkv.evaluation import paired_comparison
 from evolkv.evaluation.compare import compare_records
 from evolkv.intervals import bootstrap95
+from evolkv.report.comparisons import comparisons
+from evolkv.report.differences import held_out
+from evolkv.report.sources import read_sources
 from evolkv.report.tables import comparison_note, comparison_table
 
 
@@ -317,3 +320,25 @@ def test_a_method_that_is_on_record_at_another_budget_is_said_to_be(write, a, wo
     path = write("r.jsonl", header(labels, {"niah": ["e0"]}), *(line(label, "e0", 1.0) for label in labels))
     with pytest.raises(UsageError, match=words):
         compare_records([path], a, "full", 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "task", "record"),
+    [
+        ({"model": {"dtype": "float16"}}, {}, {}),
+        ({}, {"haystack": "essays.txt"}, {}),
+        ({"metric": "logprob"}, {}, {"metric": "logprob"}),
+    ],
+    ids=["dtype", "haystack", "metric"],
+)
+def test_a_report_pairs_no_scores_of_another_comparison(write, settings, task, record):
+    labels = ["a/p.json@64", "full"]
+    other = header(labels, {"niah": THREE}, **settings)
+    other["settings"]["tasks"]["niah"] |= task
+    paths = [
+        write("a.jsonl", header(labels, {"niah": THREE}), *(line(each, e, 1.0) for each in labels for e in THREE)),
+        write("b.jsonl", other, *(line(each, e, 0.5 * (each == "full"), **record) for each in labels for e in THREE)),
+    ]
+    sources = read_sources(paths)
+    found = [held_out(group, sources.records) for group in comparisons(sources.rows, [], [])]
+    assert [difference.result.difference for (difference,) in found] == [0.0, -0.5]

@@ -30,3 +30,17 @@ def test_a_table_that_differs_from_its_record_is_found(tmp_path):
     assert subprocess.run([*tables, "--check"]).returncode == 0
     page.write_text(page.read_text().replace("| evolved |", "| evolved, by hand |"))
     assert subprocess.run([*tables, "--check"]).returncode == 1
+
+
+def test_a_record_and_its_caption_name_the_haystack_where_rows_do(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from results import condensed
+    from tables import Record
+
+    row = {"task": "niah", "method": "full", "budget": None, "score": 1.0, "n": 2}
+    facts = {"model": "m", "n": 2, "seed": 0, "dtype": "float32", "machine": {"processor": "p"}, "date": "2026-11-30"}
+    captions = [
+        Record("r", {**facts, "tables": [condensed([{**row, **used}], [], [64])]}, ROOT / "README.md").caption
+        for used in ({}, {"haystack": "generated prose"})
+    ]
+    assert ["haystack: generated prose" in caption for caption in captions] == [False, True]

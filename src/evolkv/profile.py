@@ -110,7 +110,7 @@ class BudgetProfile:
 
     @property
     def unit(self) -> str:
-        """What a budget counts, as people read it."""
+        """Name of the things that a budget counts, as people read it."""
         return get_selector(self.selector).unit
 
     @property

@@ -51,6 +51,8 @@ def provenance(profile: BudgetProfile) -> dict[str, str]:
         found["expanded"] = f"from mean budget {search['expanded_from']}"
     if "task" in search:
         found["task"] = str(search["task"])
+    if "haystack" in search:
+        found["haystack"] = str(search["haystack"])
     if "strategy" in search:
         early = ", interrupted" if search.get("interrupted") else ""
         found["search"] = (

@@ -49,6 +49,7 @@ class _Search(_Section):
     """The part of `search` that other programs read; there may be more."""
 
     task: str | None = None
+    haystack: str | None = None
     strategy: str | None = None
     metric: str | None = None
     chosen: str | None = None

@@ -209,7 +209,7 @@ def sequences_of(prompt: PromptAttention, padding: Tensor | None) -> list[Prompt
 
 
 class CompanionCache(HookedCache):
-    """What a companion holds of a text: its full cache, and what the prompt's entries have received in it.
+    """A companion's full cache of a text, with the attention that the prompt's entries have received in it.
 
     Its heads are those of all layers without a sliding window, in order.
 

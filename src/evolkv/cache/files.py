@@ -174,7 +174,7 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
 
 
 class StoredCache(NamedTuple):
-    """What a file holds: layers with keys and values, those with states, ids ``[batch, tokens]`` or None, and costs."""
+    """A file's content: layers with keys and values, those with states, ids ``[batch, tokens]`` or None, and costs."""
 
     layers: list[CompressedLayer]
     states: list[StateLayer]

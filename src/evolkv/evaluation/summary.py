@@ -1,4 +1,4 @@
-"""What records come to: a row for each task, method and budget."""
+"""Records summed up: a row for each task, method and budget."""
 
 from __future__ import annotations
 

@@ -123,6 +123,8 @@ class Run:
         self.limit = limit or TimeLimit(None)
         self._begun, self._evolves = {} if begun is None else begun, evolves
         self.task = get_task(config.task)
+        # Now, because its file may be gone when the search ends.
+        self.haystack = self.task.haystack_used()
         (self.selector,) = map(get_selector, config.selectors.values())
         if config.prefill_chunk is not None:
             # Refused now, if the selector or the model cannot be read so.
@@ -336,6 +338,8 @@ class Run:
             "interrupted": interrupted,
             "versions": versions(),
             **({"prompt_tokens": self.space.longest} if self.space.shares else {}),
+            # Not part of what identifies the search, which has the examples' fingerprints.
+            **({} if self.haystack is None else {"haystack": self.haystack}),
         }
         if evolved.out_of_time:
             settings["stopped"] = TIME_LIMIT

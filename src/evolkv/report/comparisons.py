@@ -159,7 +159,7 @@ def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence
     """Group rows by what they were measured on. Curves come last, because their scores are not on held-out examples."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        how = (row.protocol, row.prefill_chunk, row.block_size, row.dtype, row.seed)
+        how = (row.protocol, row.haystack, row.prefill_chunk, row.block_size, row.dtype, row.seed)
         shared = (row.model, row.task, row.metric, row.n, *how)
         groups.setdefault(shared, []).append(row)
     held_out = [Comparison(_ordered([Entry(row, name) for row, name in _named(group)])) for group in groups.values()]
@@ -184,10 +184,11 @@ def _ordered(entries: Sequence[Entry]) -> list[Entry]:
 def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
     """A curve's points, beside the heuristics that its searches had to beat on the same examples."""
     settings: dict[str, Any] = curve.searches[0].settings if curve.searches else {}
-    task = settings.get("task")
+    task, haystack = settings.get("task"), settings.get("haystack")
     common: dict[str, Any] = {
         "model": model_name(settings, [*(s.profile for s in curve.searches if s.profile), *profiles]) or "model",
         "task": task if isinstance(task, str) else "task",
+        "haystack": haystack if isinstance(haystack, str) else "",
     }
     # A curve has a search for each point, in their order.
     searches = curve.searches if len(curve.searches) == len(curve.points) else [None] * len(curve.points)

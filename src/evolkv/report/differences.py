@@ -79,14 +79,18 @@ def _budget(entry: Entry) -> str:
 def _scores(records: Sequence[Records], row: Row) -> dict[str, float]:
     """Return the score of each example that a row is the mean of, as far as it is on record."""
     found: dict[str, float] = {}
+    ours = (row.model, row.dtype, row.protocol, row.haystack, row.prefill_chunk, row.block_size, row.seed)
     for each in records:
         settings = each.settings
-        ours = (row.model, row.protocol, row.prefill_chunk, row.block_size, row.seed)
-        if ours != (settings.model.name, settings.protocol, settings.prefill_chunk, settings.block_size, settings.seed):
+        haystack = settings.tasks[row.task].haystack or "" if row.task in settings.tasks else None
+        how = (settings.protocol, haystack, settings.prefill_chunk, settings.block_size, settings.seed)
+        if ours != (settings.model.name, settings.model.dtype, *how):
             continue
         for by_method in each.examples.values():
             for record in by_method.values():
-                if (record.task, record.method, record.budget) == (row.task, row.method, row.budget):
+                same = (record.task, record.method, record.budget) == (row.task, row.method, row.budget)
+                # Where examples have several metrics, a row names them all.
+                if same and record.metric in row.metric.split("+"):
                     found[record.example] = record.score
     return found
 

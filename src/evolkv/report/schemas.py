@@ -194,6 +194,7 @@ class Row(_Measured):
     read_bytes: Annotated[float | None, Field(gt=0, le=2**63)] = None
     resident_bytes: Annotated[float | None, Field(gt=0, le=2**63)] = None
     companion_bytes: Annotated[float, Field(ge=0, le=2**63)] = 0
+    haystack: str = ""
     prefill_chunk: Count | None = None
     block_size: Count | None = None
     prefill_share: Share | None = None

@@ -68,10 +68,15 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def results_note(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a caveat about the rows of an evaluation, in a line, or nothing."""
-    if all(row["ci95"][0] < row["ci95"][1] for row in rows):
-        return ""
-    return "An interval without width: all examples score alike, and resampling cannot tell how others would."
+    """Return what needles hide in and a caveat about the rows of an evaluation, in a line, or nothing."""
+    said = []
+    if used := {row["task"]: row["haystack"] for row in rows if "haystack" in row}:
+        by_task = [f"{task} {haystack}" for task, haystack in used.items()]
+        alike = [*dict.fromkeys(used.values())]
+        said.append(f"Haystack: {'; '.join(alike if len(alike) == 1 else by_task)}.")
+    if not all(row["ci95"][0] < row["ci95"][1] for row in rows):
+        said.append("An interval without width: all examples score alike, and resampling cannot tell how others would.")
+    return " ".join(said)
 
 
 def comparison_table(found: MethodComparison) -> Table:

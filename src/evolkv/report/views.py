@@ -112,6 +112,7 @@ def methods(group: Comparison, records: Sequence[Records]) -> Panel:
     finding = f"Task {short(first.task)}, metric {short(first.metric)}, {group.examples}"
     finding += " that the choice of budgets was made on" if group.of_curve else ""
     finding += f", protocol {short(first.protocol)}" if first.protocol else ""
+    finding += f", haystack {short(first.haystack)}" if first.haystack else ""
     finding += f", prompts read {read}" if (read := in_chunks(first.prefill_chunk)) else ""
     differences = Differences.of(held_out(group, records))
     if not group.single:

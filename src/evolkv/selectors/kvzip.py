@@ -101,7 +101,7 @@ class KVzip(Selector):
         return most
 
     def score(self, prompt: PromptAttention) -> Tensor:
-        """What each entry received; the sinks first."""
+        """Attention that each entry received in the second reading, ``[batch, kv_heads, tokens]``; the sinks first."""
         if prompt.repeated is None:
             raise UsageError("kvzip needs the model to read the prompt again, which happens in a cache's first call")
         return prompt.repeated.masked_fill(prompt.places < self.sinks, torch.inf)

@@ -23,7 +23,7 @@ _LEAST_READ = 2
 
 @dataclass(frozen=True)
 class Reading:
-    """How a new token reads a KV head: it chooses tokens by what it finds in some channels of their pages' extremes.
+    """A new token's way to read a KV head: it chooses tokens by some channels of their pages' extremes.
 
     Args:
         tokens: that it attends to.

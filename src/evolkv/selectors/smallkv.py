@@ -13,7 +13,7 @@ from evolkv.selectors.base import PromptAttention, Selector
 
 @dataclass(frozen=True)
 class Split:
-    """How a new token reads a KV head's entries of a prompt; those that are in none of these classes do not count.
+    """A KV head's entries of a prompt, as a new token reads them; those in none of these classes do not count.
 
     Args:
         older: entries before the recent ones; critical and marginal ones are chosen among them.
