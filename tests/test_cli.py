@@ -592,6 +592,11 @@ def test_raw_leaves_the_chat_template_out(run):
         (("eval", "--task", TASK, "--method", "snapkv", "--budget", 8), "the budget is 8, but snapkv always keeps"),
         (("eval", "--task", "niah:context=20", "--method", "full"), "context=20 is too small"),
         (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
+        (
+            ("eval", "--task", "jsonl:words.jsonl", "--method", "full", "--metric", "count"),
+            "the answer 'seven' scores 0 under metric 'count'; correct the answer, or take another metric",
+        ),
+        (("search", "--task", TASK, "jsonl:words.jsonl", "--budget", 48, "--metric", "gsm8k"), "scores 0 under metric"),
         (("search", "--task", "jsonl:path=three.jsonl", "--budget", 48), "split 'train' is empty"),
         (("search", "--task", "niah:haystack=short.txt", "--budget", 48), "give a longer text"),
         (("search", "--task", "general:context=1000", "--budget", 100), "context=1000 gives dialogue"),
@@ -601,13 +606,14 @@ def test_raw_leaves_the_chat_template_out(run):
     ],
 )
 def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(
-    run, smollm2, tmp_path, monkeypatch, words, message
+    run, small, tmp_path, monkeypatch, words, message
 ):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "seven"}}\n' for i in range(9)))
     (tmp_path / "three.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "a"}}\n' for i in range(3)))
     (tmp_path / "short.txt").write_text("It rained. " * 50)
 
     def load_model(name, check, **options):
-        check(smollm2[1], smollm2[0].config)
+        check(small[1], small[0].config)
         raise AssertionError("the weights are read")
 
     monkeypatch.setattr(evolkv.models, "load_model", load_model)
