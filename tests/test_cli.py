@@ -231,6 +231,26 @@ def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, t
     assert message in one_line(err)
 
 
+@pytest.mark.parametrize("command", ["search", "plan"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((4, "--selector", "snapkv"), "the budget is 4, below the floor of 33; use --budget 33 or more"),
+        ((64, 20, "--selector", "snapkv:window=32"), "the budget is 20, below the floor of 33"),
+        ((1,), "the budget is 1, below the floor of 3; use --budget 3 or more"),
+        ((48, "--floor", 60), "the budget is 48, below the floor of 60; use --budget 60 or more, or a lower --floor"),
+        ((48, "--floor", 8, "--selector", "snapkv"), "the floor is 8, but snapkv always keeps 32 tokens"),
+        ((48, "--ceiling", 20), "the ceiling is 20, below the budget of 48; raise --ceiling"),
+        ((48, "--population", 2), "population must be a whole number of at least 4, got 2"),
+        ((48, "--sigma", -1), "sigma must be a positive number, got -1.0"),
+    ],
+)
+def test_settings_that_no_model_can_serve_are_refused_before_one_is_looked_for(run, command, words, message):
+    code, out, err = run(command, "no-such-model", "--task", TASK, "--budget", *words)
+    assert (code, out) == (2, "")
+    assert message in one_line(err)
+
+
 @pytest.mark.parametrize(
     ("option", "path", "message"),
     [
