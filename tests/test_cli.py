@@ -79,6 +79,17 @@ def program(*argv, **options):
     )
 
 
+@pytest.fixture
+def without_weights(small, monkeypatch):
+    """Has programs meet the random model's tokenizer and config alone."""
+
+    def load_model(name, check, **options):
+        check(small[1], small[0].config)
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(evolkv.models, "load_model", load_model)
+
+
 def one_line(stderr):
     """The error, which must be the only line on stderr but for progress."""
     lines = [
@@ -469,12 +480,15 @@ def test_a_file_that_others_may_not_read_stays_one(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
+def test_the_profile_of_another_model_is_refused_before_weights_are_read(run, without_weights, tmp_path):
     budgets = np.full((5, 2), 64)
     info = evolkv.models.ModelInfo("other", 5, 2, 8, 64, 4096, "0" * 16)
-    BudgetProfile.from_budgets(info, budgets).save(tmp_path / "other.json")
+    for name in ("other.json", "oth64.json"):
+        BudgetProfile.from_budgets(info, budgets).save(tmp_path / name)
     for argv in (
         ["eval", MODEL, "--task", TASK, "--method", "other.json", "--json", "rows.json"],
+        ["eval", MODEL, "--task", TASK, "--method", "oth{}.json", "--budget", 64],
+        ["search", MODEL, "--task", TASK, "--budget", 64, "--start", "other.json"],
         ["generate", MODEL, "--profile", "other.json", "--prompt", "hello"],
         ["profile", "validate", "other.json", "--model", MODEL],
     ):
@@ -611,6 +625,7 @@ def test_raw_leaves_the_chat_template_out(run):
         (("eval", "--task", "niah:context=9000", "--method", "full"), "more than the model's context of 8192"),
         (("eval", "--task", TASK, "--method", "snapkv", "--budget", 8), "the budget is 8, but snapkv always keeps"),
         (("eval", "--task", "niah:context=20", "--method", "full"), "context=20 is too small"),
+        (("demo", "--context", 20000), "more than the model's context of 8192"),
         (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
         (
             ("eval", "--task", "jsonl:words.jsonl", "--method", "full", "--metric", "count"),
@@ -626,18 +641,12 @@ def test_raw_leaves_the_chat_template_out(run):
     ],
 )
 def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(
-    run, small, tmp_path, monkeypatch, words, message
+    run, without_weights, tmp_path, words, message
 ):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "seven"}}\n' for i in range(9)))
     (tmp_path / "three.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "a"}}\n' for i in range(3)))
     (tmp_path / "short.txt").write_text("It rained. " * 50)
-
-    def load_model(name, check, **options):
-        check(small[1], small[0].config)
-        raise AssertionError("the weights are read")
-
-    monkeypatch.setattr(evolkv.models, "load_model", load_model)
-    code, out, err = run(words[0], MODEL, *words[1:])
+    code, out, err = run(*words, "--model", MODEL) if words[0] == "demo" else run(words[0], MODEL, *words[1:])
     assert (code, out) == (2, "")
     assert message in one_line(err)
 

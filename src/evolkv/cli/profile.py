@@ -56,7 +56,7 @@ def validate(
     """Check a profile; exit code 2 if it cannot be used."""
     profile = _load(path)
     if model is not None:
-        loaded, _ = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+        loaded, _ = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, profiles=[profile])
         profile.check_model(loaded)
     where = f"fits {model}" if model is not None else f"for {profile.model['name']}"
     console.OUT.print(
