@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from evolkv.budgets import Budget, BudgetSpec, read_budget, read_budgets, size_of
-from evolkv.errors import UsageError
+from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.scoring import has_slope, reads_answer
 from evolkv.evaluation.shards import Backend
 from evolkv.evolution.bounds import check_budgets
@@ -370,6 +370,9 @@ class OneBudget(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given = self.budget
+        if (isinstance(given, str) and "," in given) or (isinstance(given, Iterable) and not isinstance(given, str)):
+            raise BudgetError(f"the budget is {given!r}; evolkv.search takes one, evolkv.search_curve takes several")
         self._check_budgets([self.target])
 
     @property
