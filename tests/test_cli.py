@@ -146,6 +146,15 @@ def test_version_is_printed(run):
         (["eval", "--model", MODEL], "the model is the first argument"),
         (["eval", MODEL, "--limit", 3], "here it is --samples"),
         (["eval", MODEL, "--output_path", "r.json"], "here it is --json"),
+        (["eval", MODEL, "--batch_size", 3], "no such option --batch_size; none is needed here"),
+        (["eval", MODEL, "--selector", "snapkv"], "here it is --method"),
+        (["eval", MODEL, "--num_fewshot", 5], "such as --task gsm8k:shots=5"),
+        (["eval", MODEL, "--model_args", "dtype=float32"], "the model is the first argument, and --dtype, --device"),
+        (["search", MODEL, "--limit", 3], "no such option --limit; here it is --train and --val"),
+        (["search", MODEL, "--samples=3"], "no such option --samples; here it is --train and --val"),
+        (["search", MODEL, "--method", "snapkv"], "here it is --selector"),
+        (["search", MODEL, "--n_jobs", 3], "here it is --workers"),
+        (["plan", MODEL, "--num_workers", 3], "here it is --workers"),
         (["search", MODEL, "--n_trials", 3], "here it is --max-evals"),
         (["search", MODEL, "--max_evals", 3], "here it is --max-evals"),
         (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 32 tokens; use 32"),
@@ -668,7 +677,7 @@ def test_profile_commands_show_expand_and_export(run_smollm2, demo, tmp_path):
     assert code == 0
     assert TASK in out
     assert all(re.search(rf"^ *{layer} +{row[0]} ", out, re.M) for layer, row in enumerate(profile.budgets))
-    assert run_smollm2("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
+    assert run_smollm2("profile", "expand", path, "-b", 96, "--out", "wide.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "wide.json").mean_budget == 96
     assert run_smollm2("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
     code, out, _ = run_smollm2("profile", "classes", path, "--layers", 5, "--out", "classes.json")

@@ -71,7 +71,10 @@ def expand(
     budget: Annotated[
         str,
         typer.Option(
-            "--budget", metavar="C", help="The new mean budget, which may be smaller, or a share of each prompt (10%)."
+            "--budget",
+            "-b",
+            metavar="C",
+            help="The new mean budget, which may be smaller, or a share of each prompt (10%).",
         ),
     ],
     out: NewProfile,
