@@ -79,6 +79,17 @@ def program(*argv, **options):
     )
 
 
+@pytest.fixture
+def without_weights(small, monkeypatch):
+    """Has programs meet the random model's tokenizer and config alone."""
+
+    def load_model(name, check, **options):
+        check(small[1], small[0].config)
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(evolkv.models, "load_model", load_model)
+
+
 def one_line(stderr):
     """The error, which must be the only line on stderr but for progress."""
     lines = [
@@ -135,6 +146,15 @@ def test_version_is_printed(run):
         (["eval", "--model", MODEL], "the model is the first argument"),
         (["eval", MODEL, "--limit", 3], "here it is --samples"),
         (["eval", MODEL, "--output_path", "r.json"], "here it is --json"),
+        (["eval", MODEL, "--batch_size", 3], "no such option --batch_size; none is needed here"),
+        (["eval", MODEL, "--selector", "snapkv"], "here it is --method"),
+        (["eval", MODEL, "--num_fewshot", 5], "such as --task gsm8k:shots=5"),
+        (["eval", MODEL, "--model_args", "dtype=float32"], "the model is the first argument, and --dtype, --device"),
+        (["search", MODEL, "--limit", 3], "no such option --limit; here it is --train and --val"),
+        (["search", MODEL, "--samples=3"], "no such option --samples; here it is --train and --val"),
+        (["search", MODEL, "--method", "snapkv"], "here it is --selector"),
+        (["search", MODEL, "--n_jobs", 3], "here it is --workers"),
+        (["plan", MODEL, "--num_workers", 3], "here it is --workers"),
         (["search", MODEL, "--n_trials", 3], "here it is --max-evals"),
         (["search", MODEL, "--max_evals", 3], "here it is --max-evals"),
         (["demo", "--budget", 4], "SnapKV, which the demo compares with, always keeps 32 tokens; use 32"),
@@ -228,6 +248,26 @@ def test_bad_data_is_said_before_a_model_is_looked_for(run, tmp_path, command, t
     method = ["--method", "snapkv"] if command == "eval" else []
     code, _, err = run(command, "no-such-model", "--task", task, "--budget", 64, *method)
     assert code == 2
+    assert message in one_line(err)
+
+
+@pytest.mark.parametrize("command", ["search", "plan"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((4, "--selector", "snapkv"), "the budget is 4, below the floor of 33; use --budget 33 or more"),
+        ((64, 20, "--selector", "snapkv:window=32"), "the budget is 20, below the floor of 33"),
+        ((1,), "the budget is 1, below the floor of 3; use --budget 3 or more"),
+        ((48, "--floor", 60), "the budget is 48, below the floor of 60; use --budget 60 or more, or a lower --floor"),
+        ((48, "--floor", 8, "--selector", "snapkv"), "the floor is 8, but snapkv always keeps 32 tokens"),
+        ((48, "--ceiling", 20), "the ceiling is 20, below the budget of 48; raise --ceiling"),
+        ((48, "--population", 2), "population must be a whole number of at least 4, got 2"),
+        ((48, "--sigma", -1), "sigma must be a positive number, got -1.0"),
+    ],
+)
+def test_settings_that_no_model_can_serve_are_refused_before_one_is_looked_for(run, command, words, message):
+    code, out, err = run(command, "no-such-model", "--task", TASK, "--budget", *words)
+    assert (code, out) == (2, "")
     assert message in one_line(err)
 
 
@@ -449,12 +489,15 @@ def test_a_file_that_others_may_not_read_stays_one(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_eval_refuses_the_profile_of_another_model(run, tmp_path):
+def test_the_profile_of_another_model_is_refused_before_weights_are_read(run, without_weights, tmp_path):
     budgets = np.full((5, 2), 64)
     info = evolkv.models.ModelInfo("other", 5, 2, 8, 64, 4096, "0" * 16)
-    BudgetProfile.from_budgets(info, budgets).save(tmp_path / "other.json")
+    for name in ("other.json", "oth64.json"):
+        BudgetProfile.from_budgets(info, budgets).save(tmp_path / name)
     for argv in (
         ["eval", MODEL, "--task", TASK, "--method", "other.json", "--json", "rows.json"],
+        ["eval", MODEL, "--task", TASK, "--method", "oth{}.json", "--budget", 64],
+        ["search", MODEL, "--task", TASK, "--budget", 64, "--start", "other.json"],
         ["generate", MODEL, "--profile", "other.json", "--prompt", "hello"],
         ["profile", "validate", "other.json", "--model", MODEL],
     ):
@@ -591,7 +634,13 @@ def test_raw_leaves_the_chat_template_out(run):
         (("eval", "--task", "niah:context=9000", "--method", "full"), "more than the model's context of 8192"),
         (("eval", "--task", TASK, "--method", "snapkv", "--budget", 8), "the budget is 8, but snapkv always keeps"),
         (("eval", "--task", "niah:context=20", "--method", "full"), "context=20 is too small"),
+        (("demo", "--context", 20000), "more than the model's context of 8192"),
         (("eval", "--task", TASK, "--method", "full", "--metric", "classification"), "needs the names of all classes"),
+        (
+            ("eval", "--task", "jsonl:words.jsonl", "--method", "full", "--metric", "count"),
+            "the answer 'seven' scores 0 under metric 'count'; correct the answer, or take another metric",
+        ),
+        (("search", "--task", TASK, "jsonl:words.jsonl", "--budget", 48, "--metric", "gsm8k"), "scores 0 under metric"),
         (("search", "--task", "jsonl:path=three.jsonl", "--budget", 48), "split 'train' is empty"),
         (("search", "--task", "niah:haystack=short.txt", "--budget", 48), "give a longer text"),
         (("search", "--task", "general:context=1000", "--budget", 100), "context=1000 gives dialogue"),
@@ -601,17 +650,12 @@ def test_raw_leaves_the_chat_template_out(run):
     ],
 )
 def test_examples_that_cannot_be_asked_are_refused_before_weights_are_read(
-    run, smollm2, tmp_path, monkeypatch, words, message
+    run, without_weights, tmp_path, words, message
 ):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "seven"}}\n' for i in range(9)))
     (tmp_path / "three.jsonl").write_text("".join(f'{{"prompt": "p{i}", "answer": "a"}}\n' for i in range(3)))
     (tmp_path / "short.txt").write_text("It rained. " * 50)
-
-    def load_model(name, check, **options):
-        check(smollm2[1], smollm2[0].config)
-        raise AssertionError("the weights are read")
-
-    monkeypatch.setattr(evolkv.models, "load_model", load_model)
-    code, out, err = run(words[0], MODEL, *words[1:])
+    code, out, err = run(*words, "--model", MODEL) if words[0] == "demo" else run(words[0], MODEL, *words[1:])
     assert (code, out) == (2, "")
     assert message in one_line(err)
 
@@ -633,7 +677,7 @@ def test_profile_commands_show_expand_and_export(run_smollm2, demo, tmp_path):
     assert code == 0
     assert TASK in out
     assert all(re.search(rf"^ *{layer} +{row[0]} ", out, re.M) for layer, row in enumerate(profile.budgets))
-    assert run_smollm2("profile", "expand", path, "--budget", 96, "--out", "wide.json")[0] == 0
+    assert run_smollm2("profile", "expand", path, "-b", 96, "--out", "wide.json")[0] == 0
     assert BudgetProfile.load(tmp_path / "wide.json").mean_budget == 96
     assert run_smollm2("profile", "validate", "wide.json", "--model", MODEL)[1].startswith("ok")
     code, out, _ = run_smollm2("profile", "classes", path, "--layers", 5, "--out", "classes.json")

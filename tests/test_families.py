@@ -16,7 +16,7 @@ import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.masks import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
-from evolkv.models import describe_model, model_facts
+from evolkv.models import cache_shape, describe_model, model_facts
 from test_compressed_cache import RAGGED, profile, run
 from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, WINDOW, padded, tiny_model, tokens
 
@@ -205,6 +205,7 @@ def test_budgets_of_a_hybrid_are_for_its_layers_with_keys_and_values(family):
     total = model.config.num_hidden_layers
     assert [layer.index for layer in kept] == [i for i in range(total) if i not in {other.index for other in others}]
     assert describe_model(model).num_layers == len(kept) == LAYERS < total
+    assert cache_shape(model.config)[1:] == (LAYERS, facts.num_kv_heads)
     cache = CompressedCache(model, profile(model, RAGGED))
     model(tokens(1, 40), cache=cache)
     assert [[len(positions) for positions in layer] for layer in cache.positions] == RAGGED

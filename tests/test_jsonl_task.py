@@ -258,6 +258,7 @@ def test_a_row_that_its_metric_cannot_score_is_named_by_line(write):
         ({"answer": "the", "metric": "qa_f1"}, False),
         ({"answer": "many", "metric": "gsm8k"}, False),
         ({"answer": "\nAnswer: 7", "metric": "contains", "stop": ["\n"]}, False),
+        ({"answer": "7\nor 8", "metric": "contains", "first_line": True}, False),
         ({"answer": "x = 1  # one", "metric": "code_sim"}, True),
         ({"answer": "seven", "metric": "logprob"}, True),
     ],
@@ -267,7 +268,7 @@ def test_a_row_whose_own_answer_cannot_score_is_refused_with_its_line(row, accep
     if accepted:
         task.check_files()
         return
-    with pytest.raises(TaskError, match=r"rows\.jsonl line 2: the answer '.*' scores 0 under its own metric"):
+    with pytest.raises(TaskError, match=r"rows\.jsonl line 2: the answer '.*' scores 0 under metric"):
         task.check_files()
 
 

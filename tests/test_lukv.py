@@ -335,6 +335,13 @@ def test_a_model_without_a_known_projection_is_searched_without_lukv(small, monk
         evolkv.search(*small, **short)
 
 
+def test_tokens_without_embeddings_are_an_error_and_no_reason_to_warn_of_lukv(small, caplog):
+    model = tiny_model(vocab_size=100, max_position_embeddings=8192)
+    with pytest.raises(ModelError, match="but the model has embeddings for 100 tokens"):
+        evolkv.search(model, small[1], **{**SEARCH, "start": "uniform"})
+    assert "lukv" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

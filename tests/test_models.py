@@ -27,7 +27,16 @@ from transformers.utils import logging
 from evolkv import CompressedCache
 from evolkv.cache.hook import own_attention
 from evolkv.errors import ModelError, RunError
-from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts, weights_checksum
+from evolkv.models import (
+    ALIASES,
+    cache_shape,
+    describe_model,
+    gguf,
+    list_models,
+    load_model,
+    model_facts,
+    weights_checksum,
+)
 from evolkv.models.aliases import PackagedModel
 from evolkv.models.loading import _dtype, _one_line
 from tiny import HEAD_DIM, KV_HEADS, LAYERS, add_adapters, tiny_model, tokens
@@ -460,8 +469,10 @@ def test_checksum_tells_which_adapter_is_active():
 
 
 def test_description_has_the_sizes_of_the_config():
-    info = describe_model(tiny_model())
+    model = tiny_model()
+    info = describe_model(model)
     assert (info.num_layers, info.num_kv_heads, info.num_heads, info.head_dim) == (LAYERS, KV_HEADS, 8, HEAD_DIM)
+    assert cache_shape(model.config) == (info.name, LAYERS, KV_HEADS)
     assert (info.name, info.max_context) == ("llama", 512)
 
 

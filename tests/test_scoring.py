@@ -225,3 +225,15 @@ def test_only_label_free_metrics_take_examples_without_an_answer(words):
             encode_examples(words, lively(), unlabelled([40]), metric)
     with pytest.raises(TaskError, match="has no reference answer"):
         Example("e", "a prompt", ())
+
+
+def test_another_metric_that_gives_an_examples_own_answer_0_is_refused(small):
+    model, tokenizer = small
+    word = Example("e", "How many?", ("seven",))
+    for metric in ("count", "gsm8k"):
+        with pytest.raises(UsageError, match=f"example e: the answer 'seven' scores 0 under metric '{metric}'"):
+            encode_examples(tokenizer, model, [word], metric)
+    for metric in ("qa_f1", "code_sim", "rouge_l", "logprob", "fidelity"):
+        encode_examples(tokenizer, model, [word], metric)
+    # Published scores count such rows.
+    encode_examples(tokenizer, model, [replace(word, metric="count")])

@@ -271,6 +271,8 @@ def test_interruption_of_the_first_generation_keeps_the_descent(small, monkeypat
         ({"budget": 2, "selector": "chunkkv:window=2"}, BudgetError, "or a selector that always keeps fewer"),
         ({"budget": 200}, BudgetError, "nothing would be evicted"),
         ({"budget": 0}, BudgetError, "whole number"),
+        ({"budget": "40,60"}, BudgetError, "'40,60'; evolkv.search takes one, evolkv.search_curve takes several"),
+        ({"budget": [40, 60]}, BudgetError, "evolkv.search_curve takes several"),
         ({"floor": 8}, BudgetError, "always keeps 32"),
         ({"ceiling": 40}, BudgetError, "raise --ceiling"),
         ({"budget": 33}, BudgetError, "one allocation and nothing to search"),

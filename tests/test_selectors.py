@@ -12,6 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evolkv import BudgetProfile, CompressedCache
+from evolkv.allocators import ALLOCATORS
+from evolkv.allocators.adaptive import ADAPTIVE
 from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.models.rotary import rotary_of
@@ -356,6 +358,16 @@ def test_ties_are_broken_alike_at_every_budget():
     ("spec", "words"),
     [
         ("snapvk", "Did you mean 'snapkv'"),
+        ("SnapKV:window=8", "unknown selector 'SnapKV'. Did you mean 'snapkv'"),
+        ("snapkv,keydiff", "A comma does not separate names here; give them one by one"),
+        ("snapkv:window=8,keydiff", "'keydiff' begins another one. A comma does not separate names here"),
+        ("snapkv:window=8,keydiff:x=1", "'keydiff:x=1' begins another one"),
+        ("pyramidkv", "a method (an allocator and a selector); give a search --start pyramid --selector snapkv"),
+        ("pyramid+snapkv:window=8", "a search --start pyramid --selector snapkv:window=8, and eval --method"),
+        ("cake:tau1=2+adakv+snapkv", "give a search --selector snapkv, and eval --method cake:tau1=2+adakv+snapkv"),
+        ("pyramid", "'pyramid' is an allocator, not a selector; give a search --start pyramid --selector snapkv, and"),
+        ("adakv", "give a search --selector snapkv, and eval --method adakv+snapkv"),
+        ("lukv", "give a search --start lukv --selector snapkv"),
         ({"name": "snapkv", "windw": 3}, "Did you mean 'window'"),
         ({"name": "snapkv", "window": 0}, "at least 1"),
         ({"name": "snapkv", "window": True}, "expected int"),
@@ -380,6 +392,12 @@ def test_unusable_specs_are_refused_with_a_hint(spec, words):
         get_selector(spec)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted({*ALLOCATORS._own, *ADAPTIVE._own, "lukv"}))
+def test_an_allocator_is_not_taken_for_a_selector(name):
+    with pytest.raises(UsageError, match=f"'{name}' is an allocator, not a selector; give a search "):
+        get_selector(name)
 
 
 @pytest.mark.parametrize("name", list(SELECTORS))

@@ -57,6 +57,13 @@ def test_budgets_may_be_numbers_and_shares():
     assert read_budgets(["5%", 32]) == ["5%", 32]
 
 
+def test_only_what_takes_several_budgets_says_how_to_write_them():
+    for read, several in ((read_budget, False), (read_budgets, True)):
+        with pytest.raises(BudgetError) as caught:
+            read("64,x", "--budget")
+        assert ("(several: 64,128)" in str(caught.value)) == several
+
+
 @pytest.mark.parametrize("text", ["0%", "0.0%", "100%", "120%", "10 %", "-5%", "%", "1e1%", "10%%", "ten%"])
 def test_what_is_no_share_is_refused_in_one_line(text):
     with pytest.raises(BudgetError, match=r"expected a share of each prompt above 0% and below 100%") as error:

@@ -134,6 +134,9 @@ def test_tasks_are_registered_under_their_names():
     [
         ("nihah", "unknown task 'nihah'. Did you mean 'niah'"),
         ("", "unknown task ''"),
+        ("RULER:vt", "unknown task 'RULER'. Did you mean 'ruler'"),
+        ("niah_single_1", "unknown task 'niah_single_1'. Did you mean 'ruler:niah_single_1'"),
+        ("trec:context=2000", "unknown task 'trec'. Did you mean 'longbench:trec'"),
         ("niah:contxt=5", "unknown niah setting 'contxt'. Did you mean 'context'"),
         ("niah:name=x", "unknown niah setting 'name'"),
     ],

@@ -63,28 +63,33 @@ Budget = int | Share
 BudgetSpec = int | np.integer[Any] | str
 
 
-def read_budget(spec: BudgetSpec, name: str = "the budget") -> Budget:
-    """Return one budget: cache entries per KV head, or a share of each prompt; `name` is for messages.
+def read_budget(spec: BudgetSpec, name: str = "the budget", several: bool = False) -> Budget:
+    """Return one budget: cache entries per KV head, or a share of each prompt.
+
+    Args:
+        spec: the budget.
+        name: of the argument, for messages.
+        several: whether the argument may hold several, for messages.
 
     Raises:
         BudgetError: anything but a whole number from 1 to 2³¹, or a percentage above 0% and below 100%.
     """
     if not (isinstance(spec, str) and spec.strip().endswith("%")):
-        return read_entries(spec, name)
+        return read_entries(spec, name, several)
     try:
         return Share(spec.strip())
     except BudgetError:
         raise _wrong_share(name, spec.strip()) from None
 
 
-def read_entries(spec: BudgetSpec, name: str = "the budget") -> int:
+def read_entries(spec: BudgetSpec, name: str = "the budget", several: bool = False) -> int:
     """Return one budget where only a number of cache entries per KV head will do; see `read_budget`."""
     whole = int(spec) if is_whole(spec) or (isinstance(spec, str) and re.fullmatch(r"\s*[0-9]{1,12}\s*", spec)) else 0
     if not 1 <= whole <= MAX_BUDGET:
         shown = spec.strip() if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() else repr(spec)
         raise BudgetError(
-            f"{name} is {_short(shown)}; expected a whole number of cache entries per KV head, at least 1, such as 64 "
-            "(several: 64,128), or a share of each prompt, such as 10%"
+            f"{name} is {_short(shown)}; expected a whole number of cache entries per KV head, at least 1, such as 64"
+            f"{' (several: 64,128)' if several else ''}, or a share of each prompt, such as 10%"
         )
     return whole
 
@@ -101,7 +106,7 @@ def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budg
     """
     several: Iterable[Any] = specs if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)) else [specs]
     parts = [part for spec in several for part in (spec.split(",") if isinstance(spec, str) else [spec])]
-    return list(dict.fromkeys(read_budget(part, name) for part in parts))
+    return list(dict.fromkeys(read_budget(part, name, True) for part in parts))
 
 
 def held_in_blocks(budgets: ArrayLike, tokens: int, block_size: int) -> NDArray[np.int64]:

@@ -131,10 +131,8 @@ def run_demo(
     """
     if granularity not in EFFORT:
         raise unknown_name("granularity", granularity, EFFORT)
-    if samples < 1:
-        raise UsageError(f"--samples is {samples}; use at least one example")
     effort = EFFORT[granularity]
-    files = check_demo(out, budget)
+    files = check_demo(out, budget, samples)
     task = f"niah:context={context}"
     found = search(
         model,
@@ -181,12 +179,15 @@ def run_demo(
     return DemoResult(files, task, found, rows, prompt.references[0])
 
 
-def check_demo(out: str | Path, budget: int) -> DemoFiles:
+def check_demo(out: str | Path, budget: int, samples: int = SAMPLES) -> DemoFiles:
     """Check, without touching anything, that a demo can be run at a budget and its files be written.
 
     Raises:
-        UsageError: the budget is too small for what the demo compares with, or a file cannot be written.
+        UsageError: the budget is too small for what the demo compares with, there are no samples, or a file cannot be
+            written.
     """
+    if samples < 1:
+        raise UsageError(f"--samples is {samples}; use at least one example")
     if budget < LEAST_BUDGET:
         raise UsageError(
             f"--budget is {budget}, but SnapKV, which the demo compares with, always keeps {LEAST_BUDGET} tokens; "

@@ -26,10 +26,9 @@ from evolkv.models import model_facts
 from evolkv.models.facts import ModelFacts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import SELECTORS, Selector, get_selector
+from evolkv.selectors import METHOD_ALIASES, SELECTORS, Selector, get_selector, spec_names
 from evolkv.specs import format_spec, parse_spec
 
-_ALIASES = {"pyramidkv": "pyramid+snapkv"}
 #: Allocators whose lowest layers may get more than a prompt has.
 _STEEP = ("pyramid", "cosine")
 
@@ -289,7 +288,7 @@ def _of_path(path: str) -> Method:
 
 def _of_text(name: str) -> Method:
     alias, colon, parameters = name.partition(":")
-    spec = f"{_ALIASES[alias]}{colon}{parameters}" if alias in _ALIASES else name
+    spec = f"{METHOD_ALIASES[alias]}{colon}{parameters}" if alias in METHOD_ALIASES else name
     if spec == "full":
         return Method(name)
     *allocators, selector = spec.split("+")
@@ -313,15 +312,16 @@ def _of_text(name: str) -> Method:
         raise unknown_name("selector", selector.partition(":")[0], SELECTORS)
     if alias in every_allocator:
         raise UsageError(f"{alias!r} is an allocator, which needs a selector; write for example {name}+snapkv")
-    names = ["full", *SELECTORS, *_ALIASES]
-    raise UsageError(f"{unknown_name('method', name, names)}; ALLOCATOR+SELECTOR, or the path of a profile")
+    names = ["full", *SELECTORS, *METHOD_ALIASES]
+    unknown = unknown_name("method", alias, names)
+    raise UsageError(f"{unknown}; ALLOCATOR+SELECTOR, or the path of a profile")
 
 
 def _without_ratio(selector: str) -> tuple[str, str | None]:
     """Return the spec of a selector without kvpress's compression ratio, and that ratio if it is there."""
     if "ratio" not in selector:
         return selector, None
-    name, values = parse_spec(selector, "selector")
+    name, values = parse_spec(selector, "selector", names=spec_names())
     ratio = values.pop("ratio", None)
     return (selector, None) if ratio is None else (format_spec(name, values), ratio)
 

@@ -16,7 +16,7 @@ from evolkv import allocators, hub
 from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.json_files import read_json
-from evolkv.models import ModelInfo, describe_model, is_quantized, model_facts
+from evolkv.models import ModelInfo, cache_shape, describe_model, is_quantized, model_facts
 from evolkv.profile_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -290,15 +290,7 @@ class BudgetProfile:
             ProfileError: another number of layers or KV heads, or another fingerprint.
         """
         info = _info(model)
-        for what, mine, theirs in (
-            ("layers", self.num_layers, info.num_layers),
-            ("KV heads per layer", self.num_kv_heads, info.num_kv_heads),
-        ):
-            if mine != theirs:
-                raise ProfileError(
-                    f"the profile is for {mine} {what} (model {self.model['name']}), but {info.name} has "
-                    f"{theirs}; use a profile that was made for this model"
-                )
+        self._check_shape(info.name, info.num_layers, info.num_kv_heads)
         if self.model["fingerprint"] != info.fingerprint:
             message = (
                 f"the profile was made for {self.model['name']} (fingerprint {self.model['fingerprint']}), "
@@ -313,6 +305,28 @@ class BudgetProfile:
                 f"{message}search a profile for this model; to try one from a relative, such as the model that it was "
                 "tuned from, use BudgetProfile.from_budgets(model, profile.budgets, profile.selector)"
             )
+
+    def check_config(self, config: Any) -> None:
+        """Check what the config of a model tells, before its weights are read; `check_model` checks the rest.
+
+        Args:
+            config: transformers' config of the model.
+
+        Raises:
+            ProfileError: another number of layers or KV heads.
+        """
+        self._check_shape(*cache_shape(config))
+
+    def _check_shape(self, name: str, num_layers: int, num_kv_heads: int) -> None:
+        for what, mine, theirs in (
+            ("layers", self.num_layers, num_layers),
+            ("KV heads per layer", self.num_kv_heads, num_kv_heads),
+        ):
+            if mine != theirs:
+                raise ProfileError(
+                    f"the profile is for {mine} {what} (model {self.model['name']}), but {name} has "
+                    f"{theirs}; use a profile that was made for this model"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file as JSON values."""

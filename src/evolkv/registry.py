@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: For a message on several names where one is expected.
+NO_COMMA = "A comma does not separate names here; give them one by one"
+
 #: What can stand in a spec: neither ``:``, ``,``, ``=`` nor ``+``, which mean something there.
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
@@ -24,10 +27,11 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """Return the error for a `name` that is not among the `known` names of a `kind` of thing."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    by_letters = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(str(name).lower(), by_letters, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_letters[near[0]]!r}?" if near else ""
     if "," in str(name):
-        hint = " A comma does not separate names here; give them one by one."
+        hint = f" {NO_COMMA}."
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 

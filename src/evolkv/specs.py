@@ -11,21 +11,25 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from evolkv.errors import UsageError
+from evolkv.registry import NO_COMMA
 
 _COMMA = re.compile(r"(\\*),")
 _HEAD = re.compile(r"\s*([^:,=\s]+)\s*(?:[:,]|&&|\Z)")
 
 
-def parse_spec(text: str, kind: str, positional: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
+def parse_spec(
+    text: str, kind: str, positional: Mapping[str, str] | None = None, names: Container[str] = ()
+) -> tuple[str, dict[str, str]]:
     """Return the name in a spec, and its values as texts.
 
     Args:
         text: the spec.
         kind: what it describes ("task", "selector", …), for messages.
         positional: for some names, the key of a first value that is written without one (`ruler:vt`).
+        names: those that a spec may begin with; one after a comma is a second spec, which has no place here.
 
     Raises:
-        UsageError: a part that is not key=value, or a key given twice.
+        UsageError: a part that is not key=value, a key given twice, or a second spec.
     """
     name, _, rest = text.partition(":")
     name = name.strip()
@@ -33,6 +37,8 @@ def parse_spec(text: str, kind: str, positional: Mapping[str, str] | None = None
     for index, part in enumerate(_split(rest) if rest.strip() else []):
         key, equals, value = part.partition("=")
         key = key.strip()
+        if index and (":" in key or not equals) and (key.partition(":")[0] in names):
+            raise UsageError(f"{kind} {text!r}: {part.strip()!r} begins another one. {NO_COMMA}")
         if not index and not equals and positional and name in positional:
             key, equals, value = positional[name], "=", part.strip()
         if not equals or not key:
@@ -46,13 +52,13 @@ def parse_spec(text: str, kind: str, positional: Mapping[str, str] | None = None
     return name, values
 
 
-def parse_named(text: str, kind: str) -> dict[str, Any]:
+def parse_named(text: str, kind: str, names: Container[str] = ()) -> dict[str, Any]:
     """Return a mapping with the `name` in a spec and its values, as truth values and numbers where they read as such.
 
     Raises:
         UsageError: as for `parse_spec`.
     """
-    name, values = parse_spec(text, kind)
+    name, values = parse_spec(text, kind, names=names)
     if "name" in values:
         raise UsageError(f"{kind} {text!r}: name is given twice; give it once")
     return {"name": name, **{key: _value(value.strip()) for key, value in values.items()}}

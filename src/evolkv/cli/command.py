@@ -6,11 +6,12 @@ from typing import Any
 
 import typer.core
 
-#: Options that other programs have, without dashes, and what does it here; the first that the command has.
+#: Options that other programs have, without dashes, and what does it here; the first that the command has all of.
 _ELSEWHERE = {
-    "limit": ("--samples",),
-    "n-samples": ("--samples",),
-    "num-samples": ("--samples",),
+    "limit": ("--samples", "--train and --val"),
+    "samples": ("--train and --val",),
+    "n-samples": ("--samples", "--train and --val"),
+    "num-samples": ("--samples", "--train and --val"),
     "n-trials": ("--max-evals",),
     "trials": ("--max-evals",),
     "timeout": ("--time-limit",),
@@ -18,7 +19,15 @@ _ELSEWHERE = {
     "output": ("--out", "--json"),
     "output-dir": ("--out", "--json"),
     "tasks": ("--task",),
-    "methods": ("--method",),
+    "method": ("--selector",),
+    "methods": ("--method", "--selector"),
+    "selector": ("--method",),
+    "selectors": ("--selector", "--method"),
+    "n-jobs": ("--workers",),
+    "jobs": ("--workers",),
+    "num-workers": ("--workers",),
+    "num-processes": ("--workers",),
+    "log-samples": ("--records",),
     "budgets": ("--budget",),
     "max-tokens": ("--max-new-tokens",),
     "max-gen-toks": ("--max-new-tokens",),
@@ -26,6 +35,13 @@ _ELSEWHERE = {
     "study-name": ("--study",),
     "torch-dtype": ("--dtype",),
     "compression-ratio": ("--budget",),
+}
+#: Options of other programs that nothing stands for in a command that reads a model.
+_INSTEAD = {
+    "batch-size": "none is needed here",
+    "max-batch-size": "none is needed here",
+    "num-fewshot": "examples before the question are a setting of the task, such as --task gsm8k:shots=5",
+    "model-args": "the model is the first argument, and --dtype, --device and --trust-remote-code are options",
 }
 _MODEL = ("model", "model-name", "model-id", "pretrained", "model-name-or-path")
 
@@ -39,11 +55,14 @@ def instead_of(option: str, command: Any) -> str:
     """
     options = {name for param in command.params for name in param.opts}
     name = option.lstrip("-").partition("=")[0].replace("_", "-").lower()
-    if name in _MODEL and any(param.name == "model" and "--model" not in param.opts for param in command.params):
-        return f"; the model is the first argument: evolkv {command.name} MODEL"
     for offered in (f"--{name}", *_ELSEWHERE.get(name, ())):
-        if offered in options:
+        if options.issuperset(offered.split(" and ")):
             return f"; here it is {offered}"
+    if any(param.name == "model" and "--model" not in param.opts for param in command.params):
+        if name in _MODEL:
+            return f"; the model is the first argument: evolkv {command.name} MODEL"
+        if name in _INSTEAD:
+            return f"; {_INSTEAD[name]}"
     return ""
 
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,11 +45,20 @@ def demo(
     from evolkv.demo import check_demo, run_demo
     from evolkv.report.tables import results_table
     from evolkv.tasks import get_task
+    from evolkv.tasks.check import check_examples
 
-    get_task(f"niah:context={context}")
-    check_demo(out, budget)
+    task = get_task(f"niah:context={context}")
+    check_demo(out, budget, samples)
+    check = partial(
+        check_examples,
+        [task],
+        {"train": train, "validation": val, "report": samples},
+        metric=None,
+        protocol="aware",
+        seed=seed,
+    )
     load = ModelOptions(dtype, device, attn_implementation, trust_remote_code)
-    loaded, tokenizer = load.load(model)
+    loaded, tokenizer = load.load(model, check)
     with console.Progress() as progress:
         result = run_demo(
             loaded,

@@ -122,7 +122,9 @@ def evaluate(
     for every in tasks:
         every.check_files()
     check = partial(check_examples, tasks, {"report": samples}, metric=metric, protocol=protocol, seed=seed)
-    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, check)
+    profiles = [each.profile for method in methods for each in (method, *map(method.at, budgets))]
+    load = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load
+    loaded, tokenizer = load(model, check, profiles)
     stopped: EvaluationInterrupted | None = None
     with console.Progress() as progress:
         try:

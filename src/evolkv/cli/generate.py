@@ -143,7 +143,8 @@ def generate(
     )
     check_text("document" if save_cache is not None else "prompt", text)
     _return_large_blocks()
-    loaded, tokenizer = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+    load = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load
+    loaded, tokenizer = load(model, profiles=[named.profile])
     if save_cache is not None:
         assert chosen is not None
         saved = save_document(

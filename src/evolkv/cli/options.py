@@ -15,6 +15,7 @@ from evolkv.registry import unknown_name
 from evolkv.whole_files import output_path
 
 if TYPE_CHECKING:
+    from evolkv.profile import BudgetProfile
     from evolkv.selectors import Selector
 
 
@@ -160,8 +161,27 @@ class ModelOptions:
         words = [word for name, value in options.items() if value is not None for word in (name, value)]
         return words + ["--trust-remote-code"] * self.trust_remote_code
 
-    def load(self, name: str, check: Callable[[Any, Any], None] | None = None) -> tuple[Any, Any]:
-        """Return the model and its tokenizer; `check` is as for `load_model`."""
+    def load(
+        self,
+        name: str,
+        check: Callable[[Any, Any], None] | None = None,
+        profiles: Iterable[BudgetProfile | None] = (),
+    ) -> tuple[Any, Any]:
+        """Return the model and its tokenizer.
+
+        Args:
+            name: of the model.
+            check: as for `load_model`.
+            profiles: those that are given have to fit the model's config.
+        """
+        given = [profile for profile in profiles if profile is not None]
+
+        def check_all(tokenizer: Any, config: Any) -> None:
+            for profile in given:
+                profile.check_config(config)
+            if check is not None:
+                check(tokenizer, config)
+
         with console.busy(f"loading {name}"):
             console.quiet_libraries()
             from evolkv.models import load_model
@@ -172,5 +192,5 @@ class ModelOptions:
                 device=self.device,
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
-                check=check,
+                check=check_all,
             )

@@ -56,7 +56,7 @@ def validate(
     """Check a profile; exit code 2 if it cannot be used."""
     profile = _load(path)
     if model is not None:
-        loaded, _ = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model)
+        loaded, _ = ModelOptions(dtype, device, attn_implementation, trust_remote_code).load(model, profiles=[profile])
         profile.check_model(loaded)
     where = f"fits {model}" if model is not None else f"for {profile.model['name']}"
     console.OUT.print(
@@ -71,7 +71,10 @@ def expand(
     budget: Annotated[
         str,
         typer.Option(
-            "--budget", metavar="C", help="The new mean budget, which may be smaller, or a share of each prompt (10%)."
+            "--budget",
+            "-b",
+            metavar="C",
+            help="The new mean budget, which may be smaller, or a share of each prompt (10%).",
         ),
     ],
     out: NewProfile,

@@ -128,7 +128,8 @@ def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[Budget, str]
         protocol=config.protocol,
         seed=config.seed,
     )
-    model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check)
+    start = config.start if isinstance(config.start, BudgetProfile) else None
+    model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check, [start])
     if config.time_limit is not None:
         # The limit is for the whole command.
         config = replace(config, time_limit=_left(config.time_limit, time.monotonic() - started))

@@ -37,7 +37,7 @@ from evolkv.evaluation.prefill import whole_cache
 from evolkv.models import model_facts
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks import Example
-from evolkv.tasks.check import check_labelled, check_room
+from evolkv.tasks.check import check_judged, check_labelled, check_room
 from evolkv.tasks.metrics import get_metric, judged_part
 from evolkv.tasks.prompts import encode_text
 
@@ -183,6 +183,7 @@ class TextScorer(Scorer):
     def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
         # What a metric needs beside the answer is missed now, not after everything was computed.
         text_score(self.metric, "", example)
+        check_judged(example, self.metric)
         return None
 
     def score(

@@ -51,8 +51,10 @@ class Calibration:
         if str(budget) in recorded:
             return np.array(recorded[str(budget)])
         if self._utility is None:
+            # What is wrong with the examples has nothing to do with the calibration.
+            scorer = self._scorer()
             try:
-                self._utility = self._scorer().utility()
+                self._utility = scorer.utility()
             except ModelError as error:
                 if self._config.begins_at == LUKV:
                     raise

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from evolkv.budgets import Budget, BudgetSpec, read_budget, read_budgets, size_of
-from evolkv.errors import UsageError
+from evolkv.errors import BudgetError, UsageError
 from evolkv.evaluation.scoring import has_slope, reads_answer
 from evolkv.evaluation.shards import Backend
+from evolkv.evolution.bounds import check_budgets
 from evolkv.evolution.objective import fitness
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.strategies import STRATEGIES
+from evolkv.evolution.strategies.base import positive_number, whole_number
 from evolkv.numbers import is_whole
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
@@ -177,8 +179,10 @@ class SearchConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise UsageError(f"--time-limit is {self.time_limit!r}; use a number of seconds above 0, such as 600")
-        if self.population is not None and not is_whole(self.population):
-            raise UsageError(f"--population is {self.population!r}; use a whole number of candidates")
+        if self.sigma is not None:
+            positive_number("sigma", self.sigma)
+        if self.population is not None:
+            whole_number("population", self.population, STRATEGIES[self.strategy].least_population)
         if self.population is not None and self.population > (self.max_evals or MOST_POPULATION):
             raise UsageError(
                 f"--population is {self.population}, more than all candidates of the search ("
@@ -271,6 +275,11 @@ class SearchConfig:
         several = given if isinstance(given, (list, tuple)) else [cast(SelectorSpec, given)]
         return {get_selector(each).spec: each for each in several}
 
+    def _check_budgets(self, targets: Sequence[Budget]) -> None:
+        # Of those that compete by default, the first stays whatever the budget; the others only where they fit.
+        asked = [*self.selectors.values()][: 1 if self.selector is None else None]
+        check_budgets(targets, asked, self.floor, self.ceiling)
+
     @property
     def begins_at(self) -> str | BudgetProfile:
         """The allocation that the search starts from: `start`, or its default."""
@@ -361,7 +370,10 @@ class OneBudget(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.target
+        given = self.budget
+        if (isinstance(given, str) and "," in given) or (isinstance(given, Iterable) and not isinstance(given, str)):
+            raise BudgetError(f"the budget is {given!r}; evolkv.search takes one, evolkv.search_curve takes several")
+        self._check_budgets([self.target])
 
     @property
     def target(self) -> Budget:
@@ -399,6 +411,7 @@ class SeveralBudgets(SearchConfig):
             )
         if len(self.targets) < 2:
             raise UsageError(f"a curve needs at least two budgets, got {self.targets}; use evolkv.search for one")
+        self._check_budgets(self.targets)
 
     @property
     def targets(self) -> list[Budget]:

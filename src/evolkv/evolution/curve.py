@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.budgets import MAX_BUDGET, Budget, Share
+from evolkv.budgets import MAX_BUDGET, Budget
+from evolkv.evolution.bounds import narrowed
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
@@ -101,19 +102,15 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
 
 
 def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
-    """Return a selector, if given by name alone with a window that leaves the smallest budget something to choose."""
-    if isinstance(smallest, Share):
-        return spec
-    selector = get_selector(spec)
-    window = selector.window
-    if not isinstance(spec, str) or ":" in spec or not window or selector.min_budget < smallest:
-        return spec
-    while window > 1 and window >= smallest:
-        window //= 2
-    log.warning(
-        "budget %d needs a smaller window: %s now uses window=%d at all budgets", smallest, selector.name, window
-    )
-    return {**selector.to_dict(), "window": window}
+    """Return a selector as `narrowed` does, with a warning where its window shrinks."""
+    narrower = narrowed(spec, smallest)
+    if narrower is not spec:
+        chosen = get_selector(narrower)
+        log.warning(
+            "budget %d needs a smaller window: %s now uses window=%d at all budgets",
+            *(smallest, chosen.name, chosen.window),
+        )
+    return narrower
 
 
 def _mean_score(curve: CurveResult) -> float:

@@ -13,11 +13,12 @@ from evolkv.allocators import expand, layout, lukv, non_increasing
 from evolkv.budgets import Budget, Share
 from evolkv.errors import BudgetError
 from evolkv.evaluation.lengths import ByLength
+from evolkv.evolution.bounds import check_bounds, default_floor
 from evolkv.evolution.config import COMPUTED, LUKV, SearchConfig
 from evolkv.models import describe_model, model_facts
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
-from evolkv.selectors import Selector, get_selector
+from evolkv.selectors import Selector
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class SearchSpace:
         self.shortest = longest if shortest is None else shortest
         self.layers, self.heads = info.num_layers, info.num_kv_heads
         self.by_head = config.granularity == "head"
-        self.floor = config.floor if config.floor is not None else selector.min_budget + 1
+        self.floor = config.floor if config.floor is not None else default_floor(selector)
         most = min(longest, int(selector.held_under(np.array(longest))))
         self.ceiling = config.ceiling if config.ceiling is not None else most
         #: Of each layer: entries beyond its own window would never be held.
@@ -107,9 +108,9 @@ class SearchSpace:
             BudgetError: if it cannot be searched at.
         """
         least, most, selector = self.floor, self.ceiling, self.selector
-        at_share = ""
+        share = None
         if isinstance(target, Share):
-            budget, at_share = target.of(self.longest), f"{target} of the {self.longest} tokens of the longest prompt, "
+            budget, share = target.of(self.longest), f"{target} of the {self.longest} tokens of the longest prompt"
             if target.of(self.shortest) < selector.min_budget < budget:
                 log.warning(
                     "%s of the shortest training prompt is %d of %d tokens; %s always keeps %d, so such prompts teach "
@@ -118,29 +119,13 @@ class SearchSpace:
                 )
         else:
             budget = target
-        if least < selector.min_budget:
-            raise BudgetError(
-                f"the floor is {least}, but {selector.name} always keeps {selector.min_budget} tokens; "
-                f"use --floor {selector.min_budget} or more"
-            )
-        if budget < least:
-            other = "a selector that always keeps fewer"
-            window = min(selector.window, budget) // 2
-            # The floor is one more than the window.
-            if 0 < window < budget - 1 and "window" in selector.parameters():
-                smaller = get_selector({**selector.to_dict(), "window": window})
-                other = f"a smaller window, such as --selector {smaller.spec}"
-            if least > selector.min_budget + 1:
-                other = f"a lower --floor ({selector.name} always keeps {selector.min_budget})"
-            enough = f"--budget {least} or more" if not at_share else "a larger share"
-            raise BudgetError(f"the budget is {at_share}{budget}, below the floor of {least}; use {enough}, or {other}")
+        check_bounds(budget, selector, least, None, share)
         if budget >= self.longest:
             raise BudgetError(
                 f"the budget is {budget}, but the longest prompt of the task has {self.longest} tokens: nothing "
                 f"would be evicted; use a --budget below {self.longest}"
             )
-        if most < budget:
-            raise BudgetError(f"the ceiling is {most}, below the budget of {at_share}{budget}; raise --ceiling")
+        check_bounds(budget, selector, least, most, share)
         if self.ceilings.mean() < budget:
             raise BudgetError(
                 f"the budget is {budget}, but with its sliding windows this model holds at most "

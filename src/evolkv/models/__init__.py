@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evolkv.models.aliases import ALIASES, ModelRow, PackagedModel, list_models
-from evolkv.models.facts import ModelFacts, ModelInfo, describe_model, model_facts
+from evolkv.models.facts import ModelFacts, ModelInfo, cache_shape, describe_model, model_facts
 from evolkv.models.identity import adapters_in_use, is_quantized, weights_checksum
 from evolkv.models.loading import Origin, load_model, loaded_from
 
@@ -15,6 +15,7 @@ __all__ = [
     "Origin",
     "PackagedModel",
     "adapters_in_use",
+    "cache_shape",
     "describe_model",
     "is_quantized",
     "list_models",

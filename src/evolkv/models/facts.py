@@ -11,7 +11,7 @@ from torch import nn
 
 from evolkv.errors import ModelError
 from evolkv.models.identity import fingerprint
-from evolkv.models.layers import KVLayer, OtherLayer, read_layers
+from evolkv.models.layers import KVLayer, OtherLayer, layers_of, read_layers
 
 UNBOUNDED_CONTEXT = 2**31 - 1
 
@@ -93,6 +93,18 @@ def model_facts(model: nn.Module) -> ModelFacts:
         facts = _read(model, text)
         _facts[model] = state, facts
     return facts
+
+
+def cache_shape(config: Any) -> tuple[str, int, int]:
+    """Return the name, L and H of the model that a config describes; see `ModelInfo`. The weights need not be there.
+
+    Raises:
+        ModelError: as `model_facts`, as far as the config tells.
+    """
+    text = config.get_text_config(decoder=True)
+    kv_layers, _ = layers_of(config, str(text.model_type))
+    num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
+    return _name(config), len(kv_layers), _num_kv_heads(text, num_heads)
 
 
 def _state(config: Any) -> dict[str, Any]:

@@ -74,8 +74,15 @@ def read_layers(model: PreTrainedModel) -> tuple[list[KVLayer], list[OtherLayer]
         ModelError: if the model cannot be compressed.
     """
     refuse(model)
-    config: Any = model.config
-    name = type(model).__name__
+    return layers_of(model.config, type(model).__name__)
+
+
+def layers_of(config: Any, name: str) -> tuple[list[KVLayer], list[OtherLayer]]:
+    """Return what `read_layers` does for the model of that name which a config describes.
+
+    Raises:
+        ModelError: if a layer cannot be compressed.
+    """
     kept: list[KVLayer] = []
     others: list[OtherLayer] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):

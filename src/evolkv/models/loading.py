@@ -147,6 +147,7 @@ def _load(
     # Before the weights, which take long.
     tokenizer = _load_tokenizer(source, label, trust_remote_code)
     if check is not None:
+        config._name_or_path = label
         check(tokenizer, config)
     model, report = AutoModelForCausalLM.from_pretrained(
         source,

@@ -54,6 +54,34 @@ SELECTORS: Registry[type[Selector]] = Registry(
 SelectorSpec = str | Mapping[str, Any] | Selector
 
 
+#: Allocators, which are often taken for selectors. A search may start from the first ones; see `evolkv.allocators`.
+_STARTS, _OTHERS = ("uniform", "pyramid", "cosine", "lukv"), ("adakv", "cake", "dynamickv")
+#: Methods that have a name of their own; see `evolkv.methods`.
+METHOD_ALIASES = {"pyramidkv": "pyramid+snapkv"}
+
+
+def spec_names() -> list[str]:
+    """Return the names that begin a spec of a selector, or of a method."""
+    return [*SELECTORS, *_STARTS, *_OTHERS, *METHOD_ALIASES, "full"]
+
+
+def _method_instead(text: str) -> str | None:
+    """Return what to say of a method, or an allocator, that stands where a selector is wanted; None for others."""
+    head = text.partition(":")[0]
+    *allocators, selector = METHOD_ALIASES.get(text, text).split("+")
+    if not allocators and head in (*_STARTS, *_OTHERS):
+        allocators, selector = [text], "pyramidinfer" if head == "cosine" else "snapkv"
+    if head in SELECTORS or not allocators or selector.partition(":")[0] not in SELECTORS:
+        return None
+    what, method = "a method (an allocator and a selector)", text
+    if allocators == [text]:
+        what, method = "an allocator, not a selector", f"{text}+{selector}"
+    start = f"--start {allocators[0]} " if allocators[0] in _STARTS else ""
+    # LU-KV is calibrated on examples, and an evaluation has none for that.
+    others = "" if "lukv" in allocators else f", and eval --method {method}"
+    return f"{text!r} is {what}; give a search {start}--selector {selector}{others}"
+
+
 def get_selector(spec: SelectorSpec) -> Selector:
     """Return the selector that `spec` describes.
 
@@ -68,7 +96,9 @@ def get_selector(spec: SelectorSpec) -> Selector:
     if isinstance(spec, Selector):
         return spec
     if isinstance(spec, str):
-        spec = parse_named(spec, "selector")
+        if (instead := _method_instead(spec)) is not None:
+            raise UsageError(instead)
+        spec = parse_named(spec, "selector", spec_names())
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
     return with_parameters(SELECTORS[spec["name"]], {key: value for key, value in spec.items() if key != "name"})
@@ -76,6 +106,7 @@ def get_selector(spec: SelectorSpec) -> Selector:
 
 __all__ = [
     "H2O",
+    "METHOD_ALIASES",
     "SELECTORS",
     "TOVA",
     "ChunkKV",
@@ -96,4 +127,5 @@ __all__ = [
     "StreamingLLM",
     "Words",
     "get_selector",
+    "spec_names",
 ]

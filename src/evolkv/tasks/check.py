@@ -10,6 +10,7 @@ from evolkv.tasks.base import Example, Split, Task
 from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
 from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks.rows import check_answers
 
 
 def check_examples(
@@ -35,7 +36,7 @@ def check_examples(
 
     Raises:
         UsageError: a split is empty, or has too few examples for several tasks; a prompt and its answer exceed the
-            model's context; or the metric cannot judge an example.
+            model's context; or the metric cannot judge an example, or gives its own answer 0.
         RunError: a task's own code fails.
     """
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
@@ -45,11 +46,7 @@ def check_examples(
                 name = metric or example.metric
                 check_labelled(example, name)
                 answer = 1 if name == "logprob" else example.max_new_tokens
-                if name not in MODEL_METRICS:
-                    try:
-                        get_metric(name)("", example.references, **example.extra)
-                    except UsageError as error:
-                        raise UsageError(f"example {example.id}: {error}") from None
+                check_judged(example, name)
                 tokens = len(encode_text(tokenizer, example.prompt + example.later))
                 check_room(example, tokens, answer, context)
 
@@ -61,6 +58,21 @@ def check_labelled(example: Example, metric: str) -> None:
             f"example {example.id} has no reference answer, and metric {metric!r} compares with one; "
             f"use --metric {' or '.join(LABEL_FREE)}"
         )
+
+
+def check_judged(example: Example, metric: str) -> None:
+    """Raise UsageError if a metric lacks what it needs of an example, or gives its own answers 0.
+
+    What answers score under the example's own metric is for its task to check.
+    """
+    where = f"example {example.id}"
+    if metric != example.metric:
+        check_answers(metric, example.references, where, example.extra, example.stop, example.first_line)
+    elif metric not in MODEL_METRICS:
+        try:
+            get_metric(metric)("", example.references, **example.extra)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
 
 
 def check_room(example: Example, tokens: int, answer: int, context: float) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
@@ -21,12 +21,14 @@ from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
 from evolkv.schemas import Schema, checked
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, partition
-from evolkv.tasks.metrics import MODEL_METRICS, get_metric
+from evolkv.tasks.metrics import MODEL_METRICS, get_metric, judged_part
 from evolkv.tasks.prompts import uses_chat
 
 logger = logging.getLogger(__name__)
 
 _NOT_ASKED = (*MODEL_METRICS, "rouge_l", "rouge_l_zh")
+#: It passes over comments, and so may give a right answer 0: LongBench has lines of code with "#" or "//".
+_LENIENT = "code_sim"
 
 Splitting = Literal["auto", "all"]
 """The way in which rows serve the splits: "auto" shares them out, "all" gives every row to every split."""
@@ -130,8 +132,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any) -> bool:
-    """Return whether any of a row's own answers scores above 0 under its metric.
+def answers_score(
+    metric: str,
+    answers: Sequence[str],
+    where: str,
+    extra: Mapping[str, Any],
+    stop: Sequence[str] = (),
+    first_line: bool = False,
+) -> bool:
+    """Return whether any of a row's own answers scores above 0 under a metric, as far as it is judged.
 
     Summaries are taken to: ROUGE needs minutes for a file of them.
 
@@ -142,9 +151,25 @@ def answers_score(metric: str, answers: Sequence[str], where: str, **extra: Any)
         return True
     judge = get_metric(metric)
     try:
-        return any(judge(answer, answers, **extra) > 0 for answer in answers)
+        return any(judge(judged_part(answer, stop, first_line), answers, **extra) for answer in answers)
     except UsageError as error:
         raise TaskError(f"{where}: {error}") from None
+
+
+def check_answers(
+    metric: str,
+    answers: Sequence[str],
+    where: str,
+    extra: Mapping[str, Any],
+    stop: Sequence[str] = (),
+    first_line: bool = False,
+) -> None:
+    """Raise TaskError where each of a row's own answers scores 0, so that nothing can be right; see `answers_score`."""
+    if not answers_score(metric, answers, where, extra, stop, first_line) and metric != _LENIENT:
+        raise TaskError(
+            f"{where}: the answer {answers[0][:60]!r} scores 0 under metric {metric!r}; correct the answer, or take "
+            "another metric"
+        )
 
 
 def distinct(rows: Iterable[Row[AnyFields]], source: str) -> list[Row[AnyFields]]:

@@ -20,10 +20,12 @@ from evolkv.tasks.general import General
 from evolkv.tasks.gsm8k import Gsm8k
 from evolkv.tasks.jsonl import JsonLines
 from evolkv.tasks.longbench import LongBench
+from evolkv.tasks.longbench.subsets import NAMES as SUBSET_NAMES
 from evolkv.tasks.mixture import Mixture
 from evolkv.tasks.niah import NeedleInHaystack
 from evolkv.tasks.raw_prompts import RawPrompts
 from evolkv.tasks.ruler import Ruler
+from evolkv.tasks.ruler.task import FAMILIES
 
 TASKS: Registry[type[Task]] = Registry(
     "task",
@@ -35,6 +37,8 @@ TASKS: Registry[type[Task]] = Registry(
     Task,
 )
 
+#: Tasks of benchmarks, which are often given without the benchmark's name.
+_PARTS = {Ruler.name: tuple(FAMILIES), LongBench.name: SUBSET_NAMES}
 _AND = " && "
 #: No setting is larger: a larger number is a mistake.
 _MOST = 2**31
@@ -110,10 +114,14 @@ def format_spec(task: Task) -> str:
 
 
 def _task(spec: str) -> Task:
-    name, texts = parse_task(spec)
+    name = spec.partition(":")[0].strip()
     if "," in name:
         raise TaskError(f"task {spec!r}: settings stand after a colon; write {spec.replace(',', ':', 1)!r}")
+    for owner, parts in _PARTS.items():
+        if name.lower() in parts and name not in TASKS:
+            raise UsageError(f"unknown task {name!r}. Did you mean '{owner}:{name.lower()}'?")
     task = TASKS[name]
+    _, texts = parse_task(spec)
     fields = {f.name: f for f in dataclasses.fields(task)}  # type: ignore[arg-type]
     hints = get_type_hints(task)
     values = {}

@@ -50,6 +50,7 @@ class GroupedCMA(Strategy):
 
     layers_only = True
     default_sigma = (0.3, 0.3)
+    least_population = 4
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class GroupedCMA(Strategy):
         self.group_size = whole_number("group_size", group_size, 1)
         self.sigma = positive_number("sigma", sigma)
         self.generations = whole_number("generations", generations, 1)
-        self.population = None if population is None else whole_number("population", population, 4)
+        self.population = None if population is None else whole_number("population", population, self.least_population)
         self.seed = whole_number("seed", seed, 0)
         self._floor, self._ceiling = bounds((self.num_layers,), self.budget, floor, ceiling)
         self._scheme: Budgets = np.clip(np.full(self.num_layers, self.budget), self._floor, self._ceiling)

@@ -57,6 +57,7 @@ class JointCMA(Strategy):
     mean_first = True
     starts_anywhere = True
     default_sigma = (0.5, 0.7)
+    least_population = 4
 
     def __init__(
         self,
@@ -74,8 +75,8 @@ class JointCMA(Strategy):
         self.budget = whole_number("budget", budget, 1)
         self.sigma = positive_number("sigma", sigma)
         size = math.prod(self.shape)
-        default = default_population(size)
-        self.population = default if population is None else whole_number("population", population, 4)
+        population = default_population(size) if population is None else population
+        self.population = whole_number("population", population, self.least_population)
         self.seed = whole_number("seed", seed, 0)
         self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)
         start = np.ones(self.shape) if x0 is None else np.asarray(x0)

@@ -144,7 +144,8 @@ class LongBench(Task):
     def _scores(self, row: _Row) -> bool:
         """Return whether any of a row's answers can score; one that its metric cannot read does not."""
         try:
-            return answers_score(self._work.metric, row.fields.answers, row.where, all_classes=row.fields.all_classes)
+            extra = {"all_classes": row.fields.all_classes}
+            return answers_score(self._work.metric, row.fields.answers, row.where, extra)
         except TaskError:
             return False
 
