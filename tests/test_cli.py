@@ -24,6 +24,7 @@ from evolkv.cli.app import no_interrupt_lost
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.demo import _next_commands
 from evolkv.cli.options import ModelOptions
+from evolkv.cli.search_command import _verdict
 from evolkv.cli.tables import print_table, print_whole, validation_table
 from evolkv.demo import DemoFiles
 from evolkv.errors import RunError
@@ -717,6 +718,22 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     found = json.loads((tmp_path / "sub" / "found.json").read_text())
     assert found["best"]["fitness"] == max(entry["fitness"] for entry in found["history"])
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("evolved", "verdict"),
+    [
+        (0.347, "lukv (0.600) is ahead of the evolved budgets (0.347) on 24 unseen examples: the profile holds"),
+        (0.6, "lukv (0.600) is level with the evolved budgets (0.600) on 24 unseen examples: "),
+        (0.7, "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 unseen examples."),
+    ],
+)
+def test_a_search_says_what_is_ahead_and_by_how_much(evolved, verdict):
+    scores = {"lukv": 0.6, "best": evolved, "uniform": 0.084}
+    rows = [{"name": name, "score": score, "evolved": name == "best", "n": 24} for name, score in scores.items()]
+    rows.sort(key=lambda row: (-row["score"], row["evolved"]))
+    found = SimpleNamespace(validation=rows, chosen=rows[0]["name"], improved=rows[0]["evolved"])
+    assert _verdict(found).startswith(verdict)
 
 
 def test_a_warning_that_several_searches_have_is_said_once(run):

@@ -15,6 +15,7 @@ import evolkv
 from evolkv.cli import main
 from evolkv.cli.app import app
 from evolkv.errors import UsageError
+from evolkv.report import headline
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
 from evolkv.report.charts import course_chart
 from evolkv.report.comparisons import comparisons
@@ -257,6 +258,52 @@ def test_headline_says_so_if_evolution_gained_nothing(write):
     assert "no evolved budgets beat uniform" in page(write("s.json", data)).text
 
 
+def test_headline_names_what_is_ahead_of_the_evolved_budgets_and_not_what_they_beat(write):
+    names = {"lukv": 0.6, "best": 0.347, "uniform": 0.084}
+    rows = [
+        scored(name, score, budgets=allocation(128, i), evolved=name == "best")
+        for i, (name, score) in enumerate(names.items())
+    ]
+    text = page(write("s.json", search(chosen="lukv", improved=False, validation=rows))).text
+    assert "search never saw, lukv (0.60) is ahead of the evolved budgets (0.35). The profile holds lukv." in text
+    assert "uniform (0.08)" not in text
+
+
+@pytest.mark.parametrize("method", ["evolkv", "out/p.json"])
+@pytest.mark.parametrize("known", ["profile", "search"])
+def test_headline_calls_evolved_only_what_was(write, method, known):
+    table = results()
+    table["rows"][1]["method"] = method
+    made = profile(search={"chosen": "lukv"})
+    found = search(
+        chosen="lukv", improved=False, validation=[scored("lukv", 0.6, budgets=made["budgets"], evolved=False)]
+    )
+    # Another profile, of the same size.
+    write("out/q.json", profile(search={"chosen": "best"}))
+    paths = [write("r.json", table), write("out/p.json", made) if known == "profile" else write("s.json", found)]
+    text = page(*paths).text
+    assert "the profile scores 0.96" in text
+    assert "It holds the budgets of lukv, not evolved ones." in text
+    assert "evolved budgets score" not in text
+    assert (
+        "the evolved budgets score 0.96" in page(paths[0], write("out/p.json", profile(search={"chosen": "best"}))).text
+    )
+
+
+def test_the_report_and_the_search_agree_on_what_is_not_evolved():
+    from evolkv.evolution import space
+
+    assert set(headline.NOT_EVOLVED) == set(space.NOT_EVOLVED)
+
+
+def test_a_profile_with_a_suffix_in_capitals_is_a_profile(write):
+    table = results()
+    table["rows"][1]["method"] = "PU.JSON"
+    found = page(write("r.json", table))
+    assert "use" in found.sections
+    assert "methods compared" not in found.text
+
+
 def test_numbers_of_charts_stand_in_tables(demo):
     found = page(demo)
     best = json.loads((demo / "search.json").read_text())["best"]
@@ -469,7 +516,7 @@ def test_profiles_of_one_budget_each_make_one_line_in_the_chart():
     budgets = (64, 128, 256)
     rows = [{**row(f"out/p{b}.json", b, b / 300)} for b in budgets] + [row("snapkv", b, b / 600) for b in budgets]
     (group,) = comparisons(_rows(rows), [], [])
-    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"evolved": 3, "snapkv": 3}
+    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"profiles": 3, "snapkv": 3}
 
 
 def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
@@ -782,6 +829,18 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
     assert "evolved budgets score 0.91 with 64 entries per KV head" in text
     assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
     assert "--max-evals 12" in text
+
+
+def test_a_study_does_not_know_how_long_its_search_took(tmp_path, write):
+    storage = tmp_path / "s.db"
+    write_studies(storage, "one")
+    alone = page(storage).text
+    assert not re.search(r"took|candidates in \d+ s", alone)
+    (of_study,) = read_sources([storage]).searches
+    found = search(history=[each.model_dump() for each in of_study.history], evaluations=12)
+    path = write("s.json", found)
+    for order in ([storage, path], [path, storage]):
+        assert "candidates in 1 min 24 s" in page(*order).text
 
 
 def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsys):
