@@ -672,6 +672,21 @@ def test_profile_show_prints_every_head(run, tmp_path):
     assert re.search(r"^ *3 +49 +50 +51", out, re.M)
 
 
+@pytest.mark.parametrize(
+    ("task", "ending"),
+    [
+        (TASK, ""),
+        ("jsonl:path=q.jsonl", " --raw"),
+        ("prompts:path=q.jsonl", "  # add --raw for prompts without the chat template"),
+    ],
+)
+def test_profile_show_says_how_to_use_it(run, tmp_path, task, ending):
+    info = evolkv.models.ModelInfo("other", 4, 3, 9, 64, 4096, "0" * 16)
+    BudgetProfile.from_budgets(info, np.full((4, 3), 40), search={"task": task}).save(tmp_path / "my p.json")
+    _, out, _ = run("profile", "show", "my p.json")
+    assert out.endswith(f"\nevolkv generate other --profile 'my p.json' --prompt-file prompt.txt{ending}\n")
+
+
 def test_invalid_profile_is_refused_and_named(run, tmp_path):
     (tmp_path / "p.json").write_text('{"format": "evolkv.profile/1"}')
     for words in (

@@ -635,6 +635,18 @@ def test_the_profile_that_the_headline_names_is_the_one_to_use(write, tmp_path, 
     assert 'evolkv.BudgetProfile.load("p256.json")' in text
 
 
+@pytest.mark.parametrize(
+    ("task", "raw"), [("jsonl:path=q.jsonl", True), ("jsonl:path=q.jsonl,chat=true", False), (TASK, False)]
+)
+def test_a_profile_is_to_be_used_with_the_chat_template_of_its_search(write, task, raw):
+    found = search()
+    found["settings"]["task"] = task
+    for path in (write("s.json", found), write("p.json", profile(search={"task": task}))):
+        text = page(path).text
+        assert ("--prompt-file prompt.txt --raw" in text) == raw
+        assert ("apply_chat_template" in text) != raw
+
+
 def test_how_prompts_were_read_is_named(write):
     rows = [row("full", None, 1.0, prefill_chunk=512), row("snapkv", 128, 0.1, prefill_chunk=512)]
     text = page(write("a.json", {"format": "evolkv.results/1", "rows": rows})).text

@@ -38,10 +38,14 @@ def show(
         return
     console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
     console.OUT.print()
-    from evolkv.profile_card import provenance
+    from evolkv.profile_card import generate_command, provenance, template_note
 
     for name, value in provenance(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
+    task = profile.search.get("task")
+    note = template_note(task)
+    comment = f"  # {note[:1].lower()}{note[1:-1]}" if note else ""
+    console.OUT.print(f"\n{generate_command(profile.model['name'], path, task)}{comment}", soft_wrap=True)
 
 
 @app.command(cls=Command)

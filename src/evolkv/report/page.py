@@ -36,7 +36,7 @@ def render(sources: Sources) -> str:
     model, task = _model(sources), _task(sources)
     budgets = views.allocations(sources)
     sections = [
-        ("use", "Use this profile", usage(sources, groups, model)),
+        ("use", "Use this profile", usage(sources, groups, model, task)),
         (
             "scores",
             "Score by method" if all(group.single for group in groups) else "Score against memory",
