@@ -15,6 +15,7 @@ import evolkv
 from evolkv.cli import main
 from evolkv.cli.app import app
 from evolkv.errors import UsageError
+from evolkv.profile_file import unit_of
 from evolkv.report import headline
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
 from evolkv.report.charts import course_chart
@@ -614,6 +615,23 @@ def test_the_answer_is_marked_where_the_prompt_says_it(write):
     assert f'x1="{100 * 1293.5 / 1600:.3f}' in text
     with pytest.raises(UsageError, match="answers within its 1596 tokens"):
         read_sources([write("t.json", search(kept={**kept(), "answers": [{**answer, "end": 2000}]}))])
+
+
+def test_a_profile_whose_budgets_say_what_is_read_is_shown_so(write, capsys):
+    path = write("p.json", profile(selector={"name": "rocketkv", "window": 32, "kernel": 63, "held": 512, "read": 0}))
+    found = page(path)
+    assert found.text.count("entries read by a token") >= 5
+    assert "cache entries" not in found.text.replace("budgetcache entries (tokens)", "")
+    assert main(["profile", "show", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("layer  entries read by a token per head\n")
+
+
+def test_the_report_and_the_selectors_agree_on_what_budgets_count():
+    from evolkv.selectors import SELECTORS, get_selector
+
+    for spec in [*SELECTORS, "rocketkv:held=512"]:
+        selector = get_selector(spec)
+        assert unit_of(selector.to_dict()) == selector.unit
 
 
 def test_the_largest_heads_are_named_with_their_numbers(write):

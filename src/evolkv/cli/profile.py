@@ -36,7 +36,8 @@ def show(
     if as_json:
         console.write_json("-", profile.to_dict())
         return
-    console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
+    by_head = profile.granularity == "head"
+    console.OUT.print(budgets_picture(profile.budgets.tolist(), by_head, console.OUT.width, profile.unit))
     console.OUT.print()
     from evolkv.profile_card import generate_command, provenance, template_note
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from evolkv.profile_file import unit_of
 from evolkv.report.comparisons import Comparison, Entry
 from evolkv.report.schemas import Search, Validated, mean_of
 from evolkv.report.sources import Sources
@@ -65,8 +66,9 @@ def headline(
         return _methods(comparisons)
     profile = sources.profiles[0]
     low, high = min(map(min, profile.budgets)), max(map(max, profile.budgets))
-    title = f"A profile for {short(profile.model.name)}: {number(mean_of(profile.budgets))} cache entries per KV head"
-    sentence = f"Its {len(profile.budgets)} layers keep between {low:,} and {high:,} entries per KV head."
+    unit = unit_of(profile.selector)
+    title = f"A profile for {short(profile.model.name)}: {number(mean_of(profile.budgets))} {unit} per KV head"
+    sentence = f"Its {len(profile.budgets)} layers have between {low:,} and {high:,} {unit} per KV head."
     return Headline(title, [sentence], [])
 
 

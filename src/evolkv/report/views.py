@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from evolkv.profile_file import unit_of
 from evolkv.report.axes import Table
 from evolkv.report.charts import CourseChart, ScoreChart, course_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
@@ -92,7 +93,8 @@ class Panel:
         table: the numbers.
         bars: above the chart.
         by_head: whether budgets differ among the heads of a layer.
-        largest: the heads that keep the most: name, entries, share of the cache, and percent of the largest.
+        unit: what budgets count.
+        largest: the heads with the largest budgets: name, entries, share of all, and percent of the largest.
     """
 
     title: str
@@ -103,6 +105,7 @@ class Panel:
     table: Table | None = None
     bars: Bars | None = None
     by_head: bool = False
+    unit: str = ""
     largest: Sequence[tuple[str, str, str, float]] = ()
 
 
@@ -228,32 +231,34 @@ def positions(search: Search) -> Panel:
 
 def allocations(sources: Sources) -> list[Panel]:
     """Each allocation once: of the profiles, and of searches whose profile was not given."""
-    found: list[tuple[list[list[int]], str]] = []
+    found: list[tuple[list[list[int]], str, str]] = []
     for profile in sources.profiles:
-        if (entry := (profile.budgets, profile.model.name)) not in found:
+        if (entry := (profile.budgets, profile.model.name, unit_of(profile.selector))) not in found:
             found.append(entry)
     for search in sources.searches:
         chosen = search.profile or search.result or search.leader
-        if chosen is not None and all(chosen.budgets != budgets for budgets, _ in found):
+        if chosen is not None and all(chosen.budgets != budgets for budgets, *_ in found):
             what = search.chosen if search.result else "so far"
-            found.append((chosen.budgets, f"{what}, {search.rival}" if search.rival else what))
-    return [_allocation(budgets, short(what)) for budgets, what in sorted(found, key=lambda entry: mean_of(entry[0]))]
+            selector = search.profile.selector if search.profile else search.settings.get("selector")
+            unit = unit_of(selector if isinstance(selector, dict) else {})
+            found.append((chosen.budgets, f"{what}, {search.rival}" if search.rival else what, unit))
+    return [_allocation(entry[0], short(entry[1]), entry[2]) for entry in sorted(found, key=lambda it: mean_of(it[0]))]
 
 
-def _allocation(budgets: list[list[int]], what: str) -> Panel:
+def _allocation(budgets: list[list[int]], what: str, unit: str) -> Panel:
     mean = mean_of(budgets)
-    bars, heat = budget_charts(budgets, "Budgets (cache entries)")
+    bars, heat = budget_charts(budgets, f"Budgets ({unit})")
     by_head = heat.rows > 1
     cells = [(value, layer, head) for layer, row in enumerate(budgets) for head, value in enumerate(row)]
     most, layer, head = max(cells, key=lambda cell: cell[0])
     least = min(cells)[0]
     finding = f"{counted(len(budgets), 'layer')} × {counted(len(budgets[0]), 'KV head')}, "
     if most == least:
-        finding += f"each of which keeps {most:,} entries."
+        finding += f"{most:,} {unit} for each."
     else:
         place = f"head {head} of layer {layer}" if by_head else f"the heads of layer {layer}"
-        finding += f"{number(round(mean, 1))} entries per head on average, from {least:,} to {most:,} in {place}. "
-        finding += f"Half of the cache belongs to {percent(_holders_of_half(cells))} of the heads."
+        finding += f"{number(round(mean, 1))} {unit} per head on average, from {least:,} to {most:,} in {place}. "
+        finding += f"Half of all belong to {percent(_holders_of_half(cells))} of the heads."
     title = f"Mean budget {number(round(mean, 1))} ({what})"
     total = sum(value for value, _, _ in cells)
     largest = sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:_MOST_HEADS] if by_head else []
@@ -263,6 +268,7 @@ def _allocation(budgets: list[list[int]], what: str) -> Panel:
         heat,
         bars=bars,
         by_head=by_head,
+        unit=unit,
         largest=[
             (f"layer {layer}, head {head}", number(value), percent(value / total), round(100 * value / most, 1))
             for value, layer, head in largest
