@@ -25,6 +25,7 @@ from evolkv.report.page import render
 from evolkv.report.recipes import recipes
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
+from evolkv.report.views import validation
 
 LAYERS, HEADS = 12, 2
 MODEL, TASK = "smollm2-135m", "niah:context=1600"
@@ -604,6 +605,17 @@ def test_a_choice_is_compared_pair_by_pair_with_what_it_was_chosen_from(write):
     text = page(write("t.json", found)).text
     assert "best − uniform" in text
     assert "+0.586" in text
+
+
+@pytest.mark.parametrize(("scores", "sure"), [([0.9, 0.8, 0.7, 0.3, 0.3, 0.3], False), ([0.9] * 5 + [0.8], True)])
+def test_a_difference_is_coloured_only_where_interval_and_p_agree(write, scores, sure):
+    found = search()
+    for entry, each in zip(found["validation"], (scores, [0.3] * 6), strict=True):
+        entry["scores"] = each
+    (line,) = validation(Search.model_validate(found)).differences.lines
+    assert (line.style == 1) == sure
+    assert line.interval.startswith("+")
+    assert ("go by p" in page(write("s.json", found)).text) != sure
 
 
 def test_the_answer_is_marked_where_the_prompt_says_it(write):

@@ -21,9 +21,11 @@ from evolkv.report.words import candidates, counted, in_chunks, interval, number
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
+    from evolkv.significance import PairedComparison
 
 _PLAIN_STYLE, _EVOLVED_STYLE = 0, 1
 _MOST_HEADS = 10
+_SMALL_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,20 @@ class Line:
 
     @classmethod
     def of_difference(cls, found: Difference, most: float) -> Line:
-        """A difference, from −most to most; the interval is coloured where it leaves out 0."""
+        """A difference, from −most to most; the interval is coloured where it leaves out 0 and p is small."""
         result = found.result
         low, high = result.ci95
         at, left, right = (round(50 + 50 * place / most, 2) for place in (result.difference, low, high))
         note = ", ".join(filter(None, [found.note, f"n = {result.n}", f"p {p_value(result.p)}"]))
-        style = _EVOLVED_STYLE if low > 0 or high < 0 else _PLAIN_STYLE
+        style = _EVOLVED_STYLE if result.p < _SMALL_P and _leaves_out_0(result) else _PLAIN_STYLE
         name = f"{short(found.name, 60)} − {'full cache' if found.other == FULL else short(found.other, 60)}"
         value, bounds = (text.replace("-", "−") for text in (f"{result.difference:+.3f}", f"{low:+.2f} to {high:+.2f}"))
         return cls(name, note, style, False, at, left, right, value, bounds)
+
+
+def _leaves_out_0(result: PairedComparison) -> bool:
+    low, high = result.ci95
+    return low > 0 or high < 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,12 @@ class Differences:
             return None
         reach = max(abs(end) for each in found for end in (*each.result.ci95, each.result.difference))
         most = next((step for step in (0.05, 0.1, 0.2, 0.5) if reach <= step), 1.0)
-        note = "Differences on the same examples, pair by pair. Blue: the interval leaves out 0. p: sign-flip test."
+        note = (
+            "Differences on the same examples, pair by pair. p: sign-flip test. Blue: the interval leaves out 0, and p "
+            f"is below {_SMALL_P}."
+        )
+        if any(_leaves_out_0(each.result) and each.result.p >= _SMALL_P for each in found):
+            note += " Where the two disagree there are too few examples for the interval: go by p."
         if any(each.result.ci95[0] == each.result.ci95[1] for each in found):
             note += f" {NO_WIDTH}"
         return cls([Line.of_difference(each, most) for each in found], (f"−{most:g}", "0", f"+{most:g}"), note)
