@@ -196,7 +196,8 @@ def options_tables(params: list[Any]) -> Iterator[str]:
             panels.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(param)
     for panel, shown in panels.items():
         rows = "\n".join(option_row(param) for param in shown)
-        yield f"**{panel}**\n\n| | meaning | default |\n| --- | --- | --- |\n{rows}\n"
+        heading = "argument" if panel == "Arguments" else "option"
+        yield f"**{panel}**\n\n| {heading} | meaning | default |\n| --- | --- | --- |\n{rows}\n"
 
 
 def option_row(param: Any) -> str:
@@ -212,7 +213,7 @@ def option_row(param: Any) -> str:
         text, default = text[: found.start()], found[1] or found[2]
     elif param.required:
         default = "required"
-    elif param.default in (None, False, (), []) or callable(param.default):
+    elif param.default is None or param.default is False or param.default in ((), []) or callable(param.default):
         default = ""
     else:
         default = (
