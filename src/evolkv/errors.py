@@ -8,7 +8,10 @@ The message of each is one line that says what was wrong, what was expected and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class EvolKVError(Exception):
