@@ -14,19 +14,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import evolkv.models
 from evolkv.cli import console, main
-from evolkv.cli.app import no_interrupt_lost
+from evolkv.cli.app import app, no_interrupt_lost
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.demo import _next_commands
 from evolkv.cli.options import ModelOptions
 from evolkv.cli.search_command import _verdict
 from evolkv.cli.tables import print_table, print_whole, validation_table
-from evolkv.demo import DemoFiles
+from evolkv.demo import EFFORT, DemoFiles
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.records import read_records
@@ -1184,6 +1185,43 @@ def test_help_is_written_as_in_the_docs(run):
         assert code == 0
         assert not any(noise in out for noise in ("{MODEL", "{STUDY", "{RECORDS", "[[", "<bool>", "<int range"))
     assert "evolkv generate [OPTIONS] MODEL [-]" in run("generate", "--help")[1]
+
+
+@pytest.mark.parametrize("words", [["search"], ["eval"], ["generate"], ["demo"], ["compare"], ["profile", "export"]])
+def test_help_breaks_no_metavar_on_a_terminal_of_80_columns(run, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(*words, "--help")[1]
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    assert [each.metavar for each in command.params if each.metavar and each.metavar not in out] == []
+    assert "Default:" not in out
+
+
+def test_help_of_a_search_puts_last_what_few_people_set(run):
+    out = run("search", "--help")[1]
+    places = [out.index(f"─ {panel} ─") for panel in ("Objective", "Strategy", "Advanced", "Where it runs")]
+    assert places == sorted(places)
+    assert all(places[2] < out.index(option) < places[3] for option in ("--lam", "--gamma", "--sigma", "--floor"))
+
+
+def test_help_of_the_demo_says_its_defaults(run):
+    out = " ".join(run("demo", "--help")[1].replace("│", " ").split())
+    head, layer = EFFORT["head"], EFFORT["layer"]
+    assert f"scored on. (default: {head.train})" in out
+    assert f"chosen on. (default: {head.val})" in out
+    assert f"evaluate. (default: {head.max_evals}; by layer {layer.max_evals})" in out
+
+
+def test_json_to_standard_output_may_be_spelled_alike_everywhere(run, demo):
+    for words in (["list", "strategies"], ["profile", "show", demo / "profile.json"]):
+        flag, *others = [run(*words, *given) for given in (["--json"], ["--json", "-"], ["--json=-"])]
+        assert flag[0] == 0
+        assert others == [flag, flag]
+    asking = ["generate", "m", "--prompt", "x"]
+    assert for_typer([*asking, "--json", "-", "--raw"]) == [*asking, "--json", "--raw"]
+    # Here - is where the prompt is.
+    assert for_typer(["generate", "m", "--json", "-"]) == ["generate", "m", "--json", "-"]
 
 
 def test_a_shell_is_told_how_a_line_may_go_on():

@@ -209,8 +209,8 @@ def option_row(param: Any) -> str:
         metavar = "" if param.is_flag else f" {param.metavar or ('TEXT' if kind is str else 'N')}"
         names = ", ".join([*param.opts, *param.secondary_opts]) + metavar
     text = cell(param.help or "")
-    if found := re.search(r"\s*\(default: (.*)\)$|\s*Default: (.*?)\.?$", text):
-        text, default = text[: found.start()], found[1] or found[2]
+    if found := re.search(r"\s*\(default: (.*)\)$", text):
+        text, default = text[: found.start()], found[1]
     elif param.required:
         default = "required"
     elif param.default is None or param.default is False or param.default in ((), []) or callable(param.default):

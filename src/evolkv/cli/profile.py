@@ -132,7 +132,8 @@ def export(
         str, typer.Option("--to", metavar="json|csv|kvpress", callback=one_of("format", ("json", "csv", "kvpress")))
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="F", callback=to_write, help="Default: standard output.")
+        str | None,
+        typer.Option("--out", "-o", metavar="F", callback=to_write, help="Where it goes. (default: standard output)"),
     ] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""
