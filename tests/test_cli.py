@@ -14,18 +14,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import evolkv.models
 from evolkv.cli import console, main
-from evolkv.cli.app import no_interrupt_lost
+from evolkv.cli.app import app, no_interrupt_lost
 from evolkv.cli.arguments import for_typer
 from evolkv.cli.demo import _next_commands
 from evolkv.cli.options import ModelOptions
+from evolkv.cli.search_command import _verdict
 from evolkv.cli.tables import print_table, print_whole, validation_table
-from evolkv.demo import DemoFiles
+from evolkv.demo import EFFORT, DemoFiles
 from evolkv.errors import RunError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.records import read_records
@@ -715,6 +717,21 @@ def test_profile_show_prints_every_head(run, tmp_path):
     assert re.search(r"^ *3 +49 +50 +51", out, re.M)
 
 
+@pytest.mark.parametrize(
+    ("task", "ending"),
+    [
+        (TASK, ""),
+        ("jsonl:path=q.jsonl", " --raw"),
+        ("prompts:path=q.jsonl", "  # add --raw for prompts without the chat template"),
+    ],
+)
+def test_profile_show_says_how_to_use_it(run, tmp_path, task, ending):
+    info = evolkv.models.ModelInfo("other", 4, 3, 9, 64, 4096, "0" * 16)
+    BudgetProfile.from_budgets(info, np.full((4, 3), 40), search={"task": task}).save(tmp_path / "my p.json")
+    _, out, _ = run("profile", "show", "my p.json")
+    assert out.endswith(f"\nevolkv generate other --profile 'my p.json' --prompt-file prompt.txt{ending}\n")
+
+
 def test_invalid_profile_is_refused_and_named(run, tmp_path):
     (tmp_path / "p.json").write_text('{"format": "evolkv.profile/1"}')
     for words in (
@@ -761,6 +778,22 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     found = json.loads((tmp_path / "sub" / "found.json").read_text())
     assert found["best"]["fitness"] == max(entry["fitness"] for entry in found["history"])
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("evolved", "verdict"),
+    [
+        (0.347, "lukv (0.600) is ahead of the evolved budgets (0.347) on 24 unseen examples: the profile holds"),
+        (0.6, "lukv (0.600) is level with the evolved budgets (0.600) on 24 unseen examples: "),
+        (0.7, "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 unseen examples."),
+    ],
+)
+def test_a_search_says_what_is_ahead_and_by_how_much(evolved, verdict):
+    scores = {"lukv": 0.6, "best": evolved, "uniform": 0.084}
+    rows = [{"name": name, "score": score, "evolved": name == "best", "n": 24} for name, score in scores.items()]
+    rows.sort(key=lambda row: (-row["score"], row["evolved"]))
+    found = SimpleNamespace(validation=rows, chosen=rows[0]["name"], improved=rows[0]["evolved"])
+    assert _verdict(found).startswith(verdict)
 
 
 def test_a_warning_that_several_searches_have_is_said_once(run):
@@ -1196,6 +1229,43 @@ def test_help_is_written_as_in_the_docs(run):
         assert code == 0
         assert not any(noise in out for noise in ("{MODEL", "{STUDY", "{RECORDS", "[[", "<bool>", "<int range"))
     assert "evolkv generate [OPTIONS] MODEL [-]" in run("generate", "--help")[1]
+
+
+@pytest.mark.parametrize("words", [["search"], ["eval"], ["generate"], ["demo"], ["compare"], ["profile", "export"]])
+def test_help_breaks_no_metavar_on_a_terminal_of_80_columns(run, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(*words, "--help")[1]
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    assert [each.metavar for each in command.params if each.metavar and each.metavar not in out] == []
+    assert "Default:" not in out
+
+
+def test_help_of_a_search_puts_last_what_few_people_set(run):
+    out = run("search", "--help")[1]
+    places = [out.index(f"─ {panel} ─") for panel in ("Objective", "Strategy", "Advanced", "Where it runs")]
+    assert places == sorted(places)
+    assert all(places[2] < out.index(option) < places[3] for option in ("--lam", "--gamma", "--sigma", "--floor"))
+
+
+def test_help_of_the_demo_says_its_defaults(run):
+    out = " ".join(run("demo", "--help")[1].replace("│", " ").split())
+    head, layer = EFFORT["head"], EFFORT["layer"]
+    assert f"scored on. (default: {head.train})" in out
+    assert f"chosen on. (default: {head.val})" in out
+    assert f"evaluate. (default: {head.max_evals}; by layer {layer.max_evals})" in out
+
+
+def test_json_to_standard_output_may_be_spelled_alike_everywhere(run, demo):
+    for words in (["list", "strategies"], ["profile", "show", demo / "profile.json"]):
+        flag, *others = [run(*words, *given) for given in (["--json"], ["--json", "-"], ["--json=-"])]
+        assert flag[0] == 0
+        assert others == [flag, flag]
+    asking = ["generate", "m", "--prompt", "x"]
+    assert for_typer([*asking, "--json", "-", "--raw"]) == [*asking, "--json", "--raw"]
+    # Here - is where the prompt is.
+    assert for_typer(["generate", "m", "--json", "-"]) == ["generate", "m", "--json", "-"]
 
 
 def test_a_shell_is_told_how_a_line_may_go_on():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -809,6 +810,25 @@ def test_a_document_is_asked_as_it_was_read_also_where_the_template_has_one_toke
     document = CompressedCache.load(path, model)
     answer = generate_text(model, own, "w20", raw=raw, document=document, max_new_tokens=2)
     assert answer.new_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "chunk", "less"),
+    [
+        (None, None, "keep less of it, with --profile FILE"),
+        ("snapkv:window=4", None, "read it in chunks, with --prefill-chunk 512"),
+        ("snapkv:window=4", 512, "use a smaller --prefill-chunk"),
+        ("kvzip:words=false", None, "use a shorter one"),
+    ],
+)
+def test_a_prompt_that_memory_does_not_hold_is_answered_with_what_takes_less(model, monkeypatch, method, chunk, less):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    chosen = method and get_method(method)
+    with pytest.raises(RunError, match=re.escape(f"out of memory on a prompt of 5 tokens; {less}")):
+        generate_text(model, tokenizer(), "w7 w8 w9", chosen, method and 16, prefill_chunk=chunk)
 
 
 def test_a_document_of_tokens_that_the_model_does_not_know_is_refused(tmp_path):

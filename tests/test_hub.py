@@ -9,6 +9,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -268,7 +269,7 @@ def test_the_page_and_the_command_show_the_same_facts(hub, capsys, tmp_path):
     assert main(["profile", "show", str(tmp_path / "p.json")]) == 0
     out = capsys.readouterr().out
     assert "best 0.913 (0.85–0.96), uniform 0.250" in out
-    for line in out.partition("\n\n")[2].splitlines():
+    for line in out.split("\n\n")[1].splitlines():
         name, value = line.split(maxsplit=1)
         assert f"| {name} | {value} |" in page
 
@@ -333,6 +334,18 @@ def test_names_on_a_page_cannot_break_it(hub, tmp_path):
     assert "| task | a\\|b \\<script\\> |" in page
     assert 'load("hf://org/name@next/deep/64.json")' in page
     assert "None were measured." in page
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_page_says_how_to_use_the_profile_with_the_template_of_its_search(raw):
+    info = ModelInfo("org/model", 3, 2, 4, 16, 512, "0123456789abcdef")
+    task = "jsonl:path=q.jsonl" if raw else "niah:context=400"
+    budgets = np.full((3, 2), 64)
+    page = card_text(BudgetProfile.from_budgets(info, budgets, search={"task": task}), HubAddress("me/profile"))
+    assert ("--prompt-file prompt.txt --raw" in page) == raw
+    assert ("apply_chat_template" in page) != raw
+    program = page[page.index("```python") + 9 :].partition("```")[0]
+    compile(program, "page", "exec")
 
 
 def test_a_page_names_the_base_model_where_the_hub_has_it():

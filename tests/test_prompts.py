@@ -13,6 +13,7 @@ from evolkv.cache.rereading import words_of
 from evolkv.errors import TaskError, UsageError
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.models.chat import user_message
+from evolkv.profile_card import without_template
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
 from evolkv.tasks.prompts import cut_middle, encode_text
@@ -132,3 +133,47 @@ def test_a_cut_keeps_the_markup_of_a_chat_and_no_bos_that_is_added(single):
     for text in ("<start><end>abcdefg<end>h", "<end>abcdefg<end>h"):
         read = words(encode_text(tokenizer, cut_middle(tokenizer, text, 6)))
         assert read == words(encode_text(tokenizer, text)[:3] + encode_text(tokenizer, text)[-3:])
+
+
+@pytest.mark.parametrize(
+    ("spec", "plain"),
+    [
+        ("niah:context=120", False),
+        ("niah:context=120,template=plain", True),
+        ("ruler:vt,context=700", False),
+        ("ruler:vt,context=700,chat=false", True),
+        ("jsonl:path={}.jsonl", True),
+        ("jsonl:path={}.jsonl,chat=true", False),
+        ("prompts:path={}.txt", True),
+        ("prompts:path={}.txt,chat=true", False),
+    ],
+)
+def test_a_tasks_spec_says_whether_its_prompts_are_in_the_chat_template(tmp_path, tokenizer, spec, plain):
+    spec = spec.format(tmp_path / "rows")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Which of them?", "answer": "One"}\n')
+    (tmp_path / "rows.txt").write_text("Which of them?")
+    own = spec if spec.startswith(("niah", "ruler")) else f"{spec},split=all"
+    (example,) = get_task(own).examples("train", 1, tokenizer)
+    in_template = example.prompt.startswith(user_message(tokenizer, "x").partition("x")[0])
+    assert (without_template(own), in_template) == (plain, not plain)
+
+
+@pytest.mark.parametrize(
+    ("spec", "plain"),
+    [
+        ("longbench:subset=trec_e", True),
+        ("longbench:subset=qasper", False),
+        ("longbench:subset=qasper,template=plain", True),
+        ("gsm8k", True),
+        ("code", True),
+        ("gsm8k:template=auto", False),
+        ("prompts:path=log.jsonl", None),
+        ("prompts:path=logs", None),
+        ("jsonl:path=a.jsonl && gsm8k", True),
+        ("jsonl:path=a.jsonl && niah", None),
+        ("my task:,", False),
+        (None, False),
+    ],
+)
+def test_a_spec_that_does_not_decide_says_so(spec, plain):
+    assert without_template(spec) is plain

@@ -200,6 +200,21 @@ def test_an_interrupted_evaluation_says_what_it_has_and_goes_on_from_there(tiny,
         evolkv.evaluate(*tiny, task=task, on_progress=stop, **METHODS)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_an_evaluation_that_runs_out_of_memory_says_what_takes_less_and_keeps_what_is_finished(tiny, task, tmp_path):
+    path = tmp_path / "r.jsonl"
+
+    def fail(step):
+        if step.done == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RunError, match=r"out of memory in the evaluation; fewer methods .* finished examples are in"):
+        evolkv.evaluate(*tiny, task=task, on_progress=fail, records=path, **METHODS)
+    assert read_records(path).examples
+    with pytest.raises(RunError, match=r"--prefill-chunk take less$"):
+        evolkv.evaluate(*tiny, task=task, on_progress=fail, **METHODS)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

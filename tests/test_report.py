@@ -15,6 +15,8 @@ import evolkv
 from evolkv.cli import main
 from evolkv.cli.app import app
 from evolkv.errors import UsageError
+from evolkv.profile_file import unit_of
+from evolkv.report import headline
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
 from evolkv.report.charts import course_chart
 from evolkv.report.comparisons import comparisons
@@ -24,6 +26,7 @@ from evolkv.report.recipes import recipes
 from evolkv.report.schemas import Search
 from evolkv.report.sources import read_sources
 from evolkv.report.tables import results_note
+from evolkv.report.views import validation
 
 LAYERS, HEADS = 12, 2
 MODEL, TASK = "smollm2-135m", "niah:context=1600"
@@ -258,6 +261,52 @@ def test_headline_says_so_if_evolution_gained_nothing(write):
     assert "no evolved budgets beat uniform" in page(write("s.json", data)).text
 
 
+def test_headline_names_what_is_ahead_of_the_evolved_budgets_and_not_what_they_beat(write):
+    names = {"lukv": 0.6, "best": 0.347, "uniform": 0.084}
+    rows = [
+        scored(name, score, budgets=allocation(128, i), evolved=name == "best")
+        for i, (name, score) in enumerate(names.items())
+    ]
+    text = page(write("s.json", search(chosen="lukv", improved=False, validation=rows))).text
+    assert "search never saw, lukv (0.60) is ahead of the evolved budgets (0.35). The profile holds lukv." in text
+    assert "uniform (0.08)" not in text
+
+
+@pytest.mark.parametrize("method", ["evolkv", "out/p.json"])
+@pytest.mark.parametrize("known", ["profile", "search"])
+def test_headline_calls_evolved_only_what_was(write, method, known):
+    table = results()
+    table["rows"][1]["method"] = method
+    made = profile(search={"chosen": "lukv"})
+    found = search(
+        chosen="lukv", improved=False, validation=[scored("lukv", 0.6, budgets=made["budgets"], evolved=False)]
+    )
+    # Another profile, of the same size.
+    write("out/q.json", profile(search={"chosen": "best"}))
+    paths = [write("r.json", table), write("out/p.json", made) if known == "profile" else write("s.json", found)]
+    text = page(*paths).text
+    assert "the profile scores 0.96" in text
+    assert "It holds the budgets of lukv, not evolved ones." in text
+    assert "evolved budgets score" not in text
+    assert (
+        "the evolved budgets score 0.96" in page(paths[0], write("out/p.json", profile(search={"chosen": "best"}))).text
+    )
+
+
+def test_the_report_and_the_search_agree_on_what_is_not_evolved():
+    from evolkv.evolution import space
+
+    assert set(headline.NOT_EVOLVED) == set(space.NOT_EVOLVED)
+
+
+def test_a_profile_with_a_suffix_in_capitals_is_a_profile(write):
+    table = results()
+    table["rows"][1]["method"] = "PU.JSON"
+    found = page(write("r.json", table))
+    assert "use" in found.sections
+    assert "methods compared" not in found.text
+
+
 def test_numbers_of_charts_stand_in_tables(demo):
     found = page(demo)
     best = json.loads((demo / "search.json").read_text())["best"]
@@ -470,7 +519,7 @@ def test_profiles_of_one_budget_each_make_one_line_in_the_chart():
     budgets = (64, 128, 256)
     rows = [{**row(f"out/p{b}.json", b, b / 300)} for b in budgets] + [row("snapkv", b, b / 600) for b in budgets]
     (group,) = comparisons(_rows(rows), [], [])
-    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"evolved": 3, "snapkv": 3}
+    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"profiles": 3, "snapkv": 3}
 
 
 def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
@@ -559,6 +608,17 @@ def test_a_choice_is_compared_pair_by_pair_with_what_it_was_chosen_from(write):
     assert "+0.586" in text
 
 
+@pytest.mark.parametrize(("scores", "sure"), [([0.9, 0.8, 0.7, 0.3, 0.3, 0.3], False), ([0.9] * 5 + [0.8], True)])
+def test_a_difference_is_coloured_only_where_interval_and_p_agree(write, scores, sure):
+    found = search()
+    for entry, each in zip(found["validation"], (scores, [0.3] * 6), strict=True):
+        entry["scores"] = each
+    (line,) = validation(Search.model_validate(found)).differences.lines
+    assert (line.style == 1) == sure
+    assert line.interval.startswith("+")
+    assert ("go by p" in page(write("s.json", found)).text) != sure
+
+
 def test_the_answer_is_marked_where_the_prompt_says_it(write):
     answer = {"start": 1290, "end": 1297, "text": "…the number is 1234567…"}
     text = render(read_sources([write("s.json", search(kept={**kept(), "answers": [answer]}))]))
@@ -568,6 +628,23 @@ def test_the_answer_is_marked_where_the_prompt_says_it(write):
     assert f'x1="{100 * 1293.5 / 1600:.3f}' in text
     with pytest.raises(UsageError, match="answers within its 1596 tokens"):
         read_sources([write("t.json", search(kept={**kept(), "answers": [{**answer, "end": 2000}]}))])
+
+
+def test_a_profile_whose_budgets_say_what_is_read_is_shown_so(write, capsys):
+    path = write("p.json", profile(selector={"name": "rocketkv", "window": 32, "kernel": 63, "held": 512, "read": 0}))
+    found = page(path)
+    assert found.text.count("entries read by a token") >= 5
+    assert "cache entries" not in found.text.replace("budgetcache entries (tokens)", "")
+    assert main(["profile", "show", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("layer  entries read by a token per head\n")
+
+
+def test_the_report_and_the_selectors_agree_on_what_budgets_count():
+    from evolkv.selectors import SELECTORS, get_selector
+
+    for spec in [*SELECTORS, "rocketkv:held=512"]:
+        selector = get_selector(spec)
+        assert unit_of(selector.to_dict()) == selector.unit
 
 
 def test_the_largest_heads_are_named_with_their_numbers(write):
@@ -587,6 +664,18 @@ def test_the_profile_that_the_headline_names_is_the_one_to_use(write, tmp_path, 
     text = page("curve.json" if write("curve.json", curve()) else "").text
     assert f"evolkv generate {MODEL} --profile p256.json --prompt-file prompt.txt" in text
     assert 'evolkv.BudgetProfile.load("p256.json")' in text
+
+
+@pytest.mark.parametrize(
+    ("task", "raw"), [("jsonl:path=q.jsonl", True), ("jsonl:path=q.jsonl,chat=true", False), (TASK, False)]
+)
+def test_a_profile_is_to_be_used_with_the_chat_template_of_its_search(write, task, raw):
+    found = search()
+    found["settings"]["task"] = task
+    for path in (write("s.json", found), write("p.json", profile(search={"task": task}))):
+        text = page(path).text
+        assert ("--prompt-file prompt.txt --raw" in text) == raw
+        assert ("apply_chat_template" in text) != raw
 
 
 def test_how_prompts_were_read_is_named(write):
@@ -804,6 +893,18 @@ def test_study_is_read_from_its_file_by_name(tmp_path, capsys):
     assert "evolved budgets score 0.91 with 64 entries per KV head" in text
     assert f"evolkv search {MODEL} --task {TASK} --budget 64" in text
     assert "--max-evals 12" in text
+
+
+def test_a_study_does_not_know_how_long_its_search_took(tmp_path, write):
+    storage = tmp_path / "s.db"
+    write_studies(storage, "one")
+    alone = page(storage).text
+    assert not re.search(r"took|candidates in \d+ s", alone)
+    (of_study,) = read_sources([storage]).searches
+    found = search(history=[each.model_dump() for each in of_study.history], evaluations=12)
+    path = write("s.json", found)
+    for order in ([storage, path], [path, storage]):
+        assert "candidates in 1 min 24 s" in page(*order).text
 
 
 def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsys):

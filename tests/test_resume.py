@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evolkv
-from evolkv.errors import StudyError
+from evolkv.errors import RunError, StudyError
 from evolkv.evolution import SearchProgress, search_curve
 from evolkv.evolution.study import Study, read_studies
 from tiny import KV_HEADS, LAYERS
@@ -161,6 +162,25 @@ def test_an_interrupted_search_continues_to_the_same_result(small, finished, tmp
     assert first.interrupted
     second = evolkv.search(*small, storage=storage, **settings)
     assert (second.history, second.validation) == (result.history, result.validation)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_a_search_that_runs_out_of_memory_says_what_takes_less_and_loses_nothing(small, finished, tmp_path, error):
+    _, settings, result = finished
+    storage = str(tmp_path / "study.log")
+
+    def fail(event: SearchProgress):
+        if event.stage == "search" and event.generation:
+            raise error
+
+    with pytest.raises(RunError, match=r"out of memory in the search; a smaller --ceiling.* the same command goes"):
+        evolkv.search(*small, storage=storage, on_progress=fail, **settings)
+    assert len(read_studies(storage)[0].stages["budget 40"]) == 2
+    again = evolkv.search(*small, storage=storage, **settings)
+    assert (again.history, again.validation) == (result.history, result.validation)
+    error = RuntimeError("another reason")
+    with pytest.raises(RuntimeError, match="another reason"):
+        evolkv.search(*small, on_progress=fail, **settings)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,12 @@ def test_the_page_of_commands_has_every_option(hooks):
                 assert all(hooks.cell(option) in sections[name] for option in param.opts), (name, param.opts)
 
 
+def test_a_default_of_nought_is_one(hooks):
+    row = re.search(r"^\| <code>--seed N</code> .*$", hooks.commands_page(), re.M)[0]
+    assert row.endswith("| `0` |")
+    assert "| | meaning" not in hooks.commands_page()
+
+
 def test_links_lead_into_the_site_and_name_its_pages(hooks):
     class Here:
         class file:  # noqa: N801

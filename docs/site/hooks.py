@@ -196,7 +196,8 @@ def options_tables(params: list[Any]) -> Iterator[str]:
             panels.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(param)
     for panel, shown in panels.items():
         rows = "\n".join(option_row(param) for param in shown)
-        yield f"**{panel}**\n\n| | meaning | default |\n| --- | --- | --- |\n{rows}\n"
+        heading = "argument" if panel == "Arguments" else "option"
+        yield f"**{panel}**\n\n| {heading} | meaning | default |\n| --- | --- | --- |\n{rows}\n"
 
 
 def option_row(param: Any) -> str:
@@ -208,11 +209,11 @@ def option_row(param: Any) -> str:
         metavar = "" if param.is_flag else f" {param.metavar or ('TEXT' if kind is str else 'N')}"
         names = ", ".join([*param.opts, *param.secondary_opts]) + metavar
     text = cell(param.help or "")
-    if found := re.search(r"\s*\(default: (.*)\)$|\s*Default: (.*?)\.?$", text):
-        text, default = text[: found.start()], found[1] or found[2]
+    if found := re.search(r"\s*\(default: (.*)\)$", text):
+        text, default = text[: found.start()], found[1]
     elif param.required:
         default = "required"
-    elif param.default in (None, False, (), []) or callable(param.default):
+    elif param.default is None or param.default is False or param.default in ((), []) or callable(param.default):
         default = ""
     else:
         default = (

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from evolkv.budgets import BudgetSpec
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.reeviction import Reeviction
-from evolkv.errors import EvolKVError, ModelError, RunError, TaskError, UsageError
+from evolkv.errors import EvolKVError, ModelError, TaskError, UsageError, enough_memory
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
@@ -115,12 +115,10 @@ def save_document(
     inputs = torch.tensor([ids])
     check_token_ids(model, inputs)
     started = time.perf_counter()
-    try:
+    with enough_memory(f"on a document of {len(ids)} tokens", _with_less(method, prefill_chunk)):
         cache = CompressedCache.prefill(
             model, method, inputs, budget=budget, prefill_chunk=prefill_chunk, evict_every=evict_every
         )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(f"out of memory on a document of {len(ids)} tokens; use a shorter one") from error
     cache.save(path)
     return SavedDocument(len(ids), cache.kv_bytes, _full_bytes(model, len(ids)), time.perf_counter() - started)
 
@@ -186,9 +184,9 @@ def generate_text(
     started = time.perf_counter()
     try:
         settings = _settings(model, tokenizer, temperature, min(max_new_tokens, limit - len(ids)))
-        output = model.generate(**{**inputs, **settings}, streamer=meter)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(f"out of memory on a prompt of {len(ids)} tokens; use a shorter one") from error
+        less = _with_less(method, prefill_chunk) if document is None else "use a shorter one"
+        with enough_memory(f"on a prompt of {len(ids)} tokens", less):
+            output = model.generate(**{**inputs, **settings}, streamer=meter)
     except EvolKVError:
         raise
     except (ValueError, TypeError, IndexError) as error:
@@ -209,6 +207,20 @@ def generate_text(
         seconds=finished - started,
         decode_seconds=finished - meter.first_token_at,
     )
+
+
+def _with_less(method: Method | None, prefill_chunk: int | None) -> str:
+    """Return what takes less memory to read a text with."""
+    if method is None:
+        return "keep less of it, with --profile FILE or --method snapkv --budget 128, or use a shorter one"
+    if prefill_chunk is not None:
+        return "use a smaller --prefill-chunk or a shorter text"
+    try:
+        if method.selector is not None:
+            Reeviction(512).check_selector(method.selector)
+    except UsageError:
+        return "use a shorter one"
+    return "read it in chunks, with --prefill-chunk 512, or use a shorter one"
 
 
 def _settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: int) -> dict[str, Any]:

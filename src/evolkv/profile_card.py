@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -15,6 +16,7 @@ from evolkv.hub import FILE_NAME, HubAddress
 from evolkv.json_files import read_json
 from evolkv.profile_file import MAX_FILE_BYTES
 from evolkv.schemas import RESULTS_FORMAT
+from evolkv.specs import parse_spec
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ _ALLOCATIONS = {
     "lukv": "LU-KV",
     "start": "the start",
 }
+#: Tasks that leave the chat template out unless their settings say otherwise, and subsets of LongBench that always do.
+_PLAIN_TASKS = ("code", "gsm8k", "jsonl", "prompts")
+_PLAIN_SUBSETS = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+_PLAIN, _CHAT = ("plain", "false", "no", "0"), ("chat", "true", "yes", "1")
 
 
 def provenance(profile: BudgetProfile) -> dict[str, str]:
@@ -119,15 +125,70 @@ def _is_row(row: Any) -> bool:
     return isinstance(row.get("score"), (int, float)) and _is_interval(row.get("ci95"))
 
 
-def python_example(model: str, profile: str) -> str:
-    """Return lines of Python that generate under a profile, given the model's name and where the profile is."""
+def without_template(task: object) -> bool | None:
+    """Return whether the examples of a task go to the model without its chat template.
+
+    Args:
+        task: its spec, as a search records it; anything else means nothing.
+
+    Returns:
+        None where some do and others do not, or where the task's file decides.
+    """
+    found = {_without_template(each) for each in str(task).split(" && ")}
+    return found.pop() if len(found) == 1 else None
+
+
+def _without_template(spec: str) -> bool | None:
+    name = spec.partition(":")[0].strip()
+    try:
+        values = parse_spec(spec, "task", {name: "subset" if name == "longbench" else "path"})[1]
+    except UsageError:
+        return False
+    said = values.get("chat", values.get("template", "")).strip().lower()
+    if name == "longbench" and values.get("subset", "").strip().removesuffix("_e") in _PLAIN_SUBSETS:
+        return True
+    if name == "prompts" and said not in _CHAT and Path(values.get("path", "")).suffix.lower() in ("", ".jsonl"):
+        # Of files and folders that may hold both, chats go into the template and texts do not.
+        return None
+    return said in _PLAIN or (name in _PLAIN_TASKS and said not in (*_CHAT, "auto"))
+
+
+def generate_command(model: str, profile: str, task: object) -> str:
+    """Return the command that generates under a profile, with the chat template as the search's task has it.
+
+    Args:
+        model: name of the model.
+        profile: where the profile is.
+        task: as of `without_template`.
+    """
+    raw = ["--raw"] if without_template(task) else []
+    return shlex.join(["evolkv", "generate", model, "--profile", profile, "--prompt-file", "prompt.txt", *raw])
+
+
+def template_note(task: object) -> str:
+    """Return what there is to say of `generate_command` and the chat template, as a sentence, or nothing."""
+    return "Add --raw for prompts without the chat template." if without_template(task) is None else ""
+
+
+def python_example(model: str, profile: str, task: object) -> str:
+    """Return lines of Python that do what `generate_command` does; the arguments are the same."""
+    text = 'tokenizer("…", return_tensors="pt")'
+    reads = [f"inputs = {text}.to(model.device)"]
+    if not without_template(task):
+        reads = [
+            f"# Of a model without a chat template: inputs = {text}",
+            'messages = [{"role": "user", "content": "…"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
     return "\n".join(
         [
             "import evolkv",
             "",
             f"model, tokenizer = evolkv.load_model({json.dumps(model, ensure_ascii=False)})",
             f"profile = evolkv.BudgetProfile.load({json.dumps(profile, ensure_ascii=False)})",
-            'inputs = tokenizer("…", return_tensors="pt").to(model.device)',
+            *reads,
             "with evolkv.compress(model, profile):",
             "    output = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))",
@@ -148,7 +209,7 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         address: where it will be.
         rows: of an evaluation; see `read_rows`.
     """
-    name = profile.model["name"]
+    name, task = profile.model["name"], profile.search.get("task")
     where = str(HubAddress(address.repo_id, address.filename, address.revision))
     where = where.removesuffix(f"/{FILE_NAME}") if address.filename == FILE_NAME else where
     mean = f"{profile.share} of each prompt" if profile.share else f"{profile.mean_budget:,.6g} {profile.unit}"
@@ -162,9 +223,9 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         "tokens these are.",
         f"![Budgets by layer and KV head]({PICTURE})",
         "## How to use it",
-        "    pip install .    # in a clone of EvolKV's repository\n"
-        f"    evolkv generate {name} --profile {where} --prompt-file prompt.txt",
-        f"```python\n{python_example(name, where)}\n```",
+        f"    pip install .    # in a clone of EvolKV's repository\n    {generate_command(name, where, task)}",
+        *([note] if (note := template_note(task)) else []),
+        f"```python\n{python_example(name, where, task)}\n```",
         "The profile fits these weights only; EvolKV refuses others. It serves the kind of work that it was found on. "
         f"Check it on your own: `evolkv eval {name} --task TASK --method full {where} --budget {profile.target}`.",
         "## Scores",

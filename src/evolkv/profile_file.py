@@ -133,6 +133,16 @@ class ProfileFile(_Section):
             raise ProfileError(first_error(error)) from None
 
 
+def unit_of(selector: Mapping[str, Any]) -> str:
+    """Return what budgets under one of EvolKV's own selectors count, as `Selector.unit` says it.
+
+    Args:
+        selector: its settings; to ask the selector itself takes PyTorch.
+    """
+    reads = selector.get("name") in ("rocketkv_mt", "smallkv") or bool(selector.get("held"))
+    return "entries read by a token" if reads else "cache entries"
+
+
 def as_matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[np.int64]:
     """Return a copy of L or (L, H) whole numbers as an int64 (L, H) matrix."""
     if not isinstance(budgets, Iterable):

@@ -13,6 +13,7 @@ _SEVERAL_VALUES = {
     "search": {"--task", "-t", "--selector", "-s", "--budget", "-b"},
     "plan": {"--task", "-t", "--selector", "-s", "--budget", "-b"},
 }
+_JSON_IS_A_FLAG = {"generate", "list", "profile show"}
 #: A prompt may look like anything.
 _FREE_TEXT = {"--prompt"}
 
@@ -35,7 +36,22 @@ def for_typer(argv: Sequence[str]) -> list[str]:
         is_flag = token in GLOBAL_FLAGS and previous not in _FREE_TEXT
         (front if is_flag else rest).append(token)
         previous = token
+    rest = _json_flag(rest)
     return front + _repeated(rest, _SEVERAL_VALUES.get("".join(rest[:1]), set()))
+
+
+def _json_flag(argv: list[str]) -> list[str]:
+    """Take ``--json -`` and ``--json=-`` for ``--json`` where that is a flag: elsewhere it is where the JSON goes."""
+    command = "profile show" if argv[:2] == ["profile", "show"] else "".join(argv[:1])
+    if command not in _JSON_IS_A_FLAG:
+        return argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = ["--json" if word == "--json=-" else word for word in argv[:end]]
+    # To generate, - is also the place of the prompt.
+    has_prompt = any(word.partition("=")[0] in ("--prompt", "--prompt-file") for word in words)
+    if command != "generate" or has_prompt:
+        words = [word for i, word in enumerate(words) if word != "-" or words[i - 1] != "--json"]
+    return words + argv[end:]
 
 
 def _repeated(argv: Sequence[str], several: Collection[str]) -> list[str]:

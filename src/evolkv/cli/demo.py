@@ -31,9 +31,15 @@ def demo(
     granularity: Granularity = "head",
     seed: Seed = 0,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Held-out examples of the comparison.")] = 24,
-    train: Annotated[int | None, typer.Option("--train", help="Examples that candidates are scored on.")] = None,
-    val: Annotated[int | None, typer.Option("--val", help="Examples that the result is chosen on.")] = None,
-    max_evals: Annotated[int | None, typer.Option("--max-evals", help="Candidates to evaluate.")] = None,
+    train: Annotated[
+        int | None, typer.Option("--train", help="Examples that candidates are scored on. (default: 24)")
+    ] = None,
+    val: Annotated[
+        int | None, typer.Option("--val", help="Examples that the result is chosen on. (default: 12)")
+    ] = None,
+    max_evals: Annotated[
+        int | None, typer.Option("--max-evals", help="Candidates to evaluate. (default: 68; by layer 112)")
+    ] = None,
     model: Annotated[str, typer.Option("--model", help="The model, as for other commands.")] = _MODEL,
     dtype: Dtype = None,
     device: Device = None,

@@ -43,7 +43,7 @@ def generate(
     profile: Annotated[
         str | None,
         typer.Option(
-            "--profile", "-p", metavar="P.json", callback=to_read, help="How much cache to keep. Default: all of it."
+            "--profile", "-p", metavar="P.json", callback=to_read, help="How much cache to keep. (default: all of it)"
         ),
     ] = None,
     method: Annotated[
@@ -70,7 +70,7 @@ def generate(
     evict_every: Annotated[
         int | None,
         typer.Option(
-            "--evict-every", metavar="N", help="Evict again after every N new tokens. Default: keep them all."
+            "--evict-every", metavar="N", help="Evict again after every N new tokens. (default: keep them all)"
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,

@@ -36,12 +36,17 @@ def show(
     if as_json:
         console.write_json("-", profile.to_dict())
         return
-    console.OUT.print(budgets_picture(profile.budgets.tolist(), profile.granularity == "head", console.OUT.width))
+    by_head = profile.granularity == "head"
+    console.OUT.print(budgets_picture(profile.budgets.tolist(), by_head, console.OUT.width, profile.unit))
     console.OUT.print()
-    from evolkv.profile_card import provenance
+    from evolkv.profile_card import generate_command, provenance, template_note
 
     for name, value in provenance(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
+    task = profile.search.get("task")
+    note = template_note(task)
+    comment = f"  # {note[:1].lower()}{note[1:-1]}" if note else ""
+    console.OUT.print(f"\n{generate_command(profile.model['name'], path, task)}{comment}", soft_wrap=True)
 
 
 @app.command(cls=Command)
@@ -130,7 +135,8 @@ def export(
         str, typer.Option("--to", metavar="json|csv|kvpress", callback=one_of("format", ("json", "csv", "kvpress")))
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="F", callback=to_write, help="Default: standard output.")
+        str | None,
+        typer.Option("--out", "-o", metavar="F", callback=to_write, help="Where it goes. (default: standard output)"),
     ] = None,
 ) -> None:
     """Write the profile as JSON, its budgets as CSV (layer, head, budget), or a Python file with a press of kvpress."""

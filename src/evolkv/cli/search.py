@@ -23,6 +23,8 @@ from evolkv.cli.options import (
 )
 
 _STRATEGY, _OBJECTIVE, _WHERE, _STUDY = "Strategy", "Objective", "Where it runs", "Study"
+#: What the defaults serve nearly always.
+_ADVANCED = "Advanced"
 
 
 def search(
@@ -68,7 +70,9 @@ def search(
     ] = "best",
     strategy: Annotated[
         str,
-        typer.Option("--strategy", metavar="joint|gradient|start|evolkv|random", help="Who proposes the candidates."),
+        typer.Option(
+            "--strategy", metavar="NAME", help="Who proposes the candidates: joint, gradient, start, evolkv or random."
+        ),
     ] = "joint",
     granularity: Annotated[
         str | None,
@@ -112,16 +116,17 @@ def search(
         typer.Option(
             "--minibatch",
             help="Examples per generation of joint, in turn. (default: 2 with logprob or fidelity, else all)",
-            rich_help_panel=_STRATEGY,
+            rich_help_panel=_ADVANCED,
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
             "--start",
-            metavar="gradient|lukv|uniform|pyramid|PROFILE.json",
+            metavar="NAME",
             callback=to_read,
-            help="What joint starts from. (default: gradient where the metric has a slope, else uniform)",
+            help="What joint starts from: gradient, lukv, uniform, pyramid or a profile's file. (default: gradient "
+            "where the metric has a slope, else uniform)",
             rich_help_panel=_STRATEGY,
         ),
     ] = None,
@@ -130,7 +135,7 @@ def search(
         typer.Option(
             "--gradient-steps",
             help="Steps of the gradient start, of two examples each.",
-            rich_help_panel=_STRATEGY,
+            rich_help_panel=_ADVANCED,
         ),
     ] = 48,
     first: Annotated[
@@ -157,33 +162,33 @@ def search(
         typer.Option(
             "--population",
             help="Candidates per generation. (default: 4 + 3 ln n, for n variables)",
-            rich_help_panel=_STRATEGY,
+            rich_help_panel=_ADVANCED,
         ),
     ] = None,
     sigma: Annotated[
         float | None,
         typer.Option(
-            "--sigma", help="Initial step. (default: joint 0.5, by head 0.7; evolkv 0.3)", rich_help_panel=_STRATEGY
+            "--sigma", help="Initial step. (default: joint 0.5, by head 0.7; evolkv 0.3)", rich_help_panel=_ADVANCED
         ),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
-            "--group-size", help="Layers per group of strategy evolkv. (default: 8)", rich_help_panel=_STRATEGY
+            "--group-size", help="Layers per group of strategy evolkv. (default: 8)", rich_help_panel=_ADVANCED
         ),
     ] = None,
     lam: Annotated[
-        float, typer.Option("--lam", help="Weight of the cache score in the fitness.", rich_help_panel=_OBJECTIVE)
+        float, typer.Option("--lam", help="Weight of the cache score in the fitness.", rich_help_panel=_ADVANCED)
     ] = 0.3,
     gamma: Annotated[
-        float, typer.Option("--gamma", help="Discount for budgets below the target.", rich_help_panel=_OBJECTIVE)
+        float, typer.Option("--gamma", help="Discount for budgets below the target.", rich_help_panel=_ADVANCED)
     ] = 0.2,
     floor: Annotated[
         int | None,
         typer.Option(
             "--floor",
             help="The least a head may get. (default: one more than the selector always keeps)",
-            rich_help_panel=_STRATEGY,
+            rich_help_panel=_ADVANCED,
         ),
     ] = None,
     ceiling: Annotated[
@@ -191,7 +196,7 @@ def search(
         typer.Option(
             "--ceiling",
             help="The most a head may get. (default: the longest training prompt)",
-            rich_help_panel=_STRATEGY,
+            rich_help_panel=_ADVANCED,
         ),
     ] = None,
     loss: Annotated[

@@ -332,12 +332,16 @@ def _verdict(result: SearchResult) -> str:
     if len(result.validation) == 1:
         (only,) = result.validation
         return f"The profile holds the start, {only['name']!r}: {only['score']:.3f} on {only['n']} unseen examples."
-    *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
-    others = f"{', '.join(first)} and {last}" if first else last
     if result.improved and evolved is not None:
+        *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
+        others = f"{', '.join(first)} and {last}" if first else last
         return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} unseen examples."
-    score = f" ({evolved['score']:.3f})" if evolved is not None else ""
+    best = next(row for row in result.validation if row["name"] == result.chosen)
+    score = f"{result.chosen} ({best['score']:.3f})"
+    if evolved is None:
+        return f"The profile holds {score}, the best of what needs no evolution, on {best['n']} unseen examples."
+    level = "ahead of" if evolved["score"] < best["score"] else "level with"
     return (
-        f"No evolved budgets{score} beat {others} on {heuristics[0]['n']} unseen examples: the profile holds "
-        f"{result.chosen!r}. More --max-evals, --train or another --budget may help."
+        f"{score} is {level} the evolved budgets ({evolved['score']:.3f}) on {best['n']} unseen examples: the profile "
+        f"holds {result.chosen!r}. More --max-evals, --train or another --budget may help."
     )

@@ -161,18 +161,19 @@ def _of_cells(columns: list[str], rows: list[list[str]]) -> Table:
     return shown(TextTable("", columns, rows))
 
 
-def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int) -> Text:
+def budgets_picture(budgets: Sequence[Sequence[int]], by_head: bool, width: int, unit: str = "cache entries") -> Text:
     """Budgets for a terminal: a bar per layer, or a heat map with a row per layer and a cell per head.
 
     Args:
         budgets: L rows of H ints.
         by_head: whether heads differ.
         width: columns of the terminal.
+        unit: what budgets count.
     """
     highest, lowest = max(map(max, budgets)), min(map(min, budgets))
     cell = len(str(highest)) + 2
     numbers = cell * len(budgets[0]) + 10 <= width
-    picture = Text("layer" + ("  cache entries per head" if by_head else "  cache entries") + "\n", style="dim")
+    picture = Text(f"layer  {unit}{' per head' * by_head}\n", style="dim")
     for layer, row in enumerate(budgets):
         picture.append(f"{layer:>5}  ", style="dim")
         if not by_head:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import Budget, BudgetSpec, Share, read_budgets
 from evolkv.cache.hook import own_attention
-from evolkv.errors import BudgetError, UsageError
+from evolkv.errors import BudgetError, UsageError, enough_memory
 from evolkv.evaluation.measure import Row, TaskQuestions, measure
 from evolkv.evaluation.records import (
     ModelSettings,
@@ -124,7 +124,7 @@ def evaluate(
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.
-        RunError: if the records cannot be written.
+        RunError: if memory does not suffice, or the records cannot be written.
         EvaluationInterrupted: on KeyboardInterrupt; it is one itself, and has the rows of what was finished.
     """
     tasks = get_tasks(task)
@@ -189,8 +189,11 @@ def evaluate(
     try:
         if recorded and on_progress is not None:
             on_progress(EvaluationProgress(recorded, total, recorded))
-        for each in asked:
-            measure(model, each, rows, settings, log, advance)
+        less = "fewer methods and budgets at once, shorter prompts and --prefill-chunk take less"
+        kept = f"; finished examples are in {records}, and the same command goes on from there" if records else ""
+        with enough_memory("in the evaluation", f"{less}{kept}"):
+            for each in asked:
+                measure(model, each, rows, settings, log, advance)
     except KeyboardInterrupt:
         raise EvaluationInterrupted(summarise(log.records), total) from None
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.cache.hook import own_attention
-from evolkv.errors import EvolKVError, RunError, UsageError
+from evolkv.errors import EvolKVError, RunError, UsageError, is_out_of_memory
 from evolkv.evaluation.shards import Request, Sharing
 from evolkv.models import Origin, loaded_from, weights_checksum
 from evolkv.numbers import is_whole
@@ -179,7 +179,7 @@ class RayBackend:
             return self._ray.get(list(references))
         except exceptions.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, EvolKVError):
+            if isinstance(cause, EvolKVError) or is_out_of_memory(cause):
                 raise cause from error
             raise RunError(f"a worker failed: {type(cause).__name__}: {_first_line(cause)}") from error
         except exceptions.RayActorError as error:

@@ -19,7 +19,7 @@ from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
-from evolkv.evolution.run import Run
+from evolkv.evolution.run import Run, memory_for
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
@@ -96,9 +96,10 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
     limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
-    if len(selectors) > 1:
-        return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
-    return run(replace(config, selector=[*selectors.values()]))
+    with memory_for(config):
+        if len(selectors) > 1:
+            return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
+        return run(replace(config, selector=[*selectors.values()]))
 
 
 def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:

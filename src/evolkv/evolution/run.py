@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
+from evolkv.errors import enough_memory
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.records import prompt_digest
@@ -68,9 +70,17 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
     config = settled(tokenizer, config, [config.target])
     limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
-    if len(config.selectors) > 1:
-        return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
-    return search(config)
+    with memory_for(config):
+        if len(config.selectors) > 1:
+            return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
+        return search(config)
+
+
+def memory_for(config: SearchConfig) -> AbstractContextManager[None]:
+    """Return a context in which memory that does not suffice for a search ends it with a `RunError` that says so."""
+    less = "a smaller --ceiling, fewer --train and --val examples, and shorter prompts take less"
+    kept = f"; what is done is in {config.storage}, and the same command goes on from there" if config.storage else ""
+    return enough_memory("in the search", f"{less}{kept}")
 
 
 def _under_one_selector(

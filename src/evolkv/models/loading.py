@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evolkv.errors import EvolKVError, ModelError, RunError
+from evolkv.errors import EvolKVError, ModelError, RunError, is_out_of_memory
 from evolkv.models import gguf
 from evolkv.models.aliases import ALIASES
 from evolkv.registry import unknown_name
@@ -122,11 +122,11 @@ def load_model(
             return model, tokenizer
         except EvolKVError:
             raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise RunError(
-                f"out of memory while loading {label!r} in {kind} on {place}; take a smaller model"
-            ) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise RunError(
+                    f"out of memory while loading {label!r} in {kind} on {place}; take a smaller model"
+                ) from error
             raise ModelError(f"cannot load {label!r}: {_one_line(error)}") from error
 
 

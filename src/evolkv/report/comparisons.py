@@ -152,7 +152,7 @@ def is_evolved(method: str) -> bool:
 
 def is_path(method: str) -> bool:
     """Return True if a method's name is the path of a profile."""
-    return method.endswith(".json") or "/" in method or "\\" in method
+    return method.lower().endswith(".json") or "/" in method or "\\" in method
 
 
 def comparisons(rows: Sequence[Row], curves: Sequence[Curve], profiles: Sequence[ProfileFile]) -> list[Comparison]:
@@ -171,7 +171,7 @@ def _named(rows: Sequence[Row]) -> list[tuple[Row, str]]:
     of_path = [row for row in rows if is_path(row.method)]
     methods = {row.method for row in of_path}
     if len(of_path) == len(methods) == len({row.budget for row in of_path}) > 1:
-        return [(row, "evolved" if is_path(row.method) else row.method) for row in rows]
+        return [(row, "profiles" if is_path(row.method) else row.method) for row in rows]
     bases = Counter(PurePath(method).name for method in methods)
     short = {method: base if bases[base := PurePath(method).name] == 1 else method for method in methods}
     return [(row, short.get(row.method, row.method)) for row in rows]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
-from evolkv.profile_file import ProfileFile
+from evolkv.profile_file import unit_of
 from evolkv.report.comparisons import Comparison, Entry
 from evolkv.report.schemas import Search, Validated, mean_of
+from evolkv.report.sources import Sources
 from evolkv.report.units import duration, mebibytes
 from evolkv.report.words import candidates, counted, interval, listing, number, percent, short
 
 #: A budget is worth naming first if its score is this close to the full cache's.
 _CLOSE = 0.95
+#: Allocations that no search evolved, as `evolkv.evolution.space` names them; to import that takes seconds.
+NOT_EVOLVED = ("uniform", "pyramid", "cosine", "lukv", "start")
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,7 @@ class Headline:
 
 def headline(
     comparisons: Sequence[Comparison],
-    searches: Sequence[Search],
-    profiles: Sequence[ProfileFile],
+    sources: Sources,
     model: str,
     task: str,
 ) -> Headline:
@@ -44,15 +48,15 @@ def headline(
 
     Args:
         comparisons: of methods on the same examples; those on held-out examples first.
-        searches: as read.
-        profiles: as read.
+        sources: as read.
         model: name of the model, or "".
         task: spec of the task, or "".
     """
+    searches = sources.searches
     search_facts = _search_facts(searches)
     best = next((group for group in comparisons if group.evolved), None)
     if best is not None:
-        return _evolved(best, search_facts)
+        return _evolved(best, sources, search_facts)
     results = [search for search in searches if search.result is not None]
     if results:
         return _chosen(_first(results), model, task, search_facts)
@@ -60,15 +64,18 @@ def headline(
         return _so_far(searches, model, task, search_facts)
     if comparisons:
         return _methods(comparisons)
-    profile = profiles[0]
+    profile = sources.profiles[0]
     low, high = min(map(min, profile.budgets)), max(map(max, profile.budgets))
-    title = f"A profile for {short(profile.model.name)}: {number(mean_of(profile.budgets))} cache entries per KV head"
-    sentence = f"Its {len(profile.budgets)} layers keep between {low:,} and {high:,} entries per KV head."
+    unit = unit_of(profile.selector)
+    title = f"A profile for {short(profile.model.name)}: {number(mean_of(profile.budgets))} {unit} per KV head"
+    sentence = f"Its {len(profile.budgets)} layers have between {low:,} and {high:,} {unit} per KV head."
     return Headline(title, [sentence], [])
 
 
-def _evolved(group: Comparison, search_facts: list[Fact]) -> Headline:
+def _evolved(group: Comparison, sources: Sources, search_facts: list[Fact]) -> Headline:
     entry, full = named_first(group), group.full
+    held = _held_by(entry, sources)
+    plain = held in NOT_EVOLVED
     row, share = entry.row, group.share(entry)
     memory = f"{percent(share)} of its KV cache" if share is not None else f"{mebibytes(row.kv_bytes)} MiB of KV cache"
     where = f"{_plain(row.task)} in validation" if group.of_curve else _plain(row.task)
@@ -77,11 +84,14 @@ def _evolved(group: Comparison, search_facts: list[Fact]) -> Headline:
     if full is not None:
         beside = f", where the full cache of {number(round(full.row.mean_budget))} scores {full.row.score:.2f}"
     sentences = [
-        f"With {number(round(row.mean_budget, 1))} cache entries per KV head the evolved budgets score "
+        f"With {number(round(row.mean_budget, 1))} cache entries per KV head "
+        f"{'the profile scores' if plain else 'the evolved budgets score'} "
         f"{row.score:.2f} (95\u202f% interval {interval(row.ci95)}) on {group.examples}{beside}."
     ]
+    if plain:
+        sentences.append(f"It holds the budgets of {held}, not evolved ones.")
     if rivals := sorted(group.rivals(entry), key=lambda rival: -rival.row.score):
-        sentences.append(_beside(row.score, [(rival.row.method, rival.row.score) for rival in rivals]))
+        sentences.append(_beside("the search" if plain else "evolution", row.score, rivals))
     if group.of_curve:
         sentences.append(
             "The budgets were chosen on these examples, so scores on others may be lower: evaluate the profiles."
@@ -98,16 +108,33 @@ def _evolved(group: Comparison, search_facts: list[Fact]) -> Headline:
     return Headline(title, sentences, facts + search_facts)
 
 
-def _beside(ours: float, others: Sequence[tuple[str, float]]) -> str:
-    """Return what others score in the same memory, best first, and what follows."""
-    (best, theirs), *rest = others
+def _held_by(entry: Entry, sources: Sources) -> str:
+    """Return what the search called the budgets of an entry's profile, or nothing where that is not known."""
+    if entry.source:
+        return entry.source
+    row, name = entry.row, PurePath(entry.row.method).name
+    known = [
+        (PurePath(path).name, each.budgets, each.search.get("chosen"))
+        for each, path in zip(sources.profiles, sources.profile_paths, strict=True)
+    ]
+    known += [("", search.result.budgets, search.chosen) for search in sources.searches if search.result is not None]
+    same = [each for each in known if each[0] == name]
+    near = [each for each in known if math.isclose(mean_of(each[1]), row.mean_budget, rel_tol=0.02)]
+    chosen = {each[2] for each in same or near}
+    found = chosen.pop() if len(chosen) == 1 else None
+    return found if isinstance(found, str) else ""
+
+
+def _beside(what: str, ours: float, rivals: Sequence[Entry]) -> str:
+    """Return what others score in the same memory, best first, and what follows for what made the profile."""
+    best, theirs = rivals[0].row.method, rivals[0].row.score
     said = f"In the same memory {short(best)}, which needs no search, scores {theirs:.2f}"
-    if rest:
+    if len(rivals) > 1:
         said = (
-            f"In the same memory the best of {len(others)} methods that need no search, {short(best)}, scores "
+            f"In the same memory the best of {len(rivals)} methods that need no search, {short(best)}, scores "
             f"{theirs:.2f}"
         )
-    return said + (", so here evolution gained nothing." if theirs >= ours else ".")
+    return said + (f", so here {what} gained nothing." if theirs >= ours else ".")
 
 
 def named_first(group: Comparison) -> Entry:
@@ -148,8 +175,14 @@ def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headlin
         sentences = [f"Nothing was evolved: the profile holds the start, {short(result.name)}."]
     else:
         title = f"{_of(model, task)}: no evolved budgets beat {short(result.name)} with {entries} entries per KV head"
-        others = listing([f"{short(entry.name)} ({entry.score:.2f})" for entry in heuristics])
-        sentences = [f"{unseen}, no evolved budgets beat {others}: the profile holds {short(result.name)}."]
+        evolved = max((entry.score for entry in search.validation if entry.evolved), default=None)
+        ahead = ""
+        if evolved is not None:
+            level = "ahead of" if evolved < result.score else "level with"
+            ahead = (
+                f"{unseen}, {short(result.name)} ({result.score:.2f}) is {level} the evolved budgets ({evolved:.2f}). "
+            )
+        sentences = [f"{ahead}The profile holds {short(result.name)}."]
     score = Fact("Score", f"{result.score:.2f}", f"in validation, n = {result.n}")
     return Headline(title, sentences, [score, Fact("Budget", entries, "entries per KV head"), *facts])
 

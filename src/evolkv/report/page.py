@@ -36,7 +36,7 @@ def render(sources: Sources) -> str:
     model, task = _model(sources), _task(sources)
     budgets = views.allocations(sources)
     sections = [
-        ("use", "Use this profile", usage(sources, groups, model)),
+        ("use", "Use this profile", usage(sources, groups, model, task)),
         (
             "scores",
             "Score by method" if all(group.single for group in groups) else "Score against memory",
@@ -59,7 +59,7 @@ def render(sources: Sources) -> str:
     )
     environment.filters |= {"counted": counted, "short": short}
     page = environment.get_template("page.html").render(
-        headline=headline(groups, sources.searches, sources.profiles, model, task),
+        headline=headline(groups, sources, model, task),
         sections=[section for section in sections if section[2]],
         glossary=glossary(_terms(sources, task)),
         levels=LEVELS,

@@ -123,7 +123,9 @@ class Sources:
         """Take a search once, though it may be recorded in a study, a result and a curve; what was chosen wins."""
         for i, known in enumerate(self.searches):
             if found.history and found.history == known.history:
-                self.searches[i] = known if known.validation else found
+                # A study does not know the time.
+                seconds = known.seconds or found.seconds
+                self.searches[i] = (known if known.validation else found).model_copy(update={"seconds": seconds})
                 return
         self.searches.append(found)
 

@@ -58,7 +58,6 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         settings["versions"] = dict(versions)
     data = {
         "evaluations": len(history),
-        "seconds": float(sum(entry.seconds for generation in generations for entry in generation)),
         "settings": settings,
         "history": history,
         "descent": descent,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evolkv.profile_card import python_example
+from evolkv.profile_card import generate_command, python_example, template_note
 from evolkv.profile_file import ProfileFile
 from evolkv.report.comparisons import Comparison, is_path
 from evolkv.report.headline import named_first
@@ -23,8 +22,15 @@ class Usage:
     python: str
 
 
-def usage(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Usage]:
-    """Return text that uses the profile which the headline names; nothing where there is none."""
+def usage(sources: Sources, groups: Sequence[Comparison], model: str, task: str) -> list[Usage]:
+    """Return text that uses the profile which the headline names; nothing where there is none.
+
+    Args:
+        sources: as read.
+        groups: of methods on the same examples.
+        model: name of the model, or "".
+        task: spec of the task that was evolved for, or "".
+    """
     group = next((group for group in groups if group.evolved), None)
     target = named_first(group).row if group else None
     path = (
@@ -35,9 +41,11 @@ def usage(sources: Sources, groups: Sequence[Comparison], model: str) -> list[Us
     if not path:
         return []
     model = model or "MODEL"
-    generate = shlex.join(["evolkv", "generate", model, "--profile", path, "--prompt-file", "prompt.txt"])
+    own = dict(zip(sources.profile_paths, sources.profiles, strict=True)).get(path)
+    task = (own.search.get("task") if own else None) or task or (target.task if target else "")
     finding = f"Generate with this cache on the command line, or in Python with any call of the model. Profile: {path}."
-    return [Usage(finding, generate, python_example(model, path))]
+    finding = " ".join(filter(None, [finding, template_note(task)]))
+    return [Usage(finding, generate_command(model, path, task), python_example(model, path, task))]
 
 
 def _path(sources: Sources, budget: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from evolkv.profile_file import unit_of
 from evolkv.report.axes import Table
 from evolkv.report.charts import CourseChart, ScoreChart, course_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
@@ -20,9 +21,11 @@ from evolkv.report.words import candidates, counted, in_chunks, interval, number
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
+    from evolkv.significance import PairedComparison
 
 _PLAIN_STYLE, _EVOLVED_STYLE = 0, 1
 _MOST_HEADS = 10
+_SMALL_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,20 @@ class Line:
 
     @classmethod
     def of_difference(cls, found: Difference, most: float) -> Line:
-        """A difference, from −most to most; the interval is coloured where it leaves out 0."""
+        """A difference, from −most to most; the interval is coloured where it leaves out 0 and p is small."""
         result = found.result
         low, high = result.ci95
         at, left, right = (round(50 + 50 * place / most, 2) for place in (result.difference, low, high))
         note = ", ".join(filter(None, [found.note, f"n = {result.n}", f"p {p_value(result.p)}"]))
-        style = _EVOLVED_STYLE if low > 0 or high < 0 else _PLAIN_STYLE
+        style = _EVOLVED_STYLE if result.p < _SMALL_P and _leaves_out_0(result) else _PLAIN_STYLE
         name = f"{short(found.name, 60)} − {'full cache' if found.other == FULL else short(found.other, 60)}"
         value, bounds = (text.replace("-", "−") for text in (f"{result.difference:+.3f}", f"{low:+.2f} to {high:+.2f}"))
         return cls(name, note, style, False, at, left, right, value, bounds)
+
+
+def _leaves_out_0(result: PairedComparison) -> bool:
+    low, high = result.ci95
+    return low > 0 or high < 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,12 @@ class Differences:
             return None
         reach = max(abs(end) for each in found for end in (*each.result.ci95, each.result.difference))
         most = next((step for step in (0.05, 0.1, 0.2, 0.5) if reach <= step), 1.0)
-        note = "Differences on the same examples, pair by pair. Blue: the interval leaves out 0. p: sign-flip test."
+        note = (
+            "Differences on the same examples, pair by pair. p: sign-flip test. Blue: the interval leaves out 0, and p "
+            f"is below {_SMALL_P}."
+        )
+        if any(_leaves_out_0(each.result) and each.result.p >= _SMALL_P for each in found):
+            note += " Where the two disagree there are too few examples for the interval: go by p."
         if any(each.result.ci95[0] == each.result.ci95[1] for each in found):
             note += f" {NO_WIDTH}"
         return cls([Line.of_difference(each, most) for each in found], (f"−{most:g}", "0", f"+{most:g}"), note)
@@ -92,7 +105,8 @@ class Panel:
         table: the numbers.
         bars: above the chart.
         by_head: whether budgets differ among the heads of a layer.
-        largest: the heads that keep the most: name, entries, share of the cache, and percent of the largest.
+        unit: what budgets count.
+        largest: the heads with the largest budgets: name, entries, share of all, and percent of the largest.
     """
 
     title: str
@@ -103,6 +117,7 @@ class Panel:
     table: Table | None = None
     bars: Bars | None = None
     by_head: bool = False
+    unit: str = ""
     largest: Sequence[tuple[str, str, str, float]] = ()
 
 
@@ -229,32 +244,34 @@ def positions(search: Search) -> Panel:
 
 def allocations(sources: Sources) -> list[Panel]:
     """Each allocation once: of the profiles, and of searches whose profile was not given."""
-    found: list[tuple[list[list[int]], str]] = []
+    found: list[tuple[list[list[int]], str, str]] = []
     for profile in sources.profiles:
-        if (entry := (profile.budgets, profile.model.name)) not in found:
+        if (entry := (profile.budgets, profile.model.name, unit_of(profile.selector))) not in found:
             found.append(entry)
     for search in sources.searches:
         chosen = search.profile or search.result or search.leader
-        if chosen is not None and all(chosen.budgets != budgets for budgets, _ in found):
+        if chosen is not None and all(chosen.budgets != budgets for budgets, *_ in found):
             what = search.chosen if search.result else "so far"
-            found.append((chosen.budgets, f"{what}, {search.rival}" if search.rival else what))
-    return [_allocation(budgets, short(what)) for budgets, what in sorted(found, key=lambda entry: mean_of(entry[0]))]
+            selector = search.profile.selector if search.profile else search.settings.get("selector")
+            unit = unit_of(selector if isinstance(selector, dict) else {})
+            found.append((chosen.budgets, f"{what}, {search.rival}" if search.rival else what, unit))
+    return [_allocation(entry[0], short(entry[1]), entry[2]) for entry in sorted(found, key=lambda it: mean_of(it[0]))]
 
 
-def _allocation(budgets: list[list[int]], what: str) -> Panel:
+def _allocation(budgets: list[list[int]], what: str, unit: str) -> Panel:
     mean = mean_of(budgets)
-    bars, heat = budget_charts(budgets, "Budgets (cache entries)")
+    bars, heat = budget_charts(budgets, f"Budgets ({unit})")
     by_head = heat.rows > 1
     cells = [(value, layer, head) for layer, row in enumerate(budgets) for head, value in enumerate(row)]
     most, layer, head = max(cells, key=lambda cell: cell[0])
     least = min(cells)[0]
     finding = f"{counted(len(budgets), 'layer')} × {counted(len(budgets[0]), 'KV head')}, "
     if most == least:
-        finding += f"each of which keeps {most:,} entries."
+        finding += f"{most:,} {unit} for each."
     else:
         place = f"head {head} of layer {layer}" if by_head else f"the heads of layer {layer}"
-        finding += f"{number(round(mean, 1))} entries per head on average, from {least:,} to {most:,} in {place}. "
-        finding += f"Half of the cache belongs to {percent(_holders_of_half(cells))} of the heads."
+        finding += f"{number(round(mean, 1))} {unit} per head on average, from {least:,} to {most:,} in {place}. "
+        finding += f"Half of all belong to {percent(_holders_of_half(cells))} of the heads."
     title = f"Mean budget {number(round(mean, 1))} ({what})"
     total = sum(value for value, _, _ in cells)
     largest = sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:_MOST_HEADS] if by_head else []
@@ -264,6 +281,7 @@ def _allocation(budgets: list[list[int]], what: str) -> Panel:
         heat,
         bars=bars,
         by_head=by_head,
+        unit=unit,
         largest=[
             (f"layer {layer}, head {head}", number(value), percent(value / total), round(100 * value / most, 1))
             for value, layer, head in largest
