@@ -22,10 +22,10 @@ def test_each_stage_gets_a_bar(capfd):
     draw(SearchProgress("search", 9, 9, score=0.875, budget=128))
     text = capfd.readouterr().err
     bars = last_pictures(text)
-    assert [re.match(r"[\w ]+: 100%", bar)[0] for bar in bars] == [
-        "prefill 64: 100%",
-        "search 64: 100%",
-        "search 128: 100%",
+    assert [re.match(r"[\w, ]+: 100%", bar)[0] for bar in bars] == [
+        "prefill, budget 64: 100%",
+        "search, budget 64: 100%",
+        "search, budget 128: 100%",
     ]
     assert "2/2" in bars[0]
     assert "score 0.8750" in text

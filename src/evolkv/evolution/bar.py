@@ -22,11 +22,14 @@ def progress_bar() -> Callable[[SearchProgress | EvaluationProgress], None]:
 
 class _Bars:
     def __init__(self) -> None:
-        self._what: tuple[Any, ...] | None = None
+        self._what: str | None = None
         self._bar: Any = None
 
     def __call__(self, step: SearchProgress | EvaluationProgress) -> None:
-        what = (step.stage, step.budget, step.selector) if isinstance(step, SearchProgress) else ("evaluation",)
+        what = "evaluation"
+        if isinstance(step, SearchProgress):
+            budget = f", budget {step.budget}" if step.budget is not None else ""
+            what = f"{step.stage}{budget}" + (f", under {step.selector}" if step.selector is not None else "")
         if what != self._what or step.done < self._bar.n:
             self._begin(what, step.total)
         self._bar.total = step.total
@@ -36,8 +39,7 @@ class _Bars:
         if step.done == step.total:
             self._bar.close()
 
-    def _begin(self, what: tuple[Any, ...], total: int) -> None:
+    def _begin(self, what: str, total: int) -> None:
         if self._bar is not None:
             self._bar.close()
-        stage, *where = what
-        self._what, self._bar = what, tqdm(total=total, desc=" ".join([stage, *(str(each) for each in where if each)]))
+        self._what, self._bar = what, tqdm(total=total, desc=what)
