@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import io
@@ -15,15 +16,27 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import typer
 
 import evolkv
+from evolkv import evolution
 from evolkv.cli import main
+from evolkv.cli.app import app
 from evolkv.models import loading
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Pages whose snippets other tests run: below, in test_site.py (the notebook) and in test_extending.py.
+RUN_ELSEWHERE = ("README.md", "tutorial.md", "extending.md")
 #: What stands for something of the reader's own.
-_PLACEHOLDERS = {"MODEL": "smollm2-135m", "TASK": "niah", "METHOD": "snapkv", "C": "128", "...": "niah"}
+_PLACEHOLDERS = {
+    "MODEL": "smollm2-135m",
+    "TASK": "niah",
+    "METHOD": "snapkv",
+    "C": "128",
+    "...": "niah",
+    "COMMAND": "doctor",
+}
 #: What examples call objects that they get from the library.
 _NAMES = {"cache": evolkv.CompressedCache, "profile": evolkv.BudgetProfile, "evolkv": evolkv}
 
@@ -34,6 +47,8 @@ def blocks(page):
     for number, line in enumerate([*page.read_text(encoding="utf-8").splitlines(), ""], 1):
         if line.startswith("```"):
             if language is None:
+                if any(block):
+                    yield "", start, textwrap.dedent("\n".join(block))
                 language, block, start = line[3:].strip(), [], number + 1
             else:
                 yield language, start, "\n".join(block)
@@ -50,16 +65,100 @@ def blocks(page):
         yield "", start, textwrap.dedent("\n".join(block))
 
 
-def command_lines(program):
-    """A test parameter for each line that calls a program, with what was continued by a backslash."""
+def is_python(text):
+    try:
+        return any(isinstance(node, ast.Attribute) for node in ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return False
+
+
+#: Commands and snippets that no test runs, nor parses with the program itself: how they begin, and why.
+LEFT_OUT = {
+    "pip install": "changes the environment that tests run in; test_wheel.py installs the package into its own",
+    "export RAY_AUTH_MODE": "for several machines; test_ray.py starts a cluster on this one",
+    "ray start": "needs several machines",
+    "ray stop": "needs several machines",
+    "from evolkv.evaluation.on_ray import RayBackend": "needs a running cluster",
+    "vllm serve": "needs vLLM, whose environment is another: plugins/vllm/tests",
+    "python -m vllm.": "needs vLLM",
+    "from vllm import LLM": "needs vLLM",
+    "evolkv-lm-eval": "needs lm-evaluation-harness, whose environment is another: test_lm_eval.py",
+    "lm_eval": "needs lm-evaluation-harness",
+    "import lm_eval": "needs lm-evaluation-harness",
+    "optuna-dashboard": "is a server of another package",
+    "hf auth login": "asks for a token of the Hugging Face Hub",
+    "profile.push_to_hub": "writes to the Hugging Face Hub; test_hub.py has one of its own",
+    "import evolkv\nfrom transformers import AutoModelForCausalLM": "needs the Hugging Face Hub and large GPUs",
+    "evolkv --install-completion": "writes to the settings of the shell",
+}
+#: Indented and plain blocks that are no commands: how they begin.
+_NO_COMMANDS = ("options:", "{", "@article{", "step   ≥", "EvolKV: 90 groups")
+#: Programs whose calls may stand within a sentence. In a block any first word is a program.
+_PROGRAMS = ("evolkv", "evolkv-lm-eval", "lm_eval", "python", "pip", "make", "ray", "vllm", "optuna-dashboard", "hf")
+
+
+def block_commands():
+    """Page, line number and text of each command in a block, with what was continued by a backslash."""
     for page in PAGES:
-        for _, start, text in blocks(page):
-            joined = text.replace("\\\n", " ")
-            for line in joined.splitlines():
-                # test_extending.py runs those of the guide's own task.
-                if line.startswith(f"{program} ") and "--task rivers" not in line:
-                    number = start + text[: text.find(line[:30])].count("\n")
-                    yield pytest.param(line, id=f"{page.name}:{number}")
+        for language, start, text in blocks(page):
+            if language in ("", "bash", "sh", "console") and not text.startswith(_NO_COMMANDS) and not is_python(text):
+                for line in filter(str.strip, text.replace("\\\n", " ").splitlines()):
+                    yield page, start + text[: text.find(line[:30])].count("\n"), line.strip()
+
+
+def inline_commands():
+    """Page, line number and text of each command within a sentence or a table, each once."""
+    pattern = re.compile(rf"`((?:{'|'.join(_PROGRAMS)}) [^`]+)`")
+    seen = set()
+    for page in PAGES:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            for command in pattern.findall(line):
+                if command not in seen:
+                    seen.add(command)
+                    yield page, number, command
+
+
+def left_out(text):
+    return text.startswith(tuple(LEFT_OUT))
+
+
+def parameters(commands, program):
+    """A test parameter for each line that calls a program, but for those that are left out."""
+    for page, number, line in commands:
+        # test_extending.py runs those of the guide's own task.
+        if line.startswith(f"{program} ") and not left_out(line) and "--task rivers" not in line:
+            yield pytest.param(line, id=f"{page.name}:{number}")
+
+
+def test_every_documented_command_is_run_or_parsed_or_left_out_for_a_reason():
+    texts = [re.sub(r"^(\w+=\S+ )+", "", line) for _, _, line in (*block_commands(), *inline_commands())]
+    checked = ("evolkv ", "python bench/", "make ")
+    assert [text for text in texts if not text.startswith(checked) and not left_out(text)] == []
+    # What is left out is there.
+    texts += [text for page in PAGES for language, _, text in blocks(page) if language in ("python", "")]
+    assert [beginning for beginning in LEFT_OUT if not any(text.startswith(beginning) for text in texts)] == []
+
+
+@pytest.mark.parametrize("line", list(parameters((*block_commands(), *inline_commands()), "make")))
+def test_a_documented_target_exists(line):
+    target, *settings = shlex.split(line, comments=True)[1:]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, re.M)
+    assert all(f"$({setting.partition('=')[0]})" in makefile for setting in settings)
+
+
+@pytest.mark.parametrize("line", list(parameters(inline_commands(), "evolkv")))
+def test_a_command_within_a_sentence_has_its_options(line):
+    """A sentence may name a command without what it needs, and so cannot be taken whole."""
+    given = words(line)
+    called = [typer.main.get_command(app)]
+    for word in given:
+        if word in getattr(called[-1], "commands", {}):
+            called.append(called[-1].commands[word])
+    assert len(called) > 1, "names no command"
+    params = [param for command in called for param in command.get_params(typer.Context(command))]
+    known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+    assert {word.partition("=")[0] for word in given if word.startswith("-")} <= known | {"--help"}
 
 
 def words(line):
@@ -73,7 +172,7 @@ class ModelWanted(BaseException):
     """All that was asked for has been looked at."""
 
 
-@pytest.mark.parametrize("line", list(command_lines("evolkv")))
+@pytest.mark.parametrize("line", list(parameters(block_commands(), "evolkv")))
 def test_a_documented_command_is_taken(line, tmp_path, monkeypatch, capsys):
     """Up to the loading of the model, or to a file that the reader has and this test has not."""
 
@@ -94,11 +193,17 @@ def test_a_documented_command_is_taken(line, tmp_path, monkeypatch, capsys):
     assert code == 0 or (missing and any(missing[1] in word for word in argv)), error
 
 
+def snippets_of(page):
+    """Line number and text of each block of Python on a page."""
+    for language, start, text in blocks(page):
+        if language == "python" or (not language and is_python(text)):
+            yield start, text
+
+
 def snippets():
     for page in PAGES:
-        for language, start, text in blocks(page):
-            if language == "python" or (not language and is_python(text)):
-                yield pytest.param(text, id=f"{page.name}:{start}")
+        for start, text in snippets_of(page):
+            yield pytest.param(text, id=f"{page.name}:{start}")
 
 
 def notebook_cells():
@@ -109,13 +214,6 @@ def notebook_cells():
 
 def test_the_notebook_uses_what_there_is():
     test_documented_python_uses_what_there_is("\n".join(notebook_cells()))
-
-
-def is_python(text):
-    try:
-        return any(isinstance(node, ast.Attribute) for node in ast.walk(ast.parse(text)))
-    except SyntaxError:
-        return False
 
 
 def resolved(node, names):
@@ -156,6 +254,74 @@ def test_documented_python_uses_what_there_is(text):
             if next(iter(signature.parameters), "") == "self":
                 positional = [None, *positional]
             signature.bind_partial(*positional, **keywords)
+
+
+#: What takes minutes of a real model takes seconds of a tiny one with these.
+_LITTLE = {"train": 2, "val": 2, "max_evals": 8, "gradient_steps": 2, "time_limit": None}
+_FLAGS = {
+    "search": "--train 2 --val 2 --max-evals 8 --gradient-steps 2",
+    "plan": "--train 2 --val 2",
+    "eval": "--samples 2",
+    "generate": "--max-new-tokens 2",
+}
+
+
+@pytest.fixture
+def with_little_effort(small, monkeypatch, tmp_path):
+    """A folder in which examples have a tiny random model for every name, and searches and evaluations end soon."""
+    monkeypatch.chdir(tmp_path)
+    for module in (evolkv, evolkv.models, loading):
+        monkeypatch.setattr(module, "load_model", lambda *arguments, **options: small, raising=False)
+    for module, name in ((evolkv, "search"), (evolution, "search_curve")):
+        real = getattr(module, name)
+        short = functools.partial(lambda real, *given, **more: real(*given, **{**more, **_LITTLE}), real)
+        monkeypatch.setattr(module, name, short, raising=False)
+    monkeypatch.setattr(evolkv, "evaluate", functools.partial(evolkv.evaluate, samples=2), raising=False)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_its_first_line_to_its_last(with_little_effort, capsys):
+    names = {}
+    for language, _, text in blocks(ROOT / "docs" / "tutorial.md"):
+        if language == "python":
+            exec(text, names)
+        for line in [] if language else text.replace("\\\n", " ").splitlines():
+            argv = shlex.split(line, comments=True)[1:]
+            assert main([*argv, *_FLAGS.get(argv[0], "").split()]) == 0, (line, capsys.readouterr().err)
+    (report,) = [line for page, _, line in inline_commands() if page.name == "tutorial.md" and "evolkv report" in line]
+    assert main(shlex.split(report)[1:]) == 0
+    # The README's search is of the same file.
+    exec([text for _, text in snippets_of(ROOT / "README.md")][-1], names)
+    assert (with_little_effort / "ports.html").is_file()
+    assert (with_little_effort / "traffic.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in RUN_ELSEWHERE and any(snippets_of(page))],
+    ids=lambda page: page.name,
+)
+def test_the_snippets_of_a_page_run_in_their_order(page, small, with_little_effort):
+    """With a tiny model, a profile and texts for what the reader has."""
+    model, tokenizer = small
+    profile = evolkv.BudgetProfile.uniform(model, 64, selector="snapkv:window=8")
+    profile.save("profile.json")
+    document = "The lighthouse has a keeper. Her name is Ulla. Ships come at noon. " * 40
+    with open("traffic.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": f"Day {day}. {document}"}) + "\n" for day in range(16))
+    inputs = tokenizer(document, return_tensors="pt")
+    names = {"evolkv": evolkv, "CompressedCache": evolkv.CompressedCache, "model": model, "tokenizer": tokenizer}
+    names |= {"profile": profile, "inputs": inputs, "document": document, "questions": ["Who?", "When?"]}
+    names |= {"messages": [{"role": "user", "content": document}]}
+    names["next_question"] = tokenizer("And when?", return_tensors="pt").input_ids
+    for _, text in snippets_of(page):
+        if not left_out(text):
+            # Each goes on from a document that was read, but for the one that goes on from an answer.
+            if "cache.input_ids" not in text:
+                names["cache"] = evolkv.CompressedCache.prefill(model, profile, inputs.input_ids)
+            exec(re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", text), names)
 
 
 @pytest.mark.model
@@ -215,15 +381,14 @@ def test_a_benchmark_says_what_it_does(script, monkeypatch, capsys):
     assert "--help" in shown
 
 
-@pytest.mark.parametrize("line", list(command_lines("python")))
+@pytest.mark.parametrize("line", list(parameters((*block_commands(), *inline_commands()), "python")))
 def test_a_documented_benchmark_and_its_options_exist(line, monkeypatch, capsys):
     script, *given = shlex.split(line, comments=True)[1:]
-    if script.startswith("bench/"):
-        # The first word is one of the benchmark's own commands, unless it is for `evolkv`.
-        command = [word for word in given[:1] if re.fullmatch(r"[a-z][a-z-]*", word)]
-        shown = bench_help(ROOT / script, monkeypatch, capsys, *command)
-        options = {word.partition("=")[0] for word in given if word.startswith("--")}
-        assert options <= set(re.findall(r"--[\w-]+", shown))
+    # The first word is one of the benchmark's own commands, unless it is for `evolkv`.
+    command = [word for word in given[:1] if re.fullmatch(r"[a-z][a-z-]*", word)]
+    shown = bench_help(ROOT / script, monkeypatch, capsys, *command)
+    options = {word.partition("=")[0] for word in given if word.startswith("--")}
+    assert options <= set(re.findall(r"--[\w-]+", shown))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -60,6 +60,14 @@ def registry(monkeypatch, tmp_path):
     sys.modules.pop("theirs_module", None)
 
 
+def test_the_guide_registers_its_selector(monkeypatch):
+    monkeypatch.setattr(SELECTORS, "_entries", dict(SELECTORS._entries))
+    names = {}
+    for text in blocks("python"):
+        exec(text, names)
+    assert isinstance(get_selector("value_norm:recent=4"), names["ValueNorm"])
+
+
 @pytest.mark.slow
 def test_the_guide_works_as_it_is_written(tmp_path):
     module = blocks("python")[0]

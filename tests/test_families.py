@@ -16,7 +16,8 @@ import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.masks import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
-from evolkv.models import cache_shape, describe_model, model_facts
+from evolkv.models import describe_model, model_facts
+from evolkv.models.facts import cache_shape
 from test_compressed_cache import RAGGED, profile, run
 from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, WINDOW, padded, tiny_model, tokens
 

@@ -27,17 +27,10 @@ from transformers.utils import logging
 from evolkv import CompressedCache
 from evolkv.cache.hook import own_attention
 from evolkv.errors import ModelError, RunError
-from evolkv.models import (
-    ALIASES,
-    cache_shape,
-    describe_model,
-    gguf,
-    list_models,
-    load_model,
-    model_facts,
-    weights_checksum,
-)
+from evolkv.models import ALIASES, describe_model, gguf, list_models, load_model, model_facts
 from evolkv.models.aliases import PackagedModel
+from evolkv.models.facts import cache_shape
+from evolkv.models.identity import weights_checksum
 from evolkv.models.loading import _dtype, _one_line
 from tiny import HEAD_DIM, KV_HEADS, LAYERS, add_adapters, tiny_model, tokens
 

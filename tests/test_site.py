@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import typer
 import yaml
 
 import evolkv
+from evolkv import evolution
 from evolkv.cli.app import app
 from test_docs import notebook_cells
 
@@ -51,22 +53,59 @@ def test_the_navigation_lists_every_page_once():
     assert sorted(pages) == sorted({*(path.name for path in DOCS.glob("*.md")), *MADE})
 
 
+def described():
+    """What the Python reference describes: name, object, and the members that it leaves out (None: all of them)."""
+    for page in sorted(DOCS.glob("python_*.md")):
+        for name, options in re.findall(r"^::: (\S+)$((?:\n    .*)*)", page.read_text(encoding="utf-8"), re.M):
+            module, _, attribute = name.rpartition(".")
+            hidden = None if "members: false" in options else re.findall(r"!\^\((.*?)\)\$|!\^(\w\w+)\$", options)
+            left_out = hidden and {each for match in hidden for each in "|".join(match).strip("|").split("|")}
+            yield name, getattr(importlib.import_module(module), attribute), left_out
+
+
+def public_packages():
+    """EvolKV and each package in it that says what it exports; `evolkv.cli` is the program."""
+    yield evolkv
+    for found in pkgutil.walk_packages(evolkv.__path__, "evolkv."):
+        if found.ispkg and found.name != "evolkv.cli":
+            package = importlib.import_module(found.name)
+            if hasattr(package, "__all__"):
+                yield package
+
+
 def test_the_python_reference_has_every_public_name():
-    from evolkv import selectors
+    known = [each for _, each, _ in described()]
+    missing = [
+        f"{package.__name__}.{name}"
+        for package in public_packages()
+        for name in package.__all__
+        if name != "__version__" and not any(getattr(package, name) is each for each in known)
+    ]
+    assert missing == []
+    assert "`evolkv.__version__`" in (DOCS / "python_api.md").read_text(encoding="utf-8")
 
-    page = (DOCS / "python_api.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"^::: (\S+)$", page, re.M))
-    assert {f"evolkv.{name}" for name in evolkv.__all__ if name != "__version__"} <= described
-    classes = [name for name in selectors.__all__ if inspect.isclass(getattr(selectors, name))]
-    assert {f"evolkv.selectors.{name}" for name in classes} <= described
-    assert "`evolkv.__version__`" in page
+
+def test_what_the_python_reference_shows_says_what_its_arguments_are():
+    for name, each, left_out in described():
+        shown = {name: each} if inspect.isfunction(each) else {}
+        if inspect.isclass(each) and left_out is not None:
+            parts = {part: getattr(value, "__func__", value) for part, value in vars(each).items()}
+            shown = {
+                f"{name}.{part}": value
+                for part, value in parts.items()
+                if inspect.isfunction(value) and not part.startswith("_") and part not in left_out
+            }
+        for path, function in shown.items():
+            text = inspect.getdoc(function) or ""
+            for argument in set(inspect.signature(function).parameters) - {"self", "cls"}:
+                assert re.search(rf"^ +(\w+, )*{argument}(, \w+)*: ", text, re.M) or "See `" in text, (path, argument)
 
 
-def test_every_name_of_the_python_reference_exists():
-    page = (DOCS / "python_api.md").read_text(encoding="utf-8")
-    for name in re.findall(r"^::: (\S+)$", page, re.M):
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
+def test_the_help_of_the_searches_is_one_docstring():
+    for function in (evolkv.search, evolution.search_curve):
+        text = inspect.getdoc(function)
+        assert [text.count(f"{heading}:\n") for heading in ("Args", "Returns", "Raises")] == [1, 1, 1]
+        assert "    config: " not in text
 
 
 def test_the_table_of_errors_has_every_class():
@@ -193,8 +232,20 @@ def test_links_between_pages_lead_to_what_is_there(built):
 
 @pytest.mark.slow
 def test_the_python_reference_describes_every_public_name(built):
-    ids = parsed(built / "python_api.html").ids
-    assert {f"evolkv.{name}" for name in evolkv.__all__ if name != "__version__"} <= ids
+    pages = [path.read_text(encoding="utf-8") for path in built.glob("python_*.html")]
+    parts = {
+        name: part
+        for page in pages
+        for name, part in re.findall(r'<h3 id="(evolkv[^"]*)"(.*?)(?=<h[23]|\Z)', page, re.S)
+    }
+    for name, each, _ in described():
+        assert name in parts
+        assert ("Source code in" in parts[name]) == (inspect.isfunction(each) or inspect.isclass(each)), name
+    for name in ("evolkv.search", "evolkv.evolution.search_curve", "evolkv.evaluate", "evolkv.BudgetProfile"):
+        assert "Parameters:" in parts[name]
+        assert "Raises:" in parts[name]
+    for name in ("evolkv.search", "evolkv.evolution.search_curve", "evolkv.evaluate"):
+        assert "Returns:" in parts[name]
 
 
 @pytest.mark.slow

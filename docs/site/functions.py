@@ -1,38 +1,68 @@
-"""Functions that EvolKV makes when it is imported, for the Python reference, which else only reads the sources."""
+"""What the Python reference cannot read from the sources alone: functions made on import, comments on constants."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-#: Where they are, and what makes their result.
-_MADE = {"search": "SearchResult", "search_curve": "CurveResult"}
+#: The functions, which `evolkv.evolution.keywords` makes, and what each calls.
+_MADE = {"search": "run.run_search", "search_curve": "curve.run_curve"}
+
+
+class Made(griffe.Function):
+    """A function that is made on import, with the source of the function that it calls."""
+
+    calls: griffe.Function
+
+    @property
+    def filepath(self) -> Path | list[Path]:
+        """The file of that source."""
+        return self.calls.filepath
 
 
 class MadeFunctions(griffe.Extension):
     """Puts `search` and `search_curve`, whose parameters are fields of a dataclass, where the sources assign them."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Replace two attributes of `evolkv.evolution`."""
+        """Replace two attributes of `evolkv.evolution.keywords`."""
         if pkg.name != "evolkv":
             return
-        from evolkv import evolution
+        from evolkv.evolution import keywords
 
-        module = pkg["evolution"]
-        for name, result in _MADE.items():
-            assigned = module[name]
-            made = griffe.Function(
+        module = pkg["evolution.keywords"]
+        for name, called in _MADE.items():
+            function, calls = getattr(keywords, name), pkg["evolution"][called]
+            made = Made(
                 name,
-                lineno=assigned.lineno,
-                endlineno=assigned.endlineno,
-                parameters=_parameters(getattr(evolution, name)),
-                returns=result,
-                docstring=griffe.Docstring(_docstring(getattr(evolution, name)), parser=griffe.Parser.google),
+                lineno=calls.lineno,
+                endlineno=calls.endlineno,
+                parameters=_parameters(function),
+                returns=calls.returns,
+                docstring=griffe.Docstring(inspect.getdoc(function) or "", parser=griffe.Parser.google),
             )
+            made.calls = calls
             module.set_member(name, made)
+
+
+class CommentedConstants(griffe.Extension):
+    """Takes the comment above a constant (``#: …``) for its docstring."""
+
+    def on_attribute_instance(
+        self, *, node: ast.AST | griffe.ObjectNode, attr: griffe.Attribute, **kwargs: Any
+    ) -> None:
+        """Give a constant the comment that ends on the line before it."""
+        if attr.docstring is not None or attr.lineno is None:
+            return
+        above = reversed(attr.lines_collection[attr.filepath][: attr.lineno - 1])
+        comment = [line.strip() for line in takewhile(lambda line: line.strip().startswith("#:"), above)]
+        if comment:
+            text = "\n".join(line.removeprefix("#:").strip() for line in reversed(comment))
+            attr.docstring = griffe.Docstring(text, parser=griffe.Parser.google, parent=attr)
 
 
 def _parameters(function: Any) -> griffe.Parameters:
@@ -49,8 +79,3 @@ def _parameters(function: Any) -> griffe.Parameters:
             for each in inspect.signature(function).parameters.values()
         )
     )
-
-
-def _docstring(function: Any) -> str:
-    """Return the docstring without the configuration, which takes the place of keywords inside of EvolKV."""
-    return re.sub(r"^    config: .*\n(?: {5,}.*\n)*", "", inspect.getdoc(function) or "", flags=re.M)

@@ -12,14 +12,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evolkv.allocators import ALLOCATORS, layout
-from evolkv.allocators.adaptive import (
-    ADAPTIVE,
-    HeadAllocator,
-    LayerAllocator,
-    Observations,
-    Observer,
-    get_adaptive,
-)
+from evolkv.allocators.adaptive import ADAPTIVE, HeadAllocator, LayerAllocator, get_adaptive
+from evolkv.allocators.adaptive.base import Observations, Observer
 from evolkv.budgets import SHARE_DIGITS, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, UsageError
 from evolkv.models import model_facts
@@ -80,6 +74,9 @@ class Method:
 
     def at(self, budget: Budget) -> Method:
         """Return the method at a budget: where there is a profile for each budget, with that of this one.
+
+        Args:
+            budget: mean cache entries per KV head, or a share of each prompt.
 
         Raises:
             ProfileError: if there is none, or it is no profile.

@@ -16,7 +16,9 @@ from evolkv import allocators, hub
 from evolkv.budgets import MAX_BUDGET, Budget, BudgetSpec, Share, read_budget
 from evolkv.errors import BudgetError, ProfileError, UsageError
 from evolkv.json_files import read_json
-from evolkv.models import ModelInfo, cache_shape, describe_model, is_quantized, model_facts
+from evolkv.models import ModelInfo, describe_model, model_facts
+from evolkv.models.facts import cache_shape
+from evolkv.models.identity import is_quantized
 from evolkv.profile_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -346,6 +348,9 @@ class BudgetProfile:
     def from_dict(cls, data: Any) -> BudgetProfile:
         """Return the profile that `to_dict`, or a file, describes.
 
+        Args:
+            data: JSON values, as `to_dict` returns them.
+
         Raises:
             ProfileError: not a profile, a newer format, a field of the wrong type (named by its JSON path),
                 or as for the class.
@@ -364,6 +369,9 @@ class BudgetProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a JSON file, whole or not at all; missing folders are made.
+
+        Args:
+            path: the file; what was there is replaced.
 
         Raises:
             ProfileError: what is no name of a file, or provenance that JSON cannot hold.

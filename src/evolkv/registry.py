@@ -82,6 +82,10 @@ class Registry(Mapping[str, T]):
     def register(self, name: str, entry: T) -> None:
         """Add an entry, for this process. The same name again takes the place of what was registered before.
 
+        Args:
+            name: of letters, digits, ``_``, ``-`` and ``.``.
+            entry: the class or function; if it has a `name`, this one.
+
         Raises:
             UsageError: the name is EvolKV's own, cannot stand in a spec, or is not the entry's; or the entry is no
                 subclass of `base`.
@@ -100,7 +104,12 @@ class Registry(Mapping[str, T]):
 
     # Mapping's own `get` waits for a KeyError, and a miss here is a UsageError.
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the entry called `name`, or `default`."""
+        """Return the entry of a name.
+
+        Args:
+            name: the name.
+            default: what is returned where there is none.
+        """
         if name not in self:
             return default
         return self[name]

@@ -17,6 +17,7 @@ from evolkv.errors import UsageError
 from evolkv.registry import Registry
 from evolkv.selectors.base import Selector
 
+#: The allocators that need no calibration and no prompt, by name.
 ALLOCATORS: Registry[Callable[..., Any]] = Registry(
     "allocator", {"uniform": uniform, "pyramid": pyramid, "cosine": cosine}, "evolkv.allocators"
 )

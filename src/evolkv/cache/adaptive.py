@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evolkv.allocators.adaptive import Observations, rank_and_observe
+from evolkv.allocators.adaptive.base import Observations, rank_and_observe
 from evolkv.cache.layer import CompressedLayer
 from evolkv.errors import UsageError
 from evolkv.methods import Method

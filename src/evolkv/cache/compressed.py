@@ -23,8 +23,8 @@ from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
-from evolkv.models import adapters_in_use
 from evolkv.models.forward import input_device
+from evolkv.models.identity import adapters_in_use
 from evolkv.numbers import is_whole
 
 
@@ -246,6 +246,9 @@ class CompressedCache(Accompanied):
 
         A cache that evicts again is written with its settings and what the next cut will need.
 
+        Args:
+            path: the file; what was there is replaced.
+
         Raises:
             UsageError: if there is nothing to write yet, a call failed half-way, or no file can be at `path`; if
                 `input_ids` has another number of rows than there are sequences; after beam search; or if other adapters
@@ -301,12 +304,19 @@ class CompressedCache(Accompanied):
             self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it."""
+        """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it.
+
+        Args:
+            beam_idx: numbers of sequences, ``[sequences]``.
+        """
         super().reorder_cache(beam_idx)
         self._searched = True
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times.
+        """Repeats every sequence.
+
+        Args:
+            repeats: how many times.
 
         Raises:
             UsageError: unless `repeats` is a positive whole number.
@@ -421,9 +431,14 @@ class CompressedCache(Accompanied):
 
     @classmethod
     def merge(cls, model: PreTrainedModel, caches: list[CompressedCache], room: int = 0) -> CompressedCache:
-        """Return one cache with the sequences of several, each right after its prompt, and `room` for new tokens.
+        """Return one cache with the sequences of several, each right after its prompt.
 
         The caches must not be used afterwards: the new one shares memory with them.
+
+        Args:
+            model: the model that all of them were made with.
+            caches: at least one.
+            room: new tokens to leave room for.
 
         Raises:
             UsageError: for caches that may evict again. One whose prompt was read in chunks does not, once `end_prompt`

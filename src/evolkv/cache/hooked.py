@@ -14,8 +14,8 @@ from transformers import Cache, PreTrainedModel
 from evolkv.cache.hook import attach, check_arrival, forget_sent, hook_model, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
-from evolkv.models import adapters_in_use, model_facts
-from evolkv.models.identity import AdaptersInUse
+from evolkv.models import model_facts
+from evolkv.models.identity import AdaptersInUse, adapters_in_use
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of, stretching
 from evolkv.selectors import LayerContext

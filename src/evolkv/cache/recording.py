@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from evolkv.allocators.adaptive import Observations, Observer, rank_and_observe
+from evolkv.allocators.adaptive.base import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache, layer_contexts

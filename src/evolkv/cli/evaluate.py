@@ -108,8 +108,9 @@ def evaluate(
     beside = None if json_out in (None, "-") else sibling(json_out, ".records.jsonl")
     kept = None if records == "none" else beside if records is None else records
     budgets = read_budgets(budget or [], "--budget")
-    from evolkv.evaluation import EvaluationInterrupted, check_request, get_method
+    from evolkv.evaluation import EvaluationInterrupted, get_method
     from evolkv.evaluation import evaluate as run_evaluation
+    from evolkv.evaluation.evaluation import check_request
     from evolkv.tasks import get_tasks
     from evolkv.tasks.check import check_examples
 

@@ -11,7 +11,7 @@ from evolkv.significance import PairedComparison, paired_comparison
 
 if TYPE_CHECKING:
     from evolkv.evaluation.engine import Engine
-    from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, check_request, evaluate
+    from evolkv.evaluation.evaluation import EvaluationInterrupted, EvaluationProgress, evaluate
     from evolkv.evaluation.naive_engine import NaiveEngine
     from evolkv.evaluation.replay_engine import ReplayEngine
 
@@ -22,7 +22,6 @@ _HOMES = {
     "EvaluationProgress": "evolkv.evaluation.evaluation",
     "NaiveEngine": "evolkv.evaluation.naive_engine",
     "ReplayEngine": "evolkv.evaluation.replay_engine",
-    "check_request": "evolkv.evaluation.evaluation",
     "evaluate": "evolkv.evaluation.evaluation",
 }
 
@@ -36,7 +35,6 @@ __all__ = [
     "PairedComparison",
     "ReplayEngine",
     "certify",
-    "check_request",
     "evaluate",
     "get_method",
     "paired_comparison",

@@ -109,7 +109,8 @@ def evaluate(
             commas; default: all.
         records: path of a file that every example's record goes to as it finishes; see `evolkv.evaluation.records`. If
             the file is there, examples that it holds are not evaluated again.
-        on_progress: called after each example, and first with what is on record already, if anything is.
+        on_progress: called after each example, and first with what is on record already, if anything is;
+            `evolkv.progress_bar()` draws it.
 
     Returns:
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,

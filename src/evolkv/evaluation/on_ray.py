@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from evolkv.cache.hook import own_attention
 from evolkv.errors import EvolKVError, RunError, UsageError, is_out_of_memory
 from evolkv.evaluation.shards import Request, Sharing
-from evolkv.models import Origin, loaded_from, weights_checksum
+from evolkv.models.identity import weights_checksum
+from evolkv.models.loading import Origin, loaded_from
 from evolkv.numbers import is_whole
 
 # How often a worker that has died is started again before the search gives up.

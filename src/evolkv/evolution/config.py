@@ -105,7 +105,7 @@ class SearchConfig:
         storage: an Optuna storage URL, or the path of a file, in which every generation is recorded. A search whose
             study is there already goes on where it was left, and comes to the same result. Default: none.
         study: name of the study in the storage.
-        on_progress: called as the search goes on.
+        on_progress: called as the search goes on; `evolkv.progress_bar()` draws it.
         preset: what settings are that are not given: "best" (the defaults here) or "paper" (Algorithm 1 with the
             paper's hyper-parameters); see `PRESETS`. The classes themselves, which cannot tell what was given, take
             "best" alone.

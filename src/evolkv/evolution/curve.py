@@ -61,7 +61,11 @@ class CurveResult:
         return replace(self, results=[result.out_of_time() for result in self.results])
 
     def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the content of a ``--json`` file; `profiles` are the paths that the profiles were written to."""
+        """Return the content of a ``--json`` file.
+
+        Args:
+            profiles: the paths that the profiles were written to, in the order of the points.
+        """
         points = [dict(point) for point in self.points]
         for point, path in zip(points, profiles, strict=False):
             point["profile"] = path
@@ -86,6 +90,9 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
         model: a transformers decoder-only model.
         tokenizer: its tokenizer.
         config: the settings, checked; `search_curve` takes them by keyword.
+
+    Returns:
+        A result for each budget, smallest first. KeyboardInterrupt ends the searches early, as in `evolkv.search`.
 
     Raises:
         UsageError: for settings that cannot be used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -57,9 +58,27 @@ def by_keyword(
     search.__name__ = search.__qualname__ = name
     # The package has it under this name, where pickle looks.
     search.__module__ = __package__
-    parts = [run.__doc__, *(each.__doc__ for each in inspect.getmro(config)[:-1])]  # type: ignore[arg-type]
-    search.__doc__ = "\n\n".join(inspect.cleandoc(part or "") for part in parts)
+    search.__doc__ = _docstring(run, *inspect.getmro(config)[:-1])  # type: ignore[arg-type]
     return search
+
+
+def _docstring(run: Callable[..., Any], *configs: type) -> str:
+    """Return the docstring of a function whose settings are the fields of some classes, with one list of arguments."""
+    text, arguments, *after = _sections(run)
+    arguments = re.sub(r"^    config: .*\n(?: {5,}.*\n)*", "", arguments, flags=re.M)
+    for config in configs:
+        about, fields, *_ = _sections(config)
+        # The first line says what the class is.
+        text += about.partition("\n\n")[2]
+        arguments += fields
+    return f"{text}Args:\n{arguments}\n{''.join(after)}".rstrip()
+
+
+def _sections(documented: Callable[..., Any]) -> list[str]:
+    """Return a docstring in three parts, each with a line break at its end: the text, the arguments, what follows."""
+    text, _, rest = f"{inspect.cleandoc(documented.__doc__ or '')}\n".partition("Args:\n")
+    arguments, end, after = rest.partition("\n\n")
+    return [text, f"{arguments.rstrip()}\n", after if end else ""]
 
 
 search = by_keyword("search", OneBudget, run_search)

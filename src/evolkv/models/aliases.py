@@ -63,6 +63,7 @@ def _locate(piece: tuple[str, str]) -> Path | None:
     return Path(spec.submodule_search_locations[0]) / inside
 
 
+#: The models whose weights come as Python packages, by alias.
 ALIASES: Registry[PackagedModel] = Registry(
     "model alias",
     {

@@ -25,6 +25,7 @@ from evolkv.selectors.streaming_llm import StreamingLLM
 from evolkv.selectors.tova import TOVA
 from evolkv.specs import parse_named
 
+#: The selectors by name.
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector",
     {

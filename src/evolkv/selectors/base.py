@@ -126,7 +126,11 @@ class PromptAttention:
         )
 
     def mean_over_heads(self, scores: Tensor) -> Tensor:
-        """Scores ``[batch, kv_heads, tokens]`` of each token, averaged over the KV heads that hold it."""
+        """Return the scores of each token, averaged over the KV heads that hold it.
+
+        Args:
+            scores: ``[batch, kv_heads, tokens]``, the shape of the result.
+        """
         if self.positions is None:
             return scores.mean(dim=1, keepdim=True).expand_as(scores)
         slots = (self.positions + 1).flatten(1)
@@ -135,7 +139,11 @@ class PromptAttention:
         return (totals / heads.clamp(min=1)).gather(1, slots).view_as(scores)
 
     def probabilities(self, start: int, stop: int) -> Tensor:
-        """Attention of the queries of entries ``start`` to ``stop - 1`` to all entries, in float32.
+        """Return the attention of some queries to all entries, in float32.
+
+        Args:
+            start: the first entry whose query counts.
+            stop: the entry after the last one.
 
         Returns:
             ``[batch, kv_heads, queries_per_kv_head, stop - start, stop]``: keys from ``stop`` on are
@@ -239,9 +247,13 @@ class Selector(ABC):
 
     @abstractmethod
     def score(self, prompt: PromptAttention) -> Tensor:
-        """Importance of each token for each KV head, ``[batch, kv_heads, tokens]``, higher is kept first.
+        """Return the importance of each token for each KV head; protected tokens score ``+inf``.
 
-        Protected tokens score ``+inf``.
+        Args:
+            prompt: the layer's attention inputs.
+
+        Returns:
+            ``[batch, kv_heads, tokens]``; higher is kept first.
         """
 
     @property
@@ -260,7 +272,11 @@ class Selector(ABC):
         return "cache entries" if self.budgets_cut else "entries read by a token"
 
     def held_under(self, budgets: np.ndarray) -> np.ndarray:
-        """Return the entries that each head holds of a prompt that is long enough, in the shape of the budgets."""
+        """Return the entries that each head holds of a prompt that is long enough, in the shape of the budgets.
+
+        Args:
+            budgets: ``[layers, kv_heads]``.
+        """
         return budgets
 
     @property
@@ -333,11 +349,19 @@ class Selector(ABC):
                 )
 
     def accumulated(self, prompt: PromptAttention) -> Tensor:
-        """Return the sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``."""
+        """Return the sum behind the score of a selector that `accumulates`, ``[batch, kv_heads, tokens]``.
+
+        Args:
+            prompt: the layer's attention inputs; `PromptAttention.received` has the sum so far.
+        """
         raise NotImplementedError(f"{self.name} does not accumulate")
 
     def protect(self, scores: Tensor) -> Tensor:
-        """Return the scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps."""
+        """Return the scores, with ``+inf`` for the tokens that a selector that `accumulates` always keeps.
+
+        Args:
+            scores: ``[batch, kv_heads, tokens]``.
+        """
         raise NotImplementedError(f"{self.name} does not accumulate")
 
     @property
@@ -366,15 +390,25 @@ class Selector(ABC):
         raise NotImplementedError(f"{self.name} does not have the model read a prompt again")
 
     def rank(self, prompt: PromptAttention) -> Tensor:
-        """Entries from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
+        """Return the order in which entries are kept.
 
         Ties go to the older token, always in the same way, so that budgets are nested. In a sliding-window layer
         the tokens that the next query no longer sees come last; so does what stands for no entry.
+
+        Args:
+            prompt: the layer's attention inputs.
+
+        Returns:
+            Numbers of the entries, from the first to be kept to the last, ``[batch, kv_heads, tokens]``.
         """
         return self.order(prompt, self.score(prompt))
 
     def order(self, prompt: PromptAttention, scores: Tensor) -> Tensor:
         """Return the ranking that follows from scores; see `rank`.
+
+        Args:
+            prompt: the layer's attention inputs.
+            scores: as `score` returns them, ``[batch, kv_heads, tokens]``.
 
         Raises:
             UsageError: the scores of a selector, which may be another package's, have another shape.

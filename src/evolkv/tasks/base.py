@@ -17,7 +17,9 @@ from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
 from evolkv.tasks.metrics import LABEL_FREE
 
+#: A part of a task: searches learn from "train" and choose on "validation"; "report" is left to `evolkv.evaluate`.
 Split = Literal["train", "validation", "report"]
+#: Their names.
 SPLITS: tuple[Split, ...] = get_args(Split)
 #: The settings of tasks that name a file.
 _PATHS = ("path", "shots_path", "haystack", "essays")
@@ -147,7 +149,11 @@ def check_choice(task: str, key: str, value: object, choices: Sequence[str]) -> 
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Return a 16-digit hexadecimal hash of everything in the examples, in their order, for provenance."""
+    """Return a 16-digit hexadecimal hash of everything in the examples, in their order, for provenance.
+
+    Args:
+        examples: the examples.
+    """
     digest = hashlib.sha256()
     for example in examples:
         fields = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}

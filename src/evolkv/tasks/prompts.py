@@ -32,7 +32,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
-    """Return the token ids of an example's prompt: LongTensor [1, T]."""
+    """Return the token ids of an example's prompt: LongTensor [1, T].
+
+    Args:
+        tokenizer: the model's tokenizer.
+        example: the example; its chat template, if any, is in the prompt already.
+    """
     return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
 
 

@@ -27,6 +27,7 @@ from evolkv.tasks.raw_prompts import RawPrompts
 from evolkv.tasks.ruler import Ruler
 from evolkv.tasks.ruler.task import FAMILIES
 
+#: The tasks by name.
 TASKS: Registry[type[Task]] = Registry(
     "task",
     {
@@ -68,6 +69,9 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
 def get_tasks(spec: str | Task | Sequence[str | Task]) -> list[Task]:
     """Return the tasks that one or more specs describe, each on its own; those with ` && ` between are one `Mixture`.
 
+    Args:
+        spec: as `get_task` takes it.
+
     Raises:
         UsageError, TaskError: as for `get_task`; also if there is none.
     """
@@ -99,7 +103,11 @@ def parse_task(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def format_spec(task: Task) -> str:
-    """Return the spec that `get_task` turns back into `task`; settings at their defaults are left out."""
+    """Return the spec that `get_task` turns back into a task; settings at their defaults are left out.
+
+    Args:
+        task: the task.
+    """
     if isinstance(task, Mixture):
         return _AND.join(format_spec(each) for each in task.tasks)
     settings = {f.name: (getattr(task, f.name), f.default) for f in dataclasses.fields(task)}  # type: ignore[arg-type]

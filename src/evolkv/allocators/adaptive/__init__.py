@@ -6,19 +6,13 @@ A new one is one file with one dataclass, and one line in `ADAPTIVE`.
 from __future__ import annotations
 
 from evolkv.allocators.adaptive.adakv import AdaKV
-from evolkv.allocators.adaptive.base import (
-    AdaptiveAllocator,
-    HeadAllocator,
-    LayerAllocator,
-    Observations,
-    Observer,
-    rank_and_observe,
-)
+from evolkv.allocators.adaptive.base import AdaptiveAllocator, HeadAllocator, LayerAllocator
 from evolkv.allocators.adaptive.cake import CAKE
 from evolkv.allocators.adaptive.dynamickv import DynamicKV
 from evolkv.registry import Registry, with_parameters
 from evolkv.specs import parse_named
 
+#: The allocators that decide for each prompt anew, by name.
 ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
     "adaptive allocator",
     {cls.name: cls for cls in (AdaKV, CAKE, DynamicKV)},
@@ -29,6 +23,9 @@ ADAPTIVE: Registry[type[AdaptiveAllocator]] = Registry(
 
 def get_adaptive(text: str) -> AdaptiveAllocator:
     """Return the allocator that a text describes: ``name`` or ``name:parameter=value,parameter=value``.
+
+    Args:
+        text: such as ``"cake:window=8"``.
 
     Raises:
         UsageError: for an unknown name or parameter, or a value that is out of range.
@@ -45,8 +42,5 @@ __all__ = [
     "DynamicKV",
     "HeadAllocator",
     "LayerAllocator",
-    "Observations",
-    "Observer",
     "get_adaptive",
-    "rank_and_observe",
 ]

@@ -9,6 +9,7 @@ from evolkv.evolution.strategies.random_search import RandomSearch
 from evolkv.evolution.strategies.start_only import GradientOnly, StartOnly
 from evolkv.registry import Registry
 
+#: The strategies by the name that `--strategy` takes.
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy",
     {

@@ -74,12 +74,23 @@ class Strategy(ABC):
 
     @classmethod
     def own_arguments(cls, config: Settings, shape: tuple[int, ...], evaluations: int) -> dict[str, Any]:
-        """Return the arguments that only this strategy has, for a search of so many candidates."""
+        """Return the arguments that only this strategy has.
+
+        Args:
+            config: the settings of the search.
+            shape: of the budgets.
+            evaluations: candidates of the search.
+        """
         return {}
 
     @classmethod
     def smallest(cls, config: Settings, shape: tuple[int, ...]) -> int:
-        """Return the fewest candidates from which a search over budgets of a shape learns: one generation."""
+        """Return the fewest candidates from which a search learns: one generation.
+
+        Args:
+            config: the settings of the search.
+            shape: of the budgets.
+        """
         return config.population or default_population(math.prod(shape))
 
     @classmethod
@@ -96,7 +107,11 @@ class Strategy(ABC):
 
     @classmethod
     def identity(cls, config: Settings) -> dict[str, Any]:
-        """Return what a continued search must share, as plain JSON values."""
+        """Return what a continued search must share, as plain JSON values.
+
+        Args:
+            config: the settings of the search.
+        """
         return {"strategy": config.strategy, "population": config.population, "sigma": config.sigma}
 
     @property
@@ -131,7 +146,10 @@ class Strategy(ABC):
         return [candidate.copy() for candidate in self._population]
 
     def tell(self, fitness: Sequence[float]) -> None:
-        """Learn the fitness, higher is better, of the candidates last asked for, in their order.
+        """Learn the fitness of the candidates last asked for.
+
+        Args:
+            fitness: of each candidate, in their order; higher is better.
 
         Raises:
             UsageError: nothing was asked for, the wrong number of values, or a value that is not finite.

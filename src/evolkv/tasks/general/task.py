@@ -29,7 +29,7 @@ _PUZZLES: dict[str, Callable[[random.Random, Split], Puzzle]] = {
     "dialogue": puzzles.dialogue,
     "cloze": puzzles.cloze,
 }
-#: In the order in which they take turns.
+#: The kinds of examples, in the order in which they take turns.
 KINDS = ("needle", "variables", "dialogue", "code", "keys", "counting", "cloze", "arithmetic")
 #: Lengths as parts of `context`. Half of it on average, and prime to the number of kinds, so that each kind gets each.
 LENGTHS = (0.2, 1.0, 0.4, 0.3, 0.6)

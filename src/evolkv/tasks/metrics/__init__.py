@@ -18,7 +18,7 @@ from evolkv.tasks.metrics.retrieval import retrieval, retrieval_zh
 from evolkv.tasks.metrics.rouge_l import rouge_l, rouge_l_zh
 from evolkv.tasks.metrics.ruler import ruler_all, ruler_part
 
-__all__ = ["LABEL_FREE", "METRICS", "MODEL_METRICS", "Metric", "check_metric", "get_metric", "judged_part"]
+__all__ = ["LABEL_FREE", "METRICS", "MODEL_METRICS", "Metric", "get_metric"]
 
 #: Metrics that need no reference answer: they compare with the model's own under the full cache.
 LABEL_FREE = ("fidelity", "agreement")
@@ -34,9 +34,16 @@ class Metric(Protocol):
     """A text metric: `metric(prediction, references, **extra)` is the best score over the references."""
 
     def __call__(self, prediction: str, references: Sequence[str], **extra: object) -> float:
-        """Score in [0, 1]."""
+        """Score in [0, 1].
+
+        Args:
+            prediction: the text to judge.
+            references: the acceptable answers.
+            extra: what this metric alone needs, such as `all_classes`.
+        """
 
 
+#: Text metrics by name.
 METRICS: Registry[Metric] = Registry(
     "metric",
     {
@@ -74,6 +81,9 @@ def judged_part(prediction: str, stop: Sequence[str], first_line: bool) -> str:
 
 def get_metric(name: str) -> Metric:
     """Return the text metric of that name.
+
+    Args:
+        name: as `METRICS` has it.
 
     Raises:
         UsageError: an unknown name, or one of `MODEL_METRICS`, which judge probabilities and have no text to look at.
