@@ -120,7 +120,7 @@ class _Files:
     """The tensors of a folder's safetensors files, mapped into memory: only what is looked at is read."""
 
     def __init__(self, folder: Path):
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, framework="pt")
             self._files |= dict.fromkeys(file.keys(), file)

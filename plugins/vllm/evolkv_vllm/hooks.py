@@ -1,4 +1,4 @@
-"""Where the plugin takes hold of vLLM: what it registers, and the seven methods that it wraps.
+"""Where the plugin takes hold of vLLM: what it registers, and the methods that it wraps.
 
 vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
 
@@ -9,6 +9,7 @@ vLLM has registries for attention backends and for KV-cache specs. There is none
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
 * `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
 * `GPUModelRunner.initialize_kv_cache`, which the runner for CPUs has, too: all groups of layers are done at once there.
+* `GPUModelRunner.prepare_inputs` of vLLM's second runner: the lengths of prompts are taken from the host.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import inspect
 import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from evolkv.errors import RunError, UsageError
 from evolkv_vllm import checks, plan
@@ -91,6 +94,9 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded", "ubatch_slices"),
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._build_attention_metadata", ("num_tokens", "slot_mappings")),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch", ("prompt_lens", "idx_mapping_np")),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", ()),
+    ("vllm.v1.worker.gpu.states", "RequestState.add_request", ("prompt_len",)),
     ("vllm.v1.worker.block_table", "MultiGroupBlockTable.commit_block_table", ("num_reqs",)),
     (
         "vllm.v1.worker.block_table",
@@ -327,6 +333,7 @@ def _wrap_scheduler() -> None:
 
 
 def _wrap_runner() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from evolkv_vllm.groups import take_over
@@ -339,3 +346,17 @@ def _wrap_runner() -> None:
         return initialize_kv_cache
 
     _wrap(GPUModelRunner, "initialize_kv_cache", wrapper)
+    _wrap(SecondRunner, "prepare_inputs", lengths_on_host)
+
+
+def lengths_on_host(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that prepares a batch of vLLM's second runner, from vLLM's own."""
+
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = plain(self, *args, **kwargs)
+        if plan.rule_of(self.vllm_config) is not None:
+            # vLLM's are on the device, and who reads them there waits for the step before.
+            batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+        return batch
+
+    return prepare_inputs
