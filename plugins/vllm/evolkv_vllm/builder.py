@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from evolkv.errors import RunError
 from evolkv_vllm.spec import EvolKVSpec
@@ -45,6 +46,14 @@ class PromptRow:
 
 class BudgetBuilder:
     """What the builders of all attention backends share; goes before vLLM's builder among the bases of a class."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return which batches a CUDA graph may hold: none with prompts, because nothing is compressed in a graph."""
+        plain = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        if isinstance(kv_cache_spec, EvolKVSpec):
+            return min(plain, AttentionCGSupport.UNIFORM_BATCH, key=lambda each: each.value)
+        return plain
 
     # The tables of two groups differ in more than their blocks, so one group's metadata cannot be made from another's.
     supports_update_block_table = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from evolkv.selectors import get_selector
+from evolkv_vllm.chunks import end_of_chunk
 from evolkv_vllm.hooks import install
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.spec import EvolKVSpec
@@ -192,6 +195,31 @@ def test_shared_blocks_are_never_written_to(budgets, first, second, shared, answ
             written = {block.block_id for block in group[dropped:]}
             assert not written & before
             assert all(block.ref_cnt == 1 and block.block_hash is None for block in group[dropped:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    prompt=st.integers(60, 200),
+    rooms=st.lists(st.integers(0, 12), max_size=20),
+    drafts=st.integers(0, 3),
+    selector=st.sampled_from(["snapkv:window=8", "keydiff"]),
+)
+def test_on_a_gpu_no_chunk_that_matters_looks_like_decoding(prompt, rooms, drafts, selector):
+    """vLLM replays a graph for steps of one token, or of one and the drafts, and no query is noted in a graph."""
+    config, least = config_of(rule_of([40], selector), 16), 2 + drafts
+    devices = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
+    scheduler = SimpleNamespace(kv_cache_config=config, num_spec_tokens=drafts, vllm_config=devices)
+    request = SimpleNamespace(num_prompt_tokens=prompt)
+    first, computed = prompt - (8 if "snapkv" in selector else 0), prompt - 30
+    # With room enough a request never waits for ever.
+    for room in [*rooms, *[2 * least] * 30]:
+        number = end_of_chunk(scheduler, request, computed, min(room, prompt + 1 - computed))
+        assert 0 <= number <= room
+        computed += number
+        assert not number or number >= least or computed <= first
+        if computed == prompt:
+            break
+    assert computed == prompt
 
 
 def test_a_prefix_is_found_up_to_what_was_dropped():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -69,6 +72,16 @@ def test_what_pads_a_graph_has_no_prompt(rows, layer):
     common = built(layer, batch).common
     assert common.seq_lens.tolist() == [PROMPT + 1 - 16 * DROPPED] * rows + [0] * (4 - rows)
     assert common.block_table_tensor[:rows, 0].tolist() == [1 + 8 * row + DROPPED for row in range(rows)]
+
+
+@pytest.mark.parametrize("backend", ["flash_attn.EvolKVFlash", "triton.EvolKVTriton"])
+def test_no_graph_holds_a_prompt_that_is_compressed(backend, layer):
+    name, kind = backend.split(".")
+    builder = getattr(importlib.import_module(f"evolkv_vllm.backends.{name}"), f"{kind}Builder")
+    plain = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    builders = builder.__mro__[2]
+    assert builder.get_cudagraph_support(None, plain) == builders.get_cudagraph_support(None, plain)
+    assert builder.get_cudagraph_support(None, layer.spec) == AttentionCGSupport.UNIFORM_BATCH
 
 
 def test_lengths_of_prompts_are_the_hosts(layer):
