@@ -5,7 +5,8 @@ vLLM has registries for attention backends and for KV-cache specs. There is none
 * `VllmConfig.__post_init__`: settings are checked before anything is loaded.
 * `Attention.__init__`: where budgets differ from head to head, a layer's KV heads become layers of their own.
 * `Attention.get_kv_cache_spec`: a layer's spec carries its budget.
-* `KVCacheManager.__init__`: one line at start says what the budgets come to, and tokens with slots take a short cut.
+* `KVCacheManager.__init__`: one line at start says what the budgets come to, answers stay out of the prefix cache, and
+  tokens with slots take a short cut.
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
 * `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
 * `GPUModelRunner.initialize_kv_cache`, which the runner for CPUs has, too: all groups of layers are done at once there.
@@ -49,6 +50,11 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("rswa_prefix_lens", "seq_lens_cpu_upper_bound", "positions"),
     ),
     ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+    (
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator.cache_blocks",
+        ("request", "num_computed_tokens"),
+    ),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("kv_cache_config", "max_model_len")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
     (
@@ -293,7 +299,7 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
 def _wrap_block_managers() -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-    from evolkv_vllm.manager import looking_up
+    from evolkv_vllm.manager import keep_answers_out, looking_up
     from evolkv_vllm.slots import shorten
     from evolkv_vllm.startup import announce
 
@@ -301,6 +307,7 @@ def _wrap_block_managers() -> None:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
             plain(self, *args, **kwargs)
             announce(self)
+            keep_answers_out(self.coordinator)
             shorten(self)
 
         return wrapped

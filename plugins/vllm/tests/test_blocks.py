@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from evolkv.selectors import get_selector
@@ -237,6 +237,30 @@ def test_a_prefix_is_found_up_to_what_was_dropped():
     covered = request_of("covered", prompt[:90], 16)
     # A budget of 100 covers it; the layers that keep 40 write behind the first 50 tokens.
     assert read(manager, covered) == 48
+
+
+@pytest.mark.parametrize("chunk", [None, 30])
+def test_no_prompt_finds_an_answer_to_a_compressed_prompt(chunk):
+    """Layers that keep the whole prompt got the answer's entries from layers that do not."""
+    config = config_of(rule_of([40, 400]), 16)
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=400)
+    config.kv_cache_groups.append(KVCacheGroupSpec(["window"], window))
+    manager = KVCacheManager(config, LENGTH, 16, 16, enable_caching=True)
+    prompt = list(range(1000, 1200))
+    first = request_of("first", prompt, 16)
+    read(manager, first, chunk)
+    decode(manager, first, 64)
+    for group in manager.get_blocks("first").blocks:
+        assert all(block.block_hash is None for block in group[200 // 16 :])
+    manager.free(first)
+    chat = [*prompt, *[7] * 64, *range(2000, 2100)]
+    second, third = request_of("second", chat, 16), request_of("third", chat, 16)
+    assert read(manager, second) == 200 - 40
+    clean = [[block.block_id for block in group] for group in manager.get_blocks("second").blocks]
+    found = read(manager, third) // 16
+    assert found == (364 - 40) // 16
+    again = [[block.block_id for block in group] for group in manager.get_blocks("third").blocks]
+    assert [group[200 // 16 : found] for group in again] == [group[200 // 16 : found] for group in clean]
 
 
 def test_a_preempted_request_finds_its_prompt_but_not_its_answer():
