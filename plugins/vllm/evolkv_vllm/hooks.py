@@ -8,6 +8,7 @@ vLLM has registries for attention backends and for KV-cache specs. There is none
 * `KVCacheManager.__init__`: one line at start says what the budgets come to, answers stay out of the prefix cache, and
   tokens with slots take a short cut.
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
+* `InputProcessor.process_inputs`: prompts that grow are refused.
 * `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
 * `GPUModelRunner.initialize_kv_cache`, which the runner for CPUs has, too: all groups of layers are done at once there.
 * `GPUModelRunner.prepare_inputs` of vLLM's second runner: the lengths of prompts are taken from the host.
@@ -57,6 +58,7 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("kv_cache_config", "max_model_len")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
+    ("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", ("resumable",)),
     (
         "vllm.v1.core.sched.scheduler",
         "Scheduler._reserve_prefill_lookahead",
@@ -170,7 +172,7 @@ def install() -> None:
     _wrap_config()
     _wrap_layers()
     _wrap_block_managers()
-    _wrap_scheduler()
+    _wrap_requests()
     _wrap_runner()
 
 
@@ -324,8 +326,10 @@ def _wrap_block_managers() -> None:
     _wrap(KVCacheManager, "get_computed_blocks", look_up)
 
 
-def _wrap_scheduler() -> None:
+def _wrap_requests() -> None:
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.input_processor import InputProcessor
 
     from evolkv_vllm.chunks import end_of_chunk
 
@@ -336,7 +340,19 @@ def _wrap_scheduler() -> None:
 
         return reserve
 
+    def refuse(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+            if resumable and plan.rule_of(self.vllm_config) is not None:
+                raise VLLMValidationError(
+                    "EvolKV cannot run sessions whose prompt grows, because its beginning is compressed by then; send "
+                    "the whole prompt as a new request, or serve the model without a profile"
+                )
+            return plain(self, *args, resumable=resumable, **kwargs)
+
+        return process_inputs
+
     _wrap(Scheduler, "_reserve_prefill_lookahead", wrapper)
+    _wrap(InputProcessor, "process_inputs", refuse)
 
 
 def _wrap_runner() -> None:

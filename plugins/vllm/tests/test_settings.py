@@ -244,6 +244,18 @@ def test_more_features_that_do_not_go_together(changes, selector, message, model
         checks.check_config(stand_in(config, **changes), get_selector(selector), classes=2)
 
 
+def test_prompts_that_grow_are_refused_one_by_one():
+    """A client error of vLLM's, so that the others go on."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    config = SimpleNamespace(additional_config={"evolkv": {"rule": "{}"}})
+    processor = SimpleNamespace(vllm_config=config)
+    with pytest.raises(VLLMValidationError, match="sessions whose prompt grows"):
+        InputProcessor.process_inputs(processor, "a", "prompt", SamplingParams(), (), resumable=True)
+
+
 @pytest.mark.parametrize(
     ("version", "known"),
     [("0.31.2", False), ("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False), ("1.0.0", False)],
