@@ -293,6 +293,13 @@ def test_line_at_start():
     )
 
 
+def test_line_at_start_promises_no_more_prompts_than_fit():
+    """A block of the pool costs as much for the smaller group: a prompt takes two and three of the thousand."""
+    config = config_of(rule_of([64] * 4 + [96] * 6), 32, blocks=1001)
+    assert "holds 30 of its 320 one-layer blocks" in description(config, 1024)
+    assert "so 200 such prompts fit where 18 did" in description(config, 1024)
+
+
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 64, 500])
 def test_a_budget_that_covers_the_prompt_drops_nothing(tokens):
     assert not rule_of([500, 600]).any_evicts(tokens, 32)
