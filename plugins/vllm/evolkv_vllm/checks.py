@@ -146,12 +146,11 @@ def check_sharing(target: str | None, name: str) -> None:
         )
 
 
-def check_layer(layer: Any, name: str) -> None:
+def check_layer(layer: Any) -> None:
     """Check that one attention layer of a loaded model can be compressed.
 
     Args:
         layer: vLLM's `Attention`.
-        name: of the layer, for messages.
 
     Raises:
         UsageError: it cannot.
@@ -162,7 +161,6 @@ def check_layer(layer: Any, name: str) -> None:
             f"EvolKV cannot run with the attention backend {layer.attn_backend.get_name()}; choose "
             "--attention-backend FLASH_ATTN or TRITON_ATTN on a GPU"
         )
-    check_sharing(getattr(layer, "kv_sharing_target_layer_name", None), name)
     if getattr(implementation, "alibi_slopes", None) is not None:
         raise UsageError(
             "EvolKV cannot run with ALiBi, whose biases selectors do not see; serve this model without a profile"

@@ -256,7 +256,7 @@ def _wrap_layers() -> None:
             # Layers with a sliding window have another spec, and keep it.
             if rule is None or type(spec) is not FullAttentionSpec:
                 return spec
-            checks.check_layer(self, self.layer_name)
+            checks.check_layer(self)
             number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
             whole, part = heads.whole_of(self), self.impl.part
             if rule.heads > 1 and whole is self:
@@ -283,7 +283,11 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     layers = config.compilation_config.static_forward_context.items()
-    indices = sorted({extract_layer_index(each) for each, layer in layers if isinstance(layer, Attention)})
+    own = {each: layer for each, layer in layers if isinstance(layer, Attention)}
+    for each, layer in own.items():
+        # vLLM does not ask a layer without keys and values of its own for a spec.
+        checks.check_sharing(layer.kv_sharing_target_layer_name, each)
+    indices = sorted({extract_layer_index(each) for each in own})
     index = extract_layer_index(name)
     if len(indices) == num_layers:
         return indices.index(index)

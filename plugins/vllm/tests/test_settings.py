@@ -256,6 +256,21 @@ def test_prompts_that_grow_are_refused_one_by_one():
         InputProcessor.process_inputs(processor, "a", "prompt", SamplingParams(), (), resumable=True)
 
 
+def test_layers_that_share_keys_and_values_are_refused():
+    """vLLM asks only those with keys and values for their budgets."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    layers = {}
+    for number, target in enumerate([None, None, "model.layers.1.attn"]):
+        layer = layers[f"model.layers.{number}.attn"] = Attention.__new__(Attention)
+        layer.kv_sharing_target_layer_name = target
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(UsageError, match=r"share keys and values \(model.layers.2.attn\)"):
+        hooks._layer_number("model.layers.0.attn", config, 3)
+    layers.popitem()
+    assert hooks._layer_number("model.layers.1.attn", config, 2) == 1
+
+
 @pytest.mark.parametrize(
     ("version", "known"),
     [("0.31.2", False), ("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False), ("1.0.0", False)],
