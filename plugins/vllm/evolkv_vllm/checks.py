@@ -113,6 +113,11 @@ def _reasons(config: Any, selector: Selector, classes: int, by_head: bool) -> li
             "use --tensor-parallel-size 1, or a profile by layer: evolkv search --granularity layer",
         ),
         (
+            by_head and model.is_hybrid,
+            "budgets by head and a model with state-space or convolution layers, because a head's blocks would be "
+            "smaller than such a layer's state; use a profile by layer: evolkv search --granularity layer",
+        ),
+        (
             parallel.pipeline_parallel_size > 1 and selector.looks_at_other_layers,
             f"the selector {selector.spec!r} and pipeline parallelism, because layers on different devices would "
             "decide for each other; set its reuse to 1",

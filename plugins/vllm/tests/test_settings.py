@@ -194,6 +194,13 @@ def test_budgets_by_head_and_tensor_parallelism_are_refused(model, by_head, monk
         plan.configure(config)
 
 
+def test_budgets_by_head_and_a_hybrid_model_are_refused(model):
+    changed = stand_in(config_of(model), model_config={"is_hybrid": True})
+    checks.check_config(changed, get_selector("snapkv"), classes=2)
+    with pytest.raises(UsageError, match=r"budgets by head and a model with state-space.*--granularity layer"):
+        checks.check_config(changed, get_selector("snapkv"), classes=2, by_head=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -212,6 +219,7 @@ def stand_in(config, **changes):
     scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     made = {"kv_transfer_config": None, "speculative_config": None, "scheduler_config": scheduler}
     base = {"runner_type": "generate", "is_encoder_decoder": False, "use_mla": False, "is_mm_prefix_lm": False}
+    base["is_hybrid"] = False
     arch = SimpleNamespace(rswa_window=None)
     for name, fields in parts.items():
         own = {**fields, **(base | {"model_arch_config": arch} if name == "model_config" else {})}
