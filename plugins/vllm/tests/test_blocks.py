@@ -274,17 +274,6 @@ def test_a_preempted_request_finds_its_prompt_but_not_its_answer():
     assert found == (200 - 40) // 16 * 16
 
 
-def test_chunkkv_that_decides_for_other_layers_reads_its_window():
-    rule = rule_of([40, 400], "chunkkv:window=8")
-    manager = manager_of(rule, 16, caching=True)
-    prompt = list(range(1000, 1200))
-    request = request_of("a", prompt, 16)
-    read(manager, request)
-    decode(manager, request)
-    manager.free(request)
-    assert read(manager, request_of("b", prompt, 16)) <= 200 - 8
-
-
 def test_line_at_start():
     config = config_of(rule_of([64, 64, 96, 96]), 32, blocks=129)
     assert description(config, 1024) == (
