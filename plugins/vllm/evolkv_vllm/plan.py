@@ -15,12 +15,12 @@ from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
 from evolkv_vllm import checkpoint, checks
 from evolkv_vllm.rule import BudgetRule
-from evolkv_vllm.settings import KEY, Settings
+from evolkv_vllm.settings import Settings
 
 logger = logging.getLogger("vllm.evolkv")
 
-#: Where the rule stands in ``additional_config["evolkv"]``, with which it reaches every process.
-_RULE = "rule"
+#: Where the rule stands in ``additional_config``, with which it reaches every process: beside what users write.
+RULE = "evolkv_rule"
 #: A window that no text outgrows. A model with one is handed the lengths of prompts, and evicts nothing by it.
 _NO_WINDOW = 1 << 30
 
@@ -32,8 +32,7 @@ def rule_of(config: Any) -> BudgetRule | None:
         config: vLLM's `VllmConfig`.
     """
     additional = config.additional_config
-    given = additional.get(KEY) if isinstance(additional, Mapping) else None
-    text = given.get(_RULE) if isinstance(given, Mapping) else None
+    text = additional.get(RULE) if isinstance(additional, Mapping) else None
     return None if text is None else BudgetRule(text)
 
 
@@ -57,8 +56,7 @@ def configure(config: Any) -> None:
     except UsageError as error:
         # vLLM's configuration takes a ValueError for one of its own and wraps it in a page of text.
         raise RunError(str(error)) from None
-    given = config.additional_config or {}
-    config.additional_config = {**given, KEY: {**given.get(KEY, {}), _RULE: rule.text}}
+    config.additional_config = {**(config.additional_config or {}), RULE: rule.text}
     config.model_config.model_arch_config.rswa_window = _NO_WINDOW
 
 
@@ -80,6 +78,14 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     else:
         rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact)
     checks.check_config(config, method.selector, classes=len(set(rule.classes)), by_head=by_head)
+    longest = config.model_config.max_model_len
+    if not rule.any_evicts(longest, config.cache_config.block_size or 1):
+        logger.warning(
+            "EvolKV: %s changes nothing: each layer has a sliding window, or a budget that covers the longest prompts "
+            "(%d tokens); set a smaller budget, or leave the setting out",
+            settings.source,
+            longest,
+        )
     return rule
 
 

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from evolkv.errors import RunError
 from evolkv_vllm.hooks import install, lengths_on_host
-from evolkv_vllm.plan import KEY
+from evolkv_vllm.plan import RULE
 from test_compaction import Builder, Layer
 
 install()
@@ -88,7 +88,7 @@ def test_lengths_of_prompts_are_the_hosts(layer):
     assert GPUModelRunner.prepare_inputs.__wrapped__
     given = np.array([7, 20, 30, 40], dtype=np.int32)
     runner = SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=given)))
-    for additional, expected in (({}, None), ({KEY: {"rule": layer.spec.rule.text}}, [7, 20, 30])):
+    for additional, expected in (({}, None), ({RULE: layer.spec.rule.text}, [7, 20, 30])):
         runner.vllm_config = SimpleNamespace(additional_config=additional)
         lengths = lengths_on_host(lambda self: batch_of(3, 4))(runner).prompt_lens
         assert (lengths if lengths is None else lengths.tolist()) == expected

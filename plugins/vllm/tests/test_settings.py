@@ -66,7 +66,7 @@ def test_profile_by_variable_or_configuration(way, model, profile, monkeypatch):
     assert kept(rule, 45).tolist() == [40, 45, 45, 40, 45, 45]
     assert rule.classes == (0, 1, 2, 0, 1, 2)
     # What travels with the configuration is JSON, which vLLM hashes.
-    assert json.loads(json.dumps(config.additional_config))["evolkv"]["rule"] == rule.text
+    assert json.loads(json.dumps(config.additional_config))[plan.RULE] == rule.text
 
 
 def test_configuration_goes_before_the_variable(model, profile, monkeypatch):
@@ -110,12 +110,34 @@ def test_window_of_a_layer_stays_vllms(tmp_path):
     assert dropped[1::2].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("budget", "warned"), [(450, False), (500, True), (600, True), ("50%", False)])
+def test_settings_that_change_nothing_are_said(budget, warned, model, monkeypatch):
+    said = []
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    config_of(model, {"method": "snapkv", "budget": budget})
+    assert [("changes nothing" in each, "512 tokens" in each) for each in said] == [(True, True)] * warned
+
+
+def test_windows_everywhere_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 258}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=64)).save_pretrained(tmp_path)
+    config_of(tmp_path, {"method": "snapkv", "budget": 40})
+    assert len(said) == 1
+    assert "sliding window" in said[0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("profile.json", "expected a mapping such as"),
         ({}, "names neither a profile nor a method"),
         ({"profil": "p.json"}, "has no setting 'profil'"),
+        ({"rule": "{}"}, "has no setting 'rule'"),
         ({"profile": 3}, r"\['profile'\] is 3; expected a text"),
         ({"method": "snapkv", "budget": True}, r"\['budget'\] is True"),
         ({"method": "snapkv", "budget": 1.5}, r"\['budget'\] is 1.5"),
@@ -135,6 +157,7 @@ def test_settings_that_make_no_sense(given, message):
         ({"method": "snapkv", "budget": "0%"}, "above 0%"),
         ({"method": "snapkv", "budget": 8}, "always keeps 32"),
         ({"method": "nothing", "budget": 8}, "nothing"),
+        ({"rule": "x"}, "has no setting 'rule'"),
         ({"method": "full"}, "evicts nothing"),
         ({"method": "cake+snapkv", "budget": 64}, "for each prompt anew"),
         ({"method": "h2o", "budget": 64}, "looks at every query"),
@@ -258,7 +281,7 @@ def test_prompts_that_grow_are_refused_one_by_one():
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    config = SimpleNamespace(additional_config={"evolkv": {"rule": "{}"}})
+    config = SimpleNamespace(additional_config={plan.RULE: "{}"})
     processor = SimpleNamespace(vllm_config=config)
     with pytest.raises(VLLMValidationError, match="sessions whose prompt grows"):
         InputProcessor.process_inputs(processor, "a", "prompt", SamplingParams(), (), resumable=True)
