@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,11 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
 from evolkv.selectors import get_selector
 from evolkv_vllm.chunks import end_of_chunk
@@ -22,6 +26,8 @@ from evolkv_vllm.hooks import install
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.spec import EvolKVSpec
 from evolkv_vllm.startup import description
+from test_settings import config_of as vllm_config_of
+from tiny_model import write_tiny_model
 
 install()
 init_none_hash(sha256)
@@ -113,6 +119,60 @@ def test_nothing_is_freed_before_the_workers_have_compressed():
     request.num_in_flight_tokens = 1
     decode(manager, request)
     assert held(manager, request) == [11 - (320 - 40) // 32]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_step_in_flight_reads_only_what_its_requests_still_hold(caching, tmp_path):
+    """With asynchronous scheduling a step is laid out while the one before runs."""
+    settings = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": caching, "block_size": 16}
+    served = vllm_config_of(write_tiny_model(tmp_path), {"method": "snapkv:window=4", "budget": 40}, **settings)
+    rule = rule_of([40, 100])
+    config = config_of(rule, 16, blocks=48)
+    served.cache_config.num_gpu_blocks = config.num_blocks
+    scheduler = AsyncScheduler(served, config, StructuredOutputManager(served), 16)
+    manager = scheduler.kv_cache_manager
+    free = manager.block_pool.get_num_free_blocks()
+    for number in range(12):
+        prompt = [number % 3] * 30 + list(range(5 + 37 * number % 250))
+        scheduler.add_request(request_of(str(number), prompt, 16))
+    flying, compressed, preempted = deque(), 0, 0
+
+    def read_by(name, number):
+        """The blocks that a request reads of each group, in a step that computes some tokens."""
+        request = scheduler.requests[name]
+        written = request.num_computed_tokens - number >= request.num_prompt_tokens
+        dropped = rule.evicts(request.num_prompt_tokens, 16) // 16 * written
+        end = -(-request.num_computed_tokens // 16)
+        groups = manager.get_blocks(name).blocks
+        return [[each.block_id for each in group[first:end]] for group, first in zip(groups, dropped, strict=True)]
+
+    while scheduler.has_unfinished_requests() or flying:
+        output = scheduler.schedule()
+        preempted += len(output.preempted_req_ids or ())
+        if output.num_scheduled_tokens:
+            lengths = {name: scheduler.requests[name].num_computed_tokens for name in output.num_scheduled_tokens}
+            read = {name: read_by(name, number) for name, number in output.num_scheduled_tokens.items()}
+            assert all(0 not in group for groups in read.values() for group in groups)
+            flying.append((output, lengths, read))
+        if len(flying) < 2 and output.num_scheduled_tokens:
+            continue
+        output, lengths, read = flying.popleft()
+        sampled = []
+        for name, length in lengths.items():
+            request = scheduler.requests.get(name)
+            sampled.append([7] if request is None or length >= request.num_tokens else [])
+            if request is None or request.num_computed_tokens < length:
+                # It has finished, or is preempted.
+                continue
+            for group, blocks in zip(manager.get_blocks(name).blocks, read[name], strict=True):
+                held = {each.block_id for each in group}
+                assert held.issuperset(blocks)
+                compressed += 0 in held
+        order = {name: at for at, name in enumerate(lengths)}
+        scheduler.update_from_output(output, ModelRunnerOutput(list(lengths), order, sampled))
+    assert compressed
+    assert preempted
+    assert manager.block_pool.get_num_free_blocks() == free
 
 
 @settings(max_examples=60, deadline=None)
