@@ -67,7 +67,7 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     model = checkpoint.outline(config.model_config)
     facts = model_facts(model)
     budget = None if settings.budget is None else read_budget(settings.budget)
-    method, budgets = _resolve(method, budget, model, config.model_config)
+    method, budgets = _resolve(method, budget, model, config)
     # Heads of equal budgets share their layer's blocks.
     by_head = bool((budgets != budgets[:, :1]).any())
     budgets = budgets if by_head else budgets[:, :1]
@@ -89,21 +89,21 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     return rule
 
 
-def _resolve(method: Method, budget: Budget | None, model: Any, model_config: Any) -> tuple[Method, np.ndarray]:
+def _resolve(method: Method, budget: Budget | None, model: Any, config: Any) -> tuple[Method, np.ndarray]:
     """Return a method and its budgets for a model, ``[layers, kv_heads]``; see `Method.resolve`."""
     if method.profile is None:
         return method.resolve(model, budget)
-    folder = checkpoint.weights_folder(model_config)
+    folder = checkpoint.weights_folder(config.model_config, config.load_config.download_dir)
     try:
         if folder is None:
-            raise checkpoint.MissingWeightsError("no safetensors files on this machine")
+            raise checkpoint.MissingWeightsError("no safetensors files on this machine yet; the next start looks again")
         return method.resolve(checkpoint.with_weights(model, folder), budget)
     except checkpoint.MissingWeightsError as error:
         logger.warning(
             "EvolKV: the profile is for %s; the weights of %s cannot be compared with it (%s), so only the numbers of "
             "layers and KV heads are",
             method.profile.model["name"],
-            model_config.model,
+            config.model_config.model,
             error,
         )
     blank = checkpoint.without_weights(model)

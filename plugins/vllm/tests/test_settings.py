@@ -10,7 +10,7 @@ import pytest
 
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import get_selector
-from evolkv_vllm import checks, hooks, plan
+from evolkv_vllm import checkpoint, checks, hooks, plan
 from evolkv_vllm.settings import Settings
 from tiny_model import write_tiny_model
 
@@ -178,6 +178,26 @@ def test_profile_of_another_model_is_refused(model, profile, tmp_path):
     other.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"was made for .*\(fingerprint 0{16}\), but the model is"):
         config_of(model, {"profile": str(other)})
+
+
+def test_weights_of_the_hub_are_looked_for_where_vllm_puts_them(tmp_path):
+    model = SimpleNamespace(model="org/name", revision=None)
+    assert checkpoint.weights_folder(model, str(tmp_path)) is None
+    folder = tmp_path / "models--org--name"
+    for name, text in (("refs/main", "abc"), ("snapshots/abc/model.safetensors", "")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+    assert checkpoint.weights_folder(model, str(tmp_path)) == folder / "snapshots" / "abc"
+
+
+def test_a_model_that_is_not_downloaded_is_compared_by_its_shape(model, profile, monkeypatch):
+    asked, said = [], []
+    monkeypatch.setattr(checkpoint, "weights_folder", lambda model, cache: asked.append(cache))
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    rule = plan.rule_of(config_of(model, {"profile": str(profile)}, download_dir="/downloads"))
+    assert kept(rule, 100).tolist() == [40, 50, 60, 40, 50, 60]
+    assert asked == ["/downloads"]
+    assert "the next start looks again" in said[0]
 
 
 @pytest.fixture
