@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from evolkv.errors import RunError
 from evolkv_vllm.spec import EvolKVSpec
@@ -46,6 +47,14 @@ class PromptRow:
 class BudgetBuilder:
     """What the builders of all attention backends share; goes before vLLM's builder among the bases of a class."""
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return which batches a CUDA graph may hold: none with prompts, because nothing is compressed in a graph."""
+        plain = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        if isinstance(kv_cache_spec, EvolKVSpec):
+            return min(plain, AttentionCGSupport.UNIFORM_BATCH, key=lambda each: each.value)
+        return plain
+
     # The tables of two groups differ in more than their blocks, so one group's metadata cannot be made from another's.
     supports_update_block_table = False
 
@@ -59,7 +68,11 @@ class BudgetBuilder:
         #: What the latest step was shifted by: a key, the columns of the table that it took, and tokens.
         self._shift: tuple[Any, Tensor, Tensor] | None = None
         self._most_requests = int(config.scheduler_config.max_num_seqs)
-        if isinstance(kv_cache_spec, EvolKVSpec) and kv_cache_spec.block_size != kv_cache_spec.pool_block_size:
+        if not isinstance(kv_cache_spec, EvolKVSpec):
+            return
+        if config.model_config.rswa_window is None:
+            raise RunError("EvolKV: vLLM would not say how long the prompts are; this version cannot be used")
+        if kv_cache_spec.block_size != kv_cache_spec.pool_block_size:
             raise RunError(
                 f"EvolKV: the attention kernel takes blocks of {kv_cache_spec.block_size} tokens, but the pool has "
                 f"{kv_cache_spec.pool_block_size}; set --block-size {kv_cache_spec.block_size}"
@@ -136,19 +149,22 @@ def prompt_rows(tables: Tensor, step: Step, spec: EvolKVSpec) -> list[PromptRow]
     # A selector that looks at no query still ranks at the end, which is where the last one is.
     observed = max(1, selector.observed_queries or 0)
     everywhere = selector.looks_at_other_layers or spec.rule.heads > 1
-    rows = []
+    found, columns = [], []
     for request in step.reading:
-        evicted = int(step.to_evict[spec.part_class, request])
         # What keeps everything may have to tell others what to keep: a selector looks at all heads of a layer.
-        wanted = step.to_evict[:, request].any() if everywhere else evicted
+        wanted = step.to_evict[:, request] if everywhere else step.to_evict[spec.part_class, request]
+        prompt = int(step.prompts[request])
+        if wanted.any() and step.lengths[request] > prompt - observed:
+            found.append(request)
+            # The first block with an observed query: no other request shares it, and it is there from the first such
+            # query on.
+            columns.append(min(prompt - 1, max(0, prompt - observed)) // spec.block_size)
+    if not found:
+        return []
+    rows = []
+    # All keys in one copy, because the host waits for the device here.
+    for request, key in zip(found, tables[found, columns].tolist(), strict=True):
         prompt, length = int(step.prompts[request]), int(step.lengths[request])
-        if not wanted or length <= prompt - observed:
-            continue
-        table = tables[request]
-        ends = length >= prompt
-        # The first block with an observed query: no other request shares it, and it is there from the first such
-        # query on.
-        key = int(table[min(prompt - 1, max(0, prompt - observed)) // spec.block_size])
         if key == 0:
             # vLLM's placeholder: a rehearsal, of which nothing is kept.
             continue
@@ -160,9 +176,9 @@ def prompt_rows(tables: Tensor, step: Step, spec: EvolKVSpec) -> list[PromptRow]
                 count=length - int(step.computed[request]),
                 computed=int(step.computed[request]),
                 prompt=prompt,
-                evicted=evicted,
+                evicted=int(step.to_evict[spec.part_class, request]),
                 key=key,
-                blocks=table[: -(-prompt // spec.block_size)].long() if ends else None,
+                blocks=tables[request, : -(-prompt // spec.block_size)].long() if length >= prompt else None,
                 memory=step.memories.setdefault(request, {}),
             )
         )

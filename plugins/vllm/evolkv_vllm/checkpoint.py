@@ -70,11 +70,12 @@ def without_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def weights_folder(model_config: Any) -> Path | None:
+def weights_folder(model_config: Any, cache: str | None = None) -> Path | None:
     """Return the folder with the safetensors files of a server's model, or None where there is none on this machine.
 
     Args:
         model_config: vLLM's `ModelConfig`.
+        cache: the folder that models of the Hub are downloaded to, if not the usual one.
     """
     name = str(model_config.model)
     folder = Path(os.path.expanduser(name))
@@ -83,7 +84,7 @@ def weights_folder(model_config: Any) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        found = try_to_load_from_cache(name, file, revision=getattr(model_config, "revision", None))
+        found = try_to_load_from_cache(name, file, cache, getattr(model_config, "revision", None))
         if isinstance(found, str):
             return Path(found).parent
     return None
@@ -120,7 +121,7 @@ class _Files:
     """The tensors of a folder's safetensors files, mapped into memory: only what is looked at is read."""
 
     def __init__(self, folder: Path):
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, framework="pt")
             self._files |= dict.fromkeys(file.keys(), file)

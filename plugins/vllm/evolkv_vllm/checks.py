@@ -113,6 +113,11 @@ def _reasons(config: Any, selector: Selector, classes: int, by_head: bool) -> li
             "use --tensor-parallel-size 1, or a profile by layer: evolkv search --granularity layer",
         ),
         (
+            by_head and model.is_hybrid,
+            "budgets by head and a model with state-space or convolution layers, because a head's blocks would be "
+            "smaller than such a layer's state; use a profile by layer: evolkv search --granularity layer",
+        ),
+        (
             parallel.pipeline_parallel_size > 1 and selector.looks_at_other_layers,
             f"the selector {selector.spec!r} and pipeline parallelism, because layers on different devices would "
             "decide for each other; set its reuse to 1",
@@ -146,12 +151,11 @@ def check_sharing(target: str | None, name: str) -> None:
         )
 
 
-def check_layer(layer: Any, name: str) -> None:
+def check_layer(layer: Any) -> None:
     """Check that one attention layer of a loaded model can be compressed.
 
     Args:
         layer: vLLM's `Attention`.
-        name: of the layer, for messages.
 
     Raises:
         UsageError: it cannot.
@@ -162,7 +166,6 @@ def check_layer(layer: Any, name: str) -> None:
             f"EvolKV cannot run with the attention backend {layer.attn_backend.get_name()}; choose "
             "--attention-backend FLASH_ATTN or TRITON_ATTN on a GPU"
         )
-    check_sharing(getattr(layer, "kv_sharing_target_layer_name", None), name)
     if getattr(implementation, "alibi_slopes", None) is not None:
         raise UsageError(
             "EvolKV cannot run with ALiBi, whose biases selectors do not see; serve this model without a profile"

@@ -13,8 +13,9 @@ def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> in
     A request that was preempted is read again with its answer so far. Its prompt has to be compressed in between, as
     it was before, because the answer was written by what the compressed prompt says.
 
-    On a GPU the last chunk of a prompt has more tokens than a step of decoding: vLLM replays a CUDA graph for a batch
-    of such steps, and nothing is compressed in a graph.
+    On a GPU a chunk with an observed query, and the last one, has more tokens than a step of decoding: vLLM replays a
+    CUDA graph for a batch of such steps, and in a graph nothing is compressed and no query is noted. Where there is no
+    room for so many, the request waits.
 
     Args:
         scheduler: vLLM's.
@@ -35,4 +36,6 @@ def end_of_chunk(scheduler: Any, request: Any, computed: int, number: int) -> in
     if scheduler.vllm_config.device_config.device_type == "cpu":
         return number
     least = 2 + scheduler.num_spec_tokens
-    return max(0, min(end, prompt - least) - computed)
+    number = min(end, prompt - least) - computed
+    first = prompt - (spec.rule.selector.observed_queries or 0)
+    return number if number >= least or 0 < number <= first - computed else 0

@@ -60,7 +60,7 @@ def split(layer: Attention, plain: Callable[..., None], arguments: dict[str, Any
         UsageError: the layer cannot be compressed, or has another number of KV heads than the budgets.
     """
     number = layer.num_kv_heads
-    checks.check_layer(layer, layer.layer_name)
+    checks.check_layer(layer)
     if number != rule.heads:
         raise UsageError(
             f"EvolKV: the budgets are for {rule.heads} KV heads, but vLLM's layer {layer.layer_name} has {number}; use "

@@ -1,14 +1,17 @@
-"""Where the plugin takes hold of vLLM: what it registers, and the seven methods that it wraps.
+"""Where the plugin takes hold of vLLM: what it registers, and the methods that it wraps.
 
 vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
 
 * `VllmConfig.__post_init__`: settings are checked before anything is loaded.
 * `Attention.__init__`: where budgets differ from head to head, a layer's KV heads become layers of their own.
 * `Attention.get_kv_cache_spec`: a layer's spec carries its budget.
-* `KVCacheManager.__init__`: one line at start says what the budgets come to, and tokens with slots take a short cut.
+* `KVCacheManager.__init__`: one line at start says what the budgets come to, answers stay out of the prefix cache, and
+  tokens with slots take a short cut.
 * `KVCacheManager.get_computed_blocks`: the look-up of a prefix learns how long the prompt is.
+* `InputProcessor.process_inputs`: prompts that grow are refused.
 * `Scheduler._reserve_prefill_lookahead`: a chunk ends where a prompt ends.
 * `GPUModelRunner.initialize_kv_cache`, which the runner for CPUs has, too: all groups of layers are done at once there.
+* `GPUModelRunner.prepare_inputs` of vLLM's second runner: the lengths of prompts are taken from the host.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import inspect
 import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from evolkv.errors import RunError, UsageError
 from evolkv_vllm import checks, plan
@@ -46,8 +51,14 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("rswa_prefix_lens", "seq_lens_cpu_upper_bound", "positions"),
     ),
     ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+    (
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator.cache_blocks",
+        ("request", "num_computed_tokens"),
+    ),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("kv_cache_config", "max_model_len")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
+    ("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", ("resumable",)),
     (
         "vllm.v1.core.sched.scheduler",
         "Scheduler._reserve_prefill_lookahead",
@@ -91,6 +102,9 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded", "ubatch_slices"),
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._build_attention_metadata", ("num_tokens", "slot_mappings")),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch", ("prompt_lens", "idx_mapping_np")),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", ()),
+    ("vllm.v1.worker.gpu.states", "RequestState.add_request", ("prompt_len",)),
     ("vllm.v1.worker.block_table", "MultiGroupBlockTable.commit_block_table", ("num_reqs",)),
     (
         "vllm.v1.worker.block_table",
@@ -158,7 +172,7 @@ def install() -> None:
     _wrap_config()
     _wrap_layers()
     _wrap_block_managers()
-    _wrap_scheduler()
+    _wrap_requests()
     _wrap_runner()
 
 
@@ -242,7 +256,7 @@ def _wrap_layers() -> None:
             # Layers with a sliding window have another spec, and keep it.
             if rule is None or type(spec) is not FullAttentionSpec:
                 return spec
-            checks.check_layer(self, self.layer_name)
+            checks.check_layer(self)
             number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
             whole, part = heads.whole_of(self), self.impl.part
             if rule.heads > 1 and whole is self:
@@ -269,7 +283,11 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     layers = config.compilation_config.static_forward_context.items()
-    indices = sorted({extract_layer_index(each) for each, layer in layers if isinstance(layer, Attention)})
+    own = {each: layer for each, layer in layers if isinstance(layer, Attention)}
+    for each, layer in own.items():
+        # vLLM does not ask a layer without keys and values of its own for a spec.
+        checks.check_sharing(layer.kv_sharing_target_layer_name, each)
+    indices = sorted({extract_layer_index(each) for each in own})
     index = extract_layer_index(name)
     if len(indices) == num_layers:
         return indices.index(index)
@@ -287,7 +305,7 @@ def _layer_number(name: str, config: Any, num_layers: int) -> int:
 def _wrap_block_managers() -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-    from evolkv_vllm.manager import looking_up
+    from evolkv_vllm.manager import keep_answers_out, looking_up
     from evolkv_vllm.slots import shorten
     from evolkv_vllm.startup import announce
 
@@ -295,6 +313,7 @@ def _wrap_block_managers() -> None:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
             plain(self, *args, **kwargs)
             announce(self)
+            keep_answers_out(self.coordinator)
             shorten(self)
 
         return wrapped
@@ -311,8 +330,10 @@ def _wrap_block_managers() -> None:
     _wrap(KVCacheManager, "get_computed_blocks", look_up)
 
 
-def _wrap_scheduler() -> None:
+def _wrap_requests() -> None:
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.input_processor import InputProcessor
 
     from evolkv_vllm.chunks import end_of_chunk
 
@@ -323,10 +344,23 @@ def _wrap_scheduler() -> None:
 
         return reserve
 
+    def refuse(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+            if resumable and plan.rule_of(self.vllm_config) is not None:
+                raise VLLMValidationError(
+                    "EvolKV cannot run sessions whose prompt grows, because its beginning is compressed by then; send "
+                    "the whole prompt as a new request, or serve the model without a profile"
+                )
+            return plain(self, *args, resumable=resumable, **kwargs)
+
+        return process_inputs
+
     _wrap(Scheduler, "_reserve_prefill_lookahead", wrapper)
+    _wrap(InputProcessor, "process_inputs", refuse)
 
 
 def _wrap_runner() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from evolkv_vllm.groups import take_over
@@ -339,3 +373,17 @@ def _wrap_runner() -> None:
         return initialize_kv_cache
 
     _wrap(GPUModelRunner, "initialize_kv_cache", wrapper)
+    _wrap(SecondRunner, "prepare_inputs", lengths_on_host)
+
+
+def lengths_on_host(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that prepares a batch of vLLM's second runner, from vLLM's own."""
+
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = plain(self, *args, **kwargs)
+        if plan.rule_of(self.vllm_config) is not None:
+            # vLLM's are on the device, and who reads them there waits for the step before.
+            batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+        return batch
+
+    return prepare_inputs

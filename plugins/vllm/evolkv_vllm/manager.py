@@ -28,6 +28,28 @@ def looking_up(prompt_tokens: int) -> Iterator[None]:
         _LOOKED_UP.reset(token)
 
 
+def keep_answers_out(coordinator: Any) -> None:
+    """Let the prefix cache of a server with budgets hold no answer to a prompt that was compressed, in any group.
+
+    Layers that keep the whole prompt got the answer's keys and values from layers that do not. A prompt that holds the
+    answer is read without such losses.
+
+    Args:
+        coordinator: vLLM's `KVCacheCoordinator`; changed.
+    """
+    own = next((each for each in coordinator.single_type_managers if isinstance(each, EvolKVManager)), None)
+    if own is None:
+        return
+    plain = coordinator.cache_blocks
+
+    def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+        if own.any_evicts(request.num_prompt_tokens):
+            num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        plain(request, num_computed_tokens)
+
+    coordinator.cache_blocks = cache_blocks
+
+
 class EvolKVManager(FullAttentionManager):
     """The blocks of the layers of one group."""
 
@@ -60,6 +82,10 @@ class EvolKVManager(FullAttentionManager):
             return
         self._compressed.add(request_id)
         self._remove_blocks_in_range(request_id, 0, self.kv_cache_spec.dropped_blocks(num_prompt_tokens))
+
+    def any_evicts(self, prompt_tokens: int) -> bool:
+        """Return whether any group does without entries of a prompt of so many tokens."""
+        return self.kv_cache_spec.rule.any_evicts(prompt_tokens, self.block_size)
 
     def is_compressed(self, request_id: str) -> bool:
         """Return whether the request's prompt is compressed, and what it gave back is free."""

@@ -15,12 +15,12 @@ from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
 from evolkv_vllm import checkpoint, checks
 from evolkv_vllm.rule import BudgetRule
-from evolkv_vllm.settings import KEY, Settings
+from evolkv_vllm.settings import Settings
 
 logger = logging.getLogger("vllm.evolkv")
 
-#: Where the rule stands in ``additional_config["evolkv"]``, with which it reaches every process.
-_RULE = "rule"
+#: Where the rule stands in ``additional_config``, with which it reaches every process: beside what users write.
+RULE = "evolkv_rule"
 #: A window that no text outgrows. A model with one is handed the lengths of prompts, and evicts nothing by it.
 _NO_WINDOW = 1 << 30
 
@@ -32,8 +32,7 @@ def rule_of(config: Any) -> BudgetRule | None:
         config: vLLM's `VllmConfig`.
     """
     additional = config.additional_config
-    given = additional.get(KEY) if isinstance(additional, Mapping) else None
-    text = given.get(_RULE) if isinstance(given, Mapping) else None
+    text = additional.get(RULE) if isinstance(additional, Mapping) else None
     return None if text is None else BudgetRule(text)
 
 
@@ -57,8 +56,7 @@ def configure(config: Any) -> None:
     except UsageError as error:
         # vLLM's configuration takes a ValueError for one of its own and wraps it in a page of text.
         raise RunError(str(error)) from None
-    given = config.additional_config or {}
-    config.additional_config = {**given, KEY: {**given.get(KEY, {}), _RULE: rule.text}}
+    config.additional_config = {**(config.additional_config or {}), RULE: rule.text}
     config.model_config.model_arch_config.rswa_window = _NO_WINDOW
 
 
@@ -69,7 +67,7 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     model = checkpoint.outline(config.model_config)
     facts = model_facts(model)
     budget = None if settings.budget is None else read_budget(settings.budget)
-    method, budgets = _resolve(method, budget, model, config.model_config)
+    method, budgets = _resolve(method, budget, model, config)
     # Heads of equal budgets share their layer's blocks.
     by_head = bool((budgets != budgets[:, :1]).any())
     budgets = budgets if by_head else budgets[:, :1]
@@ -80,24 +78,32 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
     else:
         rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact)
     checks.check_config(config, method.selector, classes=len(set(rule.classes)), by_head=by_head)
+    longest = config.model_config.max_model_len
+    if not rule.any_evicts(longest, config.cache_config.block_size or 1):
+        logger.warning(
+            "EvolKV: %s changes nothing: each layer has a sliding window, or a budget that covers the longest prompts "
+            "(%d tokens); set a smaller budget, or leave the setting out",
+            settings.source,
+            longest,
+        )
     return rule
 
 
-def _resolve(method: Method, budget: Budget | None, model: Any, model_config: Any) -> tuple[Method, np.ndarray]:
+def _resolve(method: Method, budget: Budget | None, model: Any, config: Any) -> tuple[Method, np.ndarray]:
     """Return a method and its budgets for a model, ``[layers, kv_heads]``; see `Method.resolve`."""
     if method.profile is None:
         return method.resolve(model, budget)
-    folder = checkpoint.weights_folder(model_config)
+    folder = checkpoint.weights_folder(config.model_config, config.load_config.download_dir)
     try:
         if folder is None:
-            raise checkpoint.MissingWeightsError("no safetensors files on this machine")
+            raise checkpoint.MissingWeightsError("no safetensors files on this machine yet; the next start looks again")
         return method.resolve(checkpoint.with_weights(model, folder), budget)
     except checkpoint.MissingWeightsError as error:
         logger.warning(
             "EvolKV: the profile is for %s; the weights of %s cannot be compared with it (%s), so only the numbers of "
             "layers and KV heads are",
             method.profile.model["name"],
-            model_config.model,
+            config.model_config.model,
             error,
         )
     blank = checkpoint.without_weights(model)

@@ -34,20 +34,17 @@ def shorten(manager: Any) -> None:
     nothing = manager.empty_kv_cache_blocks = _NoBlocks(manager.empty_kv_cache_blocks.blocks)
 
     @functools.lru_cache(maxsize=1 << 16)
-    def hashing(prompt_tokens: int) -> Any:
-        """Return a group that keeps all of such prompts, so that answers are hashed for the prefix cache, or None."""
-        if not manager.enable_caching:
-            return None
-        return next((each for each in managers if not each.kv_cache_spec.evicted_tokens(prompt_tokens)), None)
+    def hashes(prompt_tokens: int) -> bool:
+        """Return whether answers to such prompts are hashed for the prefix cache."""
+        return manager.enable_caching and not first.any_evicts(prompt_tokens)
 
     def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         if not args and kwargs.keys() <= {"num_lookahead_tokens"} and first.is_compressed(request.request_id):
             tokens = request.num_computed_tokens + num_new_tokens
             slots = len(first.req_to_blocks[request.request_id]) * first.block_size
-            if min(tokens + kwargs.get("num_lookahead_tokens", 0), longest) <= slots:
-                group = hashing(request.num_prompt_tokens)
-                if group is None or not group.has_more_to_hash(request, tokens):
-                    return nothing
+            fits = min(tokens + kwargs.get("num_lookahead_tokens", 0), longest) <= slots
+            if fits and not (hashes(request.num_prompt_tokens) and first.has_more_to_hash(request, tokens)):
+                return nothing
         return plain(request, num_new_tokens, *args, **kwargs)
 
     manager.allocate_slots = allocate_slots

@@ -68,13 +68,12 @@ class EvolKVSpec(FullAttentionSpec):
         """Return how many tokens of a prompt may come from the prefix cache; None for no limit.
 
         What is moved when the prompt is compressed lies behind the dropped blocks, so these slots must be the
-        request's own. All queries that the selector looks at are computed, and two tokens at least, because a step that
-        computes a single one looks like a step of decoding. Where layers decide for each other, those that keep
-        everything rank the prompt, too.
+        request's own. All queries that the selector looks at are computed, and a block at least, because a step that
+        computes a few tokens looks like a step of decoding. A layer that keeps everything needs no limit, because vLLM
+        takes no more from the cache than the layers with the lowest limit allow.
         """
-        evicted, selector = self.evicted_tokens(prompt_tokens), self.rule.selector
-        ranks = selector.looks_at_other_layers and self.rule.any_evicts(prompt_tokens, self.block_size)
-        if not evicted and not ranks:
+        evicted = self.evicted_tokens(prompt_tokens)
+        if not evicted:
             return None
-        limit = prompt_tokens - max(2, selector.observed_queries or 0)
-        return max(0, min(limit, evicted // self.block_size * self.block_size) if evicted else limit)
+        limit = prompt_tokens - max(self.block_size, self.rule.selector.observed_queries or 0)
+        return max(0, min(limit, evicted // self.block_size * self.block_size))

@@ -31,8 +31,8 @@ def description(config: Any, length: int) -> str:
         config: vLLM's `KVCacheConfig`.
         length: tokens of the prompt.
     """
-    held = full = 0
-    sizes, part = [], "layer"
+    held, full, part = 0, 0, "layer"
+    sizes = [len(group.layer_names) for group in config.kv_cache_groups]
     for group in config.kv_cache_groups:
         spec, layers = group.kv_cache_spec, len(group.layer_names)
         blocks = -(-length // spec.block_size)
@@ -40,8 +40,8 @@ def description(config: Any, length: int) -> str:
         if window is not None:
             blocks = min(blocks, -(-window // spec.block_size) + 1)
         full += layers * blocks
-        held += layers * (blocks - (spec.dropped_blocks(length) if hasattr(spec, "dropped_blocks") else 0))
-        sizes.append(layers)
+        # A block of the pool has room for the largest group's layers, whichever group it goes to.
+        held += max(sizes) * (blocks - (spec.dropped_blocks(length) if isinstance(spec, EvolKVSpec) else 0))
         if isinstance(spec, EvolKVSpec) and spec.rule.heads > 1:
             part = "head"
     pool = (config.num_blocks - 1) * max(sizes)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evolkv.errors import RunError
 from evolkv_vllm.rule import BudgetRule
 
 
@@ -49,18 +48,17 @@ class Step:
     def of(cls, common: Any, rule: BudgetRule, block_size: int) -> Step:
         """Return the step that vLLM's `CommonAttentionMetadata` describes; groups of one step share one.
 
-        Raises:
-            RunError: vLLM does not say how long the prompts are.
+        Rehearsals of vLLM, of a graph for example, have no prompts. What pads a batch to the size of a graph has none,
+        either.
         """
         global _latest
-        prompts, lengths = common.rswa_prefix_lens, common.seq_lens_cpu_upper_bound
-        if prompts is None or lengths is None:
-            raise RunError("EvolKV: this vLLM does not tell attention backends the lengths of prompts; install 0.32")
         number = common.num_reqs
-        parts = tuple(
-            array[:size].cpu().numpy()
-            for array, size in ((prompts, number), (lengths, number), (common.query_start_loc_cpu, number + 1))
-        )
+        prompts = np.zeros(number, dtype=np.int64)
+        if common.rswa_prefix_lens is not None:
+            given = common.rswa_prefix_lens[:number].cpu().numpy()
+            prompts[: len(given)] = given
+        lengths, ends = common.seq_lens_cpu_upper_bound[:number], common.query_start_loc_cpu[: number + 1]
+        parts = prompts, lengths.numpy(), ends.numpy()
         # By content, because vLLM writes each step's numbers into the same tensors.
         key = (rule.text, block_size, *(part.tobytes() for part in parts))
         if _latest is None or _latest[0] != key:

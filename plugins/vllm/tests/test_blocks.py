@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +14,20 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
 from evolkv.selectors import get_selector
+from evolkv_vllm.chunks import end_of_chunk
 from evolkv_vllm.hooks import install
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.spec import EvolKVSpec
 from evolkv_vllm.startup import description
+from test_settings import config_of as vllm_config_of
+from tiny_model import write_tiny_model
 
 install()
 init_none_hash(sha256)
@@ -112,6 +121,60 @@ def test_nothing_is_freed_before_the_workers_have_compressed():
     assert held(manager, request) == [11 - (320 - 40) // 32]
 
 
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_step_in_flight_reads_only_what_its_requests_still_hold(caching, tmp_path):
+    """With asynchronous scheduling a step is laid out while the one before runs."""
+    settings = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": caching, "block_size": 16}
+    served = vllm_config_of(write_tiny_model(tmp_path), {"method": "snapkv:window=4", "budget": 40}, **settings)
+    rule = rule_of([40, 100])
+    config = config_of(rule, 16, blocks=48)
+    served.cache_config.num_gpu_blocks = config.num_blocks
+    scheduler = AsyncScheduler(served, config, StructuredOutputManager(served), 16)
+    manager = scheduler.kv_cache_manager
+    free = manager.block_pool.get_num_free_blocks()
+    for number in range(12):
+        prompt = [number % 3] * 30 + list(range(5 + 37 * number % 250))
+        scheduler.add_request(request_of(str(number), prompt, 16))
+    flying, compressed, preempted = deque(), 0, 0
+
+    def read_by(name, number):
+        """The blocks that a request reads of each group, in a step that computes some tokens."""
+        request = scheduler.requests[name]
+        written = request.num_computed_tokens - number >= request.num_prompt_tokens
+        dropped = rule.evicts(request.num_prompt_tokens, 16) // 16 * written
+        end = -(-request.num_computed_tokens // 16)
+        groups = manager.get_blocks(name).blocks
+        return [[each.block_id for each in group[first:end]] for group, first in zip(groups, dropped, strict=True)]
+
+    while scheduler.has_unfinished_requests() or flying:
+        output = scheduler.schedule()
+        preempted += len(output.preempted_req_ids or ())
+        if output.num_scheduled_tokens:
+            lengths = {name: scheduler.requests[name].num_computed_tokens for name in output.num_scheduled_tokens}
+            read = {name: read_by(name, number) for name, number in output.num_scheduled_tokens.items()}
+            assert all(0 not in group for groups in read.values() for group in groups)
+            flying.append((output, lengths, read))
+        if len(flying) < 2 and output.num_scheduled_tokens:
+            continue
+        output, lengths, read = flying.popleft()
+        sampled = []
+        for name, length in lengths.items():
+            request = scheduler.requests.get(name)
+            sampled.append([7] if request is None or length >= request.num_tokens else [])
+            if request is None or request.num_computed_tokens < length:
+                # It has finished, or is preempted.
+                continue
+            for group, blocks in zip(manager.get_blocks(name).blocks, read[name], strict=True):
+                held = {each.block_id for each in group}
+                assert held.issuperset(blocks)
+                compressed += 0 in held
+        order = {name: at for at, name in enumerate(lengths)}
+        scheduler.update_from_output(output, ModelRunnerOutput(list(lengths), order, sampled))
+    assert compressed
+    assert preempted
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), budgets=st.lists(st.integers(4, 200), min_size=1, max_size=4), caching=st.booleans())
 def test_pool_is_as_at_the_start_after_any_requests(data, budgets, caching):
@@ -194,6 +257,31 @@ def test_shared_blocks_are_never_written_to(budgets, first, second, shared, answ
             assert all(block.ref_cnt == 1 and block.block_hash is None for block in group[dropped:])
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    prompt=st.integers(60, 200),
+    rooms=st.lists(st.integers(0, 12), max_size=20),
+    drafts=st.integers(0, 3),
+    selector=st.sampled_from(["snapkv:window=8", "keydiff"]),
+)
+def test_on_a_gpu_no_chunk_that_matters_looks_like_decoding(prompt, rooms, drafts, selector):
+    """vLLM replays a graph for steps of one token, or of one and the drafts, and no query is noted in a graph."""
+    config, least = config_of(rule_of([40], selector), 16), 2 + drafts
+    devices = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
+    scheduler = SimpleNamespace(kv_cache_config=config, num_spec_tokens=drafts, vllm_config=devices)
+    request = SimpleNamespace(num_prompt_tokens=prompt)
+    first, computed = prompt - (8 if "snapkv" in selector else 0), prompt - 30
+    # With room enough a request never waits for ever.
+    for room in [*rooms, *[2 * least] * 30]:
+        number = end_of_chunk(scheduler, request, computed, min(room, prompt + 1 - computed))
+        assert 0 <= number <= room
+        computed += number
+        assert not number or number >= least or computed <= first
+        if computed == prompt:
+            break
+    assert computed == prompt
+
+
 def test_a_prefix_is_found_up_to_what_was_dropped():
     manager = manager_of(rule_of([40, 100]), 16, caching=True)
     prompt = list(range(1000, 1400))
@@ -211,6 +299,30 @@ def test_a_prefix_is_found_up_to_what_was_dropped():
     assert read(manager, covered) == 48
 
 
+@pytest.mark.parametrize("chunk", [None, 30])
+def test_no_prompt_finds_an_answer_to_a_compressed_prompt(chunk):
+    """Layers that keep the whole prompt got the answer's entries from layers that do not."""
+    config = config_of(rule_of([40, 400]), 16)
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=400)
+    config.kv_cache_groups.append(KVCacheGroupSpec(["window"], window))
+    manager = KVCacheManager(config, LENGTH, 16, 16, enable_caching=True)
+    prompt = list(range(1000, 1200))
+    first = request_of("first", prompt, 16)
+    read(manager, first, chunk)
+    decode(manager, first, 64)
+    for group in manager.get_blocks("first").blocks:
+        assert all(block.block_hash is None for block in group[200 // 16 :])
+    manager.free(first)
+    chat = [*prompt, *[7] * 64, *range(2000, 2100)]
+    second, third = request_of("second", chat, 16), request_of("third", chat, 16)
+    assert read(manager, second) == 200 - 40
+    clean = [[block.block_id for block in group] for group in manager.get_blocks("second").blocks]
+    found = read(manager, third) // 16
+    assert found == (364 - 40) // 16
+    again = [[block.block_id for block in group] for group in manager.get_blocks("third").blocks]
+    assert [group[200 // 16 : found] for group in again] == [group[200 // 16 : found] for group in clean]
+
+
 def test_a_preempted_request_finds_its_prompt_but_not_its_answer():
     manager = manager_of(rule_of([40]), 16, caching=True)
     request = request_of("a", list(range(1000, 1200)), 16)
@@ -222,23 +334,19 @@ def test_a_preempted_request_finds_its_prompt_but_not_its_answer():
     assert found == (200 - 40) // 16 * 16
 
 
-def test_chunkkv_that_decides_for_other_layers_reads_its_window():
-    rule = rule_of([40, 400], "chunkkv:window=8")
-    manager = manager_of(rule, 16, caching=True)
-    prompt = list(range(1000, 1200))
-    request = request_of("a", prompt, 16)
-    read(manager, request)
-    decode(manager, request)
-    manager.free(request)
-    assert read(manager, request_of("b", prompt, 16)) <= 200 - 8
-
-
 def test_line_at_start():
     config = config_of(rule_of([64, 64, 96, 96]), 32, blocks=129)
     assert description(config, 1024) == (
         "EvolKV: 2 groups of 2 layers; a prompt of 1,024 tokens holds 10 of its 128 one-layer blocks once it is read, "
         "so 25 such prompts fit where 2 did"
     )
+
+
+def test_line_at_start_promises_no_more_prompts_than_fit():
+    """A block of the pool costs as much for the smaller group: a prompt takes two and three of the thousand."""
+    config = config_of(rule_of([64] * 4 + [96] * 6), 32, blocks=1001)
+    assert "holds 30 of its 320 one-layer blocks" in description(config, 1024)
+    assert "so 200 such prompts fit where 18 did" in description(config, 1024)
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 64, 500])

@@ -54,7 +54,8 @@ class Layer:
         heads = KV_HEADS if part is None else 1
         plain = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=DIM, dtype=dtype)
         self.spec = EvolKVSpec.of_layer(plain, rule, 0, part or 0)
-        config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
+        model_config = SimpleNamespace(rswa_window=1 << 30)
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4), model_config=model_config)
         self.builder = Builder(self.spec, ["layers.0"], config, torch.device("cpu"))
         self.compactor = Compactor(rule.selector, 0, len(budgets), DIM**-0.5, parts=KV_HEADS // heads)
         self.isa = _get_attn_isa(dtype, block_size, DIM)

@@ -10,7 +10,7 @@ import pytest
 
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import get_selector
-from evolkv_vllm import checks, hooks, plan
+from evolkv_vllm import checkpoint, checks, hooks, plan
 from evolkv_vllm.settings import Settings
 from tiny_model import write_tiny_model
 
@@ -66,7 +66,7 @@ def test_profile_by_variable_or_configuration(way, model, profile, monkeypatch):
     assert kept(rule, 45).tolist() == [40, 45, 45, 40, 45, 45]
     assert rule.classes == (0, 1, 2, 0, 1, 2)
     # What travels with the configuration is JSON, which vLLM hashes.
-    assert json.loads(json.dumps(config.additional_config))["evolkv"]["rule"] == rule.text
+    assert json.loads(json.dumps(config.additional_config))[plan.RULE] == rule.text
 
 
 def test_configuration_goes_before_the_variable(model, profile, monkeypatch):
@@ -110,12 +110,34 @@ def test_window_of_a_layer_stays_vllms(tmp_path):
     assert dropped[1::2].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("budget", "warned"), [(450, False), (500, True), (600, True), ("50%", False)])
+def test_settings_that_change_nothing_are_said(budget, warned, model, monkeypatch):
+    said = []
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    config_of(model, {"method": "snapkv", "budget": budget})
+    assert [("changes nothing" in each, "512 tokens" in each) for each in said] == [(True, True)] * warned
+
+
+def test_windows_everywhere_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 258}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=64)).save_pretrained(tmp_path)
+    config_of(tmp_path, {"method": "snapkv", "budget": 40})
+    assert len(said) == 1
+    assert "sliding window" in said[0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("profile.json", "expected a mapping such as"),
         ({}, "names neither a profile nor a method"),
         ({"profil": "p.json"}, "has no setting 'profil'"),
+        ({"rule": "{}"}, "has no setting 'rule'"),
         ({"profile": 3}, r"\['profile'\] is 3; expected a text"),
         ({"method": "snapkv", "budget": True}, r"\['budget'\] is True"),
         ({"method": "snapkv", "budget": 1.5}, r"\['budget'\] is 1.5"),
@@ -135,6 +157,7 @@ def test_settings_that_make_no_sense(given, message):
         ({"method": "snapkv", "budget": "0%"}, "above 0%"),
         ({"method": "snapkv", "budget": 8}, "always keeps 32"),
         ({"method": "nothing", "budget": 8}, "nothing"),
+        ({"rule": "x"}, "has no setting 'rule'"),
         ({"method": "full"}, "evicts nothing"),
         ({"method": "cake+snapkv", "budget": 64}, "for each prompt anew"),
         ({"method": "h2o", "budget": 64}, "looks at every query"),
@@ -155,6 +178,26 @@ def test_profile_of_another_model_is_refused(model, profile, tmp_path):
     other.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"was made for .*\(fingerprint 0{16}\), but the model is"):
         config_of(model, {"profile": str(other)})
+
+
+def test_weights_of_the_hub_are_looked_for_where_vllm_puts_them(tmp_path):
+    model = SimpleNamespace(model="org/name", revision=None)
+    assert checkpoint.weights_folder(model, str(tmp_path)) is None
+    folder = tmp_path / "models--org--name"
+    for name, text in (("refs/main", "abc"), ("snapshots/abc/model.safetensors", "")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+    assert checkpoint.weights_folder(model, str(tmp_path)) == folder / "snapshots" / "abc"
+
+
+def test_a_model_that_is_not_downloaded_is_compared_by_its_shape(model, profile, monkeypatch):
+    asked, said = [], []
+    monkeypatch.setattr(checkpoint, "weights_folder", lambda model, cache: asked.append(cache))
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    rule = plan.rule_of(config_of(model, {"profile": str(profile)}, download_dir="/downloads"))
+    assert kept(rule, 100).tolist() == [40, 50, 60, 40, 50, 60]
+    assert asked == ["/downloads"]
+    assert "the next start looks again" in said[0]
 
 
 @pytest.fixture
@@ -194,6 +237,13 @@ def test_budgets_by_head_and_tensor_parallelism_are_refused(model, by_head, monk
         plan.configure(config)
 
 
+def test_budgets_by_head_and_a_hybrid_model_are_refused(model):
+    changed = stand_in(config_of(model), model_config={"is_hybrid": True})
+    checks.check_config(changed, get_selector("snapkv"), classes=2)
+    with pytest.raises(UsageError, match=r"budgets by head and a model with state-space.*--granularity layer"):
+        checks.check_config(changed, get_selector("snapkv"), classes=2, by_head=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -212,6 +262,7 @@ def stand_in(config, **changes):
     scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     made = {"kv_transfer_config": None, "speculative_config": None, "scheduler_config": scheduler}
     base = {"runner_type": "generate", "is_encoder_decoder": False, "use_mla": False, "is_mm_prefix_lm": False}
+    base["is_hybrid"] = False
     arch = SimpleNamespace(rswa_window=None)
     for name, fields in parts.items():
         own = {**fields, **(base | {"model_arch_config": arch} if name == "model_config" else {})}
@@ -242,6 +293,33 @@ def test_more_features_that_do_not_go_together(changes, selector, message, model
     checks.check_config(stand_in(config), get_selector(selector), classes=2)
     with pytest.raises(UsageError, match=message):
         checks.check_config(stand_in(config, **changes), get_selector(selector), classes=2)
+
+
+def test_prompts_that_grow_are_refused_one_by_one():
+    """A client error of vLLM's, so that the others go on."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    config = SimpleNamespace(additional_config={plan.RULE: "{}"})
+    processor = SimpleNamespace(vllm_config=config)
+    with pytest.raises(VLLMValidationError, match="sessions whose prompt grows"):
+        InputProcessor.process_inputs(processor, "a", "prompt", SamplingParams(), (), resumable=True)
+
+
+def test_layers_that_share_keys_and_values_are_refused():
+    """vLLM asks only those with keys and values for their budgets."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    layers = {}
+    for number, target in enumerate([None, None, "model.layers.1.attn"]):
+        layer = layers[f"model.layers.{number}.attn"] = Attention.__new__(Attention)
+        layer.kv_sharing_target_layer_name = target
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(UsageError, match=r"share keys and values \(model.layers.2.attn\)"):
+        hooks._layer_number("model.layers.0.attn", config, 3)
+    layers.popitem()
+    assert hooks._layer_number("model.layers.1.attn", config, 2) == 1
 
 
 @pytest.mark.parametrize(
