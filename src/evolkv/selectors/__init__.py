@@ -107,7 +107,6 @@ def get_selector(spec: SelectorSpec) -> Selector:
 
 __all__ = [
     "H2O",
-    "METHOD_ALIASES",
     "SELECTORS",
     "TOVA",
     "ChunkKV",
@@ -128,5 +127,4 @@ __all__ = [
     "StreamingLLM",
     "Words",
     "get_selector",
-    "spec_names",
 ]
