@@ -729,7 +729,7 @@ def test_profile_show_says_how_to_use_it(run, tmp_path, task, ending):
     info = evolkv.models.ModelInfo("other", 4, 3, 9, 64, 4096, "0" * 16)
     BudgetProfile.from_budgets(info, np.full((4, 3), 40), search={"task": task}).save(tmp_path / "my p.json")
     _, out, _ = run("profile", "show", "my p.json")
-    assert out.endswith(f"\nevolkv generate other --profile 'my p.json' --prompt-file prompt.txt{ending}\n")
+    assert out.endswith(f"\nevolkv generate other --profile 'my p.json' --prompt-file question.txt{ending}\n")
 
 
 def test_invalid_profile_is_refused_and_named(run, tmp_path):

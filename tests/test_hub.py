@@ -342,7 +342,7 @@ def test_a_page_says_how_to_use_the_profile_with_the_template_of_its_search(raw)
     task = "jsonl:path=q.jsonl" if raw else "niah:context=400"
     budgets = np.full((3, 2), 64)
     page = card_text(BudgetProfile.from_budgets(info, budgets, search={"task": task}), HubAddress("me/profile"))
-    assert ("--prompt-file prompt.txt --raw" in page) == raw
+    assert ("--prompt-file question.txt --raw" in page) == raw
     assert ("apply_chat_template" in page) != raw
     program = page[page.index("```python") + 9 :].partition("```")[0]
     compile(program, "page", "exec")

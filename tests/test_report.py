@@ -662,7 +662,7 @@ def test_the_profile_that_the_headline_names_is_the_one_to_use(write, tmp_path, 
     for budget in (64, 128, 256):
         write(f"p{budget}.json", profile(budget))
     text = page("curve.json" if write("curve.json", curve()) else "").text
-    assert f"evolkv generate {MODEL} --profile p256.json --prompt-file prompt.txt" in text
+    assert f"evolkv generate {MODEL} --profile p256.json --prompt-file question.txt" in text
     assert 'evolkv.BudgetProfile.load("p256.json")' in text
 
 
@@ -674,7 +674,7 @@ def test_a_profile_is_to_be_used_with_the_chat_template_of_its_search(write, tas
     found["settings"]["task"] = task
     for path in (write("s.json", found), write("p.json", profile(search={"task": task}))):
         text = page(path).text
-        assert ("--prompt-file prompt.txt --raw" in text) == raw
+        assert ("--prompt-file question.txt --raw" in text) == raw
         assert ("apply_chat_template" in text) != raw
 
 

@@ -162,7 +162,7 @@ def generate_command(model: str, profile: str, task: object) -> str:
         task: as of `without_template`.
     """
     raw = ["--raw"] if without_template(task) else []
-    return shlex.join(["evolkv", "generate", model, "--profile", profile, "--prompt-file", "prompt.txt", *raw])
+    return shlex.join(["evolkv", "generate", model, "--profile", profile, "--prompt-file", "question.txt", *raw])
 
 
 def template_note(task: object) -> str:
