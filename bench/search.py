@@ -460,7 +460,7 @@ def way_back(bench: Bench, context: int = 8000, answer: int = 64, runs: int = 3)
     (example,) = get_task("niah:context=200").examples("train", 1, tokenizer, bench.seed)
     (encoded,) = encode_examples(tokenizer, model, [example], "logprob")
     question = replace(encoded, target=torch.randint(100, config.vocab_size, (answer,), generator=generator))
-    budgets = np.full((config.num_hidden_layers, shape[0]), 100.0)
+    budgets = np.full((1, config.num_hidden_layers, shape[0]), 100.0)
     taken, peaks = [], []
     for _ in range(runs):
         with PeakMemory(model.device) as peak:
