@@ -18,7 +18,7 @@ import torch
 import evolkv
 from evolkv.cache.replay import RankedPrompt
 from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
-from evolkv.evaluation.compare import compare_records
+from evolkv.evaluation.compare import MethodComparison, compare_records
 from evolkv.evaluation.on_ray import RayBackend
 from evolkv.evaluation.records import label
 from evolkv.evaluation.scoring import encode_examples
@@ -288,6 +288,17 @@ def descent(
     return {"n": val, "seeds": seeds, "task": task, "budget": budget, "selector": selector, "rows": rows}
 
 
+def _paired(
+    loaded: tuple[Any, Any], methods: Sequence[Any], pair: tuple[str, str], budget: Any, **settings: Any
+) -> tuple[list[dict[str, Any]], MethodComparison]:
+    """Return the rows of an evaluation at one budget, and the paired comparison of two of its methods."""
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records.jsonl"
+        rows = evolkv.evaluate(*loaded, methods=list(methods), budgets=[budget], records=records, **settings)
+        first, second = (label(name, budget) for name in pair)
+        return rows, compare_records([records], first, second)
+
+
 def label_free(
     bench: Bench,
     task: list[str] = ["niah:context=1600,passages=2", "code:context=1600"],  # noqa: B006
@@ -332,35 +343,23 @@ def label_free(
             )
             seconds[followed] = found.seconds
             methods.append(Method.of_profile(found.profile, followed))
-        with tempfile.TemporaryDirectory() as folder:
-            for metric in ("logprob", None):
-                records = Path(folder) / f"{metric}.jsonl"
-                compared = evolkv.evaluate(
-                    model,
-                    tokenizer,
-                    task=spec,
-                    methods=methods,
-                    budgets=[budget],
-                    samples=samples,
-                    seed=bench.seed,
-                    metric=metric,
-                    records=records,
-                )
-                pair = compare_records([records], label("fidelity", budget), label("logprob", budget)).overall
-                scores = {row["method"]: row["score"] for row in compared}
-                rows.append(
-                    {
-                        "task": spec,
-                        "budget": budget,
-                        "selector": ranking,
-                        "metric": compared[0]["metric"],
-                        "scores": scores,
-                        "difference": pair.difference,
-                        "ci95": list(pair.ci95),
-                        "seconds": seconds,
-                    }
-                )
-                print(rows[-1], file=sys.stderr, flush=True)
+        for metric in ("logprob", None):
+            settings = {"task": spec, "samples": samples, "seed": bench.seed, "metric": metric}
+            compared, pairs = _paired((model, tokenizer), methods, ("fidelity", "logprob"), budget, **settings)
+            scores = {row["method"]: row["score"] for row in compared}
+            rows.append(
+                {
+                    "task": spec,
+                    "budget": budget,
+                    "selector": ranking,
+                    "metric": compared[0]["metric"],
+                    "scores": scores,
+                    "difference": pairs.overall.difference,
+                    "ci95": list(pairs.overall.ci95),
+                    "seconds": seconds,
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
     return {"n": samples, "rows": rows}
 
 
@@ -401,21 +400,9 @@ def under(
             max_evals=max_evals,
             seed=bench.seed,
         )
-        evolved = Method.of_profile(found.profile, "evolved")
-        with tempfile.TemporaryDirectory() as folder:
-            records = Path(folder) / "records.jsonl"
-            compared = evolkv.evaluate(
-                model,
-                tokenizer,
-                task=task,
-                methods=["full", ranking, evolved],
-                budgets=[budget],
-                samples=samples,
-                seed=bench.seed,
-                metric="logprob",
-                records=records,
-            )
-            pairs = compare_records([records], label("evolved", budget), label(ranking, budget))
+        methods = ["full", ranking, Method.of_profile(found.profile, "evolved")]
+        settings = {"task": task, "samples": samples, "seed": bench.seed, "metric": "logprob"}
+        compared, pairs = _paired((model, tokenizer), methods, ("evolved", ranking), budget, **settings)
         for pair in pairs.tasks:
             scores = {row["method"]: row["score"] for row in compared if row["task"] == pair.task}
             rows.append(
@@ -424,8 +411,7 @@ def under(
                     "budget": budget,
                     "task": pair.task,
                     "scores": scores,
-                    "difference": pair.result.difference,
-                    "ci95": list(pair.result.ci95),
+                    "difference": {"mean": pair.result.difference, "ci95": list(pair.result.ci95)},
                     "chosen": found.chosen,
                     "evaluations": found.evaluations,
                     "seconds": found.seconds,

@@ -434,10 +434,8 @@ def under(record: Record) -> Table:
     """Return what evolved budgets are worth under each selector."""
     rows = []
     for row in record["rows"]:
-        scores = row["scores"]
-        low, high = row["ci95"]
-        shown = [f"{scores[name]:.3f}" for name in ("full", row["selector"], "evolved")]
-        difference = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+        shown = [f"{row['scores'][name]:.3f}" for name in ("full", row["selector"], "evolved")]
+        difference = _difference(row["difference"], 3)
         rows.append([f"`{row['selector']}`", row["budget"], row["task"], *shown, difference])
     return ["selector", "budget", "task", "full", "equal budgets", "evolved", "difference"], rows
 

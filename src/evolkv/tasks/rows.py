@@ -133,14 +133,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def answers_score(
-    metric: str,
-    answers: Sequence[str],
-    where: str,
-    extra: Mapping[str, Any],
-    stop: Sequence[str] = (),
-    first_line: bool = False,
+    metric: str, answers: Sequence[str], where: str, extra: Mapping[str, Any], judged: Sequence[str] | None = None
 ) -> bool:
-    """Return whether any of a row's own answers scores above 0 under a metric, as far as it is judged.
+    """Return whether any of a row's own answers, or of what is `judged` of them, scores above 0 under a metric.
 
     Summaries are taken to: ROUGE needs minutes for a file of them.
 
@@ -151,7 +146,7 @@ def answers_score(
         return True
     judge = get_metric(metric)
     try:
-        return any(judge(judged_part(answer, stop, first_line), answers, **extra) for answer in answers)
+        return any(judge(text, answers, **extra) for text in (answers if judged is None else judged))
     except UsageError as error:
         raise TaskError(f"{where}: {error}") from None
 
@@ -165,7 +160,8 @@ def check_answers(
     first_line: bool = False,
 ) -> None:
     """Raise TaskError where each of a row's own answers scores 0, so that nothing can be right; see `answers_score`."""
-    if not answers_score(metric, answers, where, extra, stop, first_line) and metric != _LENIENT:
+    judged = [judged_part(answer, stop, first_line) for answer in answers]
+    if not answers_score(metric, answers, where, extra, judged) and metric != _LENIENT:
         raise TaskError(
             f"{where}: the answer {answers[0][:60]!r} scores 0 under metric {metric!r}; correct the answer, or take "
             "another metric"
