@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evolkv.errors import EvolKVError, RunError, UsageError
     from evolkv.evaluation import evaluate
     from evolkv.evolution import search
-    from evolkv.evolution.bar import progress_bar
+    from evolkv.evolution.progress_bar import progress_bar
     from evolkv.models import load_model
     from evolkv.profile import BudgetProfile
 
@@ -27,7 +27,7 @@ _HOMES = {
     "compress": "evolkv.cache",
     "evaluate": "evolkv.evaluation",
     "load_model": "evolkv.models",
-    "progress_bar": "evolkv.evolution.bar",
+    "progress_bar": "evolkv.evolution.progress_bar",
     "search": "evolkv.evolution",
 }
 

@@ -1,4 +1,4 @@
-"""What a budget, a selector, a floor and a ceiling have to be to each other, whatever the model and the prompts."""
+"""Checks of budgets against selectors, floors and ceilings that need neither the model nor the prompts."""
 
 from __future__ import annotations
 
