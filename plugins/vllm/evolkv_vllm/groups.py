@@ -7,6 +7,7 @@ every step. Here the tables of all groups are one tensor, and what is the same f
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,8 +105,9 @@ class AllGroups:
         self._lengths = torch.zeros(self._blocks.shape[:2], dtype=torch.int32)
         #: What the latest step was shifted by: a key, the columns of the tables that it took, and tokens.
         self._shift: tuple[Any, Tensor, Tensor] | None = None
-        #: Of the latest step, by group.
+        #: Of the latest step, by group; and what it was built of, if it was a token for each of so many requests.
         self._built: list[Any] = []
+        self._decoded: tuple[Any, ...] | None = None
         #: The latest views of each group's part of a tensor, with the tensor and their length.
         self._views: dict[str, tuple[Tensor, int, Sequence[Tensor]]] = {}
         self._build_first = runner._build_attention_metadata
@@ -152,19 +154,24 @@ class AllGroups:
             tables.fill_slots(requests, common.positions[: len(requests)] - torch.from_numpy(gaps)[:, requests])
         left = step.lengths - evicted
         blocks = self._shifted(evicted, common.seq_lens, int(left.max()))
-        parts = zip(
-            self._builders,
-            self._specs,
+        views = (
             self._by_group("blocks", blocks, number),
             self._by_group("lengths", self._lengths, number),
-            left.max(axis=1).tolist(),
             self._by_group("slots", tables.slots, len(common.slot_mapping)),
-            strict=True,
         )
+        longest = left.max(axis=1).tolist()
+        before, self._decoded = self._decoded, None
+        if common.num_actual_tokens == number and common.max_query_len == 1 and not step.reading:
+            self._decoded = *views, common.causal
+        if before is not None and self._decoded is not None and all(map(operator.is_, before, self._decoded)):
+            for builder, made, most in zip(self._builders, self._built, longest, strict=True):
+                builder.lengthen(made, common.query_start_loc, most)
+            return self._built[0]
         own = copy.copy(common)
         self._built = []
-        for builder, spec, table, lengths, longest, slots in parts:
-            own.block_table_tensor, own.seq_lens, own.max_seq_len, own.slot_mapping = table, lengths, longest, slots
+        parts = zip(self._builders, self._specs, *views, longest, strict=True)
+        for builder, spec, table, lengths, slots, most in parts:
+            own.block_table_tensor, own.seq_lens, own.slot_mapping, own.max_seq_len = table, lengths, slots, most
             made = builder.build_plain(own)
             made.prompt_rows = prompt_rows(table, step, spec) if step.reading else []
             self._built.append(made)

@@ -52,6 +52,16 @@ SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     (
+        "vllm._custom_ops",
+        "cpu_attn_get_scheduler_metadata",
+        ("seq_lens", "query_start_loc", "causal", "sliding_window_size", "enable_kv_split", "kv_cache_dtype"),
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionMetadata",
+        ("query_start_loc", "max_seq_len", "seq_lens", "block_table", "slot_mapping", "scheduler_metadata"),
+    ),
+    (
         "vllm.v1.core.kv_cache_coordinator",
         "KVCacheCoordinator.cache_blocks",
         ("request", "num_computed_tokens"),

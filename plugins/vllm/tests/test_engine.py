@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import answers, engine, pool, scheduler
 
@@ -46,6 +48,44 @@ def test_requests_side_by_side_answer_as_alone(tiny, profile, prompts, undisturb
             free = pool(llm).get_num_free_blocks()
             assert answers(llm, prompts, 60) == undisturbed
             assert pool(llm).get_num_free_blocks() == free
+
+
+def test_metadata_of_the_step_before_is_brought_up_to_date(tiny, profile, prompts, monkeypatch):
+    from vllm import _custom_ops as ops
+
+    from evolkv_vllm.groups import AllGroups
+
+    plain, planned, renewed = AllGroups.build, ops.cpu_attn_get_scheduler_metadata, 0
+    plans = []
+
+    @functools.wraps(planned)
+    def plan(**arguments):
+        plans.append(readable(arguments))
+        return planned(**arguments)
+
+    def readable(values):
+        return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+    def made(self):
+        # The plan of the kernel's work is an opaque buffer with addresses in it, so what it is made of is compared.
+        return [readable(vars(each) | {"scheduler_metadata": None}) for each in self._built], plans
+
+    def compared(self, common):
+        nonlocal renewed, plans
+        before, plans = self._built, []
+        first = plain(self, common)
+        if self._built is before:
+            renewed += 1
+            again, plans, self._decoded = made(self), [], None
+            plain(self, common)
+            assert made(self) == again
+        return first
+
+    monkeypatch.setattr(ops, "cpu_attn_get_scheduler_metadata", plan)
+    monkeypatch.setattr(AllGroups, "build", compared)
+    with engine(tiny["model"], profile) as llm:
+        answers(llm, prompts, 20)
+    assert renewed > 20
 
 
 def test_a_traced_model_answers_as_an_eager_one(tiny, profile, prompts, undisturbed, monkeypatch):

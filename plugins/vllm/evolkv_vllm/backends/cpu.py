@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -26,6 +27,11 @@ class EvolKVCPUBuilder(BudgetBuilder, CPUAttentionMetadataBuilder):
     #: Builds those of all groups, where this is the builder of the first of several.
     all_groups: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Read once, because vLLM looks a variable up in the environment each time.
+        self._split_kv = envs.VLLM_CPU_ATTN_SPLIT_KV
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Return vLLM's metadata for what the layers of the group still hold."""
         if self.all_groups is not None:
@@ -35,6 +41,31 @@ class EvolKVCPUBuilder(BudgetBuilder, CPUAttentionMetadataBuilder):
     def build_plain(self, common: Any) -> Any:
         """Return vLLM's metadata as it is."""
         return CPUAttentionMetadataBuilder.build(self, 0, common)
+
+    def lengthen(self, made: Any, starts: Tensor, longest: int) -> None:
+        """Bring the metadata of the step before up to date: each request has one token more, and all else is as it was.
+
+        Args:
+            made: vLLM's metadata, whose tables, lengths and slots are views of tensors with this step's numbers.
+            starts: the first token of each request, and the end, ``[requests + 1]``.
+            longest: what the longest request has.
+        """
+        made.query_start_loc, made.max_seq_len = starts, longest
+        made.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(made.seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=made.seq_lens,
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=made.causal,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=self._split_kv,
+            dynamic_causal=made.dynamic_causal,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 class EvolKVCPUImpl(CompressingAttention, CPUAttentionBackendImpl):
