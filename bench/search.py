@@ -17,6 +17,7 @@ import torch
 
 import evolkv
 from evolkv.cache.replay import RankedPrompt
+from evolkv.errors import UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, replay_engine
 from evolkv.evaluation.compare import MethodComparison, compare_records
 from evolkv.evaluation.on_ray import RayBackend
@@ -366,8 +367,8 @@ def label_free(
 def under(
     bench: Bench,
     task: list[str] = ["niah:context=800", "ruler:niah_multikey_1,context=1024"],  # noqa: B006
-    selector: list[str] = ["rocketkv", "rocketkv:held=200", "pyramidinfer", "smallkv:model=smollm2-135m", "kvzip"],  # noqa: B006
-    budgets: list[str] = ["10%", "24", "50%", "10%", "10%"],  # noqa: B006
+    selector: list[str] = ["rocketkv", "rocketkv:held=200", "kvzip"],  # noqa: B006
+    budgets: list[str] = ["10%", "24", "10%"],  # noqa: B006
     train: int = 16,
     val: int = 16,
     samples: int = 24,
@@ -375,7 +376,8 @@ def under(
 ) -> dict[str, Any]:
     """Say what evolved budgets are worth under each selector: beside equal budgets under the same one.
 
-    One profile serves all tasks. Both are scored on held-out examples, by the answers' probability.
+    One profile serves all tasks. Both are scored on held-out examples, by the answers' probability. Budgets are by head
+    where prompts can be prefilled once for all candidates; else, where each candidate costs more, by layer.
 
     Args:
         task: specs of the tasks.
@@ -389,12 +391,15 @@ def under(
     model, tokenizer = bench.load()
     rows: list[dict[str, Any]] = []
     for ranking, budget in zip(selector, budgets, strict=True):
+        replayed = _replays(ranking)
         found = evolkv.search(
             model,
             tokenizer,
             task=task,
             budget=budget,
             selector=ranking,
+            granularity="head" if replayed else "layer",
+            engine="replay" if replayed else "naive",
             train=train,
             val=val,
             max_evals=max_evals,
@@ -412,6 +417,7 @@ def under(
                     "task": pair.task,
                     "scores": scores,
                     "difference": {"mean": pair.result.difference, "ci95": list(pair.result.ci95)},
+                    "granularity": found.profile.granularity,
                     "chosen": found.chosen,
                     "evaluations": found.evaluations,
                     "seconds": found.seconds,
@@ -419,6 +425,15 @@ def under(
             )
             print(rows[-1], file=sys.stderr, flush=True)
     return {"n": samples, "rows": rows}
+
+
+def _replays(selector: str) -> bool:
+    """Return whether prompts that are read once serve all candidates under a selector."""
+    try:
+        get_selector(selector).check_replay()
+    except UsageError:
+        return False
+    return True
 
 
 def way_back(bench: Bench, context: int = 8000, answer: int = 64, runs: int = 3) -> dict[str, Any]:

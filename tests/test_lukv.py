@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import evolkv
 from evolkv.allocators import lukv
 from evolkv.allocators.lukv import marginal_utility
+from evolkv.cache import utility
 from evolkv.errors import BudgetError, ModelError, UsageError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evaluation.local import LocalBackend
@@ -94,6 +95,17 @@ def test_utility_in_blocks_of_queries_is_the_same(small, monkeypatch):
     at_once = engine_of(*small, some).utility()
     monkeypatch.setattr("evolkv.cache.utility.BLOCK_BYTES", 1)
     np.testing.assert_allclose(engine_of(*small, some).utility(), at_once, rtol=1e-5)
+
+
+def test_a_layers_projection_is_looked_at_once_for_all_prompts(small, monkeypatch):
+    seen = []
+    plain = utility.output_grams
+    monkeypatch.setattr(utility, "output_grams", lambda module, *rest: seen.append(module) or plain(module, *rest))
+    some = examples(small[1], 3)
+    together = engine_of(*small, some).utility()
+    assert len(seen) == len(set(seen)) == LAYERS
+    one_by_one = sum(engine_of(*small, [each]).utility() for each in some)
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

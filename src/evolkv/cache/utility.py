@@ -38,14 +38,17 @@ class UtilityLayer(ReplayLayer):
         prompts: one of them, with one candidate that keeps everything.
         sliding_window: how many tokens a query sees, or None for all.
         first: the first of the new tokens whose use counts.
+        grams: of each attention module; see `output_grams`. What is missing is added.
 
     Attributes:
         utility: of the entry at each rank, ``[kv_heads, ranked]`` float32; None before anything was read.
     """
 
-    def __init__(self, prompts: list[_Candidates], sliding_window: int | None, first: int):
+    def __init__(
+        self, prompts: list[_Candidates], sliding_window: int | None, first: int, grams: dict[nn.Module, Tensor]
+    ):
         super().__init__(prompts, sliding_window)
-        self.counted_from = first
+        self.counted_from, self._grams = first, grams
         self.utility: Tensor | None = None
         self._lengths: Tensor
 
@@ -53,7 +56,10 @@ class UtilityLayer(ReplayLayer):
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """See `ReplayLayer.attend`."""
-        lengths = output_lengths(module, self.prompts[0].values, query.shape[1])
+        values = self.prompts[0].values
+        if module not in self._grams:
+            self._grams[module] = output_grams(module, values, query.shape[1])
+        lengths = output_lengths(self._grams[module], values)
         self._lengths = lengths / lengths.mean()
         return super().attend(own, module, query, key, value, mask, **kwargs)
 
@@ -86,29 +92,30 @@ class UtilityCache(ReplayCache):
         model: the model.
         prompt: the ranked prompt.
         first: the first of the call's tokens whose use counts.
+        grams: of each attention module; see `output_grams`. What is missing is added, so that it serves many prompts.
     """
 
     kv_layers: Sequence[UtilityLayer]  # type: ignore[assignment]
 
-    def __init__(self, model: PreTrainedModel, prompt: RankedPrompt, first: int):
-        self._first = first
+    def __init__(self, model: PreTrainedModel, prompt: RankedPrompt, first: int, grams: dict[nn.Module, Tensor]):
+        self._first, self._grams = first, grams
         everything = np.full((1, len(prompt.keys), len(prompt.keys[0])), np.iinfo(np.int64).max)
         super().__init__(model, [prompt], everything)
 
     def _layer(self, index: int, parts: list[_Candidates], window: int | None) -> ReplayLayer:
-        return UtilityLayer(parts, window, self._first)
+        return UtilityLayer(parts, window, self._first, self._grams)
 
 
-def output_lengths(module: nn.Module, values: Tensor, query_heads: int) -> Tensor:
-    """Return the length of what an attention module's output projection makes of each value, for each query head.
+def output_grams(module: nn.Module, values: Tensor, query_heads: int) -> Tensor:
+    """Return ``WᵀW`` of the part W of an attention module's output projection that each query head goes through.
 
     Args:
         module: the attention module.
-        values: ``[kv_heads, entries, value_dim]``.
+        values: of any entries, ``[kv_heads, entries, value_dim]``.
         query_heads: their number.
 
     Returns:
-        ``[kv_heads, queries_per_kv_head, entries]`` float32.
+        ``[kv_heads, queries_per_kv_head, value_dim, value_dim]`` float32.
 
     Raises:
         ModelError: for a module without an output projection that we know.
@@ -116,8 +123,21 @@ def output_lengths(module: nn.Module, values: Tensor, query_heads: int) -> Tenso
     heads, _, width = values.shape
     weight = _output_weight(module, values.new_zeros((1, 1, query_heads * width)))
     weight = weight.unflatten(0, (heads, query_heads // heads, width))
-    # ‖W v‖² = vᵀ (Wᵀ W) v, with a matrix of the head's width instead of the model's.
-    grams = weight @ weight.transpose(2, 3)
+    return weight @ weight.transpose(2, 3)
+
+
+def output_lengths(grams: Tensor, values: Tensor) -> Tensor:
+    """Return the length of what the output projection makes of each value, for each query head.
+
+    ‖W v‖² is vᵀ (WᵀW) v, with a matrix of the head's width instead of the model's.
+
+    Args:
+        grams: see `output_grams`.
+        values: ``[kv_heads, entries, value_dim]``.
+
+    Returns:
+        ``[kv_heads, queries_per_kv_head, entries]`` float32.
+    """
     wide = values.float()
     squares = [((wide @ grams[:, i]) * wide).sum(-1) for i in range(grams.shape[1])]
     return torch.stack(squares, dim=1).clamp(min=0).sqrt()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt, ReplayCache
@@ -169,11 +170,12 @@ class ReplayEngine(Engine):
             raise UsageError("a calibration goes by prompts that are held; make the engine with hold=True")
         shape = len(self._held[0].prompt.keys), self._held[0].prompt.keys[0].shape[0], self._ceiling
         total = np.zeros(shape)
+        grams: dict[nn.Module, Tensor] = {}
         for ranked in self._held:
             if ranked.question.target is None:
                 raise UsageError(f"metric {ranked.question.scorer.metric!r} has no answer that is read; use logprob")
             self._rows_at_once(ranked)
-            for layer, part in enumerate(utility(self.model, ranked.prompt, ranked.question)):
+            for layer, part in enumerate(utility(self.model, ranked.prompt, ranked.question, grams)):
                 total[layer, :, : part.shape[1]] += part
         return total.astype(np.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evolkv.cache.replay import RankedPrompt
@@ -13,7 +14,9 @@ from evolkv.evaluation.scoring import Question
 from evolkv.models.forward import input_device
 
 
-def utility(model: PreTrainedModel, prompt: RankedPrompt, question: Question) -> list[np.ndarray]:
+def utility(
+    model: PreTrainedModel, prompt: RankedPrompt, question: Question, grams: dict[nn.Module, Tensor]
+) -> list[np.ndarray]:
     """Return the utility of a prompt's entries to the answer; see `evolkv.cache.utility`.
 
     The answer is read in one call, as teacher forcing does. Of a question that comes after the prompt, the last token
@@ -24,6 +27,8 @@ def utility(model: PreTrainedModel, prompt: RankedPrompt, question: Question) ->
         model: the model.
         prompt: ranked entries.
         question: with a target.
+        grams: of the model's attention modules; what is missing is added, so that it serves many prompts. See
+            `evolkv.cache.utility.output_grams`.
 
     Returns:
         By layer with keys and values, ``[kv_heads, ranked]`` float32, in order of the ranking.
@@ -36,7 +41,7 @@ def utility(model: PreTrainedModel, prompt: RankedPrompt, question: Question) ->
     text = torch.cat([question.later, question.target]).to(input_device(model))
     text = text[None, : max(1, len(text) - 1)]
     positions = prompt.tokens + torch.arange(text.shape[1], device=text.device)[None]
-    cache = UtilityCache(model, prompt, first=max(0, len(question.later) - 1))
+    cache = UtilityCache(model, prompt, max(0, len(question.later) - 1), grams)
     with torch.inference_mode():
         model(text, cache=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
     noted = [layer.utility for layer in cache.kv_layers if layer.utility is not None]
