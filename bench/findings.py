@@ -1,4 +1,4 @@
-"""What the paper found about evolved budgets, looked at on a real model.
+"""The paper's findings about evolved budgets, looked at on a real model.
 
     python bench/findings.py --json FILE [--model smollm2-135m] [--seeds 5] [--transfer-to SPEC ...] [--plot-file FILE]
 

@@ -1,4 +1,4 @@
-"""What inference on a compressed cache costs. `python bench/inference.py COMMAND --help` explains each command.
+"""The cost of inference on a compressed cache. `python bench/inference.py COMMAND --help` explains each command.
 
 Contenders take turns call by call, on the same token ids; medians, least and most. docs/performance.md explains the
 method.
@@ -185,7 +185,7 @@ class Paired:
         return rows
 
     def throughput(self) -> list[dict[str, Any]]:
-        """How many sequences fit a fixed cache memory to the end of their answers, and what they yield together."""
+        """Return the sequences that fit a fixed cache memory to the end of their answers, and their yield."""
         rows = []
         tokens, answer = self.arguments.prompt_tokens, self.arguments.answer
         for contender in self.contenders:

@@ -1,4 +1,4 @@
-"""What a search costs. `python bench/search.py COMMAND --help` explains each command."""
+"""The cost of a search. `python bench/search.py COMMAND --help` explains each command."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def host(
     heads: int = 3,
     groups: list[int] | None = None,
 ) -> dict[str, Any]:
-    """What a step of decoding costs besides the model, with layers or heads in several groups, over plain vLLM.
+    """Time a step of decoding besides the model, with layers or heads in several groups, over plain vLLM.
 
     Each engine decodes the same requests. They take turns, with as many steps each. The model is a small random one,
     because this work does not depend on it.
@@ -200,7 +200,7 @@ def serve(
 def heads(
     bench: Bench, requests: int = 16, tokens: int = 300, query_heads: int = 9, kv_heads: int = 3, rounds: int = 50
 ) -> dict[str, Any]:
-    """What a layer's attention costs in a step of decoding: one call for all KV heads, or one for each.
+    """Time a layer's attention in a step of decoding: one call for all KV heads, or one for each.
 
     Budgets by head would need pages of one KV head, and so a call for each.
 

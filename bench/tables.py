@@ -55,7 +55,7 @@ class Record:
 
     @property
     def setting(self) -> str:
-        """Where and how it was measured, for a cell, with a link to the record."""
+        """The machine and the settings, for a cell, with a link to the record."""
         dtype = _SHORT.get(self["dtype"], self["dtype"])
         return f"[{self['machine']['processor']}, {dtype}]({self.link})"
 

@@ -468,6 +468,28 @@ def test_eval_prints_its_table_whatever_becomes_of_its_files(run, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == [other]
 
 
+@pytest.mark.parametrize(
+    ("out", "options"),
+    [
+        ("my profile.json", ["--budget", 64]),
+        ("curve", ["--budget", "30%,40%", "--protocol", "agnostic", "--metric", "fidelity", "--dtype", "float32"]),
+    ],
+)
+def test_commands_that_a_search_suggests_work(run, tmp_path, out, options):
+    short = ["--train", 1, "--val", 1, "--max-evals", 1, *FROM_UNIFORM]
+    code, said, _ = run("search", MODEL, "--task", "niah:context=200", *options, *short, "--out", out)
+    assert code == 0
+    generate, evaluate = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  evolkv ")]
+    assert [generate[0], evaluate[0]] == ["generate", "eval"]
+    (tmp_path / "question.txt").write_text("The quick brown fox")
+    assert run(*generate, "--max-new-tokens", 2)[0] == 0
+    assert run(*evaluate, "--samples", 1, "--json", "rows.json")[0] == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    several = len(options) > 2
+    assert [row["method"] for row in rows].count("snapkv") == (2 if several else 1)
+    assert {row["protocol"] for row in rows} == ({"agnostic"} if several else {"aware"})
+
+
 @pytest.mark.parametrize("budget", [64, "64,96"])
 def test_search_prints_its_table_where_the_profile_cannot_be_written(run, tmp_path, monkeypatch, budget):
     def full(self, path):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, paired timing, and statistics."""
+"""The parts that benchmarks share: the machine, paired timing, and statistics."""
 
 from __future__ import annotations
 

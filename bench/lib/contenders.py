@@ -1,4 +1,4 @@
-"""Who takes part in the inference benchmarks: plain transformers, and ours with budgets per layer and per head."""
+"""The contenders of the inference benchmarks: plain transformers, and ours with budgets per layer and per head."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Floor:
         return (tokens * self.layer_flops + self.output_flops + attention) / self.flops_per_second
 
     def as_json(self) -> dict[str, Any]:
-        """What was measured, for the record."""
+        """The measurements, for the record."""
         return {
             "weight_bytes": self.weight_bytes,
             "gflop_per_token": (self.layer_flops + self.output_flops) / 1e9,

@@ -97,6 +97,6 @@ class Trial:
 
 
 def outcome(space: SearchSpace, evolved: Evolved, budget: int) -> np.ndarray:
-    """What a search came to at exactly the target total, ``[layers, kv_heads]``: the mean if there is one."""
+    """Return the budgets of a search at exactly the target total, ``[layers, kv_heads]``: the mean if there is one."""
     budgets = evolved.mean if evolved.mean is not None else np.array(evolved.best.budgets)
     return space.completed(budgets, budget)

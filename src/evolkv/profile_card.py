@@ -161,8 +161,13 @@ def generate_command(model: str, profile: str, task: object) -> str:
         profile: where the profile is.
         task: as of `without_template`.
     """
+    return shlex.join(["evolkv", *generate_words(model, profile, task)])
+
+
+def generate_words(model: str, profile: str, task: object) -> list[str]:
+    """Return the words of `generate_command` after the program's name."""
     raw = ["--raw"] if without_template(task) else []
-    return shlex.join(["evolkv", "generate", model, "--profile", profile, "--prompt-file", "question.txt", *raw])
+    return ["generate", model, "--profile", profile, "--prompt-file", "question.txt", *raw]
 
 
 def template_note(task: object) -> str:

@@ -1,4 +1,4 @@
-"""What the attention of all backends has in common: a prompt is compressed after it has been attended to."""
+"""The attention of all backends: a prompt is compressed after it has been attended to."""
 
 from __future__ import annotations
 

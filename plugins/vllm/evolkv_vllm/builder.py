@@ -45,7 +45,7 @@ class PromptRow:
 
 
 class BudgetBuilder:
-    """What the builders of all attention backends share; goes before vLLM's builder among the bases of a class."""
+    """The common part of all attention backends' builders; goes before vLLM's builder among the bases of a class."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -91,7 +91,7 @@ def weights_folder(model_config: Any, cache: str | None = None) -> Path | None:
 
 
 class _Hook:
-    """What accelerate leaves at a module whose weights are elsewhere, as far as EvolKV looks at it."""
+    """The mark that accelerate leaves at a module whose weights are elsewhere, as far as EvolKV looks at it."""
 
     def __init__(self, weights_map: _OfModule | _Blank):
         self.weights_map = weights_map

@@ -1,4 +1,4 @@
-"""What the plugin refuses, each with its reason, before a server starts."""
+"""Refusals, each with its reason, before a server starts."""
 
 from __future__ import annotations
 

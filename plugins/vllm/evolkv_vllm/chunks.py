@@ -1,4 +1,4 @@
-"""Where the chunks of a prompt end."""
+"""The ends of a prompt's chunks."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from evolkv_vllm.builder import PromptRow
 
 
 class Storage(Protocol):
-    """How an attention backend lays out keys and values in its blocks."""
+    """The layout of keys and values in an attention backend's blocks."""
 
     def read(self, kv_cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of some blocks, ``[kv_heads, blocks * block_size, head_dim]`` each."""
@@ -35,7 +35,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What a step brought to a layer, or to one KV head of it that has blocks of its own.
+    """The new entries of a step in a layer, or in one KV head of it that has blocks of its own.
 
     Attributes:
         rows: the prompts that are read; the same ones for all parts of a layer.

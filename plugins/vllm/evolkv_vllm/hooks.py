@@ -1,4 +1,4 @@
-"""Where the plugin takes hold of vLLM: what it registers, and the methods that it wraps.
+"""The plugin's hold on vLLM: what it registers, and the methods that it wraps.
 
 vLLM has registries for attention backends and for KV-cache specs. There is none for what the other hooks need:
 

@@ -1,4 +1,4 @@
-"""How much of a prompt a layer gives back: one pure function, for the scheduler and for every worker.
+"""The entries of a prompt that a layer gives back: one pure function, for the scheduler and for every worker.
 
 The scheduler frees blocks and the workers move keys and values. They exchange no messages about it, because both
 compute the same number from the prompt's length, the budgets and the block size.
@@ -30,7 +30,7 @@ _LENGTHS = 1 << 16
 
 @dataclass(frozen=True)
 class BudgetRule:
-    """What the budgets of a method come to for each length of prompt.
+    """The budgets of a method for each length of prompt.
 
     It travels between processes inside vLLM's specs and configuration, so it is a text that can be compared and hashed.
 
@@ -89,7 +89,7 @@ class BudgetRule:
 
     @property
     def selector(self) -> Selector:
-        """What chooses the entries that are kept."""
+        """The selector, which chooses the entries that are kept."""
         return _parsed(self.text).selector
 
     @property

@@ -1,4 +1,4 @@
-"""What a user asks for: a profile, or a method and a budget; by environment variable or by configuration."""
+"""The user's settings: a profile, or a method and a budget; by environment variable or by configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the workers have to do in one step, for all groups of layers at once."""
+"""The work of one step, for all groups of layers at once."""
 
 from __future__ import annotations
 

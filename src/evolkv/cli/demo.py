@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evolkv.cli import console
+from evolkv.cli.next_steps import as_command, suggest
 from evolkv.cli.options import Attention, Device, Dtype, Granularity, ModelOptions, Seed, Trust, to_write
 from evolkv.cli.tables import print_table
 
@@ -90,9 +87,7 @@ def demo(
     console.OUT.print(f"\n{_summary(result)}\n", soft_wrap=True)
     names = (files.report, files.profile, files.results, files.records, files.picture, files.search, files.prompt)
     console.OUT.print(f"Written to {files.folder}: {', '.join(path.name for path in names)}", soft_wrap=True)
-    console.OUT.print("\nTry next:")
-    for comment, command in _next_commands(result, model, budget, context, load):
-        console.OUT.print(f"  # {comment}\n  {command}", soft_wrap=True)
+    suggest(_next_commands(result, model, budget, context, load))
     return 0
 
 
@@ -143,13 +138,4 @@ def _next_commands(
         words += ["--context", context] if context != _CONTEXT else []
         words += ["--model", model] if model != _MODEL else []
         commands.append(("the same in half the memory", [*words, "--out", half]))
-    return [(comment, shlex.join(map(str, [program_name(), *words, *load.given()]))) for comment, words in commands]
-
-
-def program_name() -> str:
-    """Return the name of this program if the shell finds it, else its path."""
-    called = sys.argv[0]
-    found = shutil.which("evolkv")
-    if os.path.basename(called) != "evolkv" or (found and os.path.exists(called) and os.path.samefile(found, called)):
-        return "evolkv"
-    return os.path.relpath(called)
+    return [(comment, as_command([*words, *load.given()])) for comment, words in commands]

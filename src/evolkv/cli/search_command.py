@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evolkv.budgets import Budget, Share, read_budgets
 from evolkv.cli import console
 from evolkv.cli.arguments import sibling
+from evolkv.cli.next_steps import as_command, suggest
 from evolkv.cli.options import ModelOptions, accompanied, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
@@ -24,11 +26,13 @@ from evolkv.evolution.location import locate
 from evolkv.evolution.run import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
+from evolkv.profile_card import generate_words
 from evolkv.report.units import duration
 from evolkv.report.words import candidates, counted
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples
+from evolkv.tasks.protocol import AWARE
 from evolkv.whole_files import check_outputs
 
 if TYPE_CHECKING:
@@ -55,7 +59,10 @@ def run(options: Mapping[str, Any]) -> int:
         else:
             result = run_curve(model, tokenizer, config)
     write = _write_search if isinstance(result, SearchResult) else _write_curve
-    return write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+    code = write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
+    if code == 0:
+        suggest(_next_commands(result, outs, options))
+    return code
 
 
 def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenizer: Any) -> int:
@@ -147,8 +154,13 @@ def _left(limit: float, seconds: float) -> float:
 
 def _outs(out: str, budgets: list[Budget]) -> dict[Budget, str]:
     """Return the path of the profile for each budget."""
+    return {budget: out if len(budgets) == 1 else _path_at(out, budget) for budget in budgets}
+
+
+def _path_at(out: str, budget: object) -> str:
+    """Return the path of the profile for one of several budgets; ``{}`` stands for any."""
     ending = ".json" if out.endswith(".json") else ""
-    return {budget: out if len(budgets) == 1 else sibling(out, f"-{budget}{ending}") for budget in budgets}
+    return sibling(out, f"-{budget}{ending}")
 
 
 def _check_together(options: Mapping[str, Any], budgets: list[Budget]) -> None:
@@ -268,6 +280,28 @@ def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str |
         soft_wrap=True,
     )
     return 0
+
+
+def _next_commands(
+    result: SearchResult | CurveResult, outs: Mapping[Budget, str], options: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return what to do with what was written, as (purpose, command) pairs; each command works when pasted."""
+    first = result if isinstance(result, SearchResult) else result.results[0]
+    model, path = options["model"], outs[first.profile.target]
+    names = ("dtype", "device", "attn_implementation", "trust_remote_code")
+    load = ModelOptions(**{name: options[name] for name in names}).given()
+    written = path if len(outs) == 1 else _path_at(options["out"], "{}")
+    compared = ["full", get_selector(first.profile.selector).spec, written]
+    asked = [["--" + name, options[name]] for name in ("metric", "protocol") if options[name] not in (None, AWARE)]
+    budgets = ",".join(map(str, outs))
+    rest = ["--budget", budgets, "--method", *compared, *itertools.chain(*asked), *load]
+    return [
+        ("text under the profile", as_command([*generate_words(model, path, first.profile.search.get("task")), *load])),
+        (
+            "other examples, under the profile, under equal budgets and with the full cache",
+            as_command(["eval", model, "--task", *options["task"], *rest]),
+        ),
+    ]
 
 
 def show_search(progress: console.Progress, step: SearchProgress) -> None:
