@@ -56,21 +56,19 @@ def test_prompt_is_the_shots_and_the_open_question(write, tokenizer):
 def test_target_is_the_solution_as_it_would_follow_the_prompt(write, tokenizer):
     path = write(row(0))
     plain, chat = (
-        Gsm8k(path, shots=0, split="all", template=template).examples("report", 1, tokenizer)[0]
-        for template in ("plain", "chat")
+        Gsm8k(path, shots=0, split="all", chat=chat).examples("report", 1, tokenizer)[0] for chat in (False, True)
     )
     assert plain.target == " It is 0+1=<<0+1=1>>1.\n#### 1"
     assert chat.target == "It is 0+1=<<0+1=1>>1.\n#### 1"
     assert chat.prompt == user_message(tokenizer, plain.prompt)
 
 
-def test_chat_template_is_used_where_there_is_one_if_template_is_auto(write, tokenizer, monkeypatch):
-    task = Gsm8k(write(row(0)), shots=0, split="all", template="auto")
+def test_a_chat_template_that_is_asked_for_has_to_be_there(write, tokenizer, monkeypatch):
+    task = Gsm8k(write(row(0)), shots=0, split="all", chat=True)
     assert task.examples("report", 1, tokenizer)[0].prompt.endswith("<|im_start|>assistant\n")
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    assert task.examples("report", 1, tokenizer)[0].prompt == "Question: What comes after 0?\nAnswer:"
-    with pytest.raises(TaskError, match="template=chat, but this tokenizer has no chat template"):
-        Gsm8k(write(row(0)), template="chat").examples("report", 1, tokenizer)
+    with pytest.raises(TaskError, match="chat=true, but this tokenizer has no chat template; use chat=false"):
+        task.examples("report", 1, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +190,6 @@ def test_settings_out_of_range_are_refused():
         get_task("gsm8k:path=x,max_new_tokens=0")
     with pytest.raises(TaskError, match="mode='lax' is unknown; expected one of flexible, strict"):
         Gsm8k("x", mode="lax")
-    with pytest.raises(TaskError, match="template='some' is unknown"):
-        Gsm8k("x", template="some")
     with pytest.raises(TaskError, match="split='some' is unknown"):
         Gsm8k("x", split="some")
 

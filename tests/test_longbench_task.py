@@ -85,7 +85,7 @@ def test_every_subset_is_asked_and_judged_as_published(subset, write, tokenizer)
     published, max_new_tokens, metric = PUBLISHED[subset]
     assert hashlib.sha256(SUBSETS[subset].prompt.encode()).hexdigest().startswith(published)
     folder = write(subset, row(dataset=subset, context="The {text}.", input="So {what}?"))
-    example = first(LongBench(subset, folder, split="all", template="plain"), tokenizer)
+    example = first(LongBench(subset, folder, split="all", chat=False), tokenizer)
     assert example.prompt == SUBSETS[subset].prompt.replace("{context}", "The {text}.").replace("{input}", "So {what}?")
     assert example.id == f"{subset}-id0"
     assert example.references == ("answer 0", "another")
@@ -114,10 +114,11 @@ def test_subsets_are_all_of_longbench_and_longbench_e():
 @pytest.mark.parametrize("subset", PUBLISHED)
 def test_all_but_few_shot_and_code_go_through_the_chat_template(subset, write, tokenizer):
     folder = write(subset, row())
-    plain = first(LongBench(subset, folder, split="all", template="plain"), tokenizer).prompt
+    plain = first(LongBench(subset, folder, split="all", chat=False), tokenizer).prompt
     asked = first(LongBench(subset, folder, split="all"), tokenizer).prompt
     assert asked == (plain if subset in CONTINUED else user_message(tokenizer, plain))
     assert ("<|im_start|>" in asked) == (subset not in CONTINUED)
+    assert first(LongBench(subset, folder, split="all", chat=True), tokenizer).prompt == user_message(tokenizer, plain)
 
 
 def test_model_without_a_chat_template_reads_the_plain_prompt(write, tokenizer, monkeypatch):
@@ -129,7 +130,7 @@ def test_model_without_a_chat_template_reads_the_plain_prompt(write, tokenizer, 
 @pytest.mark.parametrize("subset", PUBLISHED)
 def test_target_is_the_first_answer_as_it_would_follow_the_prompt(subset, write, tokenizer):
     folder = write(subset, row(answers=["这", "那"]))
-    example = first(LongBench(subset, folder, split="all", template="plain"), tokenizer)
+    example = first(LongBench(subset, folder, split="all", chat=False), tokenizer)
     gap = "" if subset in CHINESE or example.prompt[-1].isspace() else " "
     assert example.target == gap + "这"
 
@@ -182,7 +183,7 @@ def test_chat_template_comes_on_top_of_the_cut_prompt(write, tokenizer):
 
 def test_cut_chinese_prompt_keeps_instruction_and_question(write, tokenizer):
     folder = write("multifieldqa_zh", row(context="天气很好，大家都出去了。" * 300, input="谁出去了？"))
-    example = first(LongBench("multifieldqa_zh", folder, context=150, split="all", template="plain"), tokenizer)
+    example = first(LongBench("multifieldqa_zh", folder, context=150, split="all", chat=False), tokenizer)
     assert example.prompt.startswith("阅读以下文字并用中文简短回答：\n\n天气很好")
     assert example.prompt.endswith("问题：谁出去了？\n回答：")
     assert abs(encode_prompt(tokenizer, example).shape[1] - 150) <= 6
@@ -215,7 +216,7 @@ def test_splits_share_out_all_rows_whatever_the_seeds_and_the_order(write, token
 
 def test_questions_about_one_document_share_a_split_and_are_neighbours(write, tokenizer):
     rows = [row(i, context=f"Document {i % 8}.") for i in range(40)]
-    task = LongBench("qasper", write("qasper", *rows), template="plain")
+    task = LongBench("qasper", write("qasper", *rows), chat=False)
     documents = {}
     for split in SPLITS:
         about = [number % 8 for number in numbers(task.examples(split, 40, tokenizer))]
@@ -349,7 +350,7 @@ def test_spec_is_read_and_written():
     task = get_task("longbench:subset=lcc,path=DIR")
     assert task == LongBench("lcc", "DIR")
     assert format_spec(task) == "longbench:subset=lcc,path=DIR"
-    assert get_task("longbench:subset=repobench-p_e,context=7500,split=all,template=plain").context == 7500
+    assert get_task("longbench:subset=repobench-p_e,context=7500,split=all,chat=false").context == 7500
 
 
 def test_settings_out_of_range_are_refused():
@@ -363,8 +364,6 @@ def test_settings_out_of_range_are_refused():
         get_task("longbench:subset=lcc,context=1")
     with pytest.raises(TaskError, match="split='some' is unknown"):
         LongBench("lcc", split="some")
-    with pytest.raises(TaskError, match="template='chat' is unknown; expected one of auto, plain"):
-        LongBench("lcc", template="chat")
 
 
 def test_published_rows_that_no_answer_can_score_on_stay_with_a_warning(write, tokenizer, caplog):

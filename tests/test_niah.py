@@ -70,7 +70,7 @@ def shared_prefix(first, second, tokenizer):
     [
         NeedleInHaystack(context=150),
         NeedleInHaystack(context=333),
-        NeedleInHaystack(context=600, template="plain"),
+        NeedleInHaystack(context=600, chat=False),
         NeedleInHaystack(context=1600),
         NeedleInHaystack(context=2048, needles=5),
         NeedleInHaystack(context=400, depth=0.0),
@@ -225,8 +225,8 @@ def test_passages_sets_the_number_of_different_texts(tokenizer):
 
 def test_prompt_uses_the_chat_template_unless_plain(tokenizer):
     auto, chat, plain = (
-        NeedleInHaystack(context=200, template=t).examples("train", 1, tokenizer)[0].prompt
-        for t in ("auto", "chat", "plain")
+        NeedleInHaystack(context=200, chat=chat).examples("train", 1, tokenizer)[0].prompt
+        for chat in (None, True, False)
     )
     assert auto == chat
     assert auto.startswith("<|im_start|>system")
@@ -246,7 +246,7 @@ def test_encoded_prompt_has_one_beginning_of_sequence(tokenizer):
     [
         (NeedleInHaystack(context=300), "train", "9fe865a076def61ef48749d4e57a3d14297b65a95c73c7ed3c8a067669cfdb5b"),
         (
-            NeedleInHaystack(context=500, needles=3, template="plain"),
+            NeedleInHaystack(context=500, needles=3, chat=False),
             "report",
             "3e197f5a9c7a957b9b68f92c6fc6f7d39764653d1598fad1001ef6a1b0db66a5",
         ),
@@ -273,7 +273,7 @@ def any_tokenizer(request):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_prompt_of_every_language_has_the_asked_length(language, any_tokenizer):
     for task in (
-        NeedleInHaystack(context=800, language=language, template="plain"),
+        NeedleInHaystack(context=800, language=language, chat=False),
         NeedleInHaystack(context=1300, language=language, needles=3),
         NeedleInHaystack(context=900, language=language, depth=0.0),
         NeedleInHaystack(context=900, language=language, depth=1.0),
@@ -420,7 +420,6 @@ def test_haystack_that_is_missing_a_folder_or_not_utf8_is_refused(tokenizer, tmp
         ({"needles": len(WORDS) + 1}, f"expected 1 to {len(WORDS)}"),
         ({"passages": 0}, "passages=0 is out of range"),
         ({"context": 0}, "context=0"),
-        ({"template": "cat"}, "template='cat' is unknown"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

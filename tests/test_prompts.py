@@ -16,6 +16,7 @@ from evolkv.models.chat import user_message
 from evolkv.profile_card import without_template
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, encode_prompt, get_task
+from evolkv.tasks.longbench.subsets import SUBSETS
 from evolkv.tasks.prompts import cut_middle, encode_text
 from tiny import tiny_model
 
@@ -66,14 +67,14 @@ def test_late_questions_and_answers_have_no_special_tokens_but_their_own(single)
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("template", ["plain", "chat"])
-def test_a_tokenizer_that_appends_eos_leaves_the_prompts_of_a_task_as_they_are(smollm2, template):
+@pytest.mark.parametrize("chat", ["true", "false"])
+def test_a_tokenizer_that_appends_eos_leaves_the_prompts_of_a_task_as_they_are(smollm2, chat):
     own, appending = smollm2[1], copy.deepcopy(smollm2[1])
     appending.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", own.eos_token_id)]
     )
     assert appending("a")["input_ids"][-1] == own.eos_token_id
-    task = get_task(f"niah:context=200,template={template}")
+    task = get_task(f"niah:context=200,chat={chat}")
     for tokenizer in (own, appending):
         (example,) = task.examples("train", 1, tokenizer)
         assert encode_prompt(tokenizer, example).tolist() == encode_prompt(own, example).tolist()
@@ -139,7 +140,7 @@ def test_a_cut_keeps_the_markup_of_a_chat_and_no_bos_that_is_added(single):
     ("spec", "plain"),
     [
         ("niah:context=120", False),
-        ("niah:context=120,template=plain", True),
+        ("niah:context=120,chat=false", True),
         ("ruler:vt,context=700", False),
         ("ruler:vt,context=700,chat=false", True),
         ("jsonl:path={}.jsonl", True),
@@ -163,10 +164,10 @@ def test_a_tasks_spec_says_whether_its_prompts_are_in_the_chat_template(tmp_path
     [
         ("longbench:subset=trec_e", True),
         ("longbench:subset=qasper", False),
-        ("longbench:subset=qasper,template=plain", True),
+        ("longbench:subset=qasper,chat=false", True),
         ("gsm8k", True),
         ("code", True),
-        ("gsm8k:template=auto", False),
+        ("gsm8k:chat=true", False),
         ("prompts:path=log.jsonl", None),
         ("prompts:path=logs", None),
         ("jsonl:path=a.jsonl && gsm8k", True),
@@ -177,3 +178,8 @@ def test_a_tasks_spec_says_whether_its_prompts_are_in_the_chat_template(tmp_path
 )
 def test_a_spec_that_does_not_decide_says_so(spec, plain):
     assert without_template(spec) is plain
+
+
+@pytest.mark.parametrize("subset", sorted(SUBSETS))
+def test_longbench_leaves_the_template_out_of_the_subsets_that_say_so(subset):
+    assert without_template(f"longbench:subset={subset}") is not SUBSETS[subset].chat

@@ -94,7 +94,7 @@ def jsonl_file(tmp_path):
     ("spec", "opening", "inside"),
     [
         ("niah:context=300,needles=2", "What is the special magic number for", "hidden within"),
-        ("niah:context=300,language=zh,template=plain", "上面的文字", "。"),
+        ("niah:context=300,language=zh,chat=false", "上面的文字", "。"),
         *((f"ruler:task={task},context=900", "What", "") for task in ("niah_single_1", "niah_multivalue")),
         ("ruler:task=vt,context=900", "Question: Find all variables", "VAR "),
         ("ruler:task=cwe,context=1200", "Question: What are the 10", "1. "),

@@ -19,8 +19,8 @@ def test_bare_name_gives_the_defaults():
 
 
 def test_values_take_the_types_of_the_fields():
-    assert get_task("niah:context=600, needles=2,depth=0.25,template=plain") == NeedleInHaystack(
-        context=600, needles=2, depth=0.25, template="plain"
+    assert get_task("niah:context=600, needles=2,depth=0.25,chat=false") == NeedleInHaystack(
+        context=600, needles=2, depth=0.25, chat=False
     )
     assert get_task("niah:depth=none,passages=3") == NeedleInHaystack(passages=3)
     assert get_task("jsonl:path=x,chat=True") == JsonLines("x", chat=True)
@@ -63,10 +63,10 @@ def test_formatted_jsonl_spec_gives_the_task_back(path, metric, tokens, split, c
     depth=st.none() | st.floats(0, 1),
     haystack=st.none() | paths.filter(lambda path: path.strip().lower() != "none"),
     passages=st.none() | st.integers(1, 99),
-    template=st.sampled_from(["auto", "chat", "plain"]),
+    chat=st.sampled_from([None, True, False]),
 )
-def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haystack, passages, template):
-    task = NeedleInHaystack(context, needles, depth, haystack, passages, template)
+def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haystack, passages, chat):
+    task = NeedleInHaystack(context, needles, depth, haystack, passages, chat)
     assert get_task(format_spec(task)) == task
 
 
@@ -158,7 +158,7 @@ def test_unknown_names_suggest_the_nearest(spec, message):
         ("niah:depth=deep", "depth=deep: expected a number"),
         ("niah:depth=nan", "depth=nan: expected a number"),
         ("niah:depth=2", "depth=2.0 is out of range"),
-        ("niah:template=cat", "template=cat: expected one of auto, chat, plain"),
+        ("niah:chat=cat", "chat=cat: expected true or false"),
         ("jsonl:path=x,chat=maybe", "chat=maybe: expected true or false"),
         ("jsonl", "'jsonl' needs path"),
         ("niah:context", "'context' is not key=value"),

@@ -39,7 +39,7 @@ _ALLOCATIONS = {
 #: Tasks that leave the chat template out unless their settings say otherwise, and subsets of LongBench that always do.
 _PLAIN_TASKS = ("code", "gsm8k", "jsonl", "prompts")
 _PLAIN_SUBSETS = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
-_PLAIN, _CHAT = ("plain", "false", "no", "0"), ("chat", "true", "yes", "1")
+_PLAIN, _CHAT = ("false", "no", "0"), ("true", "yes", "1")
 
 
 def provenance(profile: BudgetProfile) -> dict[str, str]:
@@ -144,13 +144,12 @@ def _without_template(spec: str) -> bool | None:
         values = parse_spec(spec, "task", {name: "subset" if name == "longbench" else "path"})[1]
     except UsageError:
         return False
-    said = values.get("chat", values.get("template", "")).strip().lower()
-    if name == "longbench" and values.get("subset", "").strip().removesuffix("_e") in _PLAIN_SUBSETS:
-        return True
+    said = values.get("chat", "").strip().lower()
     if name == "prompts" and said not in _CHAT and Path(values.get("path", "")).suffix.lower() in ("", ".jsonl"):
         # Of files and folders that may hold both, chats go into the template and texts do not.
         return None
-    return said in _PLAIN or (name in _PLAIN_TASKS and said not in (*_CHAT, "auto"))
+    by_default = values.get("subset", "").strip().removesuffix("_e") in _PLAIN_SUBSETS or name in _PLAIN_TASKS
+    return by_default if said not in (*_CHAT, *_PLAIN) else said in _PLAIN
 
 
 def generate_command(model: str, profile: str, task: object) -> str:

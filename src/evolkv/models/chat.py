@@ -53,7 +53,7 @@ def render_chat(
     name = tokenizer.name_or_path or "this tokenizer"
     raise TaskError(
         f"the chat template of {name} cannot put a user's message ({reasons[0]}); "
-        "leave it out: --raw in generate, template=plain or chat=false in a task; or mend it"
+        "leave it out: --raw in generate, chat=false in a task; or mend it"
     )
 
 

@@ -37,7 +37,6 @@ from evolkv.tasks.rows import (
 )
 
 Mode = Literal["flexible", "strict"]
-Template = Literal["auto", "chat", "plain"]
 
 STOP = ("Question:", "</s>", "<|im_end|>")
 """Texts at which the harness ends a generation."""
@@ -68,8 +67,8 @@ class Gsm8k(Task):
         shots_path: the file whose first rows are the shots. Default None: rows of `path` itself, from those that
             serve train.
         mode: which number of the answer counts. "flexible" (default) is the last, "strict" the first after "#### ".
-        template: "plain" (default, as in the harness) continues a text, "chat" puts shots and problem into the
-            tokenizer's chat template as one user message, "auto" does where the tokenizer has one.
+        chat: whether to put shots and problem in the model's chat template, as one user message. Default False, as in
+            the harness.
         split: "auto" (default) gives a quarter of the questions to train, a quarter to validation and half to
             report. Which ones depends on the rows alone, not on seed, n or shots. "all" uses every row for any split.
         max_new_tokens: most tokens to generate. Default 256, as in the harness.
@@ -86,7 +85,7 @@ class Gsm8k(Task):
     shots: int = 5
     shots_path: str | None = None
     mode: Mode = "flexible"
-    template: Template = "plain"
+    chat: bool = False
     split: Splitting = "auto"
     max_new_tokens: int = 256
 
@@ -95,7 +94,7 @@ class Gsm8k(Task):
             raise TaskError(f"gsm8k: shots={self.shots} is out of range; expected 0 or more")
         if self.max_new_tokens < 1:
             raise TaskError(f"gsm8k: max_new_tokens={self.max_new_tokens} is out of range; expected at least 1")
-        for key, choices in (("mode", Mode), ("template", Template), ("split", Splitting)):
+        for key, choices in (("mode", Mode), ("split", Splitting)):
             check_choice(self.name, key, getattr(self, key), get_args(choices))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
@@ -103,11 +102,11 @@ class Gsm8k(Task):
 
         Raises:
             TaskError: a file cannot be fetched or read, a row is malformed (the message names file and line), there are
-                too few rows for the shots or none besides them, or template="chat" and the tokenizer has no chat
+                too few rows for the shots or none besides them, or chat=true and the tokenizer has no chat
                 template.
         """
         check_request(split, n)
-        template = tokenizer if uses_chat(tokenizer, self.template, self.name) else None
+        template = tokenizer if uses_chat(tokenizer, self.chat, self.name) else None
         path = self._file()
         problems = _read(path)
         shots = self._shots(problems, path)

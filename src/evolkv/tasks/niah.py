@@ -11,17 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from evolkv.errors import TaskError
 from evolkv.models.chat import user_message
-from evolkv.tasks.base import SPLITS, Example, Split, Task, check_choice, check_request, partition
+from evolkv.tasks.base import SPLITS, Example, Split, Task, check_request, partition
 from evolkv.tasks.haystacks import describe_haystack, read_haystack
 from evolkv.tasks.prompts import encode_text, question_at, uses_chat
 from evolkv.tasks.prose import gap, prose
 from evolkv.tasks.wording import WORDINGS, Wording
-
-Template = Literal["auto", "chat", "plain"]
 
 EXAMPLES_PER_PASSAGE = 16
 """Also the number of depths that consecutive examples are spread over: a power of two, in 4 bits."""
@@ -58,8 +56,7 @@ class NeedleInHaystack(Task):
             `PaulGrahamEssays`, joined). Default None: generated prose. The first quarter of a file serves train, the
             second validation, the second half report.
         passages: how many different stretches of text a split draws on. Default None: one per 16 examples.
-        template: "chat" puts the prompt in the tokenizer's chat template, "plain" does not, "auto" (default)
-            does where the tokenizer has one.
+        chat: whether to put the prompt in the model's chat template. Default None: where the tokenizer has one.
         language: of needles, question and generated prose: "en" (default), "de", "fr", "es" or "zh". An example
             asks for the same number, for the same thing and at the same depth in every language.
 
@@ -75,7 +72,7 @@ class NeedleInHaystack(Task):
     depth: float | None = None
     haystack: str | None = None
     passages: int | None = None
-    template: Template = "auto"
+    chat: bool | None = None
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -88,7 +85,6 @@ class NeedleInHaystack(Task):
             raise TaskError(f"niah: depth={self.depth} is out of range; expected 0 (start) to 1 (end)")
         if self.passages is not None and self.passages < 1:
             raise TaskError(f"niah: passages={self.passages} is out of range; expected at least 1")
-        check_choice(self.name, "template", self.template, get_args(Template))
 
     @property
     def free_text(self) -> bool:
@@ -100,10 +96,10 @@ class NeedleInHaystack(Task):
 
         Raises:
             TaskError: `context` cannot hold template, needles and question; the haystack file cannot be read
-                or is too short; template="chat" and the tokenizer has no chat template.
+                or is too short; chat=true and the tokenizer has no chat template.
         """
         check_request(split, n)
-        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
+        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.chat, self.name), self.context, self.language)
         sample = prompts.largest_needles(self.needles)
         needed = prompts.least(sample)
         if self.context < needed:
@@ -126,7 +122,7 @@ class NeedleInHaystack(Task):
 
     def least_context(self, tokenizer: Any) -> int:
         """Return the fewest tokens that hold template, needles and question."""
-        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.template, self.name), self.context, self.language)
+        prompts = _Prompts(tokenizer, uses_chat(tokenizer, self.chat, self.name), self.context, self.language)
         return prompts.least(prompts.largest_needles(self.needles))
 
     def _plan(self, split: Split, index: int, seed: int) -> _Plan:

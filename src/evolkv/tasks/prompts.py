@@ -41,22 +41,21 @@ def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
     return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
 
 
-def uses_chat(tokenizer: Any, choice: str | bool | None, task: str) -> bool:
+def uses_chat(tokenizer: Any, choice: bool | None, task: str) -> bool:
     """Return whether prompts go into the chat template.
 
     Args:
         tokenizer: the tokenizer.
-        choice: "auto" or None for "where there is one", "chat" or True for yes, "plain" or False for no.
+        choice: yes or no; None for "where there is one".
         task: name of the task, for messages.
 
     Raises:
         TaskError: there is no chat template, and `choice` asks for it.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if choice in ("chat", True) and not has_template:
-        yes, no = ("chat=true", "chat=false") if choice is True else ("template=chat", "template=plain")
-        raise TaskError(f"{task}: {yes}, but this tokenizer has no chat template; use {no}")
-    return has_template and choice not in ("plain", False)
+    if choice and not has_template:
+        raise TaskError(f"{task}: chat=true, but this tokenizer has no chat template; use chat=false")
+    return has_template if choice is None else choice
 
 
 def cut_middle(tokenizer: Any, prompt: str, limit: int) -> str:

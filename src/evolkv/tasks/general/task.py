@@ -135,7 +135,7 @@ class General(Task):
         target = puzzle.target or f" {last} {puzzle.answer}"
         if prefix:
             puzzle = replace(puzzle, prefix=prefix)
-        chat = puzzle.chat and uses_chat(tokenizer, "auto", self.name)
+        chat = puzzle.chat and uses_chat(tokenizer, None, self.name)
         render = partial(_render, puzzle, tokenizer, chat)
 
         def room(size: int) -> int:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -37,8 +37,6 @@ from evolkv.tasks.rows import (
 
 logger = logging.getLogger(__name__)
 
-Template = Literal["auto", "plain"]
-
 
 @dataclass(frozen=True)
 class LongBench(Task):
@@ -66,8 +64,8 @@ class LongBench(Task):
             report. Which ones depends on the rows alone, and rows about one document stay together. "all" uses
             every row for any split. A subset and its `_e` namesake are split independently, so examples
             of one may be in another split of the other.
-        template: "auto" (default) puts the prompt in the chat template, where the tokenizer has one, of all
-            subsets but trec, triviaqa, samsum, lsht, lcc and repobench-p; "plain" of none.
+        chat: whether to put the prompt in the model's chat template. Default None: where the tokenizer has one, for
+            all subsets but trec, triviaqa, samsum, lsht, lcc and repobench-p.
 
     Raises:
         UsageError: an unknown subset.
@@ -81,7 +79,7 @@ class LongBench(Task):
     path: str | None = None
     context: int = 3500
     split: Splitting = "auto"
-    template: Template = "auto"
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         if self.subset not in NAMES:
@@ -89,7 +87,6 @@ class LongBench(Task):
         if self.context < 2:
             raise TaskError(f"longbench: context={self.context} is out of range; expected at least 2 tokens")
         check_choice(self.name, "split", self.split, get_args(Splitting))
-        check_choice(self.name, "template", self.template, get_args(Template))
 
     def examples(self, split: Split, n: int, tokenizer: Any, seed: int = 0) -> list[Example]:
         """Draw n rows of the split; all of them, with a warning, if there are fewer. Rows of a document are neighbours.
@@ -169,7 +166,7 @@ class LongBench(Task):
     def _example(self, row: _Row, tokenizer: Any) -> Example:
         work, fields = self._work, row.fields
         prompt = cut_middle(tokenizer, work.prompt.format(context=fields.context, input=fields.input), self.context)
-        if work.chat and uses_chat(tokenizer, self.template, self.name):
+        if uses_chat(tokenizer, self.chat if work.chat else bool(self.chat), self.name):
             prompt = user_message(tokenizer, prompt)
         extra: dict[str, Any] = {"length": fields.length}
         if self.subset in EXTENDED:
