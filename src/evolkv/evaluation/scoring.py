@@ -221,8 +221,7 @@ class ProbabilityScorer(Scorer):
 
     def loss(self, logits: Tensor, question: Question) -> Tensor:
         """See `Scorer.loss`: the negative log-likelihood, of which the score is ``exp(-loss)``."""
-        assert question.target is not None
-        return F.cross_entropy(logits.float(), question.target.to(logits.device))
+        return _negative_log_likelihood(logits, question)
 
 
 class FidelityScorer(Scorer):
@@ -300,15 +299,18 @@ class FidelityScorer(Scorer):
         return mean_probability(values)
 
     def loss(self, logits: Tensor, question: Question) -> Tensor:
-        """See `Scorer.loss`: the KL divergence, of which the metric fidelity is ``exp(-loss)``."""
-        assert question.reference is not None
-        return divergence_from(question.reference.to(logits.device))(logits).mean()
+        """See `Scorer.loss`: the negative log-likelihood of the full cache's own answer.
+
+        The divergence would spend budget on tokens of which the full cache itself is not sure, at the cost of those
+        that make the text: docs/label_free.md has figures.
+        """
+        return _negative_log_likelihood(logits, question)
 
 
 class AgreementScorer(FidelityScorer):
     """Share of its own answer's tokens whose most probable token stays that of the full cache, in [0, 1].
 
-    The answer and its two predictions are those of `FidelityScorer`. So is the loss, since a share has no slope.
+    The answer, its two predictions and the loss are those of `FidelityScorer`.
     """
 
     def _compare(self, reference: Tensor) -> Callable[[Tensor], Tensor]:
@@ -317,6 +319,12 @@ class AgreementScorer(FidelityScorer):
 
     def _summary(self, values: Tensor) -> float:
         return float(values.double().mean())
+
+
+def _negative_log_likelihood(logits: Tensor, question: Question) -> Tensor:
+    """Return what the target's tokens cost on average, in nats, under logits ``[target, vocabulary]`` of any dtype."""
+    assert question.target is not None
+    return F.cross_entropy(logits.float(), question.target.to(logits.device))
 
 
 #: Metrics that are not of the text that is generated.
