@@ -5,8 +5,8 @@
 For each table, under each protocol: budgets are evolved at every `--budgets` as one curve (metric logprob, on training
 examples of its tasks, or of `general` for the table `unseen`), and LU-KV's are calibrated on the same examples. Then
 these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored on the same
-held-out examples. The difference is paired with LU-KV, and with the method that scores best on those very examples at
-that budget and task, which favours what is not evolved.
+held-out examples. The difference is paired with LU-KV, with equal budgets under the profile's own selector, and with
+the method that scores best on those very examples at that budget and task, which favours what is not evolved.
 
 Profiles, studies and the records of every example are kept in DIR. Given again, the same command goes on where it was
 stopped.
@@ -56,6 +56,8 @@ PUBLISHED = (
 )
 #: Budgets that LU-KV allocates, calibrated on the examples that budgets are evolved on, under the same selector.
 LUKV = "lukv"
+#: The profile's own selector, with equal budgets.
+EQUAL = "equal"
 #: RULER without its two tasks that read files.
 RULER = (
     "niah_single_1",
@@ -165,7 +167,9 @@ class Runner:
             profiles[LUKV] = self._evolve(
                 f"{stem}-{LUKV}", table, tasks, protocol, selector=under, strategy="start", start=LUKV
             )
-            rows, pairs = self._scored(stem, table, tasks, protocol, profiles)
+            rows, pairs = self._scored(
+                stem, table, tasks, protocol, profiles, dict(zip(self.budgets, under, strict=True))
+            )
             about = {"table": name, "protocol": protocol, "metric": rows[0]["metric"], "evolved_under": under}
             parts.append({**about, **condensed(rows, pairs, self.budgets)})
         return parts
@@ -174,7 +178,13 @@ class Runner:
         return [spec.format(data=self.arguments.data) for spec in specs]
 
     def _scored(
-        self, stem: str, table: Table, tasks: list[str], protocol: str, profiles: dict[str, str]
+        self,
+        stem: str,
+        table: Table,
+        tasks: list[str],
+        protocol: str,
+        profiles: dict[str, str],
+        under: dict[Budget, str],
     ) -> tuple[list[Any], list[Any]]:
         records = self.arguments.out / f"{stem}-{table.metric or 'text'}.records.jsonl"
         rows = evolkv.evaluate(
@@ -207,9 +217,9 @@ class Runner:
             for budget in self.budgets:
                 at = [row for row in rows if row["budget"] == budget and row["method"] != evolved]
                 best = _best(at if task == ALL else [row for row in at if row["task"] == task])
-                with_best, with_lukv = (paired(budget, other)[task] for other in (best, lukv))
+                with_best, with_lukv, equal = (paired(budget, other)[task] for other in (best, lukv, under[budget]))
                 about = {"task": task, "protocol": protocol, "metric": its_metric, "budget": budget}
-                comparisons.append({**about, "best": names.get(best, best), **with_best, LUKV: with_lukv})
+                comparisons.append({**about, "best": names.get(best, best), **with_best, LUKV: with_lukv, EQUAL: equal})
         for row in rows:
             row["method"] = names.get(row["method"], row["method"])
         return rows, comparisons
@@ -275,7 +285,7 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
     for task in dict.fromkeys(pair["task"] for pair in pairs):
         scores, counts = zip(*([full[task]] if task in full else full.values()), strict=True)
         cells = [
-            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95", LUKV)}
+            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95", LUKV, EQUAL)}
             for pair in pairs
             if pair["task"] == task
         ]

@@ -136,6 +136,9 @@ def results(records: Sequence[Record]) -> Lines:
         if all("lukv" in cell for cell in cells) and any(cell["best"] != "lukv" for cell in cells):
             yield from ("", "Where another method is best, against LU-KV:", "")
             yield from differences([record], "lukv")
+        if all("equal" in cell for cell in cells):
+            yield from ("", "Against equal budgets under the profile's own selector:", "")
+            yield from differences([record], "equal")
         yield from ("", "</details>")
 
 
