@@ -173,8 +173,7 @@ def test_prompt_that_just_fits_is_left_alone(write, tokenizer):
 def test_chat_template_comes_on_top_of_the_cut_prompt(write, tokenizer):
     folder = write("gov_report", row(context="The committee met and agreed. " * 300))
     plain, chat = (
-        first(LongBench("gov_report", folder, context=200, split="all", template=t), tokenizer)
-        for t in ("plain", "auto")
+        first(LongBench("gov_report", folder, context=200, split="all", chat=chat), tokenizer) for chat in (False, None)
     )
     assert encode_prompt(tokenizer, plain).shape[1] == 200
     assert chat.prompt == user_message(tokenizer, plain.prompt)
