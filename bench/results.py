@@ -163,13 +163,12 @@ class Runner:
         for protocol in (each for each in table.protocols if each in self.arguments.protocol):
             stem, tasks = f"{name}-{protocol}", self._paths(table.tasks)
             profiles = {"evolved": self._evolve(stem, table, tasks, protocol)}
-            under = self._evolved_under(stem)
+            by_budget = self._evolved_under(stem)
+            under = [*by_budget.values()]
             profiles[LUKV] = self._evolve(
                 f"{stem}-{LUKV}", table, tasks, protocol, selector=under, strategy="start", start=LUKV
             )
-            rows, pairs = self._scored(
-                stem, table, tasks, protocol, profiles, dict(zip(self.budgets, under, strict=True))
-            )
+            rows, pairs = self._scored(stem, table, tasks, protocol, profiles, by_budget)
             about = {"table": name, "protocol": protocol, "metric": rows[0]["metric"], "evolved_under": under}
             parts.append({**about, **condensed(rows, pairs, self.budgets)})
         return parts
@@ -233,10 +232,10 @@ class Runner:
             )
         return [get_selector(each).spec for each in chosen or competing(protocol, int(least))]
 
-    def _evolved_under(self, stem: str) -> list[str]:
+    def _evolved_under(self, stem: str) -> dict[Budget, str]:
         """Return the selectors of the profiles, by budget."""
-        names = [self.arguments.out / f"{stem}-{budget}.profile.json" for budget in self.budgets]
-        return [get_selector(evolkv.BudgetProfile.load(name).selector).spec for name in names]
+        names = {budget: self.arguments.out / f"{stem}-{budget}.profile.json" for budget in self.budgets}
+        return {at: get_selector(evolkv.BudgetProfile.load(name).selector).spec for at, name in names.items()}
 
     def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str, **settings: Any) -> str:
         """Profiles for all budgets, made unless they are there; the method that stands for them."""

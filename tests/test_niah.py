@@ -427,6 +427,11 @@ def test_settings_out_of_range_are_refused(settings, message):
         NeedleInHaystack(**settings)
 
 
+def test_a_word_in_place_of_yes_or_no_is_refused(tokenizer):
+    with pytest.raises(TaskError, match="niah: chat='plain' is unknown; expected True, False or None"):
+        NeedleInHaystack(chat="plain").examples("train", 1, tokenizer)
+
+
 def test_unknown_split_suggests_the_nearest(tokenizer):
     with pytest.raises(UsageError, match="Did you mean 'train'"):
         get_task("niah").examples("trian", 1, tokenizer)

@@ -173,6 +173,7 @@ def test_a_tasks_spec_says_whether_its_prompts_are_in_the_chat_template(tmp_path
         ("jsonl:path=a.jsonl && gsm8k", True),
         ("jsonl:path=a.jsonl && niah", None),
         ("my task:,", False),
+        ("own:subset=trec", False),
         (None, False),
     ],
 )

@@ -16,7 +16,7 @@ from evolkv.hub import FILE_NAME, HubAddress
 from evolkv.json_files import read_json
 from evolkv.profile_file import MAX_FILE_BYTES
 from evolkv.schemas import RESULTS_FORMAT
-from evolkv.specs import parse_spec
+from evolkv.specs import BOOLEANS, parse_spec
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ _ALLOCATIONS = {
 #: Tasks that leave the chat template out unless their settings say otherwise, and subsets of LongBench that always do.
 _PLAIN_TASKS = ("code", "gsm8k", "jsonl", "prompts")
 _PLAIN_SUBSETS = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
-_PLAIN, _CHAT = ("false", "no", "0"), ("true", "yes", "1")
 
 
 def provenance(profile: BudgetProfile) -> dict[str, str]:
@@ -144,12 +143,15 @@ def _without_template(spec: str) -> bool | None:
         values = parse_spec(spec, "task", {name: "subset" if name == "longbench" else "path"})[1]
     except UsageError:
         return False
-    said = values.get("chat", "").strip().lower()
-    if name == "prompts" and said not in _CHAT and Path(values.get("path", "")).suffix.lower() in ("", ".jsonl"):
+    said = BOOLEANS.get(values.get("chat", "").strip().lower())
+    if name == "prompts" and not said and Path(values.get("path", "")).suffix.lower() in ("", ".jsonl"):
         # Of files and folders that may hold both, chats go into the template and texts do not.
         return None
-    by_default = values.get("subset", "").strip().removesuffix("_e") in _PLAIN_SUBSETS or name in _PLAIN_TASKS
-    return by_default if said not in (*_CHAT, *_PLAIN) else said in _PLAIN
+    if said is not None:
+        return not said
+    if name == "longbench":
+        return values.get("subset", "").strip().removesuffix("_e") in _PLAIN_SUBSETS
+    return name in _PLAIN_TASKS
 
 
 def generate_command(model: str, profile: str, task: object) -> str:

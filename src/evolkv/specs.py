@@ -13,6 +13,8 @@ from typing import Any
 from evolkv.errors import UsageError
 from evolkv.registry import NO_COMMA
 
+#: Words for yes and no, in small letters.
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _COMMA = re.compile(r"(\\*),")
 _HEAD = re.compile(r"\s*([^:,=\s]+)\s*(?:[:,]|&&|\Z)")
 

@@ -107,7 +107,7 @@ class AllGroups:
         self._shift: tuple[Any, Tensor, Tensor] | None = None
         #: Of the latest step, by group; and what it was built of, if it was a token for each of so many requests.
         self._built: list[Any] = []
-        self._decoded: tuple[Any, ...] | None = None
+        self._decoded: tuple[Any, ...] = ()
         #: The latest views of each group's part of a tensor, with the tensor and their length.
         self._views: dict[str, tuple[Tensor, int, Sequence[Tensor]]] = {}
         self._build_first = runner._build_attention_metadata
@@ -160,10 +160,9 @@ class AllGroups:
             self._by_group("slots", tables.slots, len(common.slot_mapping)),
         )
         longest = left.max(axis=1).tolist()
-        before, self._decoded = self._decoded, None
-        if common.num_actual_tokens == number and common.max_query_len == 1 and not step.reading:
-            self._decoded = *views, common.causal
-        if before is not None and self._decoded is not None and all(map(operator.is_, before, self._decoded)):
+        one_each = common.num_actual_tokens == number and common.max_query_len == 1 and not step.reading
+        before, self._decoded = self._decoded, (*views, common.causal) if one_each else ()
+        if before and one_each and all(map(operator.is_, before, self._decoded)):
             for builder, made, most in zip(self._builders, self._built, longest, strict=True):
                 builder.lengthen(made, common.query_start_loc, most)
             return self._built[0]

@@ -76,7 +76,7 @@ def test_metadata_of_the_step_before_is_brought_up_to_date(tiny, profile, prompt
         first = plain(self, common)
         if self._built is before:
             renewed += 1
-            again, plans, self._decoded = made(self), [], None
+            again, plans, self._decoded = made(self), [], ()
             plain(self, common)
             assert made(self) == again
         return first

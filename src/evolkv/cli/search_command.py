@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
@@ -122,7 +121,6 @@ def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[Budget, str]
     outs: dict[Budget, str] = {0: options["out"]} if auto else _outs(options["out"], budgets)
     _check_together(options, budgets)
     config = _config(options, budgets, outs)
-    names = ("dtype", "device", "attn_implementation", "trust_remote_code")
     check = partial(
         check_examples,
         [get_task(config.task)],
@@ -136,13 +134,18 @@ def prepare(options: Mapping[str, Any]) -> tuple[SearchConfig, dict[Budget, str]
         seed=config.seed,
     )
     start = config.start if isinstance(config.start, BudgetProfile) else None
-    model, tokenizer = ModelOptions(**{name: options[name] for name in names}).load(options["model"], check, [start])
+    model, tokenizer = _model_options(options).load(options["model"], check, [start])
     if config.time_limit is not None:
         # The limit is for the whole command.
         config = replace(config, time_limit=_left(config.time_limit, time.monotonic() - started))
     if config.backend == "ray":
         config = replace(config, backend=_ray(model, tokenizer, options))
     return config, outs, model, tokenizer
+
+
+def _model_options(options: Mapping[str, Any]) -> ModelOptions:
+    """Return the options that say how the model is loaded."""
+    return ModelOptions(**{field.name: options[field.name] for field in fields(ModelOptions)})
 
 
 def _left(limit: float, seconds: float) -> float:
@@ -288,18 +291,20 @@ def _next_commands(
     """Return what to do with what was written, as (purpose, command) pairs; each command works when pasted."""
     first = result if isinstance(result, SearchResult) else result.results[0]
     model, path = options["model"], outs[first.profile.target]
-    names = ("dtype", "device", "attn_implementation", "trust_remote_code")
-    load = ModelOptions(**{name: options[name] for name in names}).given()
+    load = _model_options(options).given()
     written = path if len(outs) == 1 else _path_at(options["out"], "{}")
     compared = ["full", get_selector(first.profile.selector).spec, written]
-    asked = [["--" + name, options[name]] for name in ("metric", "protocol") if options[name] not in (None, AWARE)]
-    budgets = ",".join(map(str, outs))
-    rest = ["--budget", budgets, "--method", *compared, *itertools.chain(*asked), *load]
+    generate = generate_words(model, path, first.profile.search.get("task"))
+    evaluate = ["eval", model, "--task", *options["task"], "--budget", ",".join(map(str, outs)), "--method", *compared]
+    if options["metric"] is not None:
+        evaluate += ["--metric", options["metric"]]
+    if options["protocol"] != AWARE:
+        evaluate += ["--protocol", options["protocol"]]
     return [
-        ("text under the profile", as_command([*generate_words(model, path, first.profile.search.get("task")), *load])),
+        ("text under the profile", as_command([*generate, *load])),
         (
             "other examples, under the profile, under equal budgets and with the full cache",
-            as_command(["eval", model, "--task", *options["task"], *rest]),
+            as_command([*evaluate, *load]),
         ),
     ]
 

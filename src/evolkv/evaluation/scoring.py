@@ -302,7 +302,7 @@ class FidelityScorer(Scorer):
         """See `Scorer.loss`: the negative log-likelihood of the full cache's own answer.
 
         The divergence would spend budget on tokens of which the full cache itself is not sure, at the cost of those
-        that make the text: docs/label_free.md has figures.
+        that make the text.
         """
         return _negative_log_likelihood(logits, question)
 

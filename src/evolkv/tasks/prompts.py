@@ -50,8 +50,10 @@ def uses_chat(tokenizer: Any, choice: bool | None, task: str) -> bool:
         task: name of the task, for messages.
 
     Raises:
-        TaskError: there is no chat template, and `choice` asks for it.
+        TaskError: `choice` is something else, or asks for a chat template where there is none.
     """
+    if not (choice is None or isinstance(choice, bool)):
+        raise TaskError(f"{task}: chat={choice!r} is unknown; expected True, False or None")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if choice and not has_template:
         raise TaskError(f"{task}: chat=true, but this tokenizer has no chat template; use chat=false")

@@ -43,7 +43,6 @@ _PARTS = {Ruler.name: tuple(FAMILIES), LongBench.name: SUBSET_NAMES}
 _AND = " && "
 #: No setting is larger: a larger number is a mistake.
 _MOST = 2**31
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
@@ -158,8 +157,8 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
             return word
         raise TaskError(f"{where}: expected one of {', '.join(choices)}")
     if annotation is bool:
-        if word.lower() in _BOOLEANS:
-            return _BOOLEANS[word.lower()]
+        if word.lower() in specs.BOOLEANS:
+            return specs.BOOLEANS[word.lower()]
         raise TaskError(f"{where}: expected true or false")
     try:
         number = annotation(word)

@@ -166,7 +166,8 @@ class LongBench(Task):
     def _example(self, row: _Row, tokenizer: Any) -> Example:
         work, fields = self._work, row.fields
         prompt = cut_middle(tokenizer, work.prompt.format(context=fields.context, input=fields.input), self.context)
-        if uses_chat(tokenizer, self.chat if work.chat else bool(self.chat), self.name):
+        by_default = None if work.chat else False
+        if uses_chat(tokenizer, by_default if self.chat is None else self.chat, self.name):
             prompt = user_message(tokenizer, prompt)
         extra: dict[str, Any] = {"length": fields.length}
         if self.subset in EXTENDED:
