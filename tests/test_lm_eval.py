@@ -18,6 +18,9 @@ from evolkv.errors import ModelError, ProfileError, UsageError
 from evolkv.integrations import lm_eval_command
 from evolkv.models import ALIASES
 
+# They run where the harness is installed: make lm-eval test-slow.
+pytestmark = pytest.mark.slow
+
 SMALL = {"method": "snapkv", "budget": 36}
 COVERING = {"method": "snapkv", "budget": 512}
 FOLDER = Path(__file__).parent / "fixtures" / "lm_eval"
