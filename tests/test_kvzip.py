@@ -118,8 +118,10 @@ def test_a_recorded_prompt_is_ranked_as_a_cache_ranks_it(family):
         assert kept(again) == kept(cache)
         assert recorded.prefill_factor(spec) == cache.prefill_factor
         assert recorded.prefill_factor(get_selector("keydiff")) == 1
-    # What both prompts share was read once; the passages do not count as read.
-    assert prefill.tokens_to_compute([first, second]) == 60 + 15
+    # What both prompts share was read once; each was then repeated in whole.
+    repeated = sum(round((prefill(ids).prefill_factor(spec) - 1) * ids.shape[1]) for ids in (first, second))
+    assert prefill.tokens_to_compute([first, second]) == 60 + 15 + repeated
+    assert repeated > 2 * 60
 
 
 def cache_budgets(model, budget):

@@ -174,10 +174,19 @@ def _real_tokens(
             yield i, real, int(last) + 1
 
 
+def tokens_read_again(model: PreTrainedModel, selector: Selector, ids: Sequence[int]) -> int:
+    """Return how many tokens a model reads behind a prompt of these token ids, for one of its selectors."""
+    return sum(len(each.ids) for each in _said(model, selector, ids)) if selector.rereads else 0
+
+
+def _said(model: PreTrainedModel, selector: Selector, ids: Sequence[int]) -> list[Passage]:
+    words = words_of(model, selector) if selector.asks_in_words else None
+    return list(selector.passages(ids, words))
+
+
 def _passages(model: PreTrainedModel, selector: Selector, ids: Sequence[int], position: int) -> list[Passage]:
     """Return what a model reads behind a prompt that ends before a position; see `reread` for errors."""
-    words = words_of(model, selector) if selector.asks_in_words else None
-    passages = list(selector.passages(ids, words))
+    passages = _said(model, selector, ids)
     longest, limit = max(len(each.ids) for each in passages), model_facts(model).max_context
     if position + longest > limit:
         raise UsageError(

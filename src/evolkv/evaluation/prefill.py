@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache, from_rankings
+from evolkv.cache.rereading import tokens_read_again
 from evolkv.models.forward import input_device
 from evolkv.models.rotary import stretching
 from evolkv.selectors import Selector, get_selector
@@ -94,13 +95,17 @@ class Prefiller:
         return self._cache.recorded(output.logits[0, -1].float())
 
     def tokens_to_compute(self, prompts: Sequence[Tensor]) -> int:
-        """Return how many tokens are computed where these prompts, ``[1, tokens]`` each, are all that is prefilled."""
+        """Return how many tokens are computed where these prompts, ``[1, tokens]`` each, are all that is prefilled.
+
+        Those that a selector has the model read again count too: nothing of them is shared.
+        """
         cache = RecordingCache(self.model, self.selectors, self.observers)
         ahead = Prefiller(self.model, self.selectors, self.observers)
         ahead._cache = cache
         total = 0
         for ids in (each[0].tolist() for each in prompts):
             total += len(ids) - ahead._shared(ids)
+            total += sum(tokens_read_again(self.model, selector, ids) for selector in self.selectors)
             ahead._last = ids
         return total
 

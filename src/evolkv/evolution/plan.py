@@ -165,7 +165,7 @@ class _Replay:
         engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, self.ceiling, shard_size=1)
         took = time.perf_counter() - started
         self.sampled = _lengths(run, sample)
-        self.per_token = took / sum(self.sampled)
+        self.per_token = took / sum(self._tokens([each]) for each in sample)
         self.prompt = took / len(sample)
         self.step = self.calibration = 0.0
         if config.calibrates:
@@ -195,13 +195,13 @@ class _Replay:
     def read(self, examples: Sequence[Example]) -> float:
         """Return the seconds that prefilling examples takes; neighbours in a shard share what their prompts share."""
         shards = [examples[start : start + SHARD_SIZE] for start in range(0, len(examples), SHARD_SIZE)]
-        prefill = Prefiller(self.run.model, [self.run.selector])
-        tokens = [prefill.tokens_to_compute([*map(self._encoded, shard)]) for shard in shards]
         rounds = math.ceil(len(shards) / self.side_by_side)
-        return self.per_token * sum(tokens) * rounds * self.side_by_side / len(shards)
+        return self.per_token * sum(map(self._tokens, shards)) * rounds * self.side_by_side / len(shards)
 
-    def _encoded(self, example: Example) -> torch.Tensor:
-        return encode_prompt(self.run.tokenizer, example)
+    def _tokens(self, shard: Sequence[Example]) -> int:
+        """Return how many tokens are computed when examples are prefilled one after the other."""
+        prefill = Prefiller(self.run.model, [self.run.selector])
+        return prefill.tokens_to_compute([encode_prompt(self.run.tokenizer, example) for example in shard])
 
     def memory(self, free: int, selectors: int) -> Memory:
         """Return what the search takes; `free` are the bytes that were free before."""
