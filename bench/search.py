@@ -313,7 +313,8 @@ def label_free(
     """Hold budgets that were evolved without answers against those evolved with them, on the same prompts.
 
     One search has the metric `logprob`, the other `fidelity`, which compares with what the full cache itself would say.
-    Both profiles are then scored on held-out examples, by the answers' probability and by the task's own metric.
+    Both profiles are then scored on held-out examples: by the answers' probability, by fidelity, and by the task's own
+    metric.
 
     Args:
         task: specs of the tasks, each with searches of its own.
@@ -344,7 +345,7 @@ def label_free(
             )
             seconds[followed] = found.seconds
             methods.append(Method.of_profile(found.profile, followed))
-        for metric in ("logprob", None):
+        for metric in ("logprob", "fidelity", None):
             settings = {"task": spec, "samples": samples, "seed": bench.seed, "metric": metric}
             compared, pairs = _paired((model, tokenizer), methods, ("fidelity", "logprob"), budget, **settings)
             scores = {row["method"]: row["score"] for row in compared}
