@@ -907,6 +907,12 @@ def test_a_study_does_not_know_how_long_its_search_took(tmp_path, write):
         assert "candidates in 1 min 24 s" in page(*order).text
 
 
+def test_a_study_names_the_haystack_that_its_search_used(tmp_path, small):
+    storage, size = tmp_path / "s.db", {"train": 2, "val": 2, "max_evals": 8, "gradient_steps": 2}
+    evolkv.search(*small, task="niah:context=200", budget=48, selector="snapkv", storage=str(storage), **size)
+    assert re.search(r"haystack\s*generated prose", page(storage).text)
+
+
 def test_studies_of_several_selectors_are_shown_together_by_name(tmp_path, capsys):
     storage, out = tmp_path / "s.db", tmp_path / "r.html"
     write_studies(storage, "search/snapkv:window=8", "search/keydiff")

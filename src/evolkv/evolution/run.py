@@ -211,6 +211,7 @@ class Run:
         self.study = Study.open(config.storage, config.study, identity)
         if not self.study.begun:
             self.study.put("versions", versions())
+            self.study.put("haystack", self.haystack)
             self._calibration.forget(self.study)
         # Not part of what identifies a search: one that goes on may have more of them.
         if self.study.get("max_evals") != evaluations:

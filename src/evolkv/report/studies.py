@@ -56,6 +56,8 @@ def _search(record: StudyRecord, stage: str, several: bool, rival: str) -> Searc
         settings["max_evals"] = record.facts["max_evals"]
     if isinstance(versions := record.facts.get("versions"), Mapping):
         settings["versions"] = dict(versions)
+    if isinstance(haystack := record.facts.get("haystack"), str):
+        settings["haystack"] = haystack
     data = {
         "evaluations": len(history),
         "settings": settings,
