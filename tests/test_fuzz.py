@@ -479,7 +479,8 @@ def random_selector(rng):
         "h2o": {"window": window},
         "chunkkv": {"window": window, "chunk": int(rng.integers(1, 6))},
     }
-    return get_selector({"name": name, **parameters.get(name, {})})
+    shares = {"newest": float(rng.choice([0, 0, 0.25, 0.5]))} if "window" in parameters.get(name, {}) else {}
+    return get_selector({"name": name, **parameters.get(name, {}), **shares})
 
 
 def random_rocketkv(rng):
