@@ -985,6 +985,17 @@ def test_lists_are_spelt_out_for_the_options_that_take_several_values():
     assert for_typer(["generate", "m", "--task", "a", "b"]) == ["generate", "m", "--task", "a", "b"]
 
 
+@pytest.mark.parametrize("after", [0.1, 0.4])
+def test_an_interrupt_while_the_program_starts_is_no_traceback(after):
+    with program("list", "models") as running:
+        time.sleep(after)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate()
+    # A fast machine may be through by then; Python itself says more only before the first line of the program.
+    assert running.returncode in (0, 130)
+    assert "Traceback" not in err
+
+
 def test_an_interrupt_while_an_object_is_collected_still_ends_the_program(capsys):
     class Collected:
         def __del__(self):
@@ -1297,3 +1308,37 @@ def test_a_shell_is_told_how_a_line_may_go_on():
             [sys.executable, "-m", "evolkv"], env={**os.environ, **environment}, capture_output=True, text=True
         )
         assert done.stdout.split() == [answer]
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(run, tmp_path):
+    path = tmp_path / "profile.json"
+    BudgetProfile.uniform(tiny_model(), 40).save(path)
+    data = json.loads(path.read_text())
+    data["model"]["name"] = "\x1b[31mred\x07"
+    path.write_text(json.dumps(data))
+    for command in ("show", "validate"):
+        code, out, err = run("profile", command, path)
+        assert code == 0, err
+        assert r"\x1b[31mred\x07" in out
+        assert "\x1b" not in out
+    data["format"] = "\x1b[31m"
+    path.write_text(json.dumps(data))
+    assert "\x1b" not in run("profile", "show", path)[2]
+
+
+def test_an_argument_that_no_file_can_hold_is_refused_at_once(run):
+    code, _, err = run("eval", MODEL, "--task", "jsonl:q\udcff.jsonl", "--method", "full")
+    assert code == 2
+    assert r"the argument 'jsonl:q\udcff.jsonl' is not UTF-8" in one_line(err)
+
+
+def test_a_model_that_an_option_took_is_missed_with_the_reason(run):
+    code, _, err = run("eval", "--task", TASK, "--method", "full", MODEL)
+    assert code == 2
+    assert "missing argument 'MODEL'; give it first: options such as --budget take every value behind them" in err
+
+
+def test_a_file_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"r\.json"):
+        console.write_json(str(tmp_path / "r.json"), {})

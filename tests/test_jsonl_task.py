@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -213,6 +214,12 @@ def test_file_that_is_empty_missing_a_folder_or_not_utf8_is_refused(write, tmp_p
     latin.write_bytes(b'{"prompt": "a", "answer": "b"}\n{"prompt": "caf\xe9", "answer": "b"}\n')
     with pytest.raises(TaskError, match=r"latin\.jsonl line 2: byte 0xe9 is not UTF-8"):
         JsonLines(str(latin)).examples("train", 1, None)
+
+
+def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(TaskError, match="is a pipe or a device, and a task reads its file several times"):
+        get_task(f"jsonl:path={tmp_path / 'pipe.jsonl'}").check_files()
 
 
 def test_split_without_rows_is_refused(write):

@@ -413,6 +413,7 @@ def test_a_profile_is_not_saved_to_an_address(profile, path, tmp_path, monkeypat
         (["scores", "train"], 0.5, "scores.train is 0.5, expected a valid dictionary"),
         (["budgets", 1], [64], r"budgets\[1\] has 1 entries, expected one for each of the 2 KV heads"),
         (["budgets", 1, 1], 0, r"budgets\[1\]\[1\] is 0, expected at least 1"),
+        (["budget"], 12, "the mean of budgets is .*, expected no more than budget, which is 12"),
         (["model", "sliding_windows"], [24], "model.sliding_windows has 1 entries, expected 2, one per layer"),
     ],
 )

@@ -86,10 +86,11 @@ def read_entries(spec: BudgetSpec, name: str = "the budget", several: bool = Fal
     """Return one budget where only a number of cache entries per KV head will do; see `read_budget`."""
     whole = int(spec) if is_whole(spec) or (isinstance(spec, str) and re.fullmatch(r"\s*[0-9]{1,12}\s*", spec)) else 0
     if not 1 <= whole <= MAX_BUDGET:
+        several_ones = " (several: 64,128)" if several else ""
         shown = spec.strip() if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() else repr(spec)
         raise BudgetError(
-            f"{name} is {_short(shown)}; expected a whole number of cache entries per KV head, at least 1, such as 64"
-            f"{' (several: 64,128)' if several else ''}, or a share of each prompt, such as 10%"
+            f"{name} is {_short(shown)}; expected a whole number of cache entries per KV head, from 1 to "
+            f"{MAX_BUDGET:,}, such as 64{several_ones}, or a share of each prompt, such as 10%"
         )
     return whole
 
@@ -131,8 +132,8 @@ def size_of(budget: Budget | str) -> float:
 
 def _wrong_share(name: str, text: str) -> BudgetError:
     return BudgetError(
-        f"{name} is {_short(text)}; expected a share of each prompt above 0% and below 100%, without spaces, such as "
-        "10% or 2.5%"
+        f"{name} is {_short(text)}; expected a share of each prompt above 0% and below 100%, without spaces and "
+        f"with at most {SHARE_DIGITS} digits behind the point, such as 10% or 2.5%"
     )
 
 

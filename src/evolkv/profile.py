@@ -52,8 +52,8 @@ class BudgetProfile:
 
     Raises:
         ProfileError: budgets that are not (L, H) whole numbers between what the selector always keeps (or a layer's
-            sliding window, if that is smaller) and 2**31, rows that are not constant at granularity "layer", or a
-            selector that does not exist.
+            sliding window, if that is smaller) and 2**31, budgets whose mean is above `budget` by more than rounding,
+            rows that are not constant at granularity "layer", or a selector that does not exist.
     """
 
     model: dict[str, Any]

@@ -166,7 +166,7 @@ def as_matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray
 def check_budgets(
     mean: int, matrix: NDArray[np.int64], granularity: str, least: int, floors: Sequence[int], because: str = ""
 ) -> None:
-    """Raise `ProfileError` for budgets out of their range, or that differ within a layer where they must not.
+    """Raise `ProfileError` for budgets out of their range, above their mean, or uneven in a layer where all are alike.
 
     Args:
         mean: the mean budget that was aimed at.
@@ -181,6 +181,9 @@ def check_budgets(
     _check_budget("budget", mean, least, because)
     for layer, head in np.argwhere((matrix < np.array(floors)[:, None]) | (matrix > MAX_BUDGET))[:1]:
         _check_budget(f"budgets[{layer}][{head}]", int(matrix[layer, head]), floors[layer], because)
+    if (found := float(matrix.mean())) > mean + 0.5:
+        # Nothing would show it: files and tables name the profile by what it aimed at.
+        raise ProfileError(f"the mean of budgets is {found:,.6g}, expected no more than budget, which is {mean:,}")
     uneven = np.flatnonzero((matrix != matrix[:, :1]).any(axis=1))
     if granularity == "layer" and uneven.size:
         raise ProfileError(

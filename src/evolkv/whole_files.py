@@ -36,6 +36,11 @@ def write_with(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
             # A file that others may not read stays one.
             shutil.copymode(target, partial)
         partial.replace(target)
+    except OSError as error:
+        if error.filename is None:
+            # A disk that is full says so without a name.
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

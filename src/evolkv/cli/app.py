@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer
+from evolkv.cli.arguments import GLOBAL_FLAGS, for_typer, takes_several
 from evolkv.cli.certify import certify
 from evolkv.cli.command import Command, Group, instead_of
 from evolkv.cli.compare import compare
@@ -103,6 +103,9 @@ def _run(argv: Sequence[str] | None) -> int:
     given = for_typer(list(sys.argv[1:] if argv is None else argv))
     # Bad usage is said as JSON too, and may come up before Typer has read the flags.
     console.settings.log_json = "--log-json" in takewhile(GLOBAL_FLAGS.__contains__, given)
+    if broken := next((each for each in given if not _is_text(each)), None):
+        # Studies, results and profiles name files, and hold text alone.
+        return _fail(2, f"the argument {broken!a} is not UTF-8; rename the file, or give it a link with such a name")
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
         command = typer.main.get_command(app)
@@ -135,6 +138,14 @@ def _run(argv: Sequence[str] | None) -> int:
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -202,4 +213,6 @@ def _usage(error: Exception) -> str:
     option = getattr(error, "option_name", None)
     if option and (instead := instead_of(option, context.command) if context else ""):
         message = f"no such option {option}{instead}"
+    if context and message == "Missing argument 'MODEL'" and (several := takes_several(str(context.command.name))):
+        message += f"; give it first: options such as {several} take every value behind them"
     return f"{message[:1].lower()}{message[1:]} (see '{command} --help')"

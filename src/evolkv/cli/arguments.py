@@ -40,6 +40,11 @@ def for_typer(argv: Sequence[str]) -> list[str]:
     return front + _repeated(rest, _SEVERAL_VALUES.get("".join(rest[:1]), set()))
 
 
+def takes_several(command: str) -> str:
+    """Return an option of a command that takes several values, "" where there is none."""
+    return next((each for each in sorted(_SEVERAL_VALUES.get(command, ())) if each.startswith("--")), "")
+
+
 def _json_flag(argv: list[str]) -> list[str]:
     """Take ``--json -`` and ``--json=-`` for ``--json`` where that is a flag: elsewhere it is where the JSON goes."""
     command = "profile show" if argv[:2] == ["profile", "show"] else "".join(argv[:1])

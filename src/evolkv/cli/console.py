@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from evolkv.cli.standing import Pace, Standing, speed
 from evolkv.report.units import duration
@@ -39,7 +40,15 @@ class Settings:
     log_json: bool = False
 
 
+#: What names and texts of files may hold, and a terminal would obey, written out. Line ends and tabs stay.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
 class _Console(Console):
+    def render_str(self, text: str, *args: Any, **kwargs: Any) -> Text:
+        """Render text without control characters."""
+        return super().render_str(text.translate(_CONTROLS), *args, **kwargs)
+
     def on_broken_pipe(self) -> None:
         """Leave it to `main`, which ends the program; rich would end it here."""
         raise BrokenPipeError
@@ -147,7 +156,7 @@ def emit(event: str, **fields: Any) -> None:
 def _write(line: str) -> None:
     # Neither a reader that has left nor a full disk is a reason to end the work that is talked about.
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(line.translate(_CONTROLS), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def quiet_libraries() -> None:

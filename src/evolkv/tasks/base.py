@@ -173,6 +173,11 @@ def read_text(path: str) -> str:
     file = Path(os.path.expanduser(path))
     if file.is_dir():
         raise TaskError(f"{path} is a folder; give the path of a file")
+    if file.exists() and not file.is_file():
+        # Checked before a model is loaded, read for each split, and again to go on.
+        raise TaskError(
+            f"{path} is a pipe or a device, and a task reads its file several times; give the path of a file"
+        )
     try:
         data = file.read_bytes()
     except FileNotFoundError:
