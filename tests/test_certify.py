@@ -13,6 +13,7 @@ from evolkv.cli import main
 from evolkv.errors import UsageError
 from evolkv.evaluation import certify
 from evolkv.evaluation.certify import certify_records, examples_needed, p_value
+from evolkv.evaluation.compare import compare_records
 from evolkv.evaluation.records import MethodSettings, ModelSettings, Record, RecordLog, Settings, TaskSettings
 
 BOUND, CONFIDENCE = 0.05, 0.95
@@ -199,6 +200,9 @@ def test_records_of_an_evaluation_that_is_not_over_are_pointed_out(tmp_path, cap
     ((*_, found),) = certify_records(path).rows
     assert (found.n, found.budget) == (60, 64)
     assert "has 60 of 80 examples of niah" in caplog.text
+    caplog.clear()
+    compare_records([path], "full", "snapkv")
+    assert "has 60 of 80 examples of niah; repeat the evaluation's command to finish it" in caplog.text
 
 
 @pytest.mark.parametrize(

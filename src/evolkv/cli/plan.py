@@ -23,6 +23,7 @@ def plan(**options: Any) -> int:
 
     given = with_preset(options["context"])
     config, _, model, tokenizer = prepare(given)
+    certifies = not isinstance(config, (OneBudget, SeveralBudgets))
     if not isinstance(config, (OneBudget, SeveralBudgets)):
         config = several(model, tokenizer, config)
     with console.busy("measuring on one or two examples"):
@@ -33,6 +34,8 @@ def plan(**options: Any) -> int:
         # A file that cannot be written must not take the numbers with it.
         for line in lines(found):
             console.OUT.print(line, soft_wrap=True)
+        if certifies:
+            console.OUT.print("The certificate takes more time: each budget answers fresh examples.", soft_wrap=True)
     return 0
 
 

@@ -233,20 +233,12 @@ def certify_records(path: str | os.PathLike[str], loss: float = 0.05, confidence
     names = list(dict.fromkeys(each.method for each in settings.methods.values() if each.budget is not None))
     if not names:
         raise UsageError(f"{path}: has only the full cache; evaluate a method at several budgets with it")
+    records.warn_unfinished(path, "the bound holds only if the scores did not decide when it stopped")
     rows = []
     for task in settings.tasks:
         finished = records.complete(task)
         if not finished:
             raise UsageError(f"{path}: no example of {task} is done under all methods; let the evaluation go on")
-        asked = len(settings.tasks[task].examples)
-        if len(finished) < asked:
-            log.warning(
-                "%s has %d of %d examples of %s; the bound holds only if the scores did not decide when it stopped",
-                path,
-                len(finished),
-                asked,
-                task,
-            )
         for name in names:
             column = [by_method[FULL] for by_method in finished]
             rows.append((task, metrics_of(column), name, _certificate(path, records, task, name, loss, confidence)))

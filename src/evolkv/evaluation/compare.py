@@ -135,6 +135,7 @@ def _merged(
             if other or first.selector != method.selector:
                 what = "other budgets" if other else "another selector"
                 raise UsageError(f"{path}: {label} has {what} than in the files before; give files that agree")
+        records.warn_unfinished(path, "repeat the evaluation's command to finish it")
         _merge(path, records, examples)
     return methods, examples, start.model.name
 

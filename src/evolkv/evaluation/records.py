@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from evolkv.version import __version__
 
 if TYPE_CHECKING:
     from evolkv.tasks import Example
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "evolkv.records/1"
 _START = f'{{"format": "{FORMAT}"'.encode()
@@ -174,6 +177,12 @@ class Records:
         """The examples of a task that all methods are done with, in the order of the settings."""
         rows = [self.examples.get((task, name), {}) for name in self.settings.tasks[task].examples]
         return [by_method for by_method in rows if len(by_method) == len(self.settings.methods)]
+
+    def warn_unfinished(self, path: object, because: str) -> None:
+        """Warn of tasks that were not evaluated to their end; `because` says why that matters."""
+        for task, names in self.settings.tasks.items():
+            if (done := len(self.complete(task))) < len(names.examples):
+                logger.warning("%s has %d of %d examples of %s; %s", path, done, len(names.examples), task, because)
 
     def put(self, record: Record) -> None:
         """Add a record, or let the one that is there stand."""
