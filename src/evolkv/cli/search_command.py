@@ -248,7 +248,9 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
         done = counted(result.evaluations, "candidate")
         if not result.evaluations:
             done = counted(len(result.descent), "gradient step")
-        console.say(f"evolkv: interrupted after {done}; the best so far is in {out}{again}")
+        chosen = f"{out} holds {result.chosen!r}, the last choice on unseen examples"
+        held = chosen if result.validation else f"the best so far is in {out}"
+        console.say(f"evolkv: interrupted after {done}; {held}{again}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(

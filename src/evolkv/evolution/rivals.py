@@ -38,6 +38,8 @@ class _Result(Protocol):
 
     def out_of_time(self) -> Any: ...
 
+    def followed_by(self, later: Any) -> Any: ...
+
 
 Config = TypeVar("Config", bound=SearchConfig)
 Result = TypeVar("Result", bound=_Result)
@@ -151,13 +153,11 @@ def under_each_selector(
                 return [*results.values()], True
         if contest:
             winner = max(results, key=lambda name: score(results[name]))
-            evolved = search(winner, True)
-            if evolved.interrupted:
-                # What was chosen on unseen examples stands.
-                return [*results.values()], True
+            first, evolved = results[winner], search(winner, True)
             # Two parts of one search.
-            took = results[winner].seconds + evolved.seconds
-            results[winner] = replace(evolved, seconds=took)  # type: ignore[type-var]
+            took = first.seconds + evolved.seconds
+            results[winner] = replace(first.followed_by(evolved), seconds=took)
+            return [*results.values()], evolved.interrupted
     except OutOfTimeError:
         # What the selectors before have come to stands; the same command goes on with the others.
         if not results:
