@@ -24,7 +24,7 @@ def plan(**options: Any) -> int:
     given = with_preset(options["context"])
     config, _, model, tokenizer = prepare(given)
     if not isinstance(config, (OneBudget, SeveralBudgets)):
-        config = several(model, tokenizer, config)
+        config = several(model, tokenizer, config, given["first"])
     with console.busy("measuring on one or two examples"):
         found = make_plan(model, tokenizer, config)
     try:

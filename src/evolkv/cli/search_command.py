@@ -76,7 +76,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
         def show(step: EvaluationProgress) -> None:
             progress("certification", step.done, step.total)
 
-        found = run_auto(model, tokenizer, config, loss, confidence, options["certify"], show)
+        found = run_auto(model, tokenizer, config, loss, confidence, options["certify"], show, options["first"])
     curve, certificate = found.curve, found.certificate
     try:
         found.profile.save(out)
