@@ -99,6 +99,18 @@ def test_options_that_make_no_sense_are_refused_first(options, message, tmp_path
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["search", "plan"])
+def test_the_curve_begins_where_the_command_says(small, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evolkv.models, "load_model", lambda name, **options: small)
+    begun = []
+    for place in ("evolkv.evolution.auto.run_curve", "evolkv.evolution.plan.make_plan"):
+        monkeypatch.setattr(place, lambda model, tokenizer, config: begun.append(config.first) or raising(RunError)())
+    options = ["--task", "niah:context=200", "--budget", "auto", "--first", "largest", "--selector", "snapkv:window=4"]
+    assert main([command, "smollm2-135m", *options, "--storage", "none"]) == 1
+    assert begun == ["largest"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

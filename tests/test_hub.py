@@ -348,6 +348,16 @@ def test_a_page_says_how_to_use_the_profile_with_the_template_of_its_search(raw)
     compile(program, "page", "exec")
 
 
+def test_a_page_says_how_prompts_were_read():
+    info = ModelInfo("org/model", 3, 2, 4, 16, 512, "0123456789abcdef")
+    search = {"strategy": "joint", "protocol": "agnostic", "prefill_chunk": 32}
+    page = card_text(BudgetProfile.from_budgets(info, np.full((3, 2), 64), search=search), HubAddress("me/profile"))
+    assert "protocol agnostic, prompts in chunks of 32, seed" in page
+    assert "--prompt-file question.txt --prefill-chunk 32" in page
+    assert "evolkv.compress(model, profile, prefill_chunk=32):" in page
+    assert "--budget 64 --protocol agnostic --prefill-chunk 32`" in page
+
+
 def test_a_page_names_the_base_model_where_the_hub_has_it():
     info = ModelInfo("org/model", 3, 2, 4, 16, 512, "0123456789abcdef")
     page = card_text(BudgetProfile.uniform(info, 64), HubAddress("me/profile"))

@@ -18,6 +18,7 @@ import torch
 import evolkv
 from evolkv.errors import RunError, StudyError
 from evolkv.evolution import SearchProgress, search_curve
+from evolkv.evolution.gradient import Descent
 from evolkv.evolution.study import Study, read_studies
 from tiny import KV_HEADS, LAYERS
 
@@ -162,6 +163,62 @@ def test_an_interrupted_search_continues_to_the_same_result(small, finished, tmp
     assert first.interrupted
     second = evolkv.search(*small, storage=storage, **settings)
     assert (second.history, second.validation) == (result.history, result.validation)
+
+
+def stopping(stage, done):
+    """Progress that is interrupted at a step."""
+
+    def stop(event: SearchProgress):
+        if (event.stage, event.done) == (stage, done):
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("selector", ["snapkv", ["knorm", "keydiff"]])
+def test_an_interrupt_while_a_study_is_read_leaves_nothing_of_it_out(small, tmp_path, selector):
+    settings = {**SETTINGS, "max_evals": 12, "selector": selector, "storage": str(tmp_path / "study.db")}
+    first = evolkv.search(*small, on_progress=stopping("search", 8), **settings)
+    assert (first.interrupted, first.evaluations, len(first.history)) == (True, 8, 8)
+    assert first.settings["evaluations"] == 8
+    # What was chosen among descents stands.
+    assert bool(first.validation) == isinstance(selector, list)
+    for moment in (("gradient", 2), ("search", 4), ("prefill", 1)):
+        again = evolkv.search(*small, on_progress=stopping(*moment), **settings)
+        assert (again.interrupted, again.history, again.profile) == (True, first.history, first.profile)
+    whole = evolkv.search(*small, **settings)
+    stopped = evolkv.search(*small, on_progress=stopping("gradient", 1), **settings)
+    assert not stopped.interrupted
+    assert (stopped.history, stopped.profile, stopped.kept) == (whole.history, whole.profile, whole.kept)
+    # A longer one has not chosen yet.
+    longer = evolkv.search(*small, on_progress=stopping("search", 16), **{**settings, "max_evals": 20})
+    assert (longer.interrupted, longer.evaluations) == (True, 16)
+    assert (longer.validation, longer.train) == (whole.validation, whole.train)
+    assert longer.profile.budgets.tolist() == whole.profile.budgets.tolist()
+    assert longer.profile.scores == whole.profile.scores
+
+
+def test_an_interrupt_while_the_study_of_a_curve_is_read_leaves_nothing_of_it_out(small, tmp_path):
+    settings = {**SETTINGS, "max_evals": 8, "selector": ["knorm", "keydiff"], "storage": str(tmp_path / "study.db")}
+    settings["budgets"] = [settings.pop("budget"), 48]
+    first = search_curve(*small, on_progress=stopping("search", 4), **settings)
+    again = search_curve(*small, on_progress=stopping("gradient", 1), **settings)
+    assert again.points == first.points
+    assert [result.evaluations for result in again.results] == [4, 0]
+    assert all(point["score"] is not None for point in again.points)
+
+
+def test_a_second_interrupt_while_a_study_is_read_is_passed_on(small, finished, monkeypatch):
+    storage, settings, _ = finished
+
+    def stop(self, slope, tell=Descent.tell):
+        tell(self, slope)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Descent, "tell", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evolkv.search(*small, storage=storage, **settings)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])

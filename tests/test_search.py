@@ -14,6 +14,7 @@ from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution import OneBudget, SearchProgress, search_curve
+from evolkv.evolution.rivals import settled
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -428,6 +429,25 @@ def test_by_default_selectors_compete_for_budgets_per_head(small):
     assert [row["selector"]["window"] for row in small_share.rivals] == [2, 8]
     assert not evolkv.search(*small, budget=12, **CONTEST, selector="knorm").rivals
     assert not evolkv.search(*small, budget=48, **CONTEST, start="uniform").rivals
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strategy": "gradient", "max_evals": 9, "population": 4, "sigma": 2.0}, "--max-evals, --population, --sigma"),
+        (
+            {"strategy": "start", "start": "pyramid", "max_evals": 9, "gradient_steps": 2},
+            "--max-evals, --gradient-steps",
+        ),
+        ({"start": "uniform", "gradient_steps": 2, "group_size": 2}, "--group-size, --gradient-steps"),
+        ({"strategy": "random", "max_evals": 9, "population": 4, "sigma": 2.0}, None),
+        ({"max_evals": 9, "population": 4, "sigma": 2.0, "gradient_steps": 2}, None),
+        ({"strategy": "evolkv", "max_evals": 9, "population": 4, "sigma": 2.0, "group_size": 2}, None),
+    ],
+)
+def test_settings_that_are_not_used_are_named(caplog, settings, words):
+    settled(None, OneBudget(task="niah:context=120", budget=24, selector="snapkv:window=8", **settings), [24])
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ([words] if words else [])
 
 
 @pytest.mark.slow

@@ -60,9 +60,11 @@ def provenance(profile: BudgetProfile) -> dict[str, str]:
         found["haystack"] = str(search["haystack"])
     if "strategy" in search:
         early = ", interrupted" if search.get("interrupted") else ""
+        protocol = f", protocol {search['protocol']}" if _agnostic(search) else ""
+        chunks = f", prompts in chunks of {chunk}" if (chunk := _chunk(search)) else ""
         found["search"] = (
-            f"{search['strategy']}, {search.get('evaluations', '?')} candidates, metric {search.get('metric', '?')}, "
-            f"seed {search.get('seed', '?')}, chosen: {search.get('chosen', '?')}{early}"
+            f"{search['strategy']}, {search.get('evaluations', '?')} candidates, metric {search.get('metric', '?')}"
+            f"{protocol}{chunks}, seed {search.get('seed', '?')}, chosen: {search.get('chosen', '?')}{early}"
         )
     intervals = _intervals(profile)
     for name, scores in profile.scores.items():
@@ -154,21 +156,41 @@ def _without_template(spec: str) -> bool | None:
     return name in _PLAIN_TASKS
 
 
-def generate_command(model: str, profile: str, task: object) -> str:
-    """Return the command that generates under a profile, with the chat template as the search's task has it.
+def generate_command(model: str, profile: str, search: Mapping[str, Any]) -> str:
+    """Return the command that generates under a profile, with chat template and chunks as its search had them.
 
     Args:
         model: name of the model.
         profile: where the profile is.
-        task: as of `without_template`.
+        search: what the profile records of its search.
     """
-    return shlex.join(["evolkv", *generate_words(model, profile, task)])
+    return shlex.join(["evolkv", *generate_words(model, profile, search)])
 
 
-def generate_words(model: str, profile: str, task: object) -> list[str]:
+def generate_words(model: str, profile: str, search: Mapping[str, Any]) -> list[str]:
     """Return the words of `generate_command` after the program's name."""
-    raw = ["--raw"] if without_template(task) else []
-    return ["generate", model, "--profile", profile, "--prompt-file", "question.txt", *raw]
+    raw = ["--raw"] if without_template(search.get("task")) else []
+    return ["generate", model, "--profile", profile, "--prompt-file", "question.txt", *raw, *_chunk_words(search)]
+
+
+def eval_words(search: Mapping[str, Any]) -> list[str]:
+    """Return the options with which `evolkv eval` reads prompts as a search did."""
+    return [*(["--protocol", str(search["protocol"])] if _agnostic(search) else []), *_chunk_words(search)]
+
+
+def _agnostic(search: Mapping[str, Any]) -> bool:
+    """Return whether a search had another protocol than the usual one."""
+    return search.get("protocol", "aware") != "aware"
+
+
+def _chunk_words(search: Mapping[str, Any]) -> list[str]:
+    return ["--prefill-chunk", str(chunk)] if (chunk := _chunk(search)) else []
+
+
+def _chunk(search: Mapping[str, Any]) -> int | None:
+    """Return the tokens of the chunks in which a search read its prompts; None if it read them at once."""
+    chunk = search.get("prefill_chunk")
+    return chunk if isinstance(chunk, int) else None
 
 
 def template_note(task: object) -> str:
@@ -176,11 +198,12 @@ def template_note(task: object) -> str:
     return "Add --raw for prompts without the chat template." if without_template(task) is None else ""
 
 
-def python_example(model: str, profile: str, task: object) -> str:
+def python_example(model: str, profile: str, search: Mapping[str, Any]) -> str:
     """Return lines of Python that do what `generate_command` does; the arguments are the same."""
     text = 'tokenizer("…", return_tensors="pt")'
     reads = [f"inputs = {text}.to(model.device)"]
-    if not without_template(task):
+    chunks = f", prefill_chunk={chunk}" if (chunk := _chunk(search)) else ""
+    if not without_template(search.get("task")):
         reads = [
             f"# Of a model without a chat template: inputs = {text}",
             'messages = [{"role": "user", "content": "…"}]',
@@ -195,7 +218,7 @@ def python_example(model: str, profile: str, task: object) -> str:
             f"model, tokenizer = evolkv.load_model({json.dumps(model, ensure_ascii=False)})",
             f"profile = evolkv.BudgetProfile.load({json.dumps(profile, ensure_ascii=False)})",
             *reads,
-            "with evolkv.compress(model, profile):",
+            f"with evolkv.compress(model, profile{chunks}):",
             "    output = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))",
         ]
@@ -215,11 +238,13 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         address: where it will be.
         rows: of an evaluation; see `read_rows`.
     """
-    name, task = profile.model["name"], profile.search.get("task")
+    name, search = profile.model["name"], profile.search
     where = str(HubAddress(address.repo_id, address.filename, address.revision))
     where = where.removesuffix(f"/{FILE_NAME}") if address.filename == FILE_NAME else where
     mean = f"{profile.share} of each prompt" if profile.share else f"{profile.mean_budget:,.6g} {profile.unit}"
     each = "KV head" if profile.granularity == "head" else "layer"
+    check = ["evolkv", "eval", name, "--task", "TASK", "--method", "full", where, "--budget", str(profile.target)]
+    check += eval_words(search)
     parts = [
         _front_matter(name),
         _MARK,
@@ -229,11 +254,11 @@ def card_text(profile: BudgetProfile, address: HubAddress, rows: Sequence[Mappin
         "tokens these are.",
         f"![Budgets by layer and KV head]({PICTURE})",
         "## How to use it",
-        f"    pip install .    # in a clone of EvolKV's repository\n    {generate_command(name, where, task)}",
-        *([note] if (note := template_note(task)) else []),
-        f"```python\n{python_example(name, where, task)}\n```",
+        f"    pip install .    # in a clone of EvolKV's repository\n    {generate_command(name, where, search)}",
+        *([note] if (note := template_note(search.get("task"))) else []),
+        f"```python\n{python_example(name, where, search)}\n```",
         "The profile fits these weights only; EvolKV refuses others. It serves the kind of work that it was found on. "
-        f"Check it on your own: `evolkv eval {name} --task TASK --method full {where} --budget {profile.target}`.",
+        f"Check it on your own: `{shlex.join(check)}`.",
         "## Scores",
         *_score_sections(profile, rows),
         "## How it was made",

@@ -25,7 +25,7 @@ def plan(**options: Any) -> int:
     config, _, model, tokenizer = prepare(given)
     certifies = not isinstance(config, (OneBudget, SeveralBudgets))
     if not isinstance(config, (OneBudget, SeveralBudgets)):
-        config = several(model, tokenizer, config)
+        config = several(model, tokenizer, config, given["first"])
     with console.busy("measuring on one or two examples"):
         found = make_plan(model, tokenizer, config)
     try:

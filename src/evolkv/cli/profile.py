@@ -43,10 +43,9 @@ def show(
 
     for name, value in provenance(profile).items():
         console.OUT.print(f"{name:<12}{value}", soft_wrap=True)
-    task = profile.search.get("task")
-    note = template_note(task)
+    note = template_note(profile.search.get("task"))
     comment = f"  # {note[:1].lower()}{note[1:-1]}" if note else ""
-    console.OUT.print(f"\n{generate_command(profile.model['name'], path, task)}{comment}", soft_wrap=True)
+    console.OUT.print(f"\n{generate_command(profile.model['name'], path, profile.search)}{comment}", soft_wrap=True)
 
 
 @app.command(cls=Command)

@@ -25,13 +25,12 @@ from evolkv.evolution.location import locate
 from evolkv.evolution.run import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
-from evolkv.profile_card import generate_words
+from evolkv.profile_card import eval_words, generate_words
 from evolkv.report.units import duration
 from evolkv.report.words import candidates, counted
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples
-from evolkv.tasks.protocol import AWARE
 from evolkv.whole_files import check_outputs
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
         def show(step: EvaluationProgress) -> None:
             progress("certification", step.done, step.total)
 
-        found = run_auto(model, tokenizer, config, loss, confidence, options["certify"], show)
+        found = run_auto(model, tokenizer, config, loss, confidence, options["certify"], show, options["first"])
     curve, certificate = found.curve, found.certificate
     try:
         found.profile.save(out)
@@ -248,7 +247,9 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
         done = counted(result.evaluations, "candidate")
         if not result.evaluations:
             done = counted(len(result.descent), "gradient step")
-        console.say(f"evolkv: interrupted after {done}; the best so far is in {out}{again}")
+        chosen = f"{out} holds {result.chosen!r}, the last choice on unseen examples"
+        held = chosen if result.validation else f"the best so far is in {out}"
+        console.say(f"evolkv: interrupted after {done}; {held}{again}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
@@ -294,12 +295,11 @@ def _next_commands(
     load = _model_options(options).given()
     written = path if len(outs) == 1 else _path_at(options["out"], "{}")
     compared = ["full", get_selector(first.profile.selector).spec, written]
-    generate = generate_words(model, path, first.profile.search.get("task"))
+    generate = generate_words(model, path, first.profile.search)
     evaluate = ["eval", model, "--task", *options["task"], "--budget", ",".join(map(str, outs)), "--method", *compared]
     if options["metric"] is not None:
         evaluate += ["--metric", options["metric"]]
-    if options["protocol"] != AWARE:
-        evaluate += ["--protocol", options["protocol"]]
+    evaluate += eval_words(first.profile.search)
     return [
         ("text under the profile", as_command([*generate, *load])),
         (

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from evolkv.errors import BudgetError, EvolKVError, UsageError
 from evolkv.evaluation.certify import Certificate, certify_records, check_bounds, examples_needed
 from evolkv.evaluation.evaluation import MOST_SAMPLES, EvaluationProgress, evaluate
-from evolkv.evolution.config import SearchConfig, SeveralBudgets
+from evolkv.evolution.config import Order, SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
 from evolkv.evolution.rivals import longest_prompt
 from evolkv.evolution.space import SearchSpace
@@ -65,6 +65,7 @@ def run_auto(
     confidence: float = 0.95,
     samples: int | None = None,
     on_example: Callable[[EvaluationProgress], None] | None = None,
+    first: Order = "smallest",
 ) -> AutoResult:
     """Find the smallest budget whose expected loss against the full cache is below a bound; see `certify`.
 
@@ -79,6 +80,7 @@ def run_auto(
         confidence: of the certificate.
         samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound.
         on_example: called as these are evaluated.
+        first: whether the searches begin with the "smallest" or the "largest" budget.
 
     Returns:
         The searches, and the certificate. Where KeyboardInterrupt or an error ends the certification there is none,
@@ -90,7 +92,7 @@ def run_auto(
         KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
     samples = examples_to_certify(loss, confidence, samples)
-    curve = run_curve(model, tokenizer, several(model, tokenizer, config))
+    curve = run_curve(model, tokenizer, several(model, tokenizer, config, first))
     profiles: dict[Any, BudgetProfile] = {result.profile.budget: result.profile for result in curve.results}
     largest = profiles[max(profiles)]
     if curve.interrupted:
@@ -161,7 +163,7 @@ def _certified(
     return certificate
 
 
-def several(model: PreTrainedModel, tokenizer: Any, config: SearchConfig) -> SeveralBudgets:
+def several(model: PreTrainedModel, tokenizer: Any, config: SearchConfig, first: Order = "smallest") -> SeveralBudgets:
     """Return the settings with the budgets to try: those of `GRID` that leave every selector something to choose.
 
     Raises:
@@ -180,4 +182,4 @@ def several(model: PreTrainedModel, tokenizer: Any, config: SearchConfig) -> Sev
             "smaller window, or the budgets"
         )
     settings = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
-    return SeveralBudgets(budgets=budgets, **settings)
+    return SeveralBudgets(budgets=budgets, first=first, **settings)

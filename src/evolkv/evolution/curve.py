@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from evolkv.budgets import MAX_BUDGET, Budget
 from evolkv.evolution.bounds import narrowed
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
+from evolkv.evolution.ending import carried_out
 from evolkv.evolution.evolve import Beginning, Evolved
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
-from evolkv.evolution.run import Run, memory_for
+from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
@@ -59,6 +60,16 @@ class CurveResult:
     def out_of_time(self) -> CurveResult:
         """Return the result as one of searches that the time limit ended."""
         return replace(self, results=[result.out_of_time() for result in self.results])
+
+    def followed_by(self, later: CurveResult) -> CurveResult:
+        """Return the result of searches in two parts; see `SearchResult.followed_by`."""
+        ends = {point["budget"]: (result, point) for result, point in zip(later.results, later.points, strict=True)}
+        results, points = [], []
+        for result, point in zip(self.results, self.points, strict=True):
+            end, its_point = ends.get(point["budget"], (result, point))
+            results.append(result.followed_by(end))
+            points.append(its_point if end.validation else {**point, "evaluations": end.evaluations})
+        return replace(self, results=results, points=_with_front(points))
 
     def to_dict(self, profiles: Sequence[str] = ()) -> dict[str, Any]:
         """Return the content of a ``--json`` file.
@@ -103,10 +114,13 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
     limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
-    with memory_for(config):
+
+    def whole(config: SeveralBudgets) -> CurveResult:
         if len(selectors) > 1:
             return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
         return run(replace(config, selector=[*selectors.values()]))
+
+    return carried_out(whole, config, limit)
 
 
 def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
@@ -175,9 +189,8 @@ def _under_one_selector(
             if not evolutions:
                 raise
         choices = {budget: _choices(run, budget, evolutions, ascending) for budget in ascending if budget in evolutions}
-        validation = {}
-        if len(evolutions) == len(order) and not evolved.interrupted:
-            validation = run.choose({str(budget): part for budget, part in choices.items()})
+        stopped = len(evolutions) < len(order) or evolved.interrupted
+        validation = run.choose({str(budget): part for budget, part in choices.items()}, stopped)
         results = [
             run.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds[budget])
             for budget, part in choices.items()

@@ -47,6 +47,14 @@ class TimeLimit:
         self._left = selectors * budgets
         self._began: float | None = None
         self._prompt = self._row = self._step = 0.0
+        #: Whether anything was computed; and whether nothing may be, so that a search comes to what is on record.
+        self.computes = self.over = False
+
+    def compute(self) -> None:
+        """Say that something is to be computed, which interrupts the search if its time is over."""
+        self.computes = True
+        if self.over:
+            raise KeyboardInterrupt
 
     def read(self, done: int, total: int, seconds: float) -> None:
         """Take in that so many of the training prompts were read in so many seconds.

@@ -72,9 +72,11 @@ class SearchResult:
     """The result of a search.
 
     Args:
-        profile: the allocation chosen on the validation examples (after an interruption: what evolution had come to).
+        profile: the allocation chosen on the validation examples (after an interruption: the last choice on record, or
+            else what evolution had come to).
         history: every evaluated candidate, in order of evaluation.
-        validation: the allocations that stood for choice, best first; empty after an interruption.
+        validation: the allocations that stood for choice, best first; after an interruption those of the last choice on
+            record, if there is one.
         best: the candidate that evolution put forward.
         chosen: name of the one chosen.
         improved: whether an evolved allocation beat every heuristic on the validation examples.
@@ -85,8 +87,8 @@ class SearchResult:
         settings: task, strategy, seed, … as the profile records them.
         kept: which parts of one validation prompt the profile keeps; see `evolkv.evolution.kept.kept_positions`. None
             after an interruption.
-        train: the chosen allocation on all training examples: ``score, n``. None after an interruption, and in studies
-            from before it was recorded.
+        train: the chosen allocation on all training examples: ``score, n``. None without a choice, and in studies from
+            before it was recorded.
         descent: the steps of the gradient start, in order, as `history`; their scores are those under soft cuts.
         rivals: of a search under several selectors, one row for each: ``selector, chosen, score`` (on the validation
             examples; None after an interruption)``, evaluations, seconds``. `evaluations` and `history` are those of
@@ -120,6 +122,14 @@ class SearchResult:
         """Return the result as one of a search that the time limit ended."""
         profile = replace(self.profile, search={**self.profile.search, "stopped": TIME_LIMIT})
         return replace(self, profile=profile, settings={**self.settings, "stopped": TIME_LIMIT}, stopped=TIME_LIMIT)
+
+    def followed_by(self, later: SearchResult) -> SearchResult:
+        """Return the result of a search in two parts; of the second only the candidates, if it has not chosen."""
+        if later.validation:
+            return later
+        counts = {name: later.settings[name] for name in ("evaluations", "example_evaluations")}
+        settings = {**self.settings, **counts}
+        return replace(self, history=later.history, evaluations=later.evaluations, settings=settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``--json`` file."""

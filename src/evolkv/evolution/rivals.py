@@ -21,6 +21,7 @@ from evolkv.evolution.evolve import Beginning
 from evolkv.evolution.limit import OutOfTimeError
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
+from evolkv.evolution.strategies import STRATEGIES
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import encode_prompt, get_task
@@ -37,6 +38,8 @@ class _Result(Protocol):
     def seconds(self) -> float: ...
 
     def out_of_time(self) -> Any: ...
+
+    def followed_by(self, later: Any) -> Any: ...
 
 
 Config = TypeVar("Config", bound=SearchConfig)
@@ -56,13 +59,14 @@ class _Run(Protocol[_Config, Result_co]):
 def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config:
     """Return the settings with selectors: where none is given, those that compete by default and fit the budgets.
 
-    Warns where none of them is that of the profile to start from.
+    Warns of settings that have no effect, and where no selector is that of the profile to start from.
 
     Args:
         tokenizer: of the model.
         config: the settings.
         targets: the budgets.
     """
+    _warn_of_unused(config)
     start = config.start
     if isinstance(start, BudgetProfile) and (own := get_selector(start.selector).spec) not in config.selectors:
         log.warning(
@@ -81,6 +85,21 @@ def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config
     if config.floor is not None:
         least = min(least, config.floor + 2)
     return replace(config, selector=competing(config.protocol, least))
+
+
+def _warn_of_unused(config: SearchConfig) -> None:
+    """Warn of settings that are not the defaults and change nothing in a search such as this one."""
+    used = dict.fromkeys(("max_evals", "population", "sigma"), STRATEGIES[config.strategy].searches)
+    used |= {"group_size": config.strategy == "evolkv", "gradient_steps": config.follows_slope}
+    changed = [name for name in used if getattr(config, name) != getattr(SearchConfig, name)]
+    if unused := [f"--{name.replace('_', '-')}" for name in changed if not used[name]]:
+        start = "a profile" if isinstance(config.begins_at, BudgetProfile) else config.begins_at
+        log.warning(
+            "not used, because the strategy is %s and the search starts from %s: %s",
+            config.strategy,
+            start,
+            ", ".join(unused),
+        )
 
 
 def competing(protocol: str, least: int) -> list[str]:
@@ -151,13 +170,11 @@ def under_each_selector(
                 return [*results.values()], True
         if contest:
             winner = max(results, key=lambda name: score(results[name]))
-            evolved = search(winner, True)
-            if evolved.interrupted:
-                # What was chosen on unseen examples stands.
-                return [*results.values()], True
+            first, evolved = results[winner], search(winner, True)
             # Two parts of one search.
-            took = results[winner].seconds + evolved.seconds
-            results[winner] = replace(evolved, seconds=took)  # type: ignore[type-var]
+            took = first.seconds + evolved.seconds
+            results[winner] = replace(first.followed_by(evolved), seconds=took)
+            return [*results.values()], evolved.interrupted
     except OutOfTimeError:
         # What the selectors before have come to stands; the same command goes on with the others.
         if not results:

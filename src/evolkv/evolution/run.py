@@ -7,7 +7,6 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ from transformers import PreTrainedModel
 
 from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
-from evolkv.errors import enough_memory
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.records import prompt_digest
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import check_unseen, choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
+from evolkv.evolution.ending import carried_out
 from evolkv.evolution.engines import Engines
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
@@ -70,17 +69,13 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
     config = settled(tokenizer, config, [config.target])
     limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
-    with memory_for(config):
+
+    def whole(config: OneBudget) -> SearchResult:
         if len(config.selectors) > 1:
             return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
         return search(config)
 
-
-def memory_for(config: SearchConfig) -> AbstractContextManager[None]:
-    """Return a context in which memory that does not suffice for a search ends it with a `RunError` that says so."""
-    less = "a smaller --ceiling, fewer --train and --val examples, and shorter prompts take less"
-    kept = f"; what is done is in {config.storage}, and the same command goes on from there" if config.storage else ""
-    return enough_memory("in the search", f"{less}{kept}")
+    return carried_out(whole, config, limit)
 
 
 def _under_one_selector(
@@ -96,9 +91,7 @@ def _under_one_selector(
         (budget,) = run.open_study([config.target])
         evolved = run.evolve(budget, config.begins_at)
         choices = run.choices(budget, evolved)
-        validation: list[Validated] = []
-        if not evolved.interrupted:
-            validation = run.choose({str(budget): choices}).get(str(budget), [])
+        validation = run.choose({str(budget): choices}, evolved.interrupted).get(str(budget), [])
         took = time.perf_counter() - started + evolved.recorded_seconds
         return run.result(budget, evolved, choices, validation, took)
 
@@ -161,6 +154,7 @@ class Run:
         #: Where candidates are scored.
         self.engines = Engines(model, tokenizer, config, self.selector, self.space, self.task.balanced, self.limit)
         self._calibration = Calibration(config, self.space, self._scorer)
+        self._stopped = False
 
     def __enter__(self) -> Run:
         return self
@@ -295,27 +289,32 @@ class Run:
         completed = {name: self.space.completed(budgets, budget) for name, budgets in allocations.items()}
         return {**self.space.heuristics(budget), **completed}
 
-    def choose(self, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
+    def choose(
+        self, choices: dict[str, dict[str, np.ndarray]], interrupted: bool = False
+    ) -> dict[str, list[Validated]]:
         """Score allocations on the validation examples, best first; what the study holds is not scored again.
 
-        On all training examples, too, so that the gap can be told. Returns nothing if interrupted.
+        On all training examples, too, so that the gap can be told. If the search is or was interrupted, the last choice
+        that the study holds stands; without one, nothing is returned.
         """
         # The choice among descents does not stand in the way of the one after evolution; a study keeps both.
         fact = "validation" if self._evolves else "contest"
         asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
-        if self.study is not None and (recorded := self.study.get(fact)) is not None:
-            validated = {name: rows_from(rows) for name, rows in recorded.items()}
-            if asked == {name: {row.name: row.budgets for row in rows} for name, rows in validated.items()}:
-                self.trained = self.study.get("trained", {})
-                return validated
+        recorded: dict[str, list[Validated]] = {}
+        if self.study is not None:
+            recorded = {name: rows_from(rows) for name, rows in self.study.get(fact, {}).items()}
+            self.trained = self.study.get("trained", {})
+        if interrupted or asked == {name: {row.name: row.budgets for row in rows} for name, rows in recorded.items()}:
+            return recorded
         try:
             # While the prompts are still there.
             trained = choose(self._scorer(), choices)
-            self.trained = {name: {row.name: row.score for row in rows} for name, rows in trained.items()}
             self.engines.free()
             validated = choose(self.engines.unseen(self.held_out), choices)
         except KeyboardInterrupt:
-            return {}
+            self._stopped = True
+            return recorded
+        self.trained = {name: {row.name: row.score for row in rows} for name, rows in trained.items()}
         if self.study is not None:
             self.study.put("trained", self.trained)
             self.study.put(fact, {name: as_rows(rows) for name, rows in validated.items()})
@@ -337,7 +336,7 @@ class Run:
             (fallback,) = choices
         chosen = validation[0].name if validation else fallback
         budgets = np.array(validation[0].budgets) if validation else choices[fallback]
-        interrupted = evolved.interrupted or not validation
+        interrupted = evolved.interrupted or self._stopped or not validation
         settings = {
             **self.describe(),
             "minibatch": self.rotation.size,
@@ -434,13 +433,17 @@ class Run:
             return f"profile {hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]}"
         return start
 
-    def _kept(self, profile: BudgetProfile) -> dict[str, Any]:
+    def _kept(self, profile: BudgetProfile) -> dict[str, Any] | None:
+        if self.study is not None and self.limit.over:
+            recorded: dict[str, Any] | None = self.study.get("kept", {}).get(str(profile.budget))
+            return recorded
         kept = kept_positions(self.model, self.tokenizer, self.held_out[0], profile, self.config.prefill_chunk)
         if self.study is not None:
             self.study.put("kept", {**self.study.get("kept", {}), str(profile.budget): kept})
         return kept
 
     def _scorer(self) -> Engine:
+        self.limit.compute()
         return self.engines.training(self.train)
 
 

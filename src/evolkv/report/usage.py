@@ -42,10 +42,12 @@ def usage(sources: Sources, groups: Sequence[Comparison], model: str, task: str)
         return []
     model = model or "MODEL"
     own = dict(zip(sources.profile_paths, sources.profiles, strict=True)).get(path)
-    task = (own.search.get("task") if own else None) or task or (target.task if target else "")
+    search = own.search if own else {}
+    task = search.get("task") or task or (target.task if target else "")
+    search = {**search, "task": task}
     finding = f"Generate with this cache on the command line, or in Python with any call of the model. Profile: {path}."
     finding = " ".join(filter(None, [finding, template_note(task)]))
-    return [Usage(finding, generate_command(model, path, task), python_example(model, path, task))]
+    return [Usage(finding, generate_command(model, path, search), python_example(model, path, search))]
 
 
 def _path(sources: Sources, budget: float | None) -> str:

@@ -101,6 +101,9 @@ def search_command(settings: Mapping[str, Any], model: str) -> list[str]:
         if name == "minibatch" and settings.get("strategy") != "joint" and value == _count(settings.get("train")):
             # On record for every strategy; those that need all examples in each generation refuse the option.
             continue
+        if name == "max_evals" and settings.get("strategy") in ("gradient", "start"):
+            # On record, too, and not used.
+            continue
         if name == "selector" and (rivals := _rivals(settings)):
             words += [option, *(spec for spec, _ in rivals)]
             continue

@@ -53,6 +53,7 @@ class Strategy(ABC):
         layers_only: whether it cannot search budgets per head.
         starts_anywhere: whether it can start from other budgets than uniform ones.
         default_sigma: initial step in the strategy's own units, for budgets per layer and per head.
+        searches: whether it proposes more than its start.
         least_population: the fewest candidates per generation that it takes.
         generation: number of generations told, which is also that of the generation `ask` returns, from 0.
         group: the layers whose mean is k̄ in `cache_score`, for the candidates that `ask` returns.
@@ -62,6 +63,7 @@ class Strategy(ABC):
     mean_first: ClassVar[bool] = False
     layers_only: ClassVar[bool] = False
     starts_anywhere: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
     default_sigma: ClassVar[tuple[float, float]]
     least_population: ClassVar[int] = 1
     group: slice = slice(None)

@@ -27,6 +27,7 @@ class StartOnly(Strategy):
     """
 
     starts_anywhere = True
+    searches = False
     default_sigma = (0.5, 0.7)
 
     def __init__(
