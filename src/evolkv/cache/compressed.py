@@ -327,6 +327,12 @@ class CompressedCache(Accompanied):
         if self.input_ids is not None:
             self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `Accompanied.crop`; `input_ids` end there, too."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.input_ids is not None:
+            self.input_ids = self.input_ids[:, : self.get_seq_length()]
+
     def reset(self) -> None:
         """Empties the cache, which is then ready for another prompt.
 
