@@ -126,7 +126,8 @@ class CompressedCache(Accompanied):
         if attention_mask is not None:
             check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
         ids = input_ids.to(input_device(model)).long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
+        # As transformers reads masks; a sum of small floats would not reach the length of the prompt.
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).bool().long()
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
         # The decoder alone, which computes no logits.

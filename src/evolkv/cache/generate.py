@@ -152,7 +152,7 @@ def whole_text(
     if attention_mask is not None:
         shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
         check_mask(attention_mask, shapes)
-        mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
+        mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask.device).bool()
     for layer in layers:
         layer.note_padding(mask[:, after:seen].bool())
     return ids, mask
