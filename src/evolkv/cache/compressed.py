@@ -129,7 +129,11 @@ class CompressedCache(Accompanied):
         # As transformers reads masks; a sum of small floats would not reach the length of the prompt.
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).bool().long()
         places = (mask.cumsum(-1) - 1).clamp(min=0)
-        decoder = model.get_decoder()
+        # Not every model counts from 0: PaliGemma does from 1.
+        wanted = model.prepare_inputs_for_generation(
+            ids, attention_mask=mask, position_ids=places, is_first_iteration=True
+        )
+        places, decoder = wanted.get("position_ids", places), model.get_decoder()
         # The decoder alone, which computes no logits.
         with torch.no_grad():
             decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, cache=cache)
