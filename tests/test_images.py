@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from evolkv import CompressedCache
 from evolkv.evaluation.prefill import Prefiller, whole_cache
 from evolkv.selectors import get_selector
+from test_cache_files import edited, refused
 from tiny import padded, tokens
 
 TEXT = {
@@ -41,6 +48,45 @@ def paligemma():
         image_token_id=IMAGE,
     )
     return PaliGemmaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def qwen(seed=0):
+    """A Qwen3-VL: an image takes fewer positions than tokens, and adds to the states of the first layers."""
+    torch.manual_seed(seed)
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "in_channels": 3, "patch_size": 4, "intermediate_size": 48}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
+        image_token_id=IMAGE,
+        video_token_id=131,
+        vision_start_token_id=132,
+        vision_end_token_id=133,
+    )
+    return Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return qwen()
+
+
+def an_image():
+    """A prompt with an image of 16 tokens, for Qwen-VL."""
+    ids = tokens(1, 50)
+    ids[0, 5], ids[0, 6:22], ids[0, 22] = 132, IMAGE, 133
+    pixels = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    kinds = {"mm_token_type_ids": (ids == IMAGE).int(), "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]]), **kinds}
+
+
+@pytest.fixture
+def cache(model):
+    """Of a prompt with an image, and the answer."""
+    cache = CompressedCache(model, "snapkv:window=4", budget=20)
+    cache.input_ids = model.generate(**an_image(), cache=cache, **GREEDY).sequences
+    return cache
 
 
 def logits(model, **inputs):
@@ -78,3 +124,31 @@ def test_prompts_share_nothing_where_tokens_look_ahead(paligemma):
     cache = whole_cache(paligemma, recorded, room=1)
     found = paligemma(answer, position_ids=torch.tensor([[64]]), cache=cache).logits
     close(found, paligemma(answer, cache=plain).logits)
+
+
+def test_a_saved_text_with_an_image_goes_on_in_another_process(model, cache, tmp_path):
+    cache.save(tmp_path / "a.cache")
+    expected = logits(model, **cache.followed_by(QUESTION))
+    other = qwen()
+    loaded = CompressedCache.load(tmp_path / "a.cache", other)
+    assert torch.equal(logits(other, **loaded.followed_by(QUESTION)), expected)
+
+    def longer(tensors, metadata, said):
+        tensors["image_offsets"] = tensors["image_offsets"].repeat(2, 1)
+
+    refused(edited(tmp_path / "a.cache", tmp_path / "b.cache", longer), model, "image_offsets do not fit")
+
+
+def test_texts_with_and_without_images_do_not_place_each_others_tokens(model, cache):
+    document = tokens(1, 40, seed=5)
+    alone = qwen()
+    text = CompressedCache.prefill(alone, "snapkv:window=4", document, budget=20)
+    expected = logits(alone, **text.followed_by(QUESTION))
+    branches = cache.copy(), cache.copy()
+    placed = logits(model, **cache.followed_by(QUESTION))
+    text = CompressedCache.prefill(model, "snapkv:window=4", document, budget=20)
+    close(logits(model, **branches[0].followed_by(QUESTION)), placed)
+    close(logits(model, **text.followed_by(QUESTION)), expected)
+    branches[1].batch_repeat_interleave(2)
+    twice = model.generate(**branches[1].followed_by(QUESTION), **GREEDY).logits
+    close(torch.stack(twice), placed[:, None].expand(-1, 2, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,8 @@ class CompressedCache(Accompanied):
         input_ids: ids of the text so far, ``[batch, tokens]``, padding included: all tokens seen, and perhaps some that
             are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`,
             unless that was beam search. None where nobody said.
+        image_offsets: how far images in the text move the positions of later tokens, ``[batch, 1]``, in models that
+            keep that (Qwen-VL); else None.
         prefill_factor: how many tokens the model read for each of the prompt's: above 1 under a selector that has it
             read the prompt again (kvzip).
 
@@ -71,6 +73,7 @@ class CompressedCache(Accompanied):
 
     kv_layers: list[CompressedLayer]
     input_ids: Tensor | None = None
+    image_offsets: Tensor | None = None
     prefill_factor: float = 1.0
     _searched: bool = False
     _awaits_drafts: bool = False
@@ -134,6 +137,8 @@ class CompressedCache(Accompanied):
             ids, attention_mask=mask, position_ids=places, is_first_iteration=True
         )
         places, decoder = wanted.get("position_ids", places), model.get_decoder()
+        # Those of the text before would place what follows.
+        cache.model_offsets = None
         # The decoder alone, which computes no logits.
         with torch.no_grad():
             decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, cache=cache)
@@ -175,6 +180,8 @@ class CompressedCache(Accompanied):
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
             )
+        # generate() goes on from where the model says.
+        self.model_offsets = self.image_offsets
         layers = [*self.kv_layers, *(() if self.companion is None else self.companion.kv_layers)]
         ids, mask = whole_text(self.model(), layers, self.input_ids, input_ids, attention_mask)
         return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "cache": self}
@@ -235,7 +242,7 @@ class CompressedCache(Accompanied):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids, twin._searched, twin.adapters = self.input_ids, self._searched, self.adapters
-        twin.prefill_factor = self.prefill_factor
+        twin.image_offsets, twin.prefill_factor = self.image_offsets, self.prefill_factor
         twin.companion = None if self.companion is None else self.companion.copy()
         return twin
 
@@ -264,7 +271,8 @@ class CompressedCache(Accompanied):
         from evolkv.cache.files import write_cache
 
         self._check_text()
-        write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids, self.prefill_factor)
+        text = {"input_ids": self.input_ids, "image_offsets": self.image_offsets}
+        write_cache(path, self.model(), self.kv_layers, self.state_layers, text, self.prefill_factor)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> CompressedCache:
@@ -281,7 +289,7 @@ class CompressedCache(Accompanied):
 
         held = read_cache(path, model)
         cache = cls.with_layers(model, held.layers, held.states)
-        cache.input_ids, cache.prefill_factor = held.input_ids, held.prefill_factor
+        cache.input_ids, cache.image_offsets, cache.prefill_factor = held.input_ids, held.offsets, held.prefill_factor
         cache.adapters = adapters_in_use(model)
         return cache
 
@@ -305,8 +313,7 @@ class CompressedCache(Accompanied):
                 f"{indices.tolist()} does not choose among {rows} sequences; expected numbers from 0 to {rows - 1}"
             )
         super().batch_select_indices(indices)
-        if self.input_ids is not None:
-            self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
+        self._map_texts(lambda held: held[indices.to(held.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it.
@@ -329,8 +336,12 @@ class CompressedCache(Accompanied):
         if not is_whole(repeats) or repeats < 1:
             raise UsageError(f"repeats is {repeats!r}; expected a whole number from 1")
         super().batch_repeat_interleave(repeats)
-        if self.input_ids is not None:
-            self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
+        self._map_texts(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def _map_texts(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("input_ids", "image_offsets"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, change(held))
 
     def crop(self, tokens_to_remove: int) -> None:
         """See `Accompanied.crop`; `input_ids` end there, too."""
@@ -347,7 +358,8 @@ class CompressedCache(Accompanied):
         if any(layer.is_of_one_text for layer in self.kv_layers):
             raise UsageError("the cache has budgets for the texts that it holds alone; make a new CompressedCache")
         super().reset()
-        self.input_ids, self._searched, self.prefill_factor = None, False, 1.0
+        self.input_ids = self.image_offsets = None
+        self._searched, self.prefill_factor = False, 1.0
 
     def activate_past_recording(self) -> None:
         """Expect drafted tokens along with the prompt in the next call; assisted decoding asks for it.
@@ -394,6 +406,17 @@ class CompressedCache(Accompanied):
         """See `HookedCache.read_again`."""
         if self.kv_layers[0].awaiting is not None:
             self.prefill_factor = store_reread(self.model(), self.kv_layers, arguments)
+
+    @torch.compiler.disable
+    def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
+        """See `HookedCache.end_call`."""
+        states = super().end_call(arguments, states)
+        offsets, rows = self.model_offsets, self.num_rows
+        self.image_offsets = None
+        if offsets is not None and rows % len(offsets) == 0:
+            # generate() repeats sequences that it returns several times, but not what the model keeps of them.
+            self.image_offsets = offsets.repeat_interleave(rows // len(offsets), dim=0)
+        return states
 
     @property
     def reeviction(self) -> Reeviction:
@@ -471,6 +494,9 @@ class CompressedCache(Accompanied):
         lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]
         read = sum(other.prefill_factor * length for other, length in zip(caches, lengths, strict=True))
         merged.prefill_factor = read / sum(lengths) if sum(lengths) else 1.0
+        offsets = [other.image_offsets for other in caches if other.image_offsets is not None]
+        if len(offsets) == len(caches):
+            merged.image_offsets = torch.cat(offsets)
         if companions := [other.companion for other in caches if other.companion is not None]:
             merged.companion = CompanionCache.merge(companions, room)
         return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,17 @@ def input_device(model: Any) -> torch.device:
     """Return where a model takes its token ids: on the device of its embeddings."""
     place: torch.device = model.device
     return place if place.type != "meta" else execution_device(model.get_input_embeddings(), torch.device("cpu"))
+
+
+def offset_keeper(model: Any) -> nn.Module | None:
+    """Return the module around a decoder that keeps how far images moved the positions of a text; None if none does.
+
+    In Qwen-VL and its relatives an image takes fewer positions than tokens. Later tokens are placed by the difference,
+    `rope_deltas` ``[batch, 1]``. It belongs to the text, but there is one for the whole model: that of the latest.
+    """
+    decoder = model.get_decoder()
+    around = itertools.takewhile(lambda module: module is not decoder, model.modules())
+    return next((module for module in around if "rope_deltas" in vars(module)), None)
 
 
 def execution_device(module: nn.Module, default: torch.device) -> torch.device:
