@@ -747,3 +747,9 @@ def test_prefill_wants_a_batch_of_prompts(ids, mask, message):
     model = tiny_model()
     with pytest.raises(UsageError, match=message):
         CompressedCache.prefill(model, "keydiff", ids, mask, budget=8)
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_prefill_wants_tokens_that_the_model_knows(token):
+    with pytest.raises(ModelError, match=f"token {token}, but the model has embeddings for 128 tokens"):
+        CompressedCache.prefill(tiny_model(), "keydiff", torch.tensor([[5, token, 7]]), budget=8)

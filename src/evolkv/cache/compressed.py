@@ -23,7 +23,7 @@ from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
-from evolkv.models.forward import input_device
+from evolkv.models.forward import check_token_ids, input_device
 from evolkv.models.identity import adapters_in_use
 from evolkv.numbers import is_whole
 
@@ -72,7 +72,7 @@ class CompressedCache(Accompanied):
     """
 
     kv_layers: list[CompressedLayer]
-    input_ids: Tensor | None = None
+    _input_ids: Tensor | None = None
     image_offsets: Tensor | None = None
     prefill_factor: float = 1.0
     _searched: bool = False
@@ -99,6 +99,17 @@ class CompressedCache(Accompanied):
         HookedCache.__init__(cache, model, kv_layers, states)
         return cache
 
+    @property
+    def input_ids(self) -> Tensor | None:
+        """Ids of the text so far; see the class."""
+        return self._input_ids
+
+    @input_ids.setter
+    def input_ids(self, input_ids: Tensor | None) -> None:
+        if input_ids is not None:
+            check_ids(input_ids)
+        self._input_ids = input_ids
+
     @classmethod
     def prefill(
         cls,
@@ -120,12 +131,14 @@ class CompressedCache(Accompanied):
             attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
 
         Raises:
-            ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
+            ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape, ModelError for
+                ids that the model has no embeddings for.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
         check_ids(input_ids)
         if not input_ids.numel():
             raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
+        check_token_ids(model, input_ids)
         if attention_mask is not None:
             check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
         ids = input_ids.to(input_device(model)).long()
@@ -293,20 +306,23 @@ class CompressedCache(Accompanied):
         cache.adapters = adapters_in_use(model)
         return cache
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; an index may occur several times.
 
         Args:
-            indices: whole numbers, negative ones from the end, or one truth value for each sequence.
+            indices: a tensor or a list of whole numbers, negative ones from the end, or of one truth value for each
+                sequence.
 
         Raises:
             UsageError: for indices of sequences that there are not.
         """
+        indices = torch.as_tensor(indices)
         rows = self.num_rows if self.get_seq_length() else 0
         if indices.dtype == torch.bool:
             fits = indices.shape == (rows,)
         else:
-            fits = indices.ndim == 1 and bool(((indices >= -rows) & (indices < rows)).all())
+            fits = indices.ndim == 1 and not indices.is_floating_point()
+            fits = fits and bool(((indices >= -rows) & (indices < rows)).all())
             indices = indices.where(indices >= 0, indices + rows)
         if rows and not fits:
             raise UsageError(

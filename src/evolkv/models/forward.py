@@ -58,8 +58,9 @@ def execution_device(module: nn.Module, default: torch.device) -> torch.device:
 def check_token_ids(model: Any, ids: torch.Tensor) -> None:
     """Raise `ModelError` for token ids that a model has no embeddings for."""
     embeddings = model.get_input_embeddings().weight.shape[0]
-    if ids.numel() and int(ids.max()) >= embeddings:
+    unknown = ids[(ids < 0) | (ids >= embeddings)].tolist()
+    if unknown:
         raise ModelError(
-            f"the tokenizer gives token {int(ids.max())}, but the model has embeddings for {embeddings} tokens (0 to "
+            f"the tokenizer gives token {max(unknown)}, but the model has embeddings for {embeddings} tokens (0 to "
             f"{embeddings - 1}); use the tokenizer that belongs to the model, or resize the model's embeddings"
         )
