@@ -12,7 +12,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from evolkv import CompressedCache
+from evolkv import CompressedCache, compress
+from evolkv.errors import UsageError
 from evolkv.evaluation.prefill import Prefiller, whole_cache
 from evolkv.selectors import get_selector
 from test_cache_files import edited, refused
@@ -152,3 +153,10 @@ def test_texts_with_and_without_images_do_not_place_each_others_tokens(model, ca
     branches[1].batch_repeat_interleave(2)
     twice = model.generate(**branches[1].followed_by(QUESTION), **GREEDY).logits
     close(torch.stack(twice), placed[:, None].expand(-1, 2, -1))
+
+
+def test_what_images_add_to_deeper_layers_is_refused_where_tokens_are_dropped(model):
+    with compress(model, "pyramidinfer", budget=16):
+        with pytest.raises(UsageError, match="'pyramidinfer' cannot cut 'visual_pos_masks'"):
+            model.generate(**an_image(), **GREEDY)
+        assert len(logits(model, input_ids=tokens(1, 50))) == 6
