@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from evolkv.budgets import BudgetSpec
 from evolkv.cache.accompanied import Accompanied
 from evolkv.cache.companion import CompanionCache
-from evolkv.cache.generate import check_ids, check_mask, check_text, whole_text
+from evolkv.cache.generate import check_ids, check_text, prompt_inputs, whole_text
 from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
@@ -23,7 +23,6 @@ from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
-from evolkv.models.forward import check_token_ids, input_device
 from evolkv.models.identity import adapters_in_use
 from evolkv.numbers import is_whole
 
@@ -135,28 +134,14 @@ class CompressedCache(Accompanied):
                 ids that the model has no embeddings for.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        check_ids(input_ids)
-        if not input_ids.numel():
-            raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
-        check_token_ids(model, input_ids)
-        if attention_mask is not None:
-            check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
-        ids = input_ids.to(input_device(model)).long()
-        # As transformers reads masks; a sum of small floats would not reach the length of the prompt.
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).bool().long()
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        # Not every model counts from 0: PaliGemma does from 1.
-        wanted = model.prepare_inputs_for_generation(
-            ids, attention_mask=mask, position_ids=places, is_first_iteration=True
-        )
-        places, decoder = wanted.get("position_ids", places), model.get_decoder()
+        inputs = prompt_inputs(model, input_ids, attention_mask)
         # Those of the text before would place what follows.
         cache.model_offsets = None
         # The decoder alone, which computes no logits.
         with torch.no_grad():
-            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, cache=cache)
+            model.get_decoder()(**inputs, use_cache=True, cache=cache)
         cache.end_prompt()
-        cache.input_ids = ids
+        cache.input_ids = inputs["input_ids"]
         return cache
 
     def followed_by(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
