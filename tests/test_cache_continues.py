@@ -368,6 +368,17 @@ def test_a_text_that_was_read_to_its_end_needs_something_to_go_on_with():
     assert cache.followed_by(QUESTION[:, :0])["input_ids"].shape == cache.input_ids.shape
 
 
+def test_the_text_so_far_is_token_ids_and_nothing_else():
+    model = tiny_model()
+    cache = prefilled(model)
+    document = cache.input_ids
+    for other in (turn, document.tolist(), document[0], document.float()):
+        with pytest.raises(UsageError, match=r"input_ids is .*; expected a tensor of token ids \[batch, tokens\]"):
+            cache.input_ids = other
+    assert cache.input_ids is document
+    cache.input_ids = None
+
+
 def test_a_cache_of_another_model_is_refused():
     model, other = tiny_model(), tiny_model(seed=3)
     cache = prefilled(model)
@@ -382,7 +393,7 @@ def test_a_cache_of_another_model_is_refused():
 def test_sequences_are_chosen_as_from_any_tensor(settings):
     model = tiny_model()
     chosen = []
-    for indices in (torch.tensor([-1, 0]), torch.tensor([2, 0]), torch.tensor([True, False, True])):
+    for indices in (torch.tensor([-1, 0]), [2, 0], torch.tensor([True, False, True])):
         cache = prefilled(model, lengths=(40, 33, 15), **settings)
         cache.batch_select_indices(indices)
         chosen.append(cache)
@@ -391,7 +402,7 @@ def test_sequences_are_chosen_as_from_any_tensor(settings):
     assert torch.equal(chosen[2].input_ids, chosen[1].input_ids.flip(0))
     cache = prefilled(model, lengths=(40, 33), **settings)
     before = str(cache.positions)
-    for indices in (torch.tensor([0, 5]), torch.tensor([-3]), torch.tensor([True])):
+    for indices in (torch.tensor([0, 5]), torch.tensor([-3]), torch.tensor([True]), [0.0, 1.0]):
         with pytest.raises(UsageError, match="does not choose among 2 sequences"):
             cache.batch_select_indices(indices)
     assert str(cache.positions) == before

@@ -416,6 +416,22 @@ def test_copies_keep_apart_when_one_takes_tokens_back():
     assert same(answer(model, cache, OTHER), expected)
 
 
+def test_the_text_so_far_ends_where_tokens_are_taken_back(tmp_path):
+    model = tiny_model()
+    cache = prefilled(model, RAGGED)
+    document = cache.input_ids
+    cache.input_ids, _ = answer(model, cache)
+    cache.crop(0)
+    assert cache.input_ids.shape[1] == cache.get_seq_length() + 1
+    cache.crop(40 - cache.get_seq_length())
+    assert torch.equal(cache.input_ids, document)
+    cache.save(tmp_path / "a.cache")
+    assert torch.equal(CompressedCache.load(tmp_path / "a.cache", model).input_ids, document)
+    assert same(answer(model, cache, OTHER), answer(model, prefilled(model, RAGGED), OTHER))
+    with pytest.raises(UsageError, match=r"crop\(-5\) to take back 5 tokens"):
+        cache.crop(5)
+
+
 def test_a_copy_of_an_adaptive_cache_serves_another_prompt():
     model = tiny_model()
     cache = CompressedCache.prefill(model, "cake+adakv+snapkv:window=4", tokens(1, 40), budget=10)

@@ -711,6 +711,19 @@ def test_gemma3_with_covering_budget_gives_the_same_logits_beyond_its_window(gem
     assert held == [512 if layer.sliding_window else prompt.shape[1] + 7 for layer in cache.layers]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_a_mask_of_any_type_says_which_tokens_are_real(dtype):
+    # Above 256 not every whole number is a bfloat16.
+    model, ids, mask = tiny_model(), tokens(1, 400), torch.ones(1, 400, dtype=torch.int64)
+    mask[:, :5] = 0
+    masks = mask.to(dtype), mask
+    caches = [CompressedCache.prefill(model, "snapkv:window=4", ids, each, 500) for each in masks]
+    keys, expected = ([layer.groups[0].keys for layer in cache.kv_layers] for cache in caches)
+    assert all(map(torch.equal, keys, expected))
+    asked = caches[0].followed_by(tokens(1, 2), torch.tensor([[0.0, 0.5]]))
+    assert torch.equal(asked["attention_mask"][0], torch.tensor([0] * 5 + [1] * 395 + [0, 1]))
+
+
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
@@ -734,3 +747,9 @@ def test_prefill_wants_a_batch_of_prompts(ids, mask, message):
     model = tiny_model()
     with pytest.raises(UsageError, match=message):
         CompressedCache.prefill(model, "keydiff", ids, mask, budget=8)
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_prefill_wants_tokens_that_the_model_knows(token):
+    with pytest.raises(ModelError, match=f"token {token}, but the model has embeddings for 128 tokens"):
+        CompressedCache.prefill(tiny_model(), "keydiff", torch.tensor([[5, token, 7]]), budget=8)

@@ -19,7 +19,7 @@ from evolkv.cache.hooked import HookedCache
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.math import attention
 from evolkv.cache.rows import RowGroup, rows_of
-from evolkv.errors import RunError
+from evolkv.errors import RunError, UsageError
 from evolkv.selectors import PromptAttention
 from evolkv.selectors.smallkv import SmallKV, Split
 
@@ -210,9 +210,15 @@ class Accompanied(CacheCosts, HookedCache):
         """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt.
 
         Raises:
+            UsageError: for a positive number, which transformers refuses, too.
             RunError: if a layer cannot; then none does.
         """
-        if count := abs(tokens_to_remove):
+        if tokens_to_remove > 0:
+            raise UsageError(
+                f"crop({tokens_to_remove}) does not say what to take back; give crop(-{tokens_to_remove}) to take back "
+                f"{tokens_to_remove} tokens, or crop(length - cache.get_seq_length()) to keep `length`"
+            )
+        if count := -tokens_to_remove:
             for layer in self.kv_layers:
                 layer.check_crop(count)
             if not all(state.record_past for state in self.state_layers):

@@ -90,6 +90,14 @@ def _num_tokens(kwargs: dict[str, Any]) -> int:
     return int(inputs.shape[1])
 
 
+def other_by_token(kwargs: dict[str, Any]) -> str | None:
+    """Return the name of an argument of a decoder with a place for each token that nobody here can cut; else None."""
+    unknown = {name: value for name, value in kwargs.items() if name not in _BY_TOKEN and name != "attention_mask"}
+    tokens = _num_tokens(kwargs)
+    found = (name for name, value in unknown.items() if isinstance(value, Tensor) and tokens in value.shape)
+    return next(found, None)
+
+
 def _check_rotary(cache: Any, kwargs: dict[str, Any]) -> None:
     """Raises `UsageError` for a call after which a cache would hold keys that were turned in two ways."""
     past = cache.get_seq_length()
@@ -140,13 +148,11 @@ def _check(module: nn.Module, cache: Any, kwargs: dict[str, Any], first: int, la
                 f"and the first pieces of a text of {last} tokens cannot know that; leave out prefill_chunk, or "
                 f"read at most {limit} tokens"
             )
-    for name, value in kwargs.items():
-        known = name in _BY_TOKEN or name == "attention_mask"
-        if isinstance(value, Tensor) and not known and _num_tokens(kwargs) in value.shape:
-            raise UsageError(
-                f"a call that is read in pieces cannot take {name!r} apart, which has a place for each token (as "
-                "images have in a prompt); leave it out, or prefill_chunk"
-            )
+    if (name := other_by_token(kwargs)) is not None:
+        raise UsageError(
+            f"a call that is read in pieces cannot take {name!r} apart, which has a place for each token (as "
+            "images have in a prompt); leave it out, or prefill_chunk"
+        )
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if _is_wanted(name, module, kwargs):
             raise UsageError(

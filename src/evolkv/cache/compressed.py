@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from evolkv.budgets import BudgetSpec
 from evolkv.cache.accompanied import Accompanied
 from evolkv.cache.companion import CompanionCache
-from evolkv.cache.generate import check_ids, check_mask, check_text, whole_text
+from evolkv.cache.generate import check_ids, check_text, prompt_inputs, whole_text
 from evolkv.cache.hook import hook_model
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
@@ -23,7 +23,6 @@ from evolkv.cache.resolve import LayerMaker, layer_class
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec
-from evolkv.models.forward import input_device
 from evolkv.models.identity import adapters_in_use
 from evolkv.numbers import is_whole
 
@@ -44,6 +43,8 @@ class CompressedCache(Accompanied):
         input_ids: ids of the text so far, ``[batch, tokens]``, padding included: all tokens seen, and perhaps some that
             are still to be read. Known after `prefill` and `load`; after ``output = generate(...)`` set it to `output`,
             unless that was beam search. None where nobody said.
+        image_offsets: how far images in the text move the positions of later tokens, ``[batch, 1]``, in models that
+            keep that (Qwen-VL); else None.
         prefill_factor: how many tokens the model read for each of the prompt's: above 1 under a selector that has it
             read the prompt again (kvzip).
 
@@ -70,7 +71,8 @@ class CompressedCache(Accompanied):
     """
 
     kv_layers: list[CompressedLayer]
-    input_ids: Tensor | None = None
+    _input_ids: Tensor | None = None
+    image_offsets: Tensor | None = None
     prefill_factor: float = 1.0
     _searched: bool = False
     _awaits_drafts: bool = False
@@ -96,6 +98,17 @@ class CompressedCache(Accompanied):
         HookedCache.__init__(cache, model, kv_layers, states)
         return cache
 
+    @property
+    def input_ids(self) -> Tensor | None:
+        """Ids of the text so far; see the class."""
+        return self._input_ids
+
+    @input_ids.setter
+    def input_ids(self, input_ids: Tensor | None) -> None:
+        if input_ids is not None:
+            check_ids(input_ids)
+        self._input_ids = input_ids
+
     @classmethod
     def prefill(
         cls,
@@ -117,23 +130,18 @@ class CompressedCache(Accompanied):
             attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
 
         Raises:
-            ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape.
+            ProfileError, ModelError, UsageError: as for the class; UsageError also for another shape, ModelError for
+                ids that the model has no embeddings for.
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
-        check_ids(input_ids)
-        if not input_ids.numel():
-            raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
-        if attention_mask is not None:
-            check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
-        ids = input_ids.to(input_device(model)).long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        decoder = model.get_decoder()
+        inputs = prompt_inputs(model, input_ids, attention_mask)
+        # Those of the text before would place what follows.
+        cache.model_offsets = None
         # The decoder alone, which computes no logits.
         with torch.no_grad():
-            decoder(ids, attention_mask=mask, position_ids=places, use_cache=True, cache=cache)
+            model.get_decoder()(**inputs, use_cache=True, cache=cache)
         cache.end_prompt()
-        cache.input_ids = ids
+        cache.input_ids = inputs["input_ids"]
         return cache
 
     def followed_by(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
@@ -170,6 +178,8 @@ class CompressedCache(Accompanied):
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
             )
+        # generate() goes on from where the model says.
+        self.model_offsets = self.image_offsets
         layers = [*self.kv_layers, *(() if self.companion is None else self.companion.kv_layers)]
         ids, mask = whole_text(self.model(), layers, self.input_ids, input_ids, attention_mask)
         return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "cache": self}
@@ -230,7 +240,7 @@ class CompressedCache(Accompanied):
             layers.append(layer.copy(layers, context))
         twin = CompressedCache.with_layers(model, layers, [state.copy() for state in self.state_layers])
         twin.input_ids, twin._searched, twin.adapters = self.input_ids, self._searched, self.adapters
-        twin.prefill_factor = self.prefill_factor
+        twin.image_offsets, twin.prefill_factor = self.image_offsets, self.prefill_factor
         twin.companion = None if self.companion is None else self.companion.copy()
         return twin
 
@@ -259,7 +269,8 @@ class CompressedCache(Accompanied):
         from evolkv.cache.files import write_cache
 
         self._check_text()
-        write_cache(path, self.model(), self.kv_layers, self.state_layers, self.input_ids, self.prefill_factor)
+        text = {"input_ids": self.input_ids, "image_offsets": self.image_offsets}
+        write_cache(path, self.model(), self.kv_layers, self.state_layers, text, self.prefill_factor)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> CompressedCache:
@@ -276,32 +287,34 @@ class CompressedCache(Accompanied):
 
         held = read_cache(path, model)
         cache = cls.with_layers(model, held.layers, held.states)
-        cache.input_ids, cache.prefill_factor = held.input_ids, held.prefill_factor
+        cache.input_ids, cache.image_offsets, cache.prefill_factor = held.input_ids, held.offsets, held.prefill_factor
         cache.adapters = adapters_in_use(model)
         return cache
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; an index may occur several times.
 
         Args:
-            indices: whole numbers, negative ones from the end, or one truth value for each sequence.
+            indices: a tensor or a list of whole numbers, negative ones from the end, or of one truth value for each
+                sequence.
 
         Raises:
             UsageError: for indices of sequences that there are not.
         """
+        indices = torch.as_tensor(indices)
         rows = self.num_rows if self.get_seq_length() else 0
         if indices.dtype == torch.bool:
             fits = indices.shape == (rows,)
         else:
-            fits = indices.ndim == 1 and bool(((indices >= -rows) & (indices < rows)).all())
+            fits = indices.ndim == 1 and not indices.is_floating_point()
+            fits = fits and bool(((indices >= -rows) & (indices < rows)).all())
             indices = indices.where(indices >= 0, indices + rows)
         if rows and not fits:
             raise UsageError(
                 f"{indices.tolist()} does not choose among {rows} sequences; expected numbers from 0 to {rows - 1}"
             )
         super().batch_select_indices(indices)
-        if self.input_ids is not None:
-            self.input_ids = self.input_ids[indices.to(self.input_ids.device)]
+        self._map_texts(lambda held: held[indices.to(held.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it.
@@ -324,8 +337,18 @@ class CompressedCache(Accompanied):
         if not is_whole(repeats) or repeats < 1:
             raise UsageError(f"repeats is {repeats!r}; expected a whole number from 1")
         super().batch_repeat_interleave(repeats)
-        if self.input_ids is not None:
-            self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
+        self._map_texts(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def _map_texts(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("input_ids", "image_offsets"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, change(held))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `Accompanied.crop`; `input_ids` end there, too."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.input_ids is not None:
+            self.input_ids = self.input_ids[:, : self.get_seq_length()]
 
     def reset(self) -> None:
         """Empties the cache, which is then ready for another prompt.
@@ -336,7 +359,8 @@ class CompressedCache(Accompanied):
         if any(layer.is_of_one_text for layer in self.kv_layers):
             raise UsageError("the cache has budgets for the texts that it holds alone; make a new CompressedCache")
         super().reset()
-        self.input_ids, self._searched, self.prefill_factor = None, False, 1.0
+        self.input_ids = self.image_offsets = None
+        self._searched, self.prefill_factor = False, 1.0
 
     def activate_past_recording(self) -> None:
         """Expect drafted tokens along with the prompt in the next call; assisted decoding asks for it.
@@ -383,6 +407,17 @@ class CompressedCache(Accompanied):
         """See `HookedCache.read_again`."""
         if self.kv_layers[0].awaiting is not None:
             self.prefill_factor = store_reread(self.model(), self.kv_layers, arguments)
+
+    @torch.compiler.disable
+    def end_call(self, arguments: Mapping[str, Any], states: Tensor) -> Tensor:
+        """See `HookedCache.end_call`."""
+        states = super().end_call(arguments, states)
+        offsets, rows = self.model_offsets, self.num_rows
+        self.image_offsets = None
+        if offsets is not None and rows % len(offsets) == 0:
+            # generate() repeats sequences that it returns several times, but not what the model keeps of them.
+            self.image_offsets = offsets.repeat_interleave(rows // len(offsets), dim=0)
+        return states
 
     @property
     def reeviction(self) -> Reeviction:
@@ -460,6 +495,9 @@ class CompressedCache(Accompanied):
         lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]
         read = sum(other.prefill_factor * length for other, length in zip(caches, lengths, strict=True))
         merged.prefill_factor = read / sum(lengths) if sum(lengths) else 1.0
+        offsets = [other.image_offsets for other in caches if other.image_offsets is not None]
+        if len(offsets) == len(caches):
+            merged.image_offsets = torch.cat(offsets)
         if companions := [other.companion for other in caches if other.companion is not None]:
             merged.companion = CompanionCache.merge(companions, room)
         return merged

@@ -2,10 +2,11 @@
 
 A file is in the safetensors format: tensors, and a description in JSON. Both are parsed, nothing in them is run. For
 layer ``i`` and group ``j`` of its rows it has the tensors ``i.j.rows``, ``i.j.positions``, ``i.j.keys`` and
-``i.j.values`` (see `RowGroup`), and ``input_ids`` where the text is known. Layer ``i`` of a hybrid model's layers with
-states has ``states.i.0.conv`` and the like (see `StateLayer.parts`). For the next cut of a cache that evicts again (see
-`ReevictingLayer`) there are ``i.queries.s`` of sequence ``s`` and ``i.j.received`` of a group's rows. Where there is
-padding among the tokens after the prompt, ``real`` marks the real ones. The description has a CRC-32 of each tensor.
+``i.j.values`` (see `RowGroup`), ``input_ids`` where the text is known, and `CompressedCache.image_offsets` where there
+are some. Layer ``i`` of a hybrid model's layers with states has ``states.i.0.conv`` and the like (see
+`StateLayer.parts`). For the next cut of a cache that evicts again (see `ReevictingLayer`) there are ``i.queries.s`` of
+sequence ``s`` and ``i.j.received`` of a group's rows. Where there is padding among the tokens after the prompt,
+``real`` marks the real ones. The description has a CRC-32 of each tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -102,10 +103,10 @@ def write_cache(
     model: PreTrainedModel,
     layers: Sequence[CompressedLayer],
     states: Sequence[StateLayer],
-    input_ids: Tensor | None,
+    text: Mapping[str, Tensor | None],
     prefill_factor: float,
 ) -> None:
-    """Writes what layers hold to a file, whole or not at all; missing folders are made.
+    """Writes what layers hold, and what is known of their text, to a file, whole or not at all, and makes its folders.
 
     Raises:
         UsageError: if there is nothing to write yet, or no file can be at `path`.
@@ -138,8 +139,7 @@ def write_cache(
     # The same for all layers.
     if first.real is not None:
         tensors["real"] = first.real
-    if input_ids is not None:
-        tensors["input_ids"] = input_ids.long()
+    tensors |= {name: each.long() for name, each in text.items() if each is not None}
     again = None
     if isinstance(first, ReevictingLayer):
         again = _Reeviction(**asdict(first.reeviction), open=first.open)
@@ -174,11 +174,12 @@ def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:
 
 
 class StoredCache(NamedTuple):
-    """A file's content: layers with keys and values, those with states, ids ``[batch, tokens]`` or None, and costs."""
+    """A file's content: layers with keys and values, those with states, ids, `CompressedCache.image_offsets`, costs."""
 
     layers: list[CompressedLayer]
     states: list[StateLayer]
     input_ids: Tensor | None
+    offsets: Tensor | None
     prefill_factor: float
 
 
@@ -307,9 +308,13 @@ class _Reader:
             received = [self._received(i, layer) for i, layer in enumerate(groups)]
         states = empty_states(self.model)
         self._fill_states(states)
-        ids = self._tensor("input_ids", torch.int64) if "input_ids" in said.crc32 else None
+        ids, offsets = (
+            self._tensor(name, torch.int64) if name in said.crc32 else None for name in ("input_ids", "image_offsets")
+        )
         if ids is not None:
             _check(ids.ndim == 2 and ids.shape[0] == self.batch, "input_ids do not fit its sequences")
+        if offsets is not None:
+            _check(offsets.shape == (self.batch, 1), "image_offsets do not fit its sequences")
         layers = make_layers(self.model, budgets, selector, reeviction)
         for i, layer in enumerate(layers):
             layer.lazy_initialization(groups[i][0].keys, groups[i][0].values)
@@ -318,7 +323,7 @@ class _Reader:
             layer.is_initialized, layer.real = True, real
             if isinstance(layer, ReevictingLayer) and again is not None:
                 layer.open, layer.queries, layer.received = again.open, queries[i], received[i]
-        return StoredCache(layers, states, ids, said.prefill_factor)
+        return StoredCache(layers, states, ids, offsets, said.prefill_factor)
 
     def _group(self, name: str, window: int | None, padded: bool) -> RowGroup:
         rows, positions = self._tensor(f"{name}.rows", torch.int64), self._tensor(f"{name}.positions", torch.int32)

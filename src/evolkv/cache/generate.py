@@ -1,4 +1,4 @@
-"""Checks of what `generate` brings to a cache that holds a text already, and its inputs to go on from there."""
+"""Checks of what `generate` brings to a cache that holds a text already; inputs of prompts, and of what follows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.chunks import outgrown
 from evolkv.errors import UsageError
-from evolkv.models.forward import given_cache
+from evolkv.models.forward import check_token_ids, given_cache, input_device
 from evolkv.models.rotary import stretching
 
 _WATCHED = "_evolkv_watched"
@@ -111,6 +111,33 @@ def check_mask(attention_mask: Any, shapes: Mapping[torch.Size, str]) -> None:
         raise UsageError(f"attention_mask is {given}; expected a tensor of shape {expected}")
 
 
+def prompt_inputs(model: PreTrainedModel, input_ids: Any, attention_mask: Any) -> dict[str, Tensor]:
+    """Return what a decoder reads prompts from: ids, mask and positions, ``[batch, tokens]`` each.
+
+    Args:
+        model: the model around it.
+        input_ids: the prompts, ``[batch, tokens]``.
+        attention_mask: ``[batch, tokens]``, 0 for padding; None where there is none.
+
+    Raises:
+        UsageError: for what is no such tensor, or no token.
+        ModelError: for ids that the model has no embeddings for.
+    """
+    check_ids(input_ids)
+    if not input_ids.numel():
+        raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")
+    check_token_ids(model, input_ids)
+    if attention_mask is not None:
+        check_mask(attention_mask, {input_ids.shape: "that of input_ids"})
+    ids = input_ids.to(input_device(model)).long()
+    # As transformers reads masks; a sum of small floats would not reach the length of the prompt.
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).bool().long()
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    # Not every model counts from 0: PaliGemma does from 1.
+    wanted = model.prepare_inputs_for_generation(ids, attention_mask=mask, position_ids=places, is_first_iteration=True)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": wanted.get("position_ids", places)}
+
+
 def filled_up(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the padding that `generate` put behind rows that ended before others, ``[batch, tokens]``."""
     settings = model.generation_config
@@ -152,7 +179,7 @@ def whole_text(
     if attention_mask is not None:
         shapes = {ids.shape: "the whole text", new.shape: "all rows", input_ids.shape: "that of input_ids"}
         check_mask(attention_mask, shapes)
-        mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask)
+        mask[:, -attention_mask.shape[1] :] = attention_mask.to(mask.device).bool()
     for layer in layers:
         layer.note_padding(mask[:, after:seen].bool())
     return ids, mask

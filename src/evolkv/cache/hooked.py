@@ -15,6 +15,7 @@ from evolkv.cache.hook import attach, check_arrival, forget_sent, hook_model, wr
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.models import model_facts
+from evolkv.models.forward import offset_keeper
 from evolkv.models.identity import AdaptersInUse, adapters_in_use
 from evolkv.models.layers import continues_by_token
 from evolkv.models.rotary import Rotary, rotary_of, stretching
@@ -88,6 +89,8 @@ class HookedCache(Cache):
         # A cache must not keep its model alive.
         decoder = model.get_decoder()
         self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
+        keeper = offset_keeper(model)
+        self._offset_keeper = None if keeper is None else weakref.ref(keeper)
         #: See `stretching`.
         self.rotary_limits = stretching(decoder.config)
         self._by_token = bool(self.state_layers) and continues_by_token(model)
@@ -130,6 +133,18 @@ class HookedCache(Cache):
         if model is None:
             raise UsageError("the model that this cache is for has been deleted; keep it for as long as the cache")
         return model
+
+    @property
+    def model_offsets(self) -> Tensor | None:
+        """How far images moved the positions of the text that the model read last; see `offset_keeper`."""
+        keeper: Any = None if self._offset_keeper is None else self._offset_keeper()
+        return None if keeper is None else keeper.rope_deltas
+
+    @model_offsets.setter
+    def model_offsets(self, offsets: Tensor | None) -> None:
+        keeper: Any = None if self._offset_keeper is None else self._offset_keeper()
+        if keeper is not None:
+            keeper.rope_deltas = offsets
 
     @torch.compiler.disable
     def begin_call(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evolkv.cache.chunks import other_by_token
 from evolkv.cache.hook import own_attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import note_padding
@@ -171,11 +172,17 @@ class PruningLayer(CompressedLayer):
 
         Raises:
             ModelError: as `check_model`, for an attention implementation that was chosen meanwhile.
-            UsageError: if it asks for an output of each layer.
+            UsageError: if it asks for an output of each layer, or brings what has a place for each token and cannot
+                be cut.
         """
         self.forget_call()
         check_model(model)
         self._flash = "flash" in own_attention(model)
+        if (found := other_by_token(kwargs)) is not None:
+            raise UsageError(
+                f"selector {self.selector.name!r} cannot cut {found!r}, which has a place for each token (as images of "
+                "Qwen3-VL have); leave it out, or choose another selector, as snapkv"
+            )
         config = model.get_decoder().config
         for name in _BY_LAYER:
             if getattr(config, name, False) if kwargs.get(name) is None else kwargs[name]:

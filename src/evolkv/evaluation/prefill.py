@@ -51,8 +51,8 @@ class Prefiller:
     """Prefills prompts one after another, starting each where it first differs from the one before.
 
     Keys and values of a common prefix are the same for both prompts, up to the rounding of differently shaped matrix
-    products. Nothing is shared when a selector's score needs the queries of the whole prompt, or in a hybrid model,
-    whose recurrent states cannot be taken back to an earlier token.
+    products. Nothing is shared when a selector's score needs the queries of the whole prompt, where tokens of a prompt
+    look ahead, or in a hybrid model, whose recurrent states cannot be taken back to an earlier token.
 
     Args:
         model: the model.
@@ -66,7 +66,9 @@ class Prefiller:
         self.observers = list(dict.fromkeys(observers))
         observed = [selector.observed_queries for selector in self.selectors]
         observed += [allocator.observed_queries for allocator, _ in self.observers]
-        self._observed = None if None in observed else max((n for n in observed if n is not None), default=0)
+        # Where tokens look ahead, as PaliGemma's do, a prefix depends on what follows it.
+        ahead = any(not getattr(module, "is_causal", True) for module in model.get_decoder().modules())
+        self._observed = None if ahead or None in observed else max((n for n in observed if n is not None), default=0)
         self._cache: RecordingCache | None = None
         self._last: list[int] = []
 
@@ -84,9 +86,12 @@ class Prefiller:
         # If this fails, nobody knows what the cache holds.
         self._last = []
         self._cache.cut(shared)
+        device = input_device(self.model)
         with torch.inference_mode():
             output = self.model(
-                input_ids[:, shared:].to(input_device(self.model)),
+                input_ids[:, shared:].to(device),
+                # What follows is placed from 0, too; by itself a model may count from 1, or go by an earlier image.
+                position_ids=torch.arange(shared, len(ids), device=device)[None],
                 cache=self._cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,17 @@ def input_device(model: Any) -> torch.device:
     return place if place.type != "meta" else execution_device(model.get_input_embeddings(), torch.device("cpu"))
 
 
+def offset_keeper(model: Any) -> nn.Module | None:
+    """Return the module around a decoder that keeps how far images moved the positions of a text; None if none does.
+
+    In Qwen-VL and its relatives an image takes fewer positions than tokens. Later tokens are placed by the difference,
+    `rope_deltas` ``[batch, 1]``. It belongs to the text, but there is one for the whole model: that of the latest.
+    """
+    decoder = model.get_decoder()
+    around = itertools.takewhile(lambda module: module is not decoder, model.modules())
+    return next((module for module in around if "rope_deltas" in vars(module)), None)
+
+
 def execution_device(module: nn.Module, default: torch.device) -> torch.device:
     """Return where a module computes: where its weights are, or are brought to if accelerate offloads them."""
     place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -46,8 +58,9 @@ def execution_device(module: nn.Module, default: torch.device) -> torch.device:
 def check_token_ids(model: Any, ids: torch.Tensor) -> None:
     """Raise `ModelError` for token ids that a model has no embeddings for."""
     embeddings = model.get_input_embeddings().weight.shape[0]
-    if ids.numel() and int(ids.max()) >= embeddings:
+    unknown = ids[(ids < 0) | (ids >= embeddings)].tolist()
+    if unknown:
         raise ModelError(
-            f"the tokenizer gives token {int(ids.max())}, but the model has embeddings for {embeddings} tokens (0 to "
+            f"the tokenizer gives token {max(unknown)}, but the model has embeddings for {embeddings} tokens (0 to "
             f"{embeddings - 1}); use the tokenizer that belongs to the model, or resize the model's embeddings"
         )
