@@ -27,6 +27,7 @@ from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.summary import summarise
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
+from evolkv.models.forward import without_dropout
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
@@ -192,7 +193,7 @@ def evaluate(
             on_progress(EvaluationProgress(recorded, total, recorded))
         less = "fewer methods and budgets at once, shorter prompts and --prefill-chunk take less"
         kept = f"; finished examples are in {records}, and the same command goes on from there" if records else ""
-        with enough_memory("in the evaluation", f"{less}{kept}"):
+        with enough_memory("in the evaluation", f"{less}{kept}"), without_dropout(model):
             for each in asked:
                 measure(model, each, rows, settings, log, advance)
     except KeyboardInterrupt:

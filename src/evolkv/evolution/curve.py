@@ -23,6 +23,7 @@ from evolkv.evolution.run import Run, memory_for
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
+from evolkv.models.forward import without_dropout
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import encode_prompt
 
@@ -103,7 +104,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
     selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
     limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
     run = partial(_under_one_selector, model, tokenizer, limit=limit)
-    with memory_for(config):
+    with memory_for(config), without_dropout(model):
         if len(selectors) > 1:
             return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
         return run(replace(config, selector=[*selectors.values()]))

@@ -34,6 +34,7 @@ from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, und
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
+from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
@@ -70,7 +71,7 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
     config = settled(tokenizer, config, [config.target])
     limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
     search = partial(_under_one_selector, model, tokenizer, limit=limit)
-    with memory_for(config):
+    with memory_for(config), without_dropout(model):
         if len(config.selectors) > 1:
             return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
         return search(config)
