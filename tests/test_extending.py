@@ -184,7 +184,7 @@ def test_a_registered_allocator_gets_the_exact_total():
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("score", [1.5, -0.1, float("nan"), "good", None])
+@pytest.mark.parametrize("score", [1.5, -0.1, float("nan"), "good", None, np.array([0.5]), torch.zeros(2)])
 def test_a_metric_that_gives_no_score_is_refused(score):
     METRICS.register("odd", lambda prediction, references, **extra: score)
     with pytest.raises(UsageError, match=r"example e: metric 'odd' gave .*; expected a number from 0 to 1"):

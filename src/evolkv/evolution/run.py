@@ -38,7 +38,7 @@ from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
-from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks.protocol import draw_examples
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import Study
@@ -141,9 +141,9 @@ class Run:
             # Refused now, if the selector or the model cannot be read so.
             some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
             CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
-        draw, seed = self.task.examples, config.seed
-        self.train = under_protocol(config.protocol, draw("train", config.num_train, tokenizer, seed))
-        self.held_out = under_protocol(config.protocol, draw("validation", config.val, tokenizer, seed))
+        how = (tokenizer, config.seed, config.protocol)
+        self.train = draw_examples(self.task, "train", config.num_train, *how)
+        self.held_out = draw_examples(self.task, "validation", config.val, *how)
         check_unseen(self.train, self.held_out)
         if self.task.free_text and len(self.train) < _FEW:
             log.warning(
