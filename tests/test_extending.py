@@ -16,7 +16,7 @@ import torch
 import evolkv
 from evolkv.allocators import ALLOCATORS
 from evolkv.cache.layer import CompressedLayer
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
 from evolkv.registry import Registry
@@ -169,6 +169,20 @@ def test_scores_of_the_wrong_shape_are_refused():
     profile = evolkv.BudgetProfile.uniform(model, 5, "lopsided")
     with pytest.raises(UsageError, match=r"'lopsided' gave scores of shape \[1, 2, 19\]; expected .* = \[1, 2, 20\]"):
         evolkv.CompressedCache.prefill(model, profile, torch.arange(3, 23)[None])
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "words"),
+    [
+        (torch.tensor([[[1.0, float("nan"), 2.0]]]), RunError, "selector 'newest' gave a score that is not a number"),
+        (np.ones((1, 1, 3)), UsageError, "selector 'newest' gave scores as ndarray; expected a tensor"),
+        (None, UsageError, "selector 'newest' gave scores as NoneType; expected a tensor"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_refused(scores, error, words):
+    states = torch.ones(1, 1, 3, 4)
+    with pytest.raises(error, match=words):
+        Newest().order(PromptAttention(states, states, states, 0.5), scores)
 
 
 @pytest.mark.usefixtures("registered")
