@@ -15,7 +15,7 @@ from evolkv.intervals import ci95
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, get_task
-from tiny import HEAD_DIM, KV_HEADS, LAYERS
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny_model
 
 TASK = "niah:context=240"
 
@@ -83,6 +83,15 @@ def test_scores_equal_those_of_each_method_run_by_itself(small):
     scores = {(row["method"], row["budget"]): row["score"] for row in rows}
     assert scores["snapkv", 100] == pytest.approx(alone)
     assert scores["snapkv", 40] != pytest.approx(alone)
+
+
+def test_a_model_in_training_is_scored_without_dropout_and_left_in_training(tokenizer):
+    model = tiny_model(attention_dropout=0.5, vocab_size=len(tokenizer), initializer_range=0.2)
+    settings = {"task": "niah:context=120", "methods": "snapkv", "budgets": 40, "samples": 2, "metric": "logprob"}
+    plain = evolkv.evaluate(model, tokenizer, **settings)
+    model.train().lm_head.eval()
+    assert evolkv.evaluate(model, tokenizer, **settings) == plain
+    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]
 
 
 def test_a_profile_for_each_budget_is_one_method(small, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import evolkv
 from evolkv.allocators import ALLOCATORS
 from evolkv.cache.layer import CompressedLayer
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
 from evolkv.registry import Registry
@@ -171,6 +171,20 @@ def test_scores_of_the_wrong_shape_are_refused():
         evolkv.CompressedCache.prefill(model, profile, torch.arange(3, 23)[None])
 
 
+@pytest.mark.parametrize(
+    ("scores", "error", "words"),
+    [
+        (torch.tensor([[[1.0, float("nan"), 2.0]]]), RunError, "selector 'newest' gave a score that is not a number"),
+        (np.ones((1, 1, 3)), UsageError, "selector 'newest' gave scores as ndarray; expected a tensor"),
+        (None, UsageError, "selector 'newest' gave scores as NoneType; expected a tensor"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_refused(scores, error, words):
+    states = torch.ones(1, 1, 3, 4)
+    with pytest.raises(error, match=words):
+        Newest().order(PromptAttention(states, states, states, 0.5), scores)
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_registered_allocator_gets_the_exact_total():
     ALLOCATORS.register("top", lambda num_layers, budget: [1.0] * (num_layers - 1) + [1.5 * budget])
@@ -184,7 +198,7 @@ def test_a_registered_allocator_gets_the_exact_total():
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("score", [1.5, -0.1, float("nan"), "good", None])
+@pytest.mark.parametrize("score", [1.5, -0.1, float("nan"), "good", None, np.array([0.5]), torch.zeros(2)])
 def test_a_metric_that_gives_no_score_is_refused(score):
     METRICS.register("odd", lambda prediction, references, **extra: score)
     with pytest.raises(UsageError, match=r"example e: metric 'odd' gave .*; expected a number from 0 to 1"):

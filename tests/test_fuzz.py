@@ -479,8 +479,7 @@ def random_selector(rng):
         "h2o": {"window": window},
         "chunkkv": {"window": window, "chunk": int(rng.integers(1, 6))},
     }
-    shares = {"newest": float(rng.choice([0, 0, 0.25, 0.5]))} if "window" in parameters.get(name, {}) else {}
-    return get_selector({"name": name, **parameters.get(name, {}), **shares})
+    return get_selector({"name": name, **parameters.get(name, {})})
 
 
 def random_rocketkv(rng):

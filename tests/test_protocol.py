@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ import torch
 
 import evolkv
 from evolkv.cache.recording import from_rankings
-from evolkv.errors import TaskError, UsageError
+from evolkv.errors import RunError, TaskError, UsageError
 from evolkv.evaluation import NaiveEngine, ReplayEngine, decode
 from evolkv.evaluation.decode import greedy, target_log_probs
 from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.selectors import get_selector
-from evolkv.tasks import Example, get_task
+from evolkv.tasks import Example, Task, get_task
 from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol
 from tiny import VOCABULARY, scored_texts, tiny_model, tokens, tokens_read
 
@@ -248,3 +249,29 @@ def test_question_and_prompt_together_must_fit_the_model(smollm2):
     (question,) = encode_examples(tokenizer, model, [replace(example, prompt="a")], "logprob")
     assert len(question.later) == 300
     assert len(question.target) >= 1
+
+
+@dataclass(frozen=True)
+class Bad(Task):
+    """Gives no examples, or what is none."""
+
+    name: ClassVar[str] = "bad"
+    gives: object = None
+
+    def examples(self, split, n, tokenizer, seed=0):
+        if isinstance(self.gives, Exception):
+            raise self.gives
+        return self.gives if split == "validation" else [Example(split, f"{split} text", ("mat",))]
+
+
+@pytest.mark.parametrize(
+    ("gives", "error", "words"),
+    [
+        ([], TaskError, "task 'bad' has no validation examples"),
+        ([{"prompt": "text"}], TaskError, "task 'bad' gives a dict among its examples; expected Example"),
+        (KeyError("x"), RunError, "task 'bad' cannot draw its examples: KeyError: 'x'"),
+    ],
+)
+def test_a_task_that_gives_no_examples_ends_a_search_in_one_line(small, gives, error, words):
+    with pytest.raises(error, match=words):
+        evolkv.search(*small, task=Bad(gives), budget=48)

@@ -61,6 +61,22 @@ def test_groups_of_layers_are_searched_by_two_threads_as_by_one(tokenizer):
     assert histories[0] == histories[1]
 
 
+def test_a_model_in_training_is_searched_without_dropout_and_left_in_training(tokenizer):
+    model = tiny_model(attention_dropout=0.5, vocab_size=len(tokenizer), initializer_range=0.2)
+    settings = {**SETTINGS, "task": "niah:context=120", "strategy": "start", "selector": "snapkv"}
+    del settings["budget"]
+
+    def validation():
+        one = evolkv.search(model, tokenizer, budget=40, **settings)
+        curve = search_curve(model, tokenizer, budgets=[40, 48], **settings)
+        return [result.validation for result in (one, *curve.results)]
+
+    plain = validation()
+    model.train()
+    assert validation() == plain
+    assert model.training
+
+
 def test_history_is_in_order_of_evaluation(result):
     found, _ = result
     generations = [entry["generation"] for entry in found.history]

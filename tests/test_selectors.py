@@ -249,9 +249,13 @@ def test_expected_attention_needs_a_model():
 
 # Families whose queries are made in one of the ways that the test makes them again.
 @pytest.mark.parametrize(
-    "family", ["llama", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3"]
+    "family",
+    [
+        *("llama", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3"),
+        *("cohere2", "smollm3", "glm"),
+    ],
 )
-@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("layer", [0, 2, 3])
 def test_rotary_embedding_is_undone(family, layer):
     model = tiny_model(family)
     attention = model.model.layers[layer].self_attn
@@ -284,6 +288,15 @@ def test_model_without_rotary_embedding_is_named():
     config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=128)
     with pytest.raises(ModelError, match="no rotary position embedding"):
         rotary_of(GPT2LMHeadModel(config), 0)
+
+
+def test_a_layer_that_turns_keys_in_a_way_of_its_own_is_refused(monkeypatch):
+    file = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
+    monkeypatch.setattr(file, lambda query, key, cos, sin: (query * cos[:, None], key * cos[:, None]))
+    model = tiny_model()
+    with pytest.raises(ModelError, match="layer 0 of LlamaForCausalLM uses positions in a way that EvolKV does not kn"):
+        CompressedCache.prefill(model, "expected_attention", tokens(1, 40), budget=20)
+    assert len(CompressedCache.prefill(model, "snapkv", tokens(1, 40), budget=36).positions) == 4
 
 
 def test_h2o_sums_attention_over_all_queries():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,6 +184,34 @@ def test_target_defaults_to_the_first_reference_after_a_space():
 def test_example_without_references_is_refused():
     with pytest.raises(TaskError, match="'a' has no reference answer"):
         Example("a", "Which?", ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"id": 0}, "example 0: id is 0; expected a text"),
+        ({"prompt": None}, "prompt is None; expected a text"),
+        ({"references": "mat"}, "references is 'mat'; expected a tuple of texts"),
+        ({"references": (7,)}, r"references is \(7,\); expected a tuple of texts"),
+        ({"stop": "mat"}, "stop is 'mat'; expected a tuple of texts"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; expected 0 or more"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens is 4.0; expected a whole number"),
+        ({"question_at": "4"}, "question_at is '4'; expected a whole number"),
+        ({"prompt": "half \ud800"}, "example 'a' holds what a record cannot: '.ud800' is half of a character"),
+        ({"extra": {"depth": np.float32(0.5)}}, "holds what a record cannot: Object of type float32 is not JSON"),
+        ({"extra": None}, "holds what a record cannot"),
+    ],
+)
+def test_an_example_of_other_types_is_refused_in_one_line(changes, words):
+    with pytest.raises(TaskError, match=words) as refusal:
+        Example(**{"id": "a", "prompt": "Which?", "references": ("this",), **changes})
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_example_takes_lists_and_numbers_of_numpy():
+    given = Example("a", "Which?", ["this"], stop=["."], max_new_tokens=np.int64(4), question_at=np.int64(1))
+    assert given == Example("a", "Which?", ("this",), stop=(".",), max_new_tokens=4, question_at=1)
+    assert type(given.max_new_tokens) is type(given.question_at) is int
 
 
 def test_prompt_is_encoded_with_one_beginning_of_sequence_token():

@@ -115,6 +115,11 @@ _HYBRIDS = {
         {"num_hidden_layers": LAYERS + 2, "hidden_size": 8 * HEAD_DIM, "full_attn_idxs": [1, 2, 4, 5]},
     ),
 }
+#: Families that some tests need for what is special in them.
+_OTHERS = {
+    # Turns neighbouring channels together, and half of them.
+    "glm": ("Glm", {}),
+}
 HYBRIDS = tuple(_HYBRIDS)
 #: What sdpa does not compute.
 EAGER_ONLY = ("gemma2", "gpt_oss")
@@ -123,7 +128,7 @@ FAMILIES = (*_FAMILIES, *_HYBRIDS)
 
 def tiny_model(family="llama", attention=None, seed=0, **changes):
     """A float32 model with random weights; Gemma 2 and GPT-OSS get eager attention, for soft cap and sinks."""
-    name, own = {**_FAMILIES, **_HYBRIDS}[family]
+    name, own = {**_FAMILIES, **_HYBRIDS, **_OTHERS}[family]
     torch.manual_seed(seed)
     attention = attention or ("eager" if family in EAGER_ONLY else "sdpa")
     config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")

@@ -27,11 +27,12 @@ from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.summary import summarise
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
+from evolkv.models.forward import without_dropout
 from evolkv.numbers import is_whole
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
 from evolkv.tasks.metrics import check_metric
-from evolkv.tasks.protocol import AWARE, under_protocol
+from evolkv.tasks.protocol import AWARE, draw_examples
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,7 @@ def evaluate(
             # What cannot read prompts so is refused before any is read.
             row.new_cache(model, prefill_chunk)
     haystacks = {format_spec(each): each.haystack_used() for each in tasks}
-    drawn = {
-        format_spec(each): under_protocol(protocol, each.examples("report", samples, tokenizer, seed)) for each in tasks
-    }
+    drawn = {format_spec(each): draw_examples(each, "report", samples, tokenizer, seed, protocol) for each in tasks}
     named = {spec: dict(zip(_distinct(part), part, strict=True)) for spec, part in drawn.items()}
     if sample_ids is not None:
         sample_ids = _chosen(named, [sample_ids] if isinstance(sample_ids, str) else sample_ids)
@@ -192,7 +191,7 @@ def evaluate(
             on_progress(EvaluationProgress(recorded, total, recorded))
         less = "fewer methods and budgets at once, shorter prompts and --prefill-chunk take less"
         kept = f"; finished examples are in {records}, and the same command goes on from there" if records else ""
-        with enough_memory("in the evaluation", f"{less}{kept}"):
+        with enough_memory("in the evaluation", f"{less}{kept}"), without_dropout(model):
             for each in asked:
                 measure(model, each, rows, settings, log, advance)
     except KeyboardInterrupt:

@@ -430,7 +430,7 @@ def text_score(metric: str, prediction: str, example: Example) -> float:
         score = get_metric(metric)(judged, example.references, **dict(example.extra))
     except UsageError as error:
         raise UsageError(f"example {example.id}: {error}") from None
-    if not (isinstance(score, SupportsFloat) and 0 <= float(score) <= 1):
+    if not (isinstance(score, SupportsFloat) and not getattr(score, "ndim", 0) and 0 <= float(score) <= 1):
         raise UsageError(f"example {example.id}: metric {metric!r} gave {score!r}; expected a number from 0 to 1")
     return float(score)
 

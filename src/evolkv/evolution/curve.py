@@ -24,6 +24,7 @@ from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
+from evolkv.models.forward import without_dropout
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import encode_prompt
 
@@ -120,7 +121,8 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
             return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
         return run(replace(config, selector=[*selectors.values()]))
 
-    return carried_out(whole, config, limit)
+    with without_dropout(model):
+        return carried_out(whole, config, limit)
 
 
 def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:

@@ -25,7 +25,7 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import SelectorSpec, get_selector
 from evolkv.tasks import encode_prompt, get_task
-from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks.protocol import draw_examples
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ def competing(protocol: str, least: int) -> list[str]:
 
 def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
     """Return the tokens of the longest training prompt."""
-    drawn = get_task(config.task).examples("train", config.num_train, tokenizer, config.seed)
-    return max(encode_prompt(tokenizer, each).shape[1] for each in under_protocol(config.protocol, drawn))
+    drawn = draw_examples(get_task(config.task), "train", config.num_train, tokenizer, config.seed, config.protocol)
+    return max(encode_prompt(tokenizer, each).shape[1] for each in drawn)
 
 
 def searches_of(config: SearchConfig) -> int:

@@ -33,10 +33,11 @@ from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, und
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
+from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
-from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks.protocol import draw_examples
 
 if TYPE_CHECKING:
     from evolkv.evolution.study import Study
@@ -75,7 +76,8 @@ def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> Sea
             return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
         return search(config)
 
-    return carried_out(whole, config, limit)
+    with without_dropout(model):
+        return carried_out(whole, config, limit)
 
 
 def _under_one_selector(
@@ -133,9 +135,9 @@ class Run:
             # Refused now, if the selector or the model cannot be read so.
             some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
             CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
-        draw, seed = self.task.examples, config.seed
-        self.train = under_protocol(config.protocol, draw("train", config.num_train, tokenizer, seed))
-        self.held_out = under_protocol(config.protocol, draw("validation", config.val, tokenizer, seed))
+        how = (tokenizer, config.seed, config.protocol)
+        self.train = draw_examples(self.task, "train", config.num_train, *how)
+        self.held_out = draw_examples(self.task, "validation", config.val, *how)
         check_unseen(self.train, self.held_out)
         if self.task.free_text and len(self.train) < _FEW:
             log.warning(

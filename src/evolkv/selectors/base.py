@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evolkv.errors import UsageError
+from evolkv.errors import RunError, UsageError
 from evolkv.models.rotary import Rotary
 from evolkv.specs import format_spec
 
@@ -435,12 +435,20 @@ class Selector(ABC):
             scores: as `score` returns them, ``[batch, kv_heads, tokens]``.
 
         Raises:
-            UsageError: the scores of a selector, which may be another package's, have another shape.
+            UsageError: the scores of a selector, which may be another package's, are no tensor or have another shape.
+            RunError: a score is not a number.
         """
+        if not isinstance(scores, Tensor):
+            raise UsageError(f"selector {self.name!r} gave scores as {type(scores).__name__}; expected a tensor")
         if scores.shape != prompt.key.shape[:3]:
             raise UsageError(
                 f"selector {self.name!r} gave scores of shape {list(scores.shape)}; expected [batch, kv_heads, tokens] "
                 f"= {list(prompt.key.shape[:3])}"
+            )
+        if bool(scores.isnan().any()):
+            raise RunError(
+                f"selector {self.name!r} gave a score that is not a number; correct the selector, or, if the model's "
+                "own numbers are not, try --dtype float32 or --dtype bfloat16"
             )
         ranking = scores.argsort(dim=-1, descending=True, stable=True)
         window = prompt.sliding_window

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 from evolkv.errors import TaskError, UsageError
+from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
 from evolkv.registry import unknown_name
 from evolkv.tasks.metrics import LABEL_FREE
@@ -44,6 +45,9 @@ class Example:
         later: text that the model reads after the prompt was compressed, before it answers; see `under_protocol`.
         extra: keyword arguments of that metric (`all_classes`, …) and facts for reports (`depth`, …);
             values that JSON can hold.
+
+    Raises:
+        TaskError: a field of another type, or no reference answer where the metric needs one.
     """
 
     id: str
@@ -59,11 +63,40 @@ class Example:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.references and self.metric not in LABEL_FREE:
             raise TaskError(f"example {self.id!r} has no reference answer; give at least one")
         if not self.target and self.references:
             gap = "" if (self.later or self.prompt)[-1:].isspace() else " "
             object.__setattr__(self, "target", gap + self.references[0])
+
+    def _check_types(self) -> None:
+        """Take numbers of NumPy and lists of texts for what they stand for; raise TaskError for other types."""
+
+        def refuse(name: str, expected: str) -> NoReturn:
+            raise TaskError(f"example {self.id!r}: {name} is {getattr(self, name)!r:.60}; expected {expected}")
+
+        for name in ("id", "prompt", "target", "metric", "later"):
+            if not isinstance(getattr(self, name), str):
+                refuse(name, "a text")
+        for name in ("references", "stop"):
+            texts = getattr(self, name)
+            # A text is a sequence of texts, too: its letters.
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                refuse(name, "a tuple of texts")
+            object.__setattr__(self, name, tuple(texts))
+        for name in ("max_new_tokens", "question_at"):
+            number = getattr(self, name)
+            if is_whole(number):
+                object.__setattr__(self, name, int(number))
+            elif number is not None or name == "max_new_tokens":
+                refuse(name, "a whole number")
+        if self.max_new_tokens < 0:
+            refuse("max_new_tokens", "0 or more")
+        try:
+            check_characters(json.dumps({**vars(self), "extra": dict(self.extra)}, sort_keys=True, ensure_ascii=False))
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"example {self.id!r} holds what a record cannot: {error}") from None
 
 
 class Task(ABC):

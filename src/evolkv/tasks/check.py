@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evolkv.errors import EvolKVError, RunError, UsageError
+from evolkv.errors import UsageError
 from evolkv.tasks.base import Example, Split, Task
 from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
 from evolkv.tasks.prompts import encode_text
-from evolkv.tasks.protocol import under_protocol
+from evolkv.tasks.protocol import draw_examples
 from evolkv.tasks.rows import check_answers
 
 
@@ -42,7 +42,9 @@ def check_examples(
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
     for task in tasks:
         for split, count in splits.items():
-            for example in under_protocol(protocol, _first(task, split, count, tokenizer, seed)):
+            # An example of each kind, as far as `count` examples have it.
+            most = task.kinds if count is None else min(count, task.kinds)
+            for example in draw_examples(task, split, most, tokenizer, seed, protocol):
                 name = metric or example.metric
                 check_labelled(example, name)
                 answer = 1 if name == "logprob" else example.max_new_tokens
@@ -82,13 +84,3 @@ def check_room(example: Example, tokens: int, answer: int, context: float) -> No
             f"example {example.id}: the prompt has {tokens} tokens and its answer up to {answer}, more than the "
             f"model's context of {context}; use a shorter context or a model with a longer one"
         )
-
-
-def _first(task: Task, split: Split, count: int | None, tokenizer: Any, seed: int) -> list[Example]:
-    """Return an example of each kind, as far as `count` examples have it."""
-    try:
-        return task.examples(split, task.kinds if count is None else min(count, task.kinds), tokenizer, seed)
-    except EvolKVError:
-        raise
-    except Exception as error:  # a task may be another package's
-        raise RunError(f"task {task.name!r} cannot draw its examples: {type(error).__name__}: {error}") from error
