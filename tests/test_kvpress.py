@@ -52,11 +52,6 @@ def test_selectors_that_kvpress_does_not_have_are_refused(selector):
         press_source(BudgetProfile.from_budgets(INFO, HEADS, selector))
 
 
-def test_a_share_for_the_newest_tokens_is_refused():
-    with pytest.raises(UsageError, match=r"newest=0\.5"):
-        press_source(BudgetProfile.from_budgets(INFO, HEADS, "snapkv:newest=0.5"))
-
-
 def test_export_says_what_masking_costs(tmp_path, capsys):
     by_head = BudgetProfile.from_budgets(INFO, HEADS, "keydiff")
     by_head.save(tmp_path / "p.json")

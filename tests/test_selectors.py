@@ -339,29 +339,6 @@ def test_streaming_llm_keeps_sinks_and_recent_tokens():
     assert ranking[0, 0, :7].tolist() == [0, 1, 2, 3, 49, 48, 47]
 
 
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("newest", [0.25, 0.5, 0.9])
-@pytest.mark.parametrize("spec", ["snapkv", "chunkkv", "h2o"])
-def test_every_budget_gives_its_share_to_the_newest_tokens(spec, newest, window):
-    of = prompt(sliding_window=window)
-    plain = get_selector(f"{spec}:window=2").rank(of)
-    mixed = get_selector(f"{spec}:window=2,newest={newest}").rank(of)
-    assert torch.equal(mixed.sort(-1).values, plain.sort(-1).values)
-    for order, best in zip(mixed.flatten(0, 1).tolist(), plain.flatten(0, 1).tolist(), strict=True):
-        turns = [min((LENGTH - 1 - entry) / newest, best.index(entry) / (1 - newest)) for entry in order[2:]]
-        assert turns == pytest.approx(sorted(turns))
-        for budget in range(2, LENGTH + 1):
-            aged = {LENGTH - 1 - age for age in range(int(newest * (budget - 1)))}
-            assert aged | set(best[: int((1 - newest) * (budget - 1))]) <= set(order[:budget])
-
-
-def test_the_share_of_the_newest_is_written_down_only_where_there_is_one():
-    assert "newest" not in get_selector("snapkv").to_dict()
-    selector = get_selector("chunkkv:window=2,newest=0.5")
-    assert selector.to_dict()["newest"] == 0.5
-    assert get_selector(selector.to_dict()) == get_selector(selector.spec) == selector
-
-
 @pytest.mark.parametrize("name", list(SELECTORS))
 def test_rankings_are_permutations_with_protected_tokens_first(name):
     selector = get_selector(name)
@@ -411,9 +388,6 @@ def test_ties_are_broken_alike_at_every_budget():
         ({"name": "snapkv", "pooling": "median"}, "'max' or 'mean'"),
         ({"name": "snapkv", "gqa": "sum"}, "'mean' or 'max'"),
         ({"name": "chunkkv", "chunk": 0}, "chunk is 0"),
-        ("snapkv:newest=1", "from 0 to below 1"),
-        ("h2o:newest=-0.5", "from 0 to below 1"),
-        ("chunkkv:newest=half", "newest"),
         ({"name": "chunkkv", "window": 0}, "chunkkv: window is 0"),
         ("kvzip:chunk=0", "chunk is 0"),
         ({"name": "expected_attention", "future": 0}, "future is 0"),

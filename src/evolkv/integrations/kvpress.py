@@ -153,11 +153,6 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
             f"kvpress has no press that scores each token as {name!r} does; profiles with the selectors "
             f"{', '.join(_PRESSES)} can be exported"
         )
-    if profile.selector.get("newest"):
-        raise UsageError(
-            f"the profile's selector gives a share of every budget to the newest tokens (newest="
-            f"{profile.selector['newest']}), and kvpress has no press that does"
-        )
     press, parameters = _PRESSES[name]
     base, source = _OWN.get(press, (press, ""))
     arguments = ", ".join(f"{theirs}={profile.selector[ours]!r}" for ours, theirs in parameters.items())

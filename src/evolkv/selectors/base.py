@@ -210,28 +210,6 @@ class Passage:
     ids: Sequence[int]
 
 
-def _in_turns(ranking: Tensor, newest: float) -> Tensor:
-    """Return when each entry is due if the newest ones and those of a ranking take turns, in the ranking's shape.
-
-    Of the entries that are due by any time the newest make up the share `newest`, and the ranking's first the rest. One
-    that is both counts once.
-    """
-    tokens = ranking.shape[-1]
-    numbers = torch.arange(tokens, device=ranking.device, dtype=torch.float32)
-    ranks = torch.empty_like(numbers).expand_as(ranking).clone().scatter_(-1, ranking, numbers.expand_as(ranking))
-    # Products, as their order is that of rank / (1 - newest) and age / newest.
-    return torch.minimum(ranks * newest, (tokens - 1 - numbers) * (1 - newest))
-
-
-def check_newest(name: str, newest: float) -> None:
-    """Raise `UsageError` for a share of the newest tokens that is none; `name` is the selector's."""
-    if not 0 <= newest < 1:
-        raise UsageError(
-            f"{name}: newest is {newest}; expected a share of the budget from 0 to below 1 (streaming_llm keeps the "
-            "newest alone)"
-        )
-
-
 def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the keys of ``[..., queries, keys]``, with a sink for each query, ``[..., queries]``, or none."""
     if sinks is None:
@@ -251,8 +229,6 @@ class Selector(ABC):
     name: ClassVar[str]
     #: Number of last prompt tokens that are always kept; they count in the budget.
     window = 0
-    #: Share of every budget that goes to the newest tokens, whatever their score, from 0 to below 1.
-    newest = 0.0
     #: Whether the score is a sum over queries. Where a cache is cut again and again, it then goes on from the sum so
     #: far: such a selector implements `accumulated` and `protect`, of which `score` is made.
     accumulates: ClassVar[bool] = False
@@ -456,18 +432,11 @@ class Selector(ABC):
         if prompt.positions is not None or oldest:
             outside = prompt.places.gather(-1, ranking) < oldest
             ranking = ranking.gather(-1, outside.byte().argsort(dim=-1, stable=True))
-        if self.newest:
-            due = _in_turns(ranking, self.newest).masked_fill(scores.isposinf(), -1)
-            ranking = due.argsort(dim=-1, stable=True)
         return ranking
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, as a profile records them."""
-        parameters = asdict(self)
-        if not self.newest:
-            # Left out where it says nothing: profiles and studies from before it existed stay as they are.
-            parameters.pop("newest", None)
-        return {"name": self.name, **parameters}
+        return {"name": self.name, **asdict(self)}
 
     @property
     def spec(self) -> str:

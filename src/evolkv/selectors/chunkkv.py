@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector, check_newest
+from evolkv.selectors.base import PromptAttention, Selector
 from evolkv.selectors.snapkv import SnapKV, check_votes
 
 
@@ -34,7 +34,6 @@ class ChunkKV(Selector):
         kernel: width of mean pooling over positions before chunks are scored, odd; 1 (default) turns it off, as in
             the paper.
         reuse: for how many layers a choice is used, 1 for each on its own.
-        newest: share of every budget that goes to the newest tokens, as for `SnapKV`.
     """
 
     name: ClassVar[str] = "chunkkv"
@@ -42,14 +41,12 @@ class ChunkKV(Selector):
     window: int = 32
     kernel: int = 1
     reuse: int = 2
-    newest: float = 0.0
 
     def __post_init__(self) -> None:
         for field, value in (("chunk", self.chunk), ("reuse", self.reuse)):
             if value < 1:
                 raise UsageError(f"chunkkv: {field} is {value}; it must be at least 1")
         check_votes(self.name, self.window, self.kernel)
-        check_newest(self.name, self.newest)
 
     @property
     def _votes(self) -> SnapKV:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector, check_newest
+from evolkv.selectors.base import PromptAttention, Selector
 
 # Bounds the block of attention held at once to this many float32 probabilities (256 MiB).
 _BLOCK_ELEMENTS = 1 << 26
@@ -21,25 +21,21 @@ class H2O(Selector):
 
     Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
     Models", arXiv 2306.14048, section 4.2, applied once after prefill. The paper splits a budget evenly
-    between recent tokens and heavy hitters, as ``window=1,newest=0.5`` does; the default is that of PyramidKV's
-    evaluation of H2O, a fixed window. Where a cache is cut again, what was held goes on from the sum it had, as in the
-    paper.
+    between recent tokens and heavy hitters; here, as in PyramidKV's evaluation of H2O, the recent share is a
+    fixed window, so that one ranking serves every budget. Where a cache is cut again, what was held goes on from the
+    sum it had, as in the paper.
 
     Attention is summed in blocks of queries; no tokens × tokens matrix is held.
 
     Args:
         window: number of last prompt tokens that are always kept.
-        newest: share of every budget that goes to the newest tokens, the window among them, from 0 (default) to below
-            1; 0.5 is the paper's.
     """
 
     name: ClassVar[str] = "h2o"
     accumulates: ClassVar[bool] = True
     window: int = 32
-    newest: float = 0.0
 
     def __post_init__(self) -> None:
-        check_newest(self.name, self.newest)
         if self.window < 1:
             raise UsageError(f"h2o: window is {self.window}; it must be at least 1 token")
 

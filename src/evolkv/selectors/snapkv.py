@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector, check_newest
+from evolkv.selectors.base import PromptAttention, Selector
 
 #: No prompt is longer than what a few of these would cover.
 MOST_KERNEL = 65_535
@@ -41,8 +41,6 @@ class SnapKV(Selector):
         pooling: "max" (the paper's ablation favours it for retrieval) or "mean".
         gqa: how the query heads that share a KV head are combined, "mean" or "max" (the two choices of Ada-KV's code,
             arXiv 2407.11550).
-        newest: share of every budget that goes to the newest tokens, the window among them, from 0 (default) to below
-            1. Not in the paper: what an answer will need of the prompt's end, the window's queries need not show.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -50,11 +48,9 @@ class SnapKV(Selector):
     kernel: int = 7
     pooling: Literal["max", "mean"] = "max"
     gqa: Literal["mean", "max"] = "mean"
-    newest: float = 0.0
 
     def __post_init__(self) -> None:
         check_votes(self.name, self.window, self.kernel)
-        check_newest(self.name, self.newest)
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"snapkv: pooling is {self.pooling!r}; it must be 'max' or 'mean'")
         if self.gqa not in ("mean", "max"):
