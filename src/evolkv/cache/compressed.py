@@ -135,7 +135,7 @@ class CompressedCache(Accompanied):
         """
         cache = cls(model, profile, budget, prefill_chunk=prefill_chunk, evict=evict, evict_every=evict_every)
         inputs = prompt_inputs(model, input_ids, attention_mask)
-        # Those of the text before would place what follows.
+        # Else the model would place what follows by the images of the text that it read before.
         cache.model_offsets = None
         # The decoder alone, which computes no logits.
         with torch.no_grad():
@@ -178,7 +178,7 @@ class CompressedCache(Accompanied):
                 f"the shape of input_ids is {list(input_ids.shape)}; expected [{self.num_rows}, tokens] or [1, tokens]"
                 "; repeat what the cache holds with cache.batch_repeat_interleave(n) for several questions"
             )
-        # generate() goes on from where the model says.
+        # generate() asks the model how far images moved positions; it may have read another text meanwhile.
         self.model_offsets = self.image_offsets
         layers = [*self.kv_layers, *(() if self.companion is None else self.companion.kv_layers)]
         ids, mask = whole_text(self.model(), layers, self.input_ids, input_ids, attention_mask)

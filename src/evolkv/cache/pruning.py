@@ -181,7 +181,7 @@ class PruningLayer(CompressedLayer):
         if (found := other_by_token(kwargs)) is not None:
             raise UsageError(
                 f"selector {self.selector.name!r} cannot cut {found!r}, which has a place for each token (as images of "
-                "Qwen3-VL have); leave it out, or choose another selector, as snapkv"
+                "Qwen3-VL have); leave it out, or choose another selector, such as snapkv"
             )
         config = model.get_decoder().config
         for name in _BY_LAYER:

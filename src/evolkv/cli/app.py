@@ -29,7 +29,8 @@ from evolkv.cli.plan import plan
 from evolkv.cli.profile import app as profile
 from evolkv.cli.report import report
 from evolkv.cli.search import search
-from evolkv.errors import EvolKVError, RunError
+from evolkv.errors import EvolKVError, RunError, UsageError
+from evolkv.json_files import check_characters
 from evolkv.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -103,9 +104,12 @@ def _run(argv: Sequence[str] | None) -> int:
     given = for_typer(list(sys.argv[1:] if argv is None else argv))
     # Bad usage is said as JSON too, and may come up before Typer has read the flags.
     console.settings.log_json = "--log-json" in takewhile(GLOBAL_FLAGS.__contains__, given)
-    if broken := next((each for each in given if not _is_text(each)), None):
-        # Studies, results and profiles name files, and hold text alone.
-        return _fail(2, f"the argument {broken!a} is not UTF-8; rename the file, or give it a link with such a name")
+    for each in given:
+        try:
+            # Studies, results and profiles name files, and hold text alone.
+            check_characters(each)
+        except UsageError:
+            return _fail(2, f"the argument {each!a} is not UTF-8; rename the file, or give it a link with such a name")
     try:
         # Typer would turn an interrupt into a bare exit code before anything could be said about it.
         command = typer.main.get_command(app)
@@ -138,14 +142,6 @@ def _run(argv: Sequence[str] | None) -> int:
         hint = "" if console.settings.debug else " (--debug shows where)"
         return _fail(1, f"unexpected {type(error).__name__}: {error}{hint}")
     return code if isinstance(code, int) else 0
-
-
-def _is_text(argument: str) -> bool:
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

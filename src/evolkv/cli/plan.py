@@ -23,18 +23,20 @@ def plan(**options: Any) -> int:
 
     given = with_preset(options["context"])
     config, _, model, tokenizer = prepare(given)
-    certifies = not isinstance(config, (OneBudget, SeveralBudgets))
-    if not isinstance(config, (OneBudget, SeveralBudgets)):
-        config = several(model, tokenizer, config, given["first"])
+    planned: OneBudget | SeveralBudgets
+    if isinstance(config, (OneBudget, SeveralBudgets)):
+        planned = config
+    else:
+        planned = several(model, tokenizer, config, given["first"])
     with console.busy("measuring on one or two examples"):
-        found = make_plan(model, tokenizer, config)
+        found = make_plan(model, tokenizer, planned)
     try:
         console.write_json(given["json_out"], found.to_dict())
     finally:
         # A file that cannot be written must not take the numbers with it.
         for line in lines(found):
             console.OUT.print(line, soft_wrap=True)
-        if certifies:
+        if planned is not config:
             console.OUT.print("The certificate takes more time: each budget answers fresh examples.", soft_wrap=True)
     return 0
 

@@ -180,9 +180,10 @@ class Records:
 
     def warn_unfinished(self, path: object, because: str) -> None:
         """Warn of tasks that were not evaluated to their end; `because` says why that matters."""
-        for task, names in self.settings.tasks.items():
-            if (done := len(self.complete(task))) < len(names.examples):
-                logger.warning("%s has %d of %d examples of %s; %s", path, done, len(names.examples), task, because)
+        for task, settings in self.settings.tasks.items():
+            done, asked = len(self.complete(task)), len(settings.examples)
+            if done < asked:
+                logger.warning("%s has %d of %d examples of %s; %s", path, done, asked, task, because)
 
     def put(self, record: Record) -> None:
         """Add a record, or let the one that is there stand."""
