@@ -17,7 +17,7 @@ from evolkv.cache.companion import CompanionCache, attention_received, companion
 from evolkv.cache.costs import CacheCosts
 from evolkv.cache.hooked import HookedCache
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.math import attention
+from evolkv.cache.math import LogitTerms, attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import PromptAttention
@@ -104,15 +104,7 @@ class AccompaniedLayer(ByGroupLayer):
         budget = self.budgets[head] if self.budgets.ndim == 1 else self.budgets[sequence, head]
         return self.selector.split(int(budget), self.prompt_lengths[sequence])
 
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         group, split = self.groups[number], self._ways[number]
         received, latest = self._companions_view(group, split.older)
         ranked = received.mean(dim=1).argsort(dim=1, descending=True, stable=True)
@@ -122,7 +114,7 @@ class AccompaniedLayer(ByGroupLayer):
         values = torch.cat([group.values[rows, critical], group.values[:, split.older :]], dim=1)
         if visible is not None:
             visible = visible[..., split.older - split.critical :]
-        output = attention(query, keys, values, visible, scaling, softcap, sinks)
+        output = attention(query, keys, values, visible, terms)
         weights = latest.gather(2, marginal[:, None].expand(-1, query.shape[1], -1))
         exact = 1 - weights.sum(dim=2, keepdim=True)
         return (output * exact + weights @ group.values[rows, marginal].float()).to(query.dtype)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import attention_weights
+from evolkv.cache.math import LogitTerms, attention_weights
 from evolkv.cache.rows import RowGroup
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -177,17 +177,9 @@ class WatchingLayer(ByGroupLayer):
             self.noted = self.noted * self.real[:, -1:, None]
         return output
 
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         group = self.groups[number]
-        weights = attention_weights(query, group.keys, visible, scaling, softcap, sinks)
+        weights = attention_weights(query, group.keys, visible, terms)
         prompt = group.keys.shape[1] - self.appended
         assert self.noted is not None
         self.noted[group.rows, :, :prompt] = weights[..., :prompt]

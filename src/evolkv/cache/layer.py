@@ -297,7 +297,12 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
             prompt = PromptAttention(
-                query, key, value, sliding_window=self.sliding_window, layer=self.context, **logit_terms(query, kwargs)
+                query,
+                key,
+                value,
+                **logit_terms(query, kwargs)._asdict(),
+                sliding_window=self.sliding_window,
+                layer=self.context,
             )
             if self.selector.rereads:
                 self.awaiting = (prompt if self.keeps_queries else prompt.without_queries()), padding_of(mask)

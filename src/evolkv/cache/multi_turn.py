@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.math import logit_terms
+from evolkv.cache.math import LogitTerms, logit_terms
 from evolkv.cache.reading import ReadingLayer
 from evolkv.cache.rows import RowGroup
 from evolkv.selectors import LayerContext, PromptAttention
@@ -139,7 +139,7 @@ class MultiTurnLayer(ReadingLayer):
         self.readable.lazy_initialization(key, value)
         self.readable._store(key, value, rankings, real, room)
 
-    def _choose_again(self, query: Tensor, logits: dict[str, Any]) -> None:
+    def _choose_again(self, query: Tensor, terms: LogitTerms) -> None:
         """Choose among all tokens by the queries of a call, ``[batch, heads, new, head_dim]``."""
         width, new = self.get_seq_length(), query.shape[2]
         rows = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
@@ -152,7 +152,7 @@ class MultiTurnLayer(ReadingLayer):
         key, value = parts
         real = self.real_tokens()
         if bool(real.all()):
-            prompt = PromptAttention(query, key, value, **logits, first_query=width - new, layer=self.context)
+            prompt = PromptAttention(query, key, value, **terms._asdict(), first_query=width - new, layer=self.context)
             self._choose(key, value, self.selector.rank(prompt).split(1), None)
             return
         rankings, tokens = [], [row.nonzero()[:, 0] for row in real]
@@ -162,7 +162,7 @@ class MultiTurnLayer(ReadingLayer):
                 asking,
                 key[i : i + 1, :, at],
                 value[i : i + 1, :, at],
-                **logits,
+                **terms._asdict(),
                 first_query=len(at) - asking.shape[2],
                 layer=self.context,
             )

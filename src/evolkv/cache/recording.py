@@ -69,7 +69,7 @@ class RecordingLayer(DynamicLayer):
             sliding_window=self.sliding_window,
             first_query=key.shape[2] - query.shape[2],
             layer=self.context,
-            **logit_terms(query, kwargs),
+            **logit_terms(query, kwargs)._asdict(),
         )
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:

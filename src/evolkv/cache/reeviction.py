@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_columns
-from evolkv.cache.math import logit_terms
+from evolkv.cache.math import LogitTerms, logit_terms
 from evolkv.cache.rows import RowGroup, group_rows
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
@@ -260,8 +260,8 @@ class ReevictingLayer(CompressedLayer):
         # Copied, so that no longer tensor stays alive behind a window.
         self.queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
 
-    def _cut(self, logits: dict[str, Any], first: bool) -> None:
-        """Ranks everything held and keeps what the budgets allow; `logits` says how the model makes them."""
+    def _cut(self, terms: LogitTerms, first: bool) -> None:
+        """Ranks everything held and keeps what the budgets allow; `terms` are those of the call."""
         self._complete_positions()
         seen = [length + tokens for length, tokens in zip(self.prompt_lengths, self._tokens_since(), strict=True)]
         places = self._slots()
@@ -269,7 +269,7 @@ class ReevictingLayer(CompressedLayer):
         shrinks = [int(count) < group.keys.shape[1] for count, (group, _) in zip(counts, places, strict=True)]
         kept: list[Tensor | None] = [None] * len(places)
         if any(shrinks) or self.selector.accumulates:
-            kept = self._ranked(places, seen, counts, logits)
+            kept = self._ranked(places, seen, counts, terms)
         if first or any(shrinks):
             self._regroup(places, counts, kept)
         self.prompt_lengths = seen
@@ -321,7 +321,7 @@ class ReevictingLayer(CompressedLayer):
         places: list[tuple[RowGroup, int]],
         seen: list[int],
         counts: np.ndarray,
-        logits: dict[str, Any],
+        terms: LogitTerms,
     ) -> list[Tensor | None]:
         """Return the entries that each row keeps, ascending; None for all."""
         kept: list[Tensor | None] = []
@@ -332,7 +332,7 @@ class ReevictingLayer(CompressedLayer):
                 kept += [None] * self.num_kv_heads * len(sequences)
                 received += [torch.empty(0, device=self.device)] * self.num_kv_heads * len(sequences)
                 continue
-            prompt = self._prompt(sequences, places, seen[sequences[0]], logits)
+            prompt = self._prompt(sequences, places, seen[sequences[0]], terms)
             if self.selector.accumulates:
                 totals = self.selector.accumulated(prompt)
                 ranking = self.selector.order(prompt, self.selector.protect(totals))
@@ -360,7 +360,7 @@ class ReevictingLayer(CompressedLayer):
         sequences: list[int],
         places: list[tuple[RowGroup, int]],
         seen: int,
-        logits: dict[str, Any],
+        terms: LogitTerms,
     ) -> PromptAttention:
         """Return what some sequences hold, shorter rows filled up in front."""
         heads = self.num_kv_heads
@@ -394,7 +394,7 @@ class ReevictingLayer(CompressedLayer):
             query,
             key,
             value,
-            **logits,
+            **terms._asdict(),
             sliding_window=self.sliding_window,
             first_query=longest - query.shape[2],
             layer=self.context,

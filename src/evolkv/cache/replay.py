@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.hook import Attention, tag
 from evolkv.cache.hooked import HookedCache
-from evolkv.cache.math import attention, check_plain_logits, fold_sinks, logit_terms
+from evolkv.cache.math import LogitTerms, attention, check_plain_logits, logit_terms
 from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.state import StateLayer
 from evolkv.models import model_facts
@@ -144,17 +144,15 @@ class ReplayLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with all candidates' queries to the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
-        terms = logit_terms(query, kwargs).values()
+        terms = logit_terms(query, kwargs)
         outputs, start = [], 0
         for part in self.prompts:
             rows = slice(start, start + len(part.counts))
-            outputs.append(self._attend_prompt(part, rows, query[rows], *terms))
+            outputs.append(self._attend_prompt(part, rows, query[rows], terms))
             start = rows.stop
         return torch.cat(outputs), None
 
-    def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_prompt(self, part: _Candidates, at: slice, query: Tensor, terms: LogitTerms) -> Tensor:
         candidates, query_heads, queries, _ = query.shape
         heads = len(part.keys)
         fold = query_heads // heads
@@ -162,8 +160,8 @@ class ReplayLayer(CacheLayerMixin):
         rows = query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
         keys = torch.cat([part.keys, self.new_keys[:, at].flatten(1, 2)], dim=1)
         values = torch.cat([part.values, self.new_values[:, at].flatten(1, 2)], dim=1)
-        sinks = fold_sinks(sinks, heads, queries, repeats=candidates)
-        output = attention(rows, keys, values, self._visible(part, fold, queries), scaling, softcap, sinks)
+        terms = terms.folded(heads, queries, repeats=candidates)
+        output = attention(rows, keys, values, self._visible(part, fold, queries), terms)
         output = output.view(heads, candidates, fold, queries, -1).permute(1, 3, 0, 2, 4)
         return output.reshape(candidates, queries, query_heads, -1)
 

@@ -128,7 +128,7 @@ class _RereadLayer(CacheLayerMixin):
             sliding_window=self.sliding_window,
             first_query=self.key.shape[2],
             layer=self.context,
-            **logit_terms(query, kwargs),
+            **logit_terms(query, kwargs)._asdict(),
         )
         part = slice(self.passage.start, self.passage.stop)
         self.repeated[..., part] = self.selector.received(reading, self.passage)
