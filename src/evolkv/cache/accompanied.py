@@ -180,23 +180,10 @@ class Accompanied(CacheCosts, HookedCache):
             self.companion.release()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `CompressedCache.batch_select_indices`."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         super().batch_select_indices(indices)
         if self.companion is not None:
             self.companion.batch_select_indices(indices)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """See `CompressedCache.reorder_cache`."""
-        super().reorder_cache(beam_idx)
-        if self.companion is not None:
-            self.companion.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `CompressedCache.batch_repeat_interleave`."""
-        rows = self.kv_layers[0].batch
-        super().batch_repeat_interleave(repeats)
-        if self.companion is not None:
-            self.companion.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt.

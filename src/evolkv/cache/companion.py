@@ -283,7 +283,7 @@ class CompanionCache(HookedCache):
         self.latest, self.first_received = None, []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         super().batch_select_indices(indices)
         if self.received is not None:
             self.received = self.received[indices.to(self.received.device)]

@@ -229,20 +229,11 @@ class CompressedLayer(CacheLayerMixin):
         if self.real is not None:
             self.real = self.real[:, : self.appended]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         if not self.is_initialized:
             return
-        sequences = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
-        sequences = sequences.to(self.device)
+        sequences = indices.long().to(self.device)
         heads = torch.arange(self.num_kv_heads, device=self.device)
         rows = (sequences[:, None] * self.num_kv_heads + heads).flatten()
         selected = (group.select(rows) for group in self.groups)

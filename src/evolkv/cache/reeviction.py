@@ -185,12 +185,11 @@ class ReevictingLayer(CompressedLayer):
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        """See `CompressedLayer.batch_select_indices`."""
         if not self.is_initialized:
             return
         super().batch_select_indices(indices)
-        order = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist()
-        heads = range(self.num_kv_heads)
+        order, heads = indices.tolist(), range(self.num_kv_heads)
         if self.queries:
             self.queries = [self.queries[i] for i in order]
         if self.received:
