@@ -132,14 +132,7 @@ class AccompaniedLayer(ByGroupLayer):
 
 
 class Accompanied(CacheCosts, HookedCache):
-    """A cache that may have a companion, to which it passes on what happens to its sequences.
-
-    Attributes:
-        companion: what the companion holds; None where the selector takes none, and before a prompt.
-    """
-
-    kv_layers: list[CompressedLayer]
-    companion: CompanionCache | None = None
+    """A cache that may have a companion, to which it passes on what happens to its sequences."""
 
     def read_ahead(self, arguments: Mapping[str, Any]) -> None:
         """See `HookedCache.read_ahead`; the companion reads each token before the large model does."""
@@ -211,27 +204,3 @@ class Accompanied(CacheCosts, HookedCache):
         """See `CompressedCache.reset`."""
         super().reset()
         self.companion = None
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes held by keys and values, a companion's and reserved room included; states do not count."""
-        return super().kv_bytes + self.companion_bytes
-
-    @property
-    def companion_bytes(self) -> int:
-        """Bytes of a companion's cache, which `kv_bytes` and `read_bytes` include; 0 without one."""
-        return 0 if self.companion is None else self.companion.nbytes
-
-    @property
-    def companion_bytes_by_sequence(self) -> list[int]:
-        """Bytes of a companion's cache for each sequence, reserved room not included."""
-        return [0] * self.kv_layers[0].batch if self.companion is None else self.companion.bytes_by_sequence
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that a step needs of the model's own cache: what it reads; without a companion all that is held."""
-        return self.kv_bytes if self.companion is None else sum(super()._by_sequence(1))
-
-    def _by_sequence(self, which: int) -> list[int]:
-        pairs = zip(super()._by_sequence(which), self.companion_bytes_by_sequence, strict=True)
-        return [own + companion for own, companion in pairs]
