@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from evolkv.cache.by_group import ByGroupLayer
-from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads, sequences_of
+from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads
 from evolkv.cache.costs import CacheCosts
 from evolkv.cache.hooked import HookedCache
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import real_tokens
 from evolkv.cache.math import LogitTerms, attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import RunError, UsageError
@@ -84,7 +85,8 @@ class AccompaniedLayer(ByGroupLayer):
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        pairs = zip(sequences_of(prompt, padding), self.companion.first_received, strict=True)
+        sequences = prompt.sequences(real_tokens(padding, prompt.key.device))
+        pairs = zip(sequences, self.companion.first_received, strict=True)
         with torch.no_grad():
             self.heads = torch.stack(
                 [

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
+from evolkv.cache.masks import real_tokens
 from evolkv.cache.math import LogitTerms, attention_weights
 from evolkv.cache.rows import RowGroup
 from evolkv.cache.state import StateLayer
@@ -154,7 +155,7 @@ class WatchingLayer(ByGroupLayer):
         if self.is_sliding:
             return
         noted, self.first_received = [], []
-        for one in sequences_of(prompt, padding):
+        for one in prompt.sequences(real_tokens(padding, prompt.key.device)):
             received = attention_received(one, one.num_tokens)[0]
             noted.append(F.pad(received, (0, max(self.prompt_lengths) - one.num_tokens)))
             self.first_received.append(attention_received(one, min(self.compared, one.num_tokens))[0])
@@ -184,20 +185,6 @@ class WatchingLayer(ByGroupLayer):
         assert self.noted is not None
         self.noted[group.rows, :, :prompt] = weights[..., :prompt]
         return weights.to(query.dtype) @ group.values
-
-
-def sequences_of(prompt: PromptAttention, padding: Tensor | None) -> list[PromptAttention]:
-    """Return each sequence of a batch, cut down to its real tokens.
-
-    Args:
-        prompt: the attention inputs of the batch.
-        padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
-    """
-    every = torch.arange(prompt.num_tokens, device=prompt.key.device)
-    return [
-        prompt.of_sequence(i, every if padding is None else padding[i].to(every.device).nonzero()[:, 0])
-        for i in range(len(prompt.key))
-    ]
 
 
 class CompanionCache(HookedCache):

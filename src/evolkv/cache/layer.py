@@ -24,7 +24,7 @@ from evolkv.cache.attend import (
     visible_in_group,
 )
 from evolkv.cache.hook import Attention, tag
-from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, was_padding
+from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, real_tokens, was_padding
 from evolkv.cache.math import check_plain_logits, logit_terms
 from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions, rows_of
 from evolkv.errors import ModelError, RunError, UsageError
@@ -313,16 +313,15 @@ class CompressedLayer(CacheLayerMixin):
             prompt: the layer's attention inputs for the (padded) prompts.
             padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
         """
+        real = real_tokens(padding, prompt.key.device)
         # Which entries are kept has no gradient; what they hold may have one.
-        if padding is None or bool(padding.all()):
-            with torch.no_grad():
+        with torch.no_grad():
+            if real is None:
                 ranking = self._rank(prompt)
-            self._store(prompt.key, prompt.value, [None] * len(prompt.key) if ranking is None else ranking.split(1))
-        else:
-            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
-            with torch.no_grad():
-                rankings = [self._rank(prompt.of_sequence(i, tokens)) for i, tokens in enumerate(real)]
-            self._store(prompt.key, prompt.value, rankings, real)
+                rankings = [None] * len(prompt.key) if ranking is None else ranking.split(1)
+            else:
+                rankings = [self._rank(one) for one in prompt.sequences(real)]
+        self._store(prompt.key, prompt.value, rankings, real)
 
     def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
         """Keep one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.

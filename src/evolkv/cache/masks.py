@@ -41,6 +41,13 @@ def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
     return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
 
 
+def real_tokens(padding: Tensor | None, device: torch.device) -> list[Tensor] | None:
+    """Return the columns of each sequence's real tokens by a mask ``[batch, tokens]``; None if nothing is padding."""
+    if padding is None or bool(padding.all()):
+        return None
+    return [row.nonzero()[:, 0] for row in padding.to(device)]
+
+
 def real_columns(mask: Tensor | BlockMask | None, new: int) -> Tensor | None:
     """Return which of a call's last `new` tokens are real, ``[batch, new]``, or None where all are.
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import real_tokens
 from evolkv.cache.math import LogitTerms, logit_terms
 from evolkv.cache.reading import ReadingLayer
-from evolkv.cache.rows import RowGroup
+from evolkv.cache.rows import RowGroup, of_one_width, places_of
 from evolkv.selectors import LayerContext, PromptAttention
 from evolkv.selectors.rocketkv import Reading
 
@@ -142,29 +142,13 @@ class MultiTurnLayer(ReadingLayer):
     def _choose_again(self, query: Tensor, terms: LogitTerms) -> None:
         """Choose among all tokens by the queries of a call, ``[batch, heads, new, head_dim]``."""
         width, new = self.get_seq_length(), query.shape[2]
-        rows = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
-        parts = []
-        for held in ("keys", "values"):
-            tensors = [getattr(group, held)[slot] for group, slot in (rows[row] for row in sorted(rows))]
-            # Shorter prompts were padded in front, or are as if they had been.
-            tensors = [F.pad(each, (0, 0, width - len(each), 0)) for each in tensors]
-            parts.append(torch.stack(tensors).unflatten(0, (self.batch, self.num_kv_heads)))
-        key, value = parts
-        real = self.real_tokens()
-        if bool(real.all()):
-            prompt = PromptAttention(query, key, value, **terms._asdict(), first_query=width - new, layer=self.context)
+        # Shorter prompts were padded in front, or are as if they had been.
+        key, value, _ = (
+            part.unflatten(0, (self.batch, self.num_kv_heads)) for part in of_one_width(places_of(self.groups), width)
+        )
+        prompt = PromptAttention(query, key, value, **terms._asdict(), first_query=width - new, layer=self.context)
+        real = real_tokens(self.real_tokens(), key.device)
+        if real is None:
             self._choose(key, value, self.selector.rank(prompt).split(1), None)
-            return
-        rankings, tokens = [], [row.nonzero()[:, 0] for row in real]
-        for i, at in enumerate(tokens):
-            asking = query[i : i + 1, :, real[i, -new:]]
-            prompt = PromptAttention(
-                asking,
-                key[i : i + 1, :, at],
-                value[i : i + 1, :, at],
-                **terms._asdict(),
-                first_query=len(at) - asking.shape[2],
-                layer=self.context,
-            )
-            rankings.append(self.selector.rank(prompt))
-        self._choose(key, value, rankings, tokens)
+        else:
+            self._choose(key, value, [self.selector.rank(one) for one in prompt.sequences(real)], real)

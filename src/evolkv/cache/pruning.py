@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from evolkv.cache.chunks import other_by_token
 from evolkv.cache.hook import own_attention
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.masks import note_padding
+from evolkv.cache.masks import note_padding, real_tokens
 from evolkv.errors import ModelError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.forward import by_name
@@ -245,9 +245,8 @@ class PruningLayer(CompressedLayer):
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what is held is noted for the next layer."""
-        padding = None if padding is None or bool(padding.all()) else padding
         present = self.entering or Survivors.all_of(prompt.key, padding)
-        real = None if bool(present.real.all()) else [row.nonzero()[:, 0] for row in present.real]
+        real = real_tokens(present.real, prompt.key.device)
         self._lay_out(present.lengths)
         rankings = self._rankings(prompt, present, real)
         self._store(prompt.key, prompt.value, rankings, real)
@@ -278,12 +277,10 @@ class PruningLayer(CompressedLayer):
                 ranking = self._rank(prompt)
                 return [None] * batch if ranking is None else ranking.split(1)
             rankings = []
-            for i, length in enumerate(present.lengths):
-                tokens = torch.arange(prompt.num_tokens, device=prompt.key.device) if real is None else real[i]
-                one = prompt.of_sequence(i, tokens)
+            for i, one in enumerate(prompt.sequences(real)):
                 if cut:
-                    places = present.positions[i, tokens].expand(1, heads, -1)
-                    one = replace(one, positions=places, seen=length)
+                    places = present.positions[i] if real is None else present.positions[i, real[i]]
+                    one = replace(one, positions=places.expand(1, heads, -1), seen=present.lengths[i])
                 rankings.append(self._rank(one))
             return rankings
 

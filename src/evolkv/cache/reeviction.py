@@ -18,7 +18,7 @@ from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_columns
 from evolkv.cache.math import LogitTerms, logit_terms
-from evolkv.cache.rows import RowGroup, group_rows
+from evolkv.cache.rows import RowGroup, group_rows, of_one_width, places_of
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -263,7 +263,7 @@ class ReevictingLayer(CompressedLayer):
         """Ranks everything held and keeps what the budgets allow; `terms` are those of the call."""
         self._complete_positions()
         seen = [length + tokens for length, tokens in zip(self.prompt_lengths, self._tokens_since(), strict=True)]
-        places = self._slots()
+        places = places_of(self.groups)
         counts = self._counts_of_held(places, seen)
         shrinks = [int(count) < group.keys.shape[1] for count, (group, _) in zip(counts, places, strict=True)]
         kept: list[Tensor | None] = [None] * len(places)
@@ -294,14 +294,9 @@ class ReevictingLayer(CompressedLayer):
                 newest = since[group.rows // self.num_kv_heads, -missing:]
                 group.positions = torch.cat([group.positions, newest], dim=1)
         if self.real is not None:
-            places = self._slots()
+            places = places_of(self.groups)
             kept = [(group.positions[slot] >= 0).nonzero()[:, 0] for group, slot in places]
             self._regroup(places, np.array([len(entries) for entries in kept]), list(kept))
-
-    def _slots(self) -> list[tuple[RowGroup, int]]:
-        """Return, for each row, the group that holds it and its place there."""
-        found = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
-        return [found[row] for row in range(self.batch * self.num_kv_heads)]
 
     def _counts_of_held(self, places: list[tuple[RowGroup, int]], seen: list[int]) -> np.ndarray:
         """Entries that each row is to keep, ``[batch * kv_heads]``."""
@@ -372,12 +367,8 @@ class ReevictingLayer(CompressedLayer):
             held = group.keys[every], group.values[every], group.positions[every]
             key, value, positions = (x.unflatten(0, shape) for x in held)
         else:
-            found = [places[row] for row in rows]
-            fill = [(0, 0, longest - length, 0) for length in lengths]
-            key = torch.stack([F.pad(g.keys[slot], f) for (g, slot), f in zip(found, fill, strict=True)])
-            value = torch.stack([F.pad(g.values[slot], f) for (g, slot), f in zip(found, fill, strict=True)])
-            before = [F.pad(g.positions[s], f[2:], value=-1) for (g, s), f in zip(found, fill, strict=True)]
-            key, value, positions = (x.unflatten(0, shape) for x in (key, value, torch.stack(before)))
+            held = of_one_width([places[row] for row in rows], longest)
+            key, value, positions = (x.unflatten(0, shape) for x in held)
         if min(lengths) == seen:
             positions = None
         since = self._tokens_since()

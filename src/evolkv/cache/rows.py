@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Groups whose keys take more than so many bytes reserve room when they grow: held / 64 tokens, at most 16.
@@ -217,6 +218,32 @@ def rows_of(groups: Sequence[RowGroup], values: Sequence[int]) -> Tensor:
     for group, value in zip(groups, values, strict=True):
         found[group.rows.cpu()] = value
     return found
+
+
+def places_of(groups: Sequence[RowGroup]) -> list[tuple[RowGroup, int]]:
+    """Return, for each row in order, the group that holds it and its place there."""
+    found = {row: (group, slot) for group in groups for slot, row in enumerate(group.rows.tolist())}
+    return [found[row] for row in sorted(found)]
+
+
+def of_one_width(places: Sequence[tuple[RowGroup, int]], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what rows hold, all of one width: shorter ones have zeros in front, and -1 for positions.
+
+    Args:
+        places: the group that holds each row, and its place there.
+        width: entries.
+
+    Returns:
+        Keys ``[rows, width, head_dim]``, values ``[rows, width, value_dim]`` and positions ``[rows, width]``.
+    """
+    parts: list[list[Tensor]] = [[], [], []]
+    for group, slot in places:
+        front = width - group.keys.shape[1]
+        parts[0].append(F.pad(group.keys[slot], (0, 0, front, 0)))
+        parts[1].append(F.pad(group.values[slot], (0, 0, front, 0)))
+        parts[2].append(F.pad(group.positions[slot], (front, 0), value=-1))
+    keys, values, positions = map(torch.stack, parts)
+    return keys, values, positions
 
 
 def later_positions(lengths: Tensor, count: int, real: Tensor | None) -> Tensor:

@@ -125,6 +125,11 @@ class PromptAttention:
             layer=None if self.layer is None else self.layer.of_sequence(index),
         )
 
+    def sequences(self, real: Sequence[Tensor] | None) -> list[PromptAttention]:
+        """Return each sequence of a batch by itself; `real` has the real tokens of each, or is None for all."""
+        everything = torch.arange(self.num_tokens, device=self.key.device)
+        return [self.of_sequence(i, everything if real is None else real[i]) for i in range(len(self.key))]
+
     def mean_over_heads(self, scores: Tensor) -> Tensor:
         """Return the scores of each token, averaged over the KV heads that hold it.
 
