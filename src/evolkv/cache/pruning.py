@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from evolkv.cache.chunks import other_by_token
+from evolkv.cache.chunks import other_by_token, outputs_by_layer
 from evolkv.cache.hook import own_attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import note_padding, real_tokens
@@ -23,9 +23,6 @@ from evolkv.errors import ModelError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.forward import by_name
 from evolkv.selectors import PromptAttention
-
-#: Outputs of a call that have an entry for each layer, or each token in one, which then would not fit together.
-_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,13 +180,11 @@ class PruningLayer(CompressedLayer):
                 f"selector {self.selector.name!r} cannot cut {found!r}, which has a place for each token (as images of "
                 "Qwen3-VL have); leave it out, or choose another selector, such as snapkv"
             )
-        config = model.get_decoder().config
-        for name in _BY_LAYER:
-            if getattr(config, name, False) if kwargs.get(name) is None else kwargs[name]:
-                raise UsageError(
-                    f"{name} cannot be had of a prompt under selector {self.selector.name!r}, because each layer reads "
-                    "other tokens; leave it out"
-                )
+        for name in outputs_by_layer(model.get_decoder(), kwargs):
+            raise UsageError(
+                f"{name} cannot be had of a prompt under selector {self.selector.name!r}, because each layer reads "
+                "other tokens; leave it out"
+            )
 
     @torch.compiler.disable
     def enter(
