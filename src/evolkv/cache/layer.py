@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.attend import (
     attend_as_model,
@@ -23,7 +22,7 @@ from evolkv.cache.attend import (
     triton_kernels,
     visible_in_group,
 )
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, real_tokens, was_padding
 from evolkv.cache.math import check_plain_logits, logit_terms
 from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions, rows_of
@@ -31,7 +30,7 @@ from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(AttendingLayer):
     """A cache layer that keeps, of each prompt, a set number of entries per KV head, and every later token.
 
     Before the prompt the layer is empty; the first forward call is the prompt, which attends to all of itself and
@@ -48,8 +47,6 @@ class CompressedLayer(CacheLayerMixin):
         num_kv_heads: KV heads of the layer.
     """
 
-    # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
-    is_sliding = False
     #: Whether a prompt that is `awaiting` has its queries.
     keeps_queries = False
     #: The reason why no file can hold the layer's cache, as an error says it; None where one can.
@@ -64,13 +61,11 @@ class CompressedLayer(CacheLayerMixin):
         sliding_window: int | None = None,
         context: LayerContext | None = None,
     ):
-        super().__init__()
+        super().__init__(sliding_window)
         self.context = context
         self.budgets = np.asarray(budgets, dtype=np.int64)
         self.num_kv_heads = int(self.budgets.shape[-1])
         self.selector = selector
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         self._clear()
 
     def _clear(self) -> None:
@@ -163,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         elif key_states.device != self.device:
             # What was loaded is on one device, the model's layers perhaps on several.
             self.move(key_states.device)
-        return tag(key_states, value_states, self)
+        return self.send(key_states, value_states)
 
     def move(self, device: torch.device) -> None:
         """Hold everything on another device."""
@@ -180,10 +175,6 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return query_length, 0
         return self.appended + query_length, self.prompt_width
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
 
     @property
     def is_of_one_text(self) -> bool:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from evolkv.allocators.adaptive.base import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import CompressedCache
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.math import continue_prompt, extra_term, logit_terms
 from evolkv.cache.rereading import check_rereading, reread
@@ -24,7 +24,7 @@ from evolkv.models import model_facts
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 
-class RecordingLayer(DynamicLayer):
+class RecordingLayer(DynamicLayer, AttendingLayer):
     """Holds all keys and values in order of position, and the rankings of the prompt seen last.
 
     Args:
@@ -42,11 +42,9 @@ class RecordingLayer(DynamicLayer):
         sliding_window: int | None,
         context: LayerContext,
     ):
-        super().__init__()
+        super().__init__(sliding_window)
         self.selectors, self.observers = selectors, observers
         self.context = context
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
         self.observations: Observations = {}
@@ -56,7 +54,7 @@ class RecordingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values, and mark the keys for `attend`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return tag(keys, values, self)
+        return self.send(keys, values)
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache
 from evolkv.cache.math import LogitTerms, attention, check_plain_logits, logit_terms
 from evolkv.cache.recording import RecordedPrompt
@@ -95,7 +94,7 @@ class _Candidates:
     tokens: int
 
 
-class ReplayLayer(CacheLayerMixin):
+class ReplayLayer(AttendingLayer):
     """One layer for all candidates on some prompts: shared ranked entries, and each row's own new tokens.
 
     Rows are ordered by prompt, then by candidate.
@@ -105,27 +104,20 @@ class ReplayLayer(CacheLayerMixin):
         sliding_window: how many tokens a query sees, or None for all.
     """
 
-    is_sliding = False
-
     def __init__(self, prompts: list[_Candidates], sliding_window: int | None):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
+        super().__init__(sliding_window)
         self.is_initialized = True
-        self.sliding_window = sliding_window
         self.prompts = prompts
         keys, values = prompts[0].keys, prompts[0].values
         self.num_rows = sum(len(part.counts) for part in prompts)
         self.new_keys = keys.new_empty((len(keys), self.num_rows, 0, keys.shape[-1]))
         self.new_values = values.new_empty((len(values), self.num_rows, 0, values.shape[-1]))
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the prompts are there from the start."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends each row's new tokens, ``[rows, kv_heads, new, dim]``."""
         self.new_keys = torch.cat([self.new_keys, key_states.transpose(0, 1)], dim=2)
         self.new_values = torch.cat([self.new_values, value_states.transpose(0, 1)], dim=2)
-        return tag(key_states, value_states, self)
+        return self.send(key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Tokens seen by the rows of the longest prompt."""
@@ -134,10 +126,6 @@ class ReplayLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks made outside are not used; the smallest will do."""
         return query_length, self.get_seq_length()
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
