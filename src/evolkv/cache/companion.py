@@ -29,8 +29,6 @@ from evolkv.selectors.smallkv import with_companion
 
 # Of the tokens on which heads are matched, a tenth are those with the most attention.
 _TOP = 10
-# Bounds the block of attention held at once to this many float32 probabilities (64 MiB).
-_BLOCK_ELEMENTS = 1 << 24
 
 #: Companions by name, dtype and device; those of `register_companion` by name alone.
 _companions: dict[Any, PreTrainedModel] = {}
@@ -106,12 +104,9 @@ def attention_received(prompt: PromptAttention, tokens: int) -> Tensor:
         prompt: the attention inputs, queries of all tokens included.
         tokens: how many of the first ones count.
     """
-    batch, heads = prompt.query.shape[:2]
-    total = prompt.key.new_zeros((batch, heads, tokens), dtype=torch.float32)
-    block = max(1, min(256, _BLOCK_ELEMENTS // (batch * heads * tokens)))
-    for start in range(0, tokens, block):
-        stop = min(start + block, tokens)
-        total[..., :stop] += prompt.probabilities(start, stop).sum(dim=3).flatten(1, 2)
+    total = prompt.key.new_zeros((*prompt.query.shape[:2], tokens), dtype=torch.float32)
+    for block in prompt.blocks(0, tokens):
+        total[..., : block.stop] += prompt.probabilities(block.start, block.stop).sum(dim=3).flatten(1, 2)
     return total
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.errors import ModelError
-from evolkv.selectors.base import PromptAttention, softmax_with_sinks
+from evolkv.selectors.prompt import PromptAttention, softmax_with_sinks
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
 _BLOCK = 200

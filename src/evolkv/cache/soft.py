@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.math import LogitTerms
 from evolkv.cache.replay import RankedPrompt, ReplayCache, ReplayLayer, _Candidates
-from evolkv.selectors.base import softmax_with_sinks
+from evolkv.selectors.prompt import softmax_with_sinks
 
 #: Bytes of attention weights that are held at once. They are computed again on the way back, so that memory does not
 #: grow with the number of layers.

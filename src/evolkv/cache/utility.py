@@ -26,7 +26,7 @@ from evolkv.cache.math import LogitTerms
 from evolkv.cache.replay import RankedPrompt, ReplayCache, ReplayLayer, _Candidates
 from evolkv.cache.soft import BLOCK_BYTES
 from evolkv.errors import ModelError
-from evolkv.selectors.base import softmax_with_sinks
+from evolkv.selectors.prompt import softmax_with_sinks
 
 #: Names that models of transformers, and some of others, give the output projection of an attention module.
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o")
