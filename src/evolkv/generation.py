@@ -19,7 +19,7 @@ from evolkv.cache.reeviction import Reeviction
 from evolkv.errors import EvolKVError, ModelError, TaskError, UsageError, enough_memory
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
-from evolkv.models import describe_model, model_facts
+from evolkv.models import model_facts
 from evolkv.models.chat import around_message, user_message
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks.prompts import encode_text, special_tokens
@@ -342,7 +342,7 @@ def check_text(what: str, text: str) -> None:
 
 def _check_fits(model: Any, what: str, ids: list[int]) -> int:
     """Check that a text leaves room for an answer; return the tokens that the model's context holds."""
-    limit = describe_model(model).max_context
+    limit = model_facts(model).max_context
     if len(ids) >= limit:
         raise UsageError(
             f"the {what} has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
@@ -353,9 +353,9 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 
 def _full_bytes(model: Any, tokens: int) -> int:
     """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
-    info = describe_model(model)
-    held = sum(tokens if window is None else min(tokens, window) for window in model_facts(model).sliding_windows)
-    return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize
+    facts = model_facts(model)
+    held = sum(tokens if window is None else min(tokens, window) for window in facts.sliding_windows)
+    return held * facts.num_kv_heads * 2 * facts.head_dim * model.dtype.itemsize
 
 
 class _Meter(TextStreamer):

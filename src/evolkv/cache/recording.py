@@ -180,7 +180,7 @@ class RecordingCache(HookedCache):
         """Return the prompt as it is now, with the logits ``[vocabulary]`` that it ended in."""
         # What a layer holds is replaced by the next prompt, never written to.
         layers = [copy.copy(layer) for layer in self.kv_layers]
-        states = [StateLayer.merge([state]) for state in self.state_layers]
+        states = [state.copy() for state in self.state_layers]
         return RecordedPrompt(layers, states, self.get_seq_length(), next_logits, dict(self._reread))
 
     def cut(self, tokens: int) -> None:

@@ -64,7 +64,7 @@ class RankedPrompt:
             keys.append(held_keys[0][heads, ranking])
             values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
-        states = [StateLayer.merge([state]) for state in recorded.state_layers]
+        states = [state.copy() for state in recorded.state_layers]
         return cls(recorded.tokens, recorded.next_logits, keys, values, positions, states, selector)
 
     @property
