@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,12 +93,6 @@ class AccompaniedLayer(ByGroupLayer):
                     for one, theirs in pairs
                 ]
             )
-
-    def _counts(self, lengths: list[int]) -> np.ndarray:
-        """Return the entries that each row holds: all that its window leaves."""
-        # It checks the budgets.
-        super()._counts(lengths)
-        return np.minimum(lengths, self.sliding_window or max(lengths)).repeat(self.num_kv_heads)
 
     def _way_of(self, row: int, group: RowGroup) -> Split | None:
         sequence, head = divmod(row, self.num_kv_heads)

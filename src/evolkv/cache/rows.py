@@ -60,17 +60,6 @@ class RowGroup:
         joined._reserve(room)
         return joined
 
-    @classmethod
-    def cut(
-        cls, rows: Tensor, key: Tensor, value: Tensor, where: tuple[Tensor, ...], positions: Tensor, room: int
-    ) -> RowGroup:
-        """Return the entries ``where`` of a prompt, copied, with `room` for further ones."""
-        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
-        group = cls(rows, key[where], value[where], positions)
-        if room:
-            group._reserve(room)
-        return group
-
     @property
     def nbytes(self) -> int:
         """Return the bytes held for keys and values, reserved room included."""
@@ -306,7 +295,10 @@ def cut_rows(
         if real is not None:
             tokens = torch.stack([real[i][k] for i, k in zip(sequence.tolist(), kept, strict=True)])
         where = (sequence[:, None], head[:, None], tokens)
-        groups.append(RowGroup.cut(row, key, value, where, kept.to(torch.int32), room))
+        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
+        groups.append(RowGroup(row, key[where], value[where], kept.to(torch.int32)))
+        if room:
+            groups[-1]._reserve(room)
     return groups
 
 
