@@ -26,8 +26,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from evolkv.cache.chunks import put_together, read_all_but_last
 from evolkv.cache.generate import watch_generate
 from evolkv.cache.masks import make_mask
+from evolkv.cache.math import logit_terms
 from evolkv.errors import ModelError
 from evolkv.models.forward import given_cache
+from evolkv.selectors import LayerContext, PromptAttention
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -42,9 +44,11 @@ class AttendingLayer(CacheLayerMixin):
         sliding_window: how many tokens a query of the layer sees, or None for all.
 
     Attributes:
+        context: where the layer is in a model, for selectors that need to know; None where nobody asks.
         on_the_way: whether keys and values that were handed out have still to reach attention.
     """
 
+    context: LayerContext | None = None
     on_the_way = False
 
     def __init__(self, sliding_window: int | None = None):
@@ -58,6 +62,25 @@ class AttendingLayer(CacheLayerMixin):
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output ``[batch, tokens, heads, head_dim]``, and weights or None."""
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> PromptAttention:
+        """Return the attention inputs of a call; the queries are those of the last keys.
+
+        Args:
+            query: ``[batch, heads, queries, head_dim]``.
+            key: ``[batch, kv_heads, tokens, head_dim]``.
+            value: ``[batch, kv_heads, tokens, value_dim]``.
+            kwargs: what the model says of its attention.
+        """
+        return PromptAttention(
+            query,
+            key,
+            value,
+            **logit_terms(query, kwargs)._asdict(),
+            sliding_window=self.sliding_window,
+            first_query=key.shape[2] - query.shape[2],
+            layer=self.context,
+        )
 
     def send(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Mark keys and values as this layer's, for the attention call that follows."""

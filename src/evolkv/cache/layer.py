@@ -24,7 +24,7 @@ from evolkv.cache.attend import (
 )
 from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, real_tokens, was_padding
-from evolkv.cache.math import check_plain_logits, logit_terms
+from evolkv.cache.math import check_plain_logits
 from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions, rows_of
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -278,14 +278,7 @@ class CompressedLayer(AttendingLayer):
             return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
-            prompt = PromptAttention(
-                query,
-                key,
-                value,
-                **logit_terms(query, kwargs)._asdict(),
-                sliding_window=self.sliding_window,
-                layer=self.context,
-            )
+            prompt = self.inputs(query, key, value, kwargs)
             if self.selector.rereads:
                 self.awaiting = (prompt if self.keeps_queries else prompt.without_queries()), padding_of(mask)
             else:

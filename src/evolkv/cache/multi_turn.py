@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_tokens
-from evolkv.cache.math import LogitTerms, logit_terms
 from evolkv.cache.reading import ReadingLayer
 from evolkv.cache.rows import RowGroup, of_one_width, places_of
-from evolkv.selectors import LayerContext, PromptAttention
+from evolkv.selectors import LayerContext
 from evolkv.selectors.rocketkv import Reading
 
 
@@ -129,7 +128,7 @@ class MultiTurnLayer(ReadingLayer):
         output = super()._decode(own, module, query, key, value, mask, **kwargs)
         if self.readable is not None:
             with torch.no_grad():
-                self._choose_again(query, logit_terms(query, kwargs))
+                self._choose_again(query, kwargs)
         return output
 
     def _choose(self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any, room: int = 0) -> None:
@@ -139,14 +138,12 @@ class MultiTurnLayer(ReadingLayer):
         self.readable.lazy_initialization(key, value)
         self.readable._store(key, value, rankings, real, room)
 
-    def _choose_again(self, query: Tensor, terms: LogitTerms) -> None:
+    def _choose_again(self, query: Tensor, kwargs: dict[str, Any]) -> None:
         """Choose among all tokens by the queries of a call, ``[batch, heads, new, head_dim]``."""
-        width, new = self.get_seq_length(), query.shape[2]
         # Shorter prompts were padded in front, or are as if they had been.
-        key, value, _ = (
-            part.unflatten(0, (self.batch, self.num_kv_heads)) for part in of_one_width(places_of(self.groups), width)
-        )
-        prompt = PromptAttention(query, key, value, **terms._asdict(), first_query=width - new, layer=self.context)
+        held = of_one_width(places_of(self.groups), self.get_seq_length())
+        key, value, _ = (part.unflatten(0, (self.batch, self.num_kv_heads)) for part in held)
+        prompt = self.inputs(query, key, value, kwargs)
         real = real_tokens(self.real_tokens(), key.device)
         if real is None:
             self._choose(key, value, self.selector.rank(prompt).split(1), None)

@@ -16,7 +16,7 @@ from evolkv.allocators.adaptive.base import Observations, Observer, rank_and_obs
 from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import continue_prompt, extra_term, logit_terms
+from evolkv.cache.math import continue_prompt, extra_term
 from evolkv.cache.rereading import check_rereading, reread
 from evolkv.cache.resolve import make_layers
 from evolkv.cache.state import StateLayer
@@ -34,6 +34,8 @@ class RecordingLayer(DynamicLayer, AttendingLayer):
             all the same, so that it can be cut back to a prefix.
         context: where the layer is.
     """
+
+    context: LayerContext
 
     def __init__(
         self,
@@ -60,15 +62,7 @@ class RecordingLayer(DynamicLayer, AttendingLayer):
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the model's own attention, and record the rankings."""
-        prompt = PromptAttention(
-            query,
-            key,
-            value,
-            sliding_window=self.sliding_window,
-            first_query=key.shape[2] - query.shape[2],
-            layer=self.context,
-            **logit_terms(query, kwargs)._asdict(),
-        )
+        prompt = self.inputs(query, key, value, kwargs)
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
             return own(module, query, key, value, mask, **kwargs)

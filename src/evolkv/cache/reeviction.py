@@ -6,7 +6,7 @@ the budgets. The layer is then as it was after its first prompt: what is held co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_columns
-from evolkv.cache.math import LogitTerms, logit_terms
 from evolkv.cache.rows import RowGroup, group_rows, of_one_width, places_of
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
@@ -210,7 +209,7 @@ class ReevictingLayer(CompressedLayer):
             output = self._decode(own, module, query, key, value, mask, **kwargs)
         self._remember(query, real)
         if self._cutting:
-            self._cut(logit_terms(query, kwargs), first)
+            self._cut(kwargs, first)
             self._cutting = False
         return output
 
@@ -259,8 +258,8 @@ class ReevictingLayer(CompressedLayer):
         # Copied, so that no longer tensor stays alive behind a window.
         self.queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
 
-    def _cut(self, terms: LogitTerms, first: bool) -> None:
-        """Ranks everything held and keeps what the budgets allow; `terms` are those of the call."""
+    def _cut(self, kwargs: dict[str, Any], first: bool) -> None:
+        """Ranks everything held and keeps what the budgets allow; `kwargs` are what the model says of its attention."""
         self._complete_positions()
         seen = [length + tokens for length, tokens in zip(self.prompt_lengths, self._tokens_since(), strict=True)]
         places = places_of(self.groups)
@@ -268,7 +267,7 @@ class ReevictingLayer(CompressedLayer):
         shrinks = [int(count) < group.keys.shape[1] for count, (group, _) in zip(counts, places, strict=True)]
         kept: list[Tensor | None] = [None] * len(places)
         if any(shrinks) or self.selector.accumulates:
-            kept = self._ranked(places, seen, counts, terms)
+            kept = self._ranked(places, seen, counts, kwargs)
         if first or any(shrinks):
             self._regroup(places, counts, kept)
         self.prompt_lengths = seen
@@ -311,11 +310,7 @@ class ReevictingLayer(CompressedLayer):
 
     @torch.no_grad()
     def _ranked(
-        self,
-        places: list[tuple[RowGroup, int]],
-        seen: list[int],
-        counts: np.ndarray,
-        terms: LogitTerms,
+        self, places: list[tuple[RowGroup, int]], seen: list[int], counts: np.ndarray, kwargs: dict[str, Any]
     ) -> list[Tensor | None]:
         """Return the entries that each row keeps, ascending; None for all."""
         kept: list[Tensor | None] = []
@@ -326,7 +321,7 @@ class ReevictingLayer(CompressedLayer):
                 kept += [None] * self.num_kv_heads * len(sequences)
                 received += [torch.empty(0, device=self.device)] * self.num_kv_heads * len(sequences)
                 continue
-            prompt = self._prompt(sequences, places, seen[sequences[0]], terms)
+            prompt = self._prompt(sequences, places, seen[sequences[0]], kwargs)
             if self.selector.accumulates:
                 totals = self.selector.accumulated(prompt)
                 ranking = self.selector.order(prompt, self.selector.protect(totals))
@@ -350,11 +345,7 @@ class ReevictingLayer(CompressedLayer):
         return [list(range(self.batch))] if together else [[i] for i in range(self.batch)]
 
     def _prompt(
-        self,
-        sequences: list[int],
-        places: list[tuple[RowGroup, int]],
-        seen: int,
-        terms: LogitTerms,
+        self, sequences: list[int], places: list[tuple[RowGroup, int]], seen: int, kwargs: dict[str, Any]
     ) -> PromptAttention:
         """Return what some sequences hold, shorter rows filled up in front."""
         heads = self.num_kv_heads
@@ -380,14 +371,8 @@ class ReevictingLayer(CompressedLayer):
         # Of a query whose token has left a sliding window there is nothing to learn.
         queries = [self.queries[i][:, -min(lengths) :] for i in sequences] if self.queries else None
         query = key.new_empty((*shape, 0, key.shape[-1])) if queries is None else torch.stack(queries)
-        return PromptAttention(
-            query,
-            key,
-            value,
-            **terms._asdict(),
-            sliding_window=self.sliding_window,
-            first_query=longest - query.shape[2],
-            layer=self.context,
+        return replace(
+            self.inputs(query, key, value, kwargs),
             positions=None if positions is None else positions.long(),
             seen=seen,
             received=torch.stack(received).unflatten(0, shape) if received else None,

@@ -15,7 +15,7 @@ from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import padding_of
-from evolkv.cache.math import continue_prompt, extra_term, logit_terms
+from evolkv.cache.math import continue_prompt, extra_term
 from evolkv.errors import TaskError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.chat import around_message
@@ -109,15 +109,7 @@ class _RereadLayer(AttendingLayer):
         """Compute the model's own attention, and note what the part of the prompt receives."""
         assert self.selector is not None
         assert self.passage is not None
-        reading = PromptAttention(
-            query,
-            key,
-            value,
-            sliding_window=self.sliding_window,
-            first_query=self.key.shape[2],
-            layer=self.context,
-            **logit_terms(query, kwargs)._asdict(),
-        )
+        reading = self.inputs(query, key, value, kwargs)
         part = slice(self.passage.start, self.passage.stop)
         self.repeated[..., part] = self.selector.received(reading, self.passage)
         if extra_term(kwargs) is not None:
