@@ -5,8 +5,8 @@ Zhao et al. 2025, arXiv 2508.02751. See `evolkv.selectors.smallkv`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads
 from evolkv.cache.costs import CacheCosts
 from evolkv.cache.hooked import HookedCache
-from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_tokens
 from evolkv.cache.math import LogitTerms, attention
 from evolkv.cache.rows import RowGroup, rows_of
@@ -46,11 +45,10 @@ class AccompaniedLayer(ByGroupLayer):
         self.heads: Tensor | None = None
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """See `CompressedLayer.merge`."""
         merged = super().merge(layers, room)
-        heads = [layer.heads for layer in layers if isinstance(layer, AccompaniedLayer) and layer.heads is not None]
-        if heads and isinstance(merged, AccompaniedLayer):
+        if heads := [layer.heads for layer in layers if layer.heads is not None]:
             merged.heads = torch.cat(heads)
         return merged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -77,10 +77,9 @@ class AdaptiveLayer(CompressedLayer):
             )
         super().activate_past_recording()
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """See `CompressedLayer.copy`."""
         twin = super().copy(layers, context)
-        assert isinstance(twin, AdaptiveLayer)
         twin._layers = cast("list[AdaptiveLayer]", layers)
         return twin
 

@@ -284,7 +284,7 @@ class CompanionCache(HookedCache):
     def merge(cls, caches: Sequence[CompanionCache], room: int = 0) -> CompanionCache:
         """Return one cache with the sequences of several, right after their prompts; see `CompressedCache.merge`."""
         columns = zip(*(each.kv_layers for each in caches), strict=True)
-        layers: list[Any] = [WatchingLayer.merge([*column], room) for column in columns]
+        layers: list[Any] = [WatchingLayer.merge(column, room) for column in columns]
         states = [StateLayer.merge(column) for column in zip(*(each.state_layers for each in caches), strict=True)]
         merged = cls(caches[0].model(), caches[0].compared, layers, states)
         parts = [each.received for each in caches if each.received is not None]

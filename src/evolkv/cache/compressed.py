@@ -491,7 +491,7 @@ class CompressedCache(Accompanied):
         states = zip(*(other.state_layers for other in caches), strict=True)
         merged = cls.with_layers(
             model,
-            [own.merge(list(column), room) for column in columns],
+            [own.merge(column, room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
         lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -236,7 +236,7 @@ class CompressedLayer(AttendingLayer):
         if self.real is not None:
             self.real = self.real[sequences.to(self.real.device)]
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """Return a layer that holds the same, in the same memory until either grows.
 
         Args:
@@ -250,7 +250,7 @@ class CompressedLayer(AttendingLayer):
         return twin
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """Return one layer with the sequences of several, right after their prompts, and `room` for new tokens.
 
         Long rows stay where they are, so the other layers must not be used any more.

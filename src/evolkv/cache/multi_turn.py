@@ -6,7 +6,7 @@ Behnam et al. 2025, arXiv 2502.14051v3, section 3.6. See `evolkv.selectors.rocke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,25 +39,19 @@ class MultiTurnLayer(ReadingLayer):
         super()._clear()
         self.readable = None
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """See `CompressedLayer.copy`."""
         twin = super().copy(layers, context)
-        assert isinstance(twin, MultiTurnLayer)
         if self.readable is not None:
-            inner = self.readable.copy([], context)
-            assert isinstance(inner, ReadingLayer)
-            twin.readable = inner
+            twin.readable = self.readable.copy([], context)
         return twin
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """See `CompressedLayer.merge`."""
         merged = super().merge(layers, room)
-        inner = [layer.readable for layer in layers if isinstance(layer, MultiTurnLayer) and layer.readable is not None]
-        if inner and isinstance(merged, MultiTurnLayer):
-            readable = ReadingLayer.merge([*inner], room)
-            assert isinstance(readable, ReadingLayer)
-            merged.readable = readable
+        if readable := [layer.readable for layer in layers if layer.readable is not None]:
+            merged.readable = ReadingLayer.merge(readable, room)
         return merged
 
     def move(self, device: torch.device) -> None:
