@@ -171,11 +171,19 @@ def generate_text(
         evict_every=evict_every,
     )
     check_text("prompt", prompt)
-    inputs = (
-        _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
-        if document is None
-        else _question_inputs(tokenizer, document, prompt, raw)
-    )
+    if document is not None:
+        inputs = _question_inputs(tokenizer, document, prompt, raw)
+    else:
+        chats = not raw and bool(getattr(tokenizer, "chat_template", None))
+        text = user_message(tokenizer, prompt) if chats else prompt
+        read = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
+        check_token_ids(model, read)
+        inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
+        inputs["cache"] = (
+            DynamicCache(config=model.config)
+            if method is None
+            else CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
+        )
     cache, ids = inputs["cache"], inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
     if temperature:
@@ -249,27 +257,6 @@ def _settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: in
     return settings if temperature else {**settings, "top_p": None, "top_k": None}
 
 
-def _prompt_inputs(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    method: Method | None,
-    budget: BudgetSpec | None,
-    raw: bool,
-    prefill_chunk: int | None,
-    evict_every: int | None,
-) -> dict[str, Any]:
-    text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
-    ids = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
-    check_token_ids(model, ids)
-    cache: DynamicCache | CompressedCache
-    if method is not None:
-        cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
-    else:
-        cache = DynamicCache(config=model.config)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache": cache}
-
-
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
@@ -294,10 +281,6 @@ def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, r
     ids = torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
     check_token_ids(document.model(), ids)
     return document.followed_by(ids)
-
-
-def _chats(tokenizer: Any, raw: bool) -> bool:
-    return not raw and bool(getattr(tokenizer, "chat_template", None))
 
 
 def check_request(
