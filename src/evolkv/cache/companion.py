@@ -118,7 +118,7 @@ def matching_heads(own: Tensor, theirs: Tensor) -> Tensor:
         theirs: the same in the companion's, ``[their heads, tokens]``.
     """
     tokens = own.shape[1]
-    count = max(1, tokens // _TOP)
+    count = min(tokens, max(1, tokens // _TOP))
     sets = [torch.zeros_like(each).scatter_(1, each.topk(count).indices, 1) for each in (own, theirs)]
     # All sets have one size, so the Jaccard index grows with what two share. The distance is below 1: it decides ties.
     distance = torch.cdist(own, theirs, p=1) / (2 * tokens + 1)

@@ -193,7 +193,7 @@ class PromptAttention:
             elements: float32 probabilities of a block at most (64 MiB by default), where that leaves `least` queries.
             least: queries of a block at least.
         """
-        rows = min(_MOST_ROWS, max(least, elements // (len(self.query) * self.query.shape[1] * stop)))
+        rows = min(_MOST_ROWS, max(least, elements // max(1, len(self.query) * self.query.shape[1] * stop)))
         for start in range(first, stop, rows):
             yield slice(start, min(start + rows, stop))
 
