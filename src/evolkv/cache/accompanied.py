@@ -82,7 +82,7 @@ class AccompaniedLayer(ByGroupLayer):
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        sequences = prompt.sequences(real_tokens(padding, prompt.key.device))
+        sequences = prompt.sequences(real_tokens(padding, prompt.key))
         pairs = zip(sequences, self.companion.first_received, strict=True)
         with torch.no_grad():
             self.heads = torch.stack(

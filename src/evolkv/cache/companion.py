@@ -150,7 +150,7 @@ class WatchingLayer(ByGroupLayer):
         if self.is_sliding:
             return
         noted, self.first_received = [], []
-        for one in prompt.sequences(real_tokens(padding, prompt.key.device)):
+        for one in prompt.sequences(real_tokens(padding, prompt.key)):
             received = attention_received(one, one.num_tokens)[0]
             noted.append(F.pad(received, (0, max(self.prompt_lengths) - one.num_tokens)))
             self.first_received.append(attention_received(one, min(self.compared, one.num_tokens))[0])

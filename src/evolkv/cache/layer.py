@@ -297,7 +297,7 @@ class CompressedLayer(AttendingLayer):
             prompt: the layer's attention inputs for the (padded) prompts.
             padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
         """
-        real = real_tokens(padding, prompt.key.device)
+        real = real_tokens(padding, prompt.key)
         # Which entries are kept has no gradient; what they hold may have one.
         with torch.no_grad():
             if real is None:

@@ -138,7 +138,7 @@ class MultiTurnLayer(ReadingLayer):
         held = of_one_width(places_of(self.groups), self.get_seq_length())
         key, value, _ = (part.unflatten(0, (self.batch, self.num_kv_heads)) for part in held)
         prompt = self.inputs(query, key, value, kwargs)
-        real = real_tokens(self.real_tokens(), key.device)
+        real = real_tokens(self.real_tokens(), key)
         if real is None:
             self._choose(key, value, self.selector.rank(prompt).split(1), None)
         else:

@@ -51,13 +51,13 @@ class Survivors:
 
         Args:
             key: ``[batch, kv_heads, tokens, head_dim]``.
-            real: which are no padding, ``[batch, tokens]``; None where none is.
+            real: which are no padding, ``[batch or 1, tokens]``; None where none is.
         """
         batch, _, tokens, _ = key.shape
         columns = torch.arange(tokens, device=key.device).expand(batch, -1)
         if real is None:
             return cls(columns, columns, [tokens] * batch, tokens)
-        real = real.to(key.device).bool()
+        real = real.to(key.device).bool().expand(batch, -1)
         positions = (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
         return cls(columns, positions, real.sum(dim=1).tolist(), tokens)
 
@@ -241,7 +241,7 @@ class PruningLayer(CompressedLayer):
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what is held is noted for the next layer."""
         present = self.entering or Survivors.all_of(prompt.key, padding)
-        real = real_tokens(present.real, prompt.key.device)
+        real = real_tokens(present.real, prompt.key)
         self._lay_out(present.lengths)
         rankings = self._rankings(prompt, present, real)
         self._store(prompt.key, prompt.value, rankings, real)
