@@ -25,7 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import evolkv
 from evolkv.budgets import read_budget
-from evolkv.cache.math import attention
+from evolkv.cache.math import LogitTerms, attention
 from evolkv.errors import UsageError
 from evolkv.evaluation.decode import end_tokens, greedy
 from evolkv.evaluation.scoring import text_score
@@ -404,6 +404,7 @@ def construction(bench: Bench, budget: int = 128, runs: int = 50) -> dict[str, A
 
 KV_HEADS, FOLD, HEAD_DIM = 3, 3, 64
 SCALE = HEAD_DIM**-0.5
+TERMS = LogitTerms(SCALE)
 #: Rows of the ragged case and the entries of the shortest and the longest.
 ROWS, SHORTEST, LONGEST = 24, 33, 235
 #: What the ragged case is compared with; its result is another.
@@ -469,7 +470,7 @@ def ragged(dtype: torch.dtype) -> Ways:
 
     def by_group() -> Tensor:
         return torch.cat(
-            [attention(query[row : row + 1], key, value, None, SCALE, None) for row, (key, value) in enumerate(groups)]
+            [attention(query[row : row + 1], key, value, None, TERMS) for row, (key, value) in enumerate(groups)]
         )
 
     def in_one_call() -> Tensor:
@@ -495,7 +496,7 @@ def ragged(dtype: torch.dtype) -> Ways:
         "grouped_mm": in_one_call,
         "all against all, masked": all_masked,
         "padded to the longest, masked": padded,
-        DENSE: lambda: attention(query, even_keys, even_values, None, SCALE, None),
+        DENSE: lambda: attention(query, even_keys, even_values, None, TERMS),
     }
 
 

@@ -176,6 +176,15 @@ def test_each_prompt_of_a_padded_batch_gets_the_budgets_that_it_has_alone(family
             assert [head[number].tolist() for head in mine] == [head.tolist() for head in its]
 
 
+@pytest.mark.parametrize("name", ["adakv+tova", "dynamickv+h2o:window=4"])
+def test_a_sequence_of_padding_alone_leaves_the_others_as_they_are(name):
+    model, ids = tiny_model("llama"), tokens(2, 40)
+    cache = evolkv.CompressedCache.prefill(model, name, ids, torch.tensor([[1], [0]]).expand(-1, 40), budget=12)
+    alone = evolkv.CompressedCache.prefill(model, name, ids[:1], budget=12)
+    for mine, its in zip(cache.positions, alone.positions, strict=True):
+        assert [[each.tolist() for each in head] for head in mine] == [[head.tolist(), []] for head in its]
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["adakv+snapkv", "cake+snapkv", "dynamickv+adakv+chunkkv"])

@@ -711,6 +711,22 @@ def test_gemma3_with_covering_budget_gives_the_same_logits_beyond_its_window(gem
     assert held == [512 if layer.sliding_window else prompt.shape[1] + 7 for layer in cache.layers]
 
 
+@pytest.mark.parametrize("name", ["snapkv:window=4", "pyramidinfer", "adakv+snapkv:window=4"])
+def test_a_prepared_mask_for_all_sequences_says_which_tokens_of_each_are_real(name):
+    model, ids = tiny_model("llama"), tokens(2, 40)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    mask[:, :5] = False
+    prepared = torch.zeros(1, 1, 40, 40).masked_fill(~mask, torch.finfo(torch.float32).min)
+    caches = []
+    for rows in (ids, ids[:1], ids[1:]):
+        caches.append(CompressedCache(model, name, 16))
+        with torch.no_grad():
+            model(rows, attention_mask=prepared, cache=caches[-1])
+    together, *alone = (cache.positions for cache in caches)
+    for layer, head, row in product(range(LAYERS), range(KV_HEADS), range(2)):
+        assert torch.equal(together[layer][head][row], alone[row][layer][head])
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
 def test_a_mask_of_any_type_says_which_tokens_are_real(dtype):
     # Above 256 not every whole number is a bfloat16.

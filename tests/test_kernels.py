@@ -12,7 +12,7 @@ import torch
 from evolkv import CompressedCache
 from evolkv.cache import attend
 from evolkv.cache.masks import boolean_mask, hides_nothing
-from evolkv.cache.math import attention, fold_sinks
+from evolkv.cache.math import LogitTerms, attention
 from evolkv.errors import UsageError
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
@@ -97,10 +97,9 @@ def test_every_row_attends_to_its_own_entries_and_the_new_one(dtype, fold, key_d
             if window is not None:
                 position = group.positions[:, : group.entries]
                 shown = (position > position[:, -1:] - window)[:, None]
-            sunk = None if sink is None else fold_sinks(sink, heads, 1)[group.rows % heads].float()
-            expected = attention(
-                query[group.rows].float(), group.keys.float(), group.values.float(), shown, *settings.values(), sunk
-            )
+            sunk = None if sink is None else sink.float()
+            terms = LogitTerms(*settings.values(), sunk).folded(heads, 1).of_rows(group.rows % heads)
+            expected = attention(query[group.rows].float(), group.keys.float(), group.values.float(), shown, terms)
             tolerance = 2e-5 if dtype == torch.float32 else 2e-2
             torch.testing.assert_close(found[group.rows].float(), expected, atol=tolerance, rtol=tolerance)
             group.append()

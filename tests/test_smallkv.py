@@ -211,6 +211,13 @@ def test_rows_of_a_padded_batch_are_read_as_if_alone(model, side):
         assert together.read_bytes_by_sequence[i] >= alone.read_bytes
 
 
+def test_a_sequence_of_padding_alone_leaves_the_others_as_they_are(model):
+    ids, later, profile = tokens(2, 40), tokens(2, 1, seed=1), BudgetProfile.uniform(model, 16, ALONG)
+    cache = CompressedCache.prefill(model, profile, ids, torch.tensor([[1], [0]]).expand(-1, 40))
+    expected = steps(model, prefilled(model, ids[:1]), later[:1])
+    torch.testing.assert_close(steps(model, cache, later)[:1], expected, atol=1e-5, rtol=0)
+
+
 def test_copies_repeated_chosen_and_merged_sequences_go_on_alike(model):
     ids, later = tokens(2, 40), tokens(2, 6, seed=1)
     cache = prefilled(model, ids)

@@ -19,7 +19,7 @@ from evolkv.cache.reeviction import Reeviction
 from evolkv.errors import EvolKVError, ModelError, TaskError, UsageError, enough_memory
 from evolkv.evaluation.decode import end_tokens
 from evolkv.methods import Method
-from evolkv.models import describe_model, model_facts
+from evolkv.models import model_facts
 from evolkv.models.chat import around_message, user_message
 from evolkv.models.forward import check_token_ids, input_device
 from evolkv.tasks.prompts import encode_text, special_tokens
@@ -171,11 +171,19 @@ def generate_text(
         evict_every=evict_every,
     )
     check_text("prompt", prompt)
-    inputs = (
-        _prompt_inputs(model, tokenizer, prompt, method, budget, raw, prefill_chunk, evict_every)
-        if document is None
-        else _question_inputs(tokenizer, document, prompt, raw)
-    )
+    if document is not None:
+        inputs = _question_inputs(tokenizer, document, prompt, raw)
+    else:
+        chats = not raw and bool(getattr(tokenizer, "chat_template", None))
+        text = user_message(tokenizer, prompt) if chats else prompt
+        read = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
+        check_token_ids(model, read)
+        inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
+        inputs["cache"] = (
+            DynamicCache(config=model.config)
+            if method is None
+            else CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
+        )
     cache, ids = inputs["cache"], inputs["input_ids"][0].tolist()
     limit = _check_fits(model, "prompt", ids)
     if temperature:
@@ -249,27 +257,6 @@ def _settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: in
     return settings if temperature else {**settings, "top_p": None, "top_k": None}
 
 
-def _prompt_inputs(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    method: Method | None,
-    budget: BudgetSpec | None,
-    raw: bool,
-    prefill_chunk: int | None,
-    evict_every: int | None,
-) -> dict[str, Any]:
-    text = user_message(tokenizer, prompt) if _chats(tokenizer, raw) else prompt
-    ids = torch.tensor([encode_text(tokenizer, text)], device=input_device(model))
-    check_token_ids(model, ids)
-    cache: DynamicCache | CompressedCache
-    if method is not None:
-        cache = CompressedCache(model, method, budget, prefill_chunk=prefill_chunk, evict_every=evict_every)
-    else:
-        cache = DynamicCache(config=model.config)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache": cache}
-
-
 def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, raw: bool) -> dict[str, Any]:
     if document.num_rows != 1:
         raise UsageError(f"the cache holds {document.num_rows} sequences; ask a cache that was made of one document")
@@ -294,10 +281,6 @@ def _question_inputs(tokenizer: Any, document: CompressedCache, question: str, r
     ids = torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
     check_token_ids(document.model(), ids)
     return document.followed_by(ids)
-
-
-def _chats(tokenizer: Any, raw: bool) -> bool:
-    return not raw and bool(getattr(tokenizer, "chat_template", None))
 
 
 def check_request(
@@ -342,7 +325,7 @@ def check_text(what: str, text: str) -> None:
 
 def _check_fits(model: Any, what: str, ids: list[int]) -> int:
     """Check that a text leaves room for an answer; return the tokens that the model's context holds."""
-    limit = describe_model(model).max_context
+    limit = model_facts(model).max_context
     if len(ids) >= limit:
         raise UsageError(
             f"the {what} has {len(ids)} tokens, but the model's context holds {limit}, answer included; "
@@ -353,9 +336,9 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 
 def _full_bytes(model: Any, tokens: int) -> int:
     """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
-    info = describe_model(model)
-    held = sum(tokens if window is None else min(tokens, window) for window in model_facts(model).sliding_windows)
-    return held * info.num_kv_heads * 2 * info.head_dim * model.dtype.itemsize
+    facts = model_facts(model)
+    held = sum(tokens if window is None else min(tokens, window) for window in facts.sliding_windows)
+    return held * facts.num_kv_heads * 2 * facts.head_dim * model.dtype.itemsize
 
 
 class _Meter(TextStreamer):

@@ -5,19 +5,18 @@ Zhao et al. 2025, arXiv 2508.02751. See `evolkv.selectors.smallkv`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evolkv.cache.by_group import ByGroupLayer
-from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads, sequences_of
+from evolkv.cache.companion import CompanionCache, attention_received, companion_of, matching_heads
 from evolkv.cache.costs import CacheCosts
 from evolkv.cache.hooked import HookedCache
-from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.math import attention
+from evolkv.cache.masks import real_tokens
+from evolkv.cache.math import LogitTerms, attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import RunError, UsageError
 from evolkv.selectors import PromptAttention
@@ -46,11 +45,10 @@ class AccompaniedLayer(ByGroupLayer):
         self.heads: Tensor | None = None
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """See `CompressedLayer.merge`."""
         merged = super().merge(layers, room)
-        heads = [layer.heads for layer in layers if isinstance(layer, AccompaniedLayer) and layer.heads is not None]
-        if heads and isinstance(merged, AccompaniedLayer):
+        if heads := [layer.heads for layer in layers if layer.heads is not None]:
             merged.heads = torch.cat(heads)
         return merged
 
@@ -84,7 +82,8 @@ class AccompaniedLayer(ByGroupLayer):
         super().store_prompt(prompt, padding)
         if self.is_sliding:
             return
-        pairs = zip(sequences_of(prompt, padding), self.companion.first_received, strict=True)
+        sequences = prompt.sequences(real_tokens(padding, prompt.key))
+        pairs = zip(sequences, self.companion.first_received, strict=True)
         with torch.no_grad():
             self.heads = torch.stack(
                 [
@@ -93,26 +92,12 @@ class AccompaniedLayer(ByGroupLayer):
                 ]
             )
 
-    def _counts(self, lengths: list[int]) -> np.ndarray:
-        """Return the entries that each row holds: all that its window leaves."""
-        # It checks the budgets.
-        super()._counts(lengths)
-        return np.minimum(lengths, self.sliding_window or max(lengths)).repeat(self.num_kv_heads)
-
     def _way_of(self, row: int, group: RowGroup) -> Split | None:
         sequence, head = divmod(row, self.num_kv_heads)
         budget = self.budgets[head] if self.budgets.ndim == 1 else self.budgets[sequence, head]
         return self.selector.split(int(budget), self.prompt_lengths[sequence])
 
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         group, split = self.groups[number], self._ways[number]
         received, latest = self._companions_view(group, split.older)
         ranked = received.mean(dim=1).argsort(dim=1, descending=True, stable=True)
@@ -122,7 +107,7 @@ class AccompaniedLayer(ByGroupLayer):
         values = torch.cat([group.values[rows, critical], group.values[:, split.older :]], dim=1)
         if visible is not None:
             visible = visible[..., split.older - split.critical :]
-        output = attention(query, keys, values, visible, scaling, softcap, sinks)
+        output = attention(query, keys, values, visible, terms)
         weights = latest.gather(2, marginal[:, None].expand(-1, query.shape[1], -1))
         exact = 1 - weights.sum(dim=2, keepdim=True)
         return (output * exact + weights @ group.values[rows, marginal].float()).to(query.dtype)
@@ -140,14 +125,7 @@ class AccompaniedLayer(ByGroupLayer):
 
 
 class Accompanied(CacheCosts, HookedCache):
-    """A cache that may have a companion, to which it passes on what happens to its sequences.
-
-    Attributes:
-        companion: what the companion holds; None where the selector takes none, and before a prompt.
-    """
-
-    kv_layers: list[CompressedLayer]
-    companion: CompanionCache | None = None
+    """A cache that may have a companion, to which it passes on what happens to its sequences."""
 
     def read_ahead(self, arguments: Mapping[str, Any]) -> None:
         """See `HookedCache.read_ahead`; the companion reads each token before the large model does."""
@@ -188,23 +166,10 @@ class Accompanied(CacheCosts, HookedCache):
             self.companion.release()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `CompressedCache.batch_select_indices`."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         super().batch_select_indices(indices)
         if self.companion is not None:
             self.companion.batch_select_indices(indices)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """See `CompressedCache.reorder_cache`."""
-        super().reorder_cache(beam_idx)
-        if self.companion is not None:
-            self.companion.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `CompressedCache.batch_repeat_interleave`."""
-        rows = self.kv_layers[0].batch
-        super().batch_repeat_interleave(repeats)
-        if self.companion is not None:
-            self.companion.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, which must have come after the prompt.
@@ -232,27 +197,3 @@ class Accompanied(CacheCosts, HookedCache):
         """See `CompressedCache.reset`."""
         super().reset()
         self.companion = None
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes held by keys and values, a companion's and reserved room included; states do not count."""
-        return super().kv_bytes + self.companion_bytes
-
-    @property
-    def companion_bytes(self) -> int:
-        """Bytes of a companion's cache, which `kv_bytes` and `read_bytes` include; 0 without one."""
-        return 0 if self.companion is None else self.companion.nbytes
-
-    @property
-    def companion_bytes_by_sequence(self) -> list[int]:
-        """Bytes of a companion's cache for each sequence, reserved room not included."""
-        return [0] * self.kv_layers[0].batch if self.companion is None else self.companion.bytes_by_sequence
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that a step needs of the model's own cache: what it reads; without a companion all that is held."""
-        return self.kv_bytes if self.companion is None else sum(super()._by_sequence(1))
-
-    def _by_sequence(self, which: int) -> list[int]:
-        pairs = zip(super()._by_sequence(which), self.companion_bytes_by_sequence, strict=True)
-        return [own + companion for own, companion in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolkv.allocators.adaptive.base import Observations, rank_and_observe
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cache.masks import real_tokens
 from evolkv.errors import UsageError
 from evolkv.methods import Method
 from evolkv.selectors import LayerContext, PromptAttention
@@ -76,10 +77,9 @@ class AdaptiveLayer(CompressedLayer):
             )
         super().activate_past_recording()
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """See `CompressedLayer.copy`."""
         twin = super().copy(layers, context)
-        assert isinstance(twin, AdaptiveLayer)
         twin._layers = cast("list[AdaptiveLayer]", layers)
         return twin
 
@@ -102,14 +102,8 @@ class AdaptiveLayer(CompressedLayer):
             _decide(self._method, self._layers)
 
     def _see(self, prompt: PromptAttention, padding: Tensor | None) -> _Waiting:
-        real, batch = None, len(prompt.key)
-        if padding is not None and not bool(padding.all()):
-            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
-        if real is None and batch == 1:
-            prompts = [prompt]
-        else:
-            everything = torch.arange(prompt.num_tokens, device=prompt.key.device)
-            prompts = [prompt.of_sequence(i, everything if real is None else real[i]) for i in range(batch)]
+        real = real_tokens(padding, prompt.key)
+        prompts = [prompt] if real is None and len(prompt.key) == 1 else prompt.sequences(real)
         seen = [rank_and_observe(each, self.selector, self._method.observers) for each in prompts]
         rankings, observed = [ranking for ranking, _ in seen], [noted for _, noted in seen]
         return _Waiting(prompt.key, prompt.value, rankings, observed, [each.most_held for each in prompts], real)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from evolkv.cache.hook import Attention
-from evolkv.cache.math import attention, extra_term, fold_sinks, logit_terms
+from evolkv.cache.math import LogitTerms, attention, extra_term, logit_terms
 from evolkv.cache.rows import RowGroup, RowOrder
 from evolkv.errors import UsageError
 
 #: Attention of folded queries to group number `i`: takes the number, then the queries and what follows the values in
 #: `attention`.
-GroupAttention = Callable[[int, Tensor, Tensor | None, float, float | None, Tensor | None], Tensor]
+GroupAttention = Callable[[int, Tensor, Tensor | None, LogitTerms], Tensor]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,19 +66,17 @@ def attend_groups(
     batch, heads, queries, head_dim = query.shape
     fold = heads // kv_heads
     rows = query.reshape(batch * kv_heads, fold * queries, head_dim)
-    terms = logit_terms(query, kwargs)
-    sinks = fold_sinks(terms["sinks"], kv_heads, queries)
+    terms = logit_terms(query, kwargs).folded(kv_heads, queries)
     outputs = []
     for i, asking in enumerate((rows,) if order is None else order.by_group(rows)):
         group, shown = groups[i], None if visible is None else visible[i]
         if shown is not None and queries > 1:
             shown = shown.repeat(1, fold, 1)
-        sunk = None if sinks is None else sinks[group.rows % kv_heads]
-        logits = terms["scaling"], terms["softcap"], sunk
+        own = terms if terms.sinks is None else terms.of_rows(group.rows % kv_heads)
         if attend is None:
-            outputs.append(attention(asking, group.keys, group.values, shown, *logits))
+            outputs.append(attention(asking, group.keys, group.values, shown, own))
         else:
-            outputs.append(attend(i, asking, shown, *logits))
+            outputs.append(attend(i, asking, shown, own))
     output = outputs[0] if order is None else order.in_order(outputs)
     if queries == 1:
         return output.reshape(batch, 1, heads, -1)
@@ -216,6 +214,6 @@ def attend_with_kernels(
         aligned=aligned,
         kv_heads=kv_heads,
         window=window,
-        **logit_terms(query, kwargs),
+        **logit_terms(query, kwargs)._asdict(),
     )
     return output.reshape(batch, 1, heads, -1)

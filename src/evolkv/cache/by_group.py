@@ -11,7 +11,7 @@ from evolkv.cache.attend import attend_groups, visible_in_group
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import hides_nothing
-from evolkv.cache.math import attention, check_plain_logits
+from evolkv.cache.math import LogitTerms, attention, check_plain_logits
 from evolkv.cache.rows import RowGroup
 
 
@@ -33,22 +33,14 @@ class ByGroupLayer(CompressedLayer):
         """Return how a row of a group is read, something that can be hashed; None for whole."""
 
     @abstractmethod
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         """Return the attention of one new token of each row of a group that is not read whole; see `attention`."""
 
-    def _attend_own_way(self, number: int, query: Tensor, *asked: Any) -> Tensor:
+    def _attend_own_way(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         if self._ways[number] is not None:
-            return self._attend_group(number, query, *asked)
+            return self._attend_group(number, query, visible, terms)
         group = self.groups[number]
-        return attention(query, group.keys, group.values, *asked)
+        return attention(query, group.keys, group.values, visible, terms)
 
     def _decode(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

@@ -12,6 +12,8 @@ from evolkv.models.forward import by_name, given_cache
 
 # Arguments with a column for each new token, and which dimension it is, counted from the last.
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 2, "position_ids": 1}
+# Further outputs, with an entry for each layer, or each token in one.
+_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def lengths_of_chunks(tokens: int, chunk: int) -> list[int]:
@@ -37,7 +39,7 @@ def read_all_but_last(
             "this call brings a compressed cache and says use_cache=False; generate() would then read the whole text "
             "again at every step, behind what the cache holds; call generate(use_cache=True), or leave out the cache"
         )
-    if _is_wanted("output_attentions", module, kwargs) and cache.get_seq_length() > 0:
+    if cache.get_seq_length() > 0 and "output_attentions" in outputs_by_layer(module, kwargs):
         raise UsageError(
             "output_attentions cannot be had of tokens that follow a compressed prompt, since each head attends to "
             "tokens of its own; leave it out, or ask for it in the call that reads the prompt"
@@ -132,10 +134,10 @@ def _check_mask(cache: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _is_wanted(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call, or else the model's config, asks for a further output."""
-    wanted = kwargs.get(name)
-    return bool(getattr(module.config, name, False) if wanted is None else wanted)
+def outputs_by_layer(decoder: nn.Module, kwargs: dict[str, Any]) -> list[str]:
+    """Return which further outputs by layer a call of a decoder asks for, or else its config."""
+    asked = {name: kwargs.get(name) for name in _BY_LAYER}
+    return [name for name, said in asked.items() if (getattr(decoder.config, name, False) if said is None else said)]
 
 
 def _check(module: nn.Module, cache: Any, kwargs: dict[str, Any], first: int, last: int) -> None:
@@ -153,12 +155,11 @@ def _check(module: nn.Module, cache: Any, kwargs: dict[str, Any], first: int, la
             f"a call that is read in pieces cannot take {name!r} apart, which has a place for each token (as "
             "images have in a prompt); leave it out, or prefill_chunk"
         )
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if _is_wanted(name, module, kwargs):
-            raise UsageError(
-                f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
-                "token at a time); leave it out"
-            )
+    for name in outputs_by_layer(module, kwargs):
+        raise UsageError(
+            f"{name} cannot be had of a call that is read in pieces (prefill_chunk, or a model that goes on by one "
+            "token at a time); leave it out"
+        )
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError(

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import attention_weights
+from evolkv.cache.masks import real_tokens
+from evolkv.cache.math import LogitTerms, attention_weights
 from evolkv.cache.rows import RowGroup
 from evolkv.cache.state import StateLayer
 from evolkv.errors import UsageError
@@ -28,8 +29,6 @@ from evolkv.selectors.smallkv import with_companion
 
 # Of the tokens on which heads are matched, a tenth are those with the most attention.
 _TOP = 10
-# Bounds the block of attention held at once to this many float32 probabilities (64 MiB).
-_BLOCK_ELEMENTS = 1 << 24
 
 #: Companions by name, dtype and device; those of `register_companion` by name alone.
 _companions: dict[Any, PreTrainedModel] = {}
@@ -105,12 +104,9 @@ def attention_received(prompt: PromptAttention, tokens: int) -> Tensor:
         prompt: the attention inputs, queries of all tokens included.
         tokens: how many of the first ones count.
     """
-    batch, heads = prompt.query.shape[:2]
-    total = prompt.key.new_zeros((batch, heads, tokens), dtype=torch.float32)
-    block = max(1, min(256, _BLOCK_ELEMENTS // (batch * heads * tokens)))
-    for start in range(0, tokens, block):
-        stop = min(start + block, tokens)
-        total[..., :stop] += prompt.probabilities(start, stop).sum(dim=3).flatten(1, 2)
+    total = prompt.key.new_zeros((*prompt.query.shape[:2], tokens), dtype=torch.float32)
+    for block in prompt.blocks(0, tokens):
+        total[..., : block.stop] += prompt.probabilities(block.start, block.stop).sum(dim=3).flatten(1, 2)
     return total
 
 
@@ -122,7 +118,7 @@ def matching_heads(own: Tensor, theirs: Tensor) -> Tensor:
         theirs: the same in the companion's, ``[their heads, tokens]``.
     """
     tokens = own.shape[1]
-    count = max(1, tokens // _TOP)
+    count = min(tokens, max(1, tokens // _TOP))
     sets = [torch.zeros_like(each).scatter_(1, each.topk(count).indices, 1) for each in (own, theirs)]
     # All sets have one size, so the Jaccard index grows with what two share. The distance is below 1: it decides ties.
     distance = torch.cdist(own, theirs, p=1) / (2 * tokens + 1)
@@ -154,7 +150,7 @@ class WatchingLayer(ByGroupLayer):
         if self.is_sliding:
             return
         noted, self.first_received = [], []
-        for one in sequences_of(prompt, padding):
+        for one in prompt.sequences(real_tokens(padding, prompt.key)):
             received = attention_received(one, one.num_tokens)[0]
             noted.append(F.pad(received, (0, max(self.prompt_lengths) - one.num_tokens)))
             self.first_received.append(attention_received(one, min(self.compared, one.num_tokens))[0])
@@ -177,35 +173,13 @@ class WatchingLayer(ByGroupLayer):
             self.noted = self.noted * self.real[:, -1:, None]
         return output
 
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         group = self.groups[number]
-        weights = attention_weights(query, group.keys, visible, scaling, softcap, sinks)
+        weights = attention_weights(query, group.keys, visible, terms)
         prompt = group.keys.shape[1] - self.appended
         assert self.noted is not None
         self.noted[group.rows, :, :prompt] = weights[..., :prompt]
         return weights.to(query.dtype) @ group.values
-
-
-def sequences_of(prompt: PromptAttention, padding: Tensor | None) -> list[PromptAttention]:
-    """Return each sequence of a batch, cut down to its real tokens.
-
-    Args:
-        prompt: the attention inputs of the batch.
-        padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
-    """
-    every = torch.arange(prompt.num_tokens, device=prompt.key.device)
-    return [
-        prompt.of_sequence(i, every if padding is None else padding[i].to(every.device).nonzero()[:, 0])
-        for i in range(len(prompt.key))
-    ]
 
 
 class CompanionCache(HookedCache):
@@ -291,7 +265,7 @@ class CompanionCache(HookedCache):
         self.latest, self.first_received = None, []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         super().batch_select_indices(indices)
         if self.received is not None:
             self.received = self.received[indices.to(self.received.device)]
@@ -310,7 +284,7 @@ class CompanionCache(HookedCache):
     def merge(cls, caches: Sequence[CompanionCache], room: int = 0) -> CompanionCache:
         """Return one cache with the sequences of several, right after their prompts; see `CompressedCache.merge`."""
         columns = zip(*(each.kv_layers for each in caches), strict=True)
-        layers: list[Any] = [WatchingLayer.merge([*column], room) for column in columns]
+        layers: list[Any] = [WatchingLayer.merge(column, room) for column in columns]
         states = [StateLayer.merge(column) for column in zip(*(each.state_layers for each in caches), strict=True)]
         merged = cls(caches[0].model(), caches[0].compared, layers, states)
         parts = [each.received for each in caches if each.received is not None]

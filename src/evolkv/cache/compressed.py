@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -313,8 +313,7 @@ class CompressedCache(Accompanied):
             raise UsageError(
                 f"{indices.tolist()} does not choose among {rows} sequences; expected numbers from 0 to {rows - 1}"
             )
-        super().batch_select_indices(indices)
-        self._map_texts(lambda held: held[indices.to(held.device)])
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``; beam search asks for it.
@@ -322,7 +321,7 @@ class CompressedCache(Accompanied):
         Args:
             beam_idx: numbers of sequences, ``[sequences]``.
         """
-        super().reorder_cache(beam_idx)
+        super().batch_select_indices(beam_idx)
         self._searched = True
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -336,13 +335,16 @@ class CompressedCache(Accompanied):
         """
         if not is_whole(repeats) or repeats < 1:
             raise UsageError(f"repeats is {repeats!r}; expected a whole number from 1")
-        super().batch_repeat_interleave(repeats)
-        self._map_texts(lambda held: held.repeat_interleave(repeats, dim=0))
+        self._select(torch.arange(self.num_rows).repeat_interleave(repeats))
 
-    def _map_texts(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _select(self, sequences: Tensor) -> None:
+        """Keep sequences by number, ``[sequences]``, and what is known of their texts."""
+        if not self.get_seq_length():
+            return
+        super().batch_select_indices(sequences)
         for name in ("input_ids", "image_offsets"):
             if (held := getattr(self, name)) is not None:
-                setattr(self, name, change(held))
+                setattr(self, name, held[sequences.to(held.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """See `Accompanied.crop`; `input_ids` end there, too."""
@@ -489,7 +491,7 @@ class CompressedCache(Accompanied):
         states = zip(*(other.state_layers for other in caches), strict=True)
         merged = cls.with_layers(
             model,
-            [own.merge(list(column), room) for column in columns],
+            [own.merge(column, room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
         lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from evolkv.cache.companion import CompanionCache
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.pruning import tokens_computed
 
@@ -13,14 +14,31 @@ class CacheCosts:
 
     Attributes:
         kv_layers: the layers with keys and values.
+        companion: what a companion model holds; None where the selector takes none, and before a prompt.
     """
 
     kv_layers: list[CompressedLayer]
+    companion: CompanionCache | None = None
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held by keys and values, reserved room included; the states of other layers do not count."""
-        return sum(layer.kv_bytes for layer in self.kv_layers)
+        """Bytes held by keys and values, a companion's and reserved room included; states do not count."""
+        return sum(layer.kv_bytes for layer in self.kv_layers) + self.companion_bytes
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of a companion's cache, which `kv_bytes` and `read_bytes` include; 0 without one."""
+        return 0 if self.companion is None else self.companion.nbytes
+
+    @property
+    def companion_bytes_by_sequence(self) -> list[int]:
+        """Bytes of a companion's cache for each sequence, reserved room not included."""
+        return [0] * self.kv_layers[0].batch if self.companion is None else self.companion.bytes_by_sequence
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that a step needs of the model's own cache: what it reads; without a companion all that is held."""
+        return self.kv_bytes if self.companion is None else sum(self._own_by_sequence(1))
 
     @property
     def kv_bytes_by_sequence(self) -> list[int]:
@@ -38,6 +56,10 @@ class CacheCosts:
         return sum(self.read_bytes_by_sequence)
 
     def _by_sequence(self, which: int) -> list[int]:
+        pairs = zip(self._own_by_sequence(which), self.companion_bytes_by_sequence, strict=True)
+        return [own + companion for own, companion in pairs]
+
+    def _own_by_sequence(self, which: int) -> list[int]:
         """Return the sums over layers and heads of one of the two that `CompressedLayer.bytes_by_row` gives."""
         rows = self.kv_layers[0].batch
         totals = torch.zeros(rows, dtype=torch.long)

@@ -12,68 +12,100 @@ import functools
 import sys
 import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evolkv.cache.chunks import put_together, read_all_but_last
 from evolkv.cache.generate import watch_generate
 from evolkv.cache.masks import make_mask
+from evolkv.cache.math import logit_terms
 from evolkv.errors import ModelError
 from evolkv.models.forward import given_cache
+from evolkv.selectors import LayerContext, PromptAttention
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 _PREFIX = "evolkv_"
 _LAYER = "_evolkv_layer"
-_ON_THE_WAY = "_evolkv_on_the_way"
 
 
-class AttendingLayer(Protocol):
-    """A cache layer that computes attention over what it holds."""
+class AttendingLayer(CacheLayerMixin):
+    """A cache layer that computes attention over what it holds.
 
+    Args:
+        sliding_window: how many tokens a query of the layer sees, or None for all.
+
+    Attributes:
+        context: where the layer is in a model, for selectors that need to know; None where nobody asks.
+        on_the_way: whether keys and values that were handed out have still to reach attention.
+    """
+
+    context: LayerContext | None = None
+    on_the_way = False
+
+    def __init__(self, sliding_window: int | None = None):
+        super().__init__()
+        self.sliding_window = sliding_window
+        # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
+        self.is_sliding = sliding_window is not None
+
+    @abstractmethod
     def attend(
-        self,
-        own: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output ``[batch, tokens, heads, head_dim]`` (and weights or None)."""
-        ...
+        """Return the attention output ``[batch, tokens, heads, head_dim]``, and weights or None."""
 
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> PromptAttention:
+        """Return the attention inputs of a call; the queries are those of the last keys.
 
-def tag(key: Tensor, value: Tensor, layer: AttendingLayer) -> tuple[Tensor, Tensor]:
-    """Mark keys and values as coming from `layer`, for the attention call that follows; see `check_arrival`."""
-    setattr(layer, _ON_THE_WAY, True)
-    # Fresh views: the caller's own tensors must stay unmarked.
-    key, value = key.view_as(key), value.view_as(value)
-    setattr(key, _LAYER, layer)
-    setattr(value, _LAYER, layer)
-    return key, value
-
-
-def check_arrival(layer: AttendingLayer) -> None:
-    """Raise `ModelError` if the keys handed out by `update` never reached attention."""
-    if getattr(layer, _ON_THE_WAY, False):
-        raise ModelError(
-            "the model changes its keys between cache and attention, or bypasses transformers' attention interface, so "
-            "that they cannot be compressed (or the cache was released, or made for another model); EvolKV needs keys "
-            "that go to attention as the cache returned them"
+        Args:
+            query: ``[batch, heads, queries, head_dim]``.
+            key: ``[batch, kv_heads, tokens, head_dim]``.
+            value: ``[batch, kv_heads, tokens, value_dim]``.
+            kwargs: what the model says of its attention.
+        """
+        return PromptAttention(
+            query,
+            key,
+            value,
+            **logit_terms(query, kwargs)._asdict(),
+            sliding_window=self.sliding_window,
+            first_query=key.shape[2] - query.shape[2],
+            layer=self.context,
         )
 
+    def send(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Mark keys and values as this layer's, for the attention call that follows."""
+        self.on_the_way = True
+        # Fresh views: the caller's own tensors must stay unmarked.
+        key, value = key.view_as(key), value.view_as(value)
+        setattr(key, _LAYER, self)
+        setattr(value, _LAYER, self)
+        return key, value
 
-def forget_sent(layer: AttendingLayer) -> None:
-    """Expect no keys and values of the layer to reach attention any more."""
-    setattr(layer, _ON_THE_WAY, False)
+    def check_arrival(self) -> None:
+        """Raise `ModelError` if the keys handed out by `update` never reached attention."""
+        if self.on_the_way:
+            raise ModelError(
+                "the model changes its keys between cache and attention, or bypasses transformers' attention "
+                "interface, so that they cannot be compressed (or the cache was released, or made for another model); "
+                "EvolKV needs keys that go to attention as the cache returned them"
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated ahead."""
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
 
 
 def _own_attention(module: nn.Module, name: str) -> Attention:
@@ -118,14 +150,14 @@ def _attention(
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     if layer is None:
         return own(module, query, key, value, attention_mask, **kwargs)
-    expected = getattr(layer, _ON_THE_WAY, False) and getattr(value, _LAYER, None) is layer
+    expected = layer.on_the_way and getattr(value, _LAYER, None) is layer
     if not expected:
         raise ModelError(
             f"{type(module).__name__} changes its values between cache and attention, or attends to them more than "
             "once for each token, so that they cannot be compressed; EvolKV needs keys and values that go to attention "
             "once, as the cache returned them"
         )
-    setattr(layer, _ON_THE_WAY, False)
+    layer.on_the_way = False
     attend = _attend_untraced if torch.compiler.is_compiling() else type(layer).attend
     return attend(layer, own, module, query, key, value, attention_mask, **kwargs)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from evolkv.cache.hook import attach, check_arrival, forget_sent, hook_model, wrap_again
+from evolkv.cache.hook import AttendingLayer, attach, hook_model, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
 from evolkv.errors import UsageError
 from evolkv.models import model_facts
@@ -71,7 +71,7 @@ class HookedCache(Cache):
     unfinished: bool = False
     adapters: AdaptersInUse | None = None
     #: The layer whose keys and values were the last to be sent to attention.
-    _sent: Any = None
+    _sent: AttendingLayer | None = None
     #: Tokens seen when `generate` was given the cache; None if it never was.
     _seen_before_generate: int | None = None
 
@@ -190,7 +190,7 @@ class HookedCache(Cache):
             UsageError: as `read_again`.
         """
         if self._sent is not None:
-            check_arrival(self._sent)
+            self._sent.check_arrival()
         self.read_again(arguments)
         self.unfinished = False
         if self._prunes:
@@ -252,7 +252,7 @@ class HookedCache(Cache):
 
     def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         if self._sent is not None:
-            check_arrival(self._sent)
+            self._sent.check_arrival()
         layer = self.layers[layer_idx]
         sent = layer.update(key_states, value_states)
         self._sent, self.unfinished = layer, True
@@ -275,7 +275,7 @@ class HookedCache(Cache):
         super().reset()
         self.unfinished, self._sent = False, None
         for layer in self.kv_layers:
-            forget_sent(layer)
+            layer.on_the_way = False
 
     @property
     def most_tokens(self) -> int | None:

@@ -6,12 +6,11 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from evolkv.cache.attend import (
     attend_as_model,
@@ -23,15 +22,15 @@ from evolkv.cache.attend import (
     triton_kernels,
     visible_in_group,
 )
-from evolkv.cache.hook import Attention, tag
-from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, was_padding
-from evolkv.cache.math import check_plain_logits, logit_terms
+from evolkv.cache.hook import AttendingLayer, Attention
+from evolkv.cache.masks import boolean_mask, hides_nothing, padding_of, real_columns, real_tokens, was_padding
+from evolkv.cache.math import check_plain_logits
 from evolkv.cache.rows import RowGroup, RowOrder, cut_rows, join_groups, later_positions, rows_of
 from evolkv.errors import ModelError, RunError, UsageError
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(AttendingLayer):
     """A cache layer that keeps, of each prompt, a set number of entries per KV head, and every later token.
 
     Before the prompt the layer is empty; the first forward call is the prompt, which attends to all of itself and
@@ -48,8 +47,6 @@ class CompressedLayer(CacheLayerMixin):
         num_kv_heads: KV heads of the layer.
     """
 
-    # HF's own dispatch looks at this flag to find a layer whose lengths the sliding masks are made for.
-    is_sliding = False
     #: Whether a prompt that is `awaiting` has its queries.
     keeps_queries = False
     #: The reason why no file can hold the layer's cache, as an error says it; None where one can.
@@ -64,13 +61,11 @@ class CompressedLayer(CacheLayerMixin):
         sliding_window: int | None = None,
         context: LayerContext | None = None,
     ):
-        super().__init__()
+        super().__init__(sliding_window)
         self.context = context
         self.budgets = np.asarray(budgets, dtype=np.int64)
         self.num_kv_heads = int(self.budgets.shape[-1])
         self.selector = selector
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         self._clear()
 
     def _clear(self) -> None:
@@ -163,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         elif key_states.device != self.device:
             # What was loaded is on one device, the model's layers perhaps on several.
             self.move(key_states.device)
-        return tag(key_states, value_states, self)
+        return self.send(key_states, value_states)
 
     def move(self, device: torch.device) -> None:
         """Hold everything on another device."""
@@ -180,10 +175,6 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return query_length, 0
         return self.appended + query_length, self.prompt_width
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
 
     @property
     def is_of_one_text(self) -> bool:
@@ -229,20 +220,11 @@ class CompressedLayer(CacheLayerMixin):
         if self.real is not None:
             self.real = self.real[:, : self.appended]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make sequence ``i`` a copy of the present sequence ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         if not self.is_initialized:
             return
-        sequences = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
-        sequences = sequences.to(self.device)
+        sequences = indices.long().to(self.device)
         heads = torch.arange(self.num_kv_heads, device=self.device)
         rows = (sequences[:, None] * self.num_kv_heads + heads).flatten()
         selected = (group.select(rows) for group in self.groups)
@@ -254,7 +236,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.real is not None:
             self.real = self.real[sequences.to(self.real.device)]
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """Return a layer that holds the same, in the same memory until either grows.
 
         Args:
@@ -268,7 +250,7 @@ class CompressedLayer(CacheLayerMixin):
         return twin
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """Return one layer with the sequences of several, right after their prompts, and `room` for new tokens.
 
         Long rows stay where they are, so the other layers must not be used any more.
@@ -296,9 +278,7 @@ class CompressedLayer(CacheLayerMixin):
             return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
         if not self.is_initialized:
             output = own(module, query, key, value, mask, **kwargs)
-            prompt = PromptAttention(
-                query, key, value, sliding_window=self.sliding_window, layer=self.context, **logit_terms(query, kwargs)
-            )
+            prompt = self.inputs(query, key, value, kwargs)
             if self.selector.rereads:
                 self.awaiting = (prompt if self.keeps_queries else prompt.without_queries()), padding_of(mask)
             else:
@@ -317,16 +297,15 @@ class CompressedLayer(CacheLayerMixin):
             prompt: the layer's attention inputs for the (padded) prompts.
             padding: ``[batch, tokens]``, True for real tokens; None where there is no padding.
         """
+        real = real_tokens(padding, prompt.key)
         # Which entries are kept has no gradient; what they hold may have one.
-        if padding is None or bool(padding.all()):
-            with torch.no_grad():
+        with torch.no_grad():
+            if real is None:
                 ranking = self._rank(prompt)
-            self._store(prompt.key, prompt.value, [None] * len(prompt.key) if ranking is None else ranking.split(1))
-        else:
-            real = [row.nonzero()[:, 0] for row in padding.to(prompt.key.device)]
-            with torch.no_grad():
-                rankings = [self._rank(prompt.of_sequence(i, tokens)) for i, tokens in enumerate(real)]
-            self._store(prompt.key, prompt.value, rankings, real)
+                rankings = [None] * len(prompt.key) if ranking is None else ranking.split(1)
+            else:
+                rankings = [self._rank(one) for one in prompt.sequences(real)]
+        self._store(prompt.key, prompt.value, rankings, real)
 
     def store_ranked(self, key: Tensor, value: Tensor, rankings: Tensor, room: int = 0) -> None:
         """Keep one prompt several times, once for each row of `budgets`, ``[batch, kv_heads]``.

@@ -41,6 +41,18 @@ def padding_of(mask: Tensor | BlockMask | None) -> Tensor | None:
     return visible.flatten(1, -2).any(dim=1) if visible.ndim == 4 else visible
 
 
+def real_tokens(padding: Tensor | None, key: Tensor) -> list[Tensor] | None:
+    """Return the columns of each sequence's real tokens; None if nothing is padding.
+
+    Args:
+        padding: True for real tokens, ``[batch or 1, tokens]``; None where there is no padding.
+        key: keys of the sequences, ``[batch, kv_heads, tokens, head_dim]``.
+    """
+    if padding is None or bool(padding.all()):
+        return None
+    return [row.nonzero()[:, 0] for row in padding.to(key.device).expand(len(key), -1)]
+
+
 def real_columns(mask: Tensor | BlockMask | None, new: int) -> Tensor | None:
     """Return which of a call's last `new` tokens are real, ``[batch, new]``, or None where all are.
 

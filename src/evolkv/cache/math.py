@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.errors import ModelError
-from evolkv.selectors.base import PromptAttention, softmax_with_sinks
+from evolkv.selectors.prompt import PromptAttention, softmax_with_sinks
 
 # Queries in a block when a prompt is continued; measured fastest of 100, 200 and 400 on a CPU.
 _BLOCK = 200
@@ -35,37 +35,43 @@ def check_plain_logits(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def logit_terms(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `scaling`, `softcap` and `sinks` of a model's attention call, as `PromptAttention` takes them.
+class LogitTerms(NamedTuple):
+    """What a model does to the products of queries and keys before the softmax.
 
-    Sinks are a logit for each query head, ``[heads]``, or None. A sink takes part in the softmax as if it were one more
-    key, whose value is zero (GPT-OSS).
+    Attributes:
+        scaling: factor on the logits.
+        softcap: Gemma 2's cap on the logits, or None.
+        sinks: logits that only enter the softmax's denominator, as if each were of one more key whose value is zero
+            (GPT-OSS): of each query head, ``[heads]``, or, once folded, of each query, ``[rows, queries]``. Or None.
     """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def folded(self, kv_heads: int, queries: int, repeats: int = 1) -> LogitTerms:
+        """Return those of queries folded per KV head: sinks ``[kv_heads, repeats * queries_per_kv_head * queries]``."""
+        if self.sinks is None:
+            return self
+        shape = (kv_heads, repeats, len(self.sinks) // kv_heads, queries)
+        return self._replace(sinks=self.sinks.view(kv_heads, 1, -1, 1).expand(shape).flatten(1))
+
+    def of_rows(self, rows: Tensor | slice) -> LogitTerms:
+        """Return those of some rows of folded queries."""
+        return self if self.sinks is None else self._replace(sinks=self.sinks[rows])
+
+
+def logit_terms(query: Tensor, kwargs: dict[str, Any]) -> LogitTerms:
+    """Return the terms of a model's attention call."""
     scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
-    return {
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        "softcap": kwargs.get("softcap"),
-        "sinks": None if sinks is None else sinks.flatten(),
-    }
+    return LogitTerms(
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        kwargs.get("softcap"),
+        None if sinks is None else sinks.flatten(),
+    )
 
 
-def fold_sinks(sinks: Tensor | None, kv_heads: int, queries: int, repeats: int = 1) -> Tensor | None:
-    """Return sinks for queries that are folded per KV head, ``[kv_heads, repeats * queries_per_kv_head * queries]``."""
-    if sinks is None:
-        return None
-    shape = (kv_heads, repeats, len(sinks) // kv_heads, queries)
-    return sinks.view(kv_heads, 1, -1, 1).expand(shape).flatten(1)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
     """Return the softmax attention of each row to its own keys.
 
     Args:
@@ -73,34 +79,30 @@ def attention(
         key: ``[rows, keys, head_dim]``.
         value: ``[rows, keys, value_dim]``.
         visible: bool, broadcastable to ``[rows, queries, keys]``; None for all.
-        scaling: factor on the logits.
-        softcap: Gemma 2's cap on the logits, or None.
-        sinks: a logit for each query that only enters the softmax's denominator, ``[rows, queries]``, or None.
+        terms: of the logits, sinks folded.
 
     Returns:
         ``[rows, queries, value_dim]``.
     """
-    if softcap is None and sinks is None:
+    if terms.softcap is None and terms.sinks is None:
         mask = None if visible is None else visible[:, None]
         return F.scaled_dot_product_attention(
-            query[:, None], key[:, None], value[:, None], attn_mask=mask, scale=scaling
+            query[:, None], key[:, None], value[:, None], attn_mask=mask, scale=terms.scaling
         )[:, 0]
-    return attention_weights(query, key, visible, scaling, softcap, sinks).to(query.dtype) @ value
+    return attention_weights(query, key, visible, terms).to(query.dtype) @ value
 
 
-def attention_weights(
-    query: Tensor, key: Tensor, visible: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
     """Return the attention probabilities of each row over its own keys, ``[rows, queries, keys]`` float32.
 
     Args: see `attention`.
     """
-    logits = (query @ key.transpose(1, 2)).float() * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = (query @ key.transpose(1, 2)).float() * terms.scaling
+    if terms.softcap is not None:
+        logits = torch.tanh(logits / terms.softcap) * terms.softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
-    return softmax_with_sinks(logits, sinks)
+    return softmax_with_sinks(logits, terms.sinks)
 
 
 def continue_prompt(prompt: PromptAttention) -> Tensor:
@@ -110,7 +112,7 @@ def continue_prompt(prompt: PromptAttention) -> Tensor:
     further than its own end. And the query heads of a KV head are folded, so that keys are not repeated for them.
     """
     key, value, heads = prompt.key[0], prompt.value[0], prompt.key.shape[1]
-    device = key.device
+    device, terms = key.device, LogitTerms(prompt.scaling, prompt.softcap, prompt.sinks)
     outputs = []
     for start in range(prompt.first_query, prompt.num_tokens, _BLOCK):
         stop = min(start + _BLOCK, prompt.num_tokens)
@@ -123,7 +125,6 @@ def continue_prompt(prompt: PromptAttention) -> Tensor:
             visible &= position > asking - prompt.sliding_window
         folded = rows.reshape(heads, fold * (stop - start), -1)
         visible = visible.repeat(fold, 1)[None]
-        sinks = fold_sinks(prompt.sinks, heads, stop - start)
-        output = attention(folded, key[:, :stop], value[:, :stop], visible, prompt.scaling, prompt.softcap, sinks)
+        output = attention(folded, key[:, :stop], value[:, :stop], visible, terms.folded(heads, stop - start))
         outputs.append(output.view(heads * fold, stop - start, -1))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None].contiguous()

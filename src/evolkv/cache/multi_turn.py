@@ -6,19 +6,18 @@ Behnam et al. 2025, arXiv 2502.14051v3, section 3.6. See `evolkv.selectors.rocke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.math import logit_terms
+from evolkv.cache.masks import real_tokens
 from evolkv.cache.reading import ReadingLayer
-from evolkv.cache.rows import RowGroup
-from evolkv.selectors import LayerContext, PromptAttention
+from evolkv.cache.rows import RowGroup, of_one_width, places_of
+from evolkv.selectors import LayerContext
 from evolkv.selectors.rocketkv import Reading
 
 
@@ -40,25 +39,19 @@ class MultiTurnLayer(ReadingLayer):
         super()._clear()
         self.readable = None
 
-    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> CompressedLayer:
+    def copy(self, layers: list[CompressedLayer], context: LayerContext | None) -> Self:
         """See `CompressedLayer.copy`."""
         twin = super().copy(layers, context)
-        assert isinstance(twin, MultiTurnLayer)
         if self.readable is not None:
-            inner = self.readable.copy([], context)
-            assert isinstance(inner, ReadingLayer)
-            twin.readable = inner
+            twin.readable = self.readable.copy([], context)
         return twin
 
     @classmethod
-    def merge(cls, layers: list[CompressedLayer], room: int = 0) -> CompressedLayer:
+    def merge(cls, layers: Sequence[Self], room: int = 0) -> Self:
         """See `CompressedLayer.merge`."""
         merged = super().merge(layers, room)
-        inner = [layer.readable for layer in layers if isinstance(layer, MultiTurnLayer) and layer.readable is not None]
-        if inner and isinstance(merged, MultiTurnLayer):
-            readable = ReadingLayer.merge([*inner], room)
-            assert isinstance(readable, ReadingLayer)
-            merged.readable = readable
+        if readable := [layer.readable for layer in layers if layer.readable is not None]:
+            merged.readable = ReadingLayer.merge(readable, room)
         return merged
 
     def move(self, device: torch.device) -> None:
@@ -129,7 +122,7 @@ class MultiTurnLayer(ReadingLayer):
         output = super()._decode(own, module, query, key, value, mask, **kwargs)
         if self.readable is not None:
             with torch.no_grad():
-                self._choose_again(query, logit_terms(query, kwargs))
+                self._choose_again(query, kwargs)
         return output
 
     def _choose(self, key: Tensor, value: Tensor, rankings: Sequence[Tensor | None], real: Any, room: int = 0) -> None:
@@ -139,32 +132,14 @@ class MultiTurnLayer(ReadingLayer):
         self.readable.lazy_initialization(key, value)
         self.readable._store(key, value, rankings, real, room)
 
-    def _choose_again(self, query: Tensor, logits: dict[str, Any]) -> None:
+    def _choose_again(self, query: Tensor, kwargs: dict[str, Any]) -> None:
         """Choose among all tokens by the queries of a call, ``[batch, heads, new, head_dim]``."""
-        width, new = self.get_seq_length(), query.shape[2]
-        rows = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
-        parts = []
-        for held in ("keys", "values"):
-            tensors = [getattr(group, held)[slot] for group, slot in (rows[row] for row in sorted(rows))]
-            # Shorter prompts were padded in front, or are as if they had been.
-            tensors = [F.pad(each, (0, 0, width - len(each), 0)) for each in tensors]
-            parts.append(torch.stack(tensors).unflatten(0, (self.batch, self.num_kv_heads)))
-        key, value = parts
-        real = self.real_tokens()
-        if bool(real.all()):
-            prompt = PromptAttention(query, key, value, **logits, first_query=width - new, layer=self.context)
+        # Shorter prompts were padded in front, or are as if they had been.
+        held = of_one_width(places_of(self.groups), self.get_seq_length())
+        key, value, _ = (part.unflatten(0, (self.batch, self.num_kv_heads)) for part in held)
+        prompt = self.inputs(query, key, value, kwargs)
+        real = real_tokens(self.real_tokens(), key)
+        if real is None:
             self._choose(key, value, self.selector.rank(prompt).split(1), None)
-            return
-        rankings, tokens = [], [row.nonzero()[:, 0] for row in real]
-        for i, at in enumerate(tokens):
-            asking = query[i : i + 1, :, real[i, -new:]]
-            prompt = PromptAttention(
-                asking,
-                key[i : i + 1, :, at],
-                value[i : i + 1, :, at],
-                **logits,
-                first_query=len(at) - asking.shape[2],
-                layer=self.context,
-            )
-            rankings.append(self.selector.rank(prompt))
-        self._choose(key, value, rankings, tokens)
+        else:
+            self._choose(key, value, [self.selector.rank(one) for one in prompt.sequences(real)], real)

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from evolkv.cache.chunks import other_by_token
+from evolkv.cache.chunks import other_by_token, outputs_by_layer
 from evolkv.cache.hook import own_attention
 from evolkv.cache.layer import CompressedLayer
-from evolkv.cache.masks import note_padding
+from evolkv.cache.masks import note_padding, real_tokens
 from evolkv.errors import ModelError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.forward import by_name
 from evolkv.selectors import PromptAttention
-
-#: Outputs of a call that have an entry for each layer, or each token in one, which then would not fit together.
-_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +51,13 @@ class Survivors:
 
         Args:
             key: ``[batch, kv_heads, tokens, head_dim]``.
-            real: which are no padding, ``[batch, tokens]``; None where none is.
+            real: which are no padding, ``[batch or 1, tokens]``; None where none is.
         """
         batch, _, tokens, _ = key.shape
         columns = torch.arange(tokens, device=key.device).expand(batch, -1)
         if real is None:
             return cls(columns, columns, [tokens] * batch, tokens)
-        real = real.to(key.device).bool()
+        real = real.to(key.device).bool().expand(batch, -1)
         positions = (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
         return cls(columns, positions, real.sum(dim=1).tolist(), tokens)
 
@@ -183,13 +180,11 @@ class PruningLayer(CompressedLayer):
                 f"selector {self.selector.name!r} cannot cut {found!r}, which has a place for each token (as images of "
                 "Qwen3-VL have); leave it out, or choose another selector, such as snapkv"
             )
-        config = model.get_decoder().config
-        for name in _BY_LAYER:
-            if getattr(config, name, False) if kwargs.get(name) is None else kwargs[name]:
-                raise UsageError(
-                    f"{name} cannot be had of a prompt under selector {self.selector.name!r}, because each layer reads "
-                    "other tokens; leave it out"
-                )
+        for name in outputs_by_layer(model.get_decoder(), kwargs):
+            raise UsageError(
+                f"{name} cannot be had of a prompt under selector {self.selector.name!r}, because each layer reads "
+                "other tokens; leave it out"
+            )
 
     @torch.compiler.disable
     def enter(
@@ -245,9 +240,8 @@ class PruningLayer(CompressedLayer):
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
         """See `CompressedLayer.store_prompt`; what is held is noted for the next layer."""
-        padding = None if padding is None or bool(padding.all()) else padding
         present = self.entering or Survivors.all_of(prompt.key, padding)
-        real = None if bool(present.real.all()) else [row.nonzero()[:, 0] for row in present.real]
+        real = real_tokens(present.real, prompt.key)
         self._lay_out(present.lengths)
         rankings = self._rankings(prompt, present, real)
         self._store(prompt.key, prompt.value, rankings, real)
@@ -278,12 +272,10 @@ class PruningLayer(CompressedLayer):
                 ranking = self._rank(prompt)
                 return [None] * batch if ranking is None else ranking.split(1)
             rankings = []
-            for i, length in enumerate(present.lengths):
-                tokens = torch.arange(prompt.num_tokens, device=prompt.key.device) if real is None else real[i]
-                one = prompt.of_sequence(i, tokens)
+            for i, one in enumerate(prompt.sequences(real)):
                 if cut:
-                    places = present.positions[i, tokens].expand(1, heads, -1)
-                    one = replace(one, positions=places, seen=length)
+                    places = present.positions[i] if real is None else present.positions[i, real[i]]
+                    one = replace(one, positions=places.expand(1, heads, -1), seen=present.lengths[i])
                 rankings.append(self._rank(one))
             return rankings
 

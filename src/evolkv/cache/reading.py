@@ -17,7 +17,7 @@ from evolkv.cache.attend import attend_in_turn
 from evolkv.cache.by_group import ByGroupLayer
 from evolkv.cache.hook import Attention
 from evolkv.cache.masks import boolean_mask, is_causal
-from evolkv.cache.math import attention
+from evolkv.cache.math import LogitTerms, attention
 from evolkv.cache.rows import RowGroup, rows_of
 from evolkv.errors import UsageError
 from evolkv.selectors.rocketkv import Reading, RocketKV
@@ -184,28 +184,19 @@ class ReadingLayer(ByGroupLayer):
         ends = [*range(max(1, first), new), new]
         return attend_in_turn(partial(self.attend, own, module, **kwargs), ends, query, key, value, mask)
 
-    def _attend_group(
-        self,
-        number: int,
-        query: Tensor,
-        visible: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _attend_group(self, number: int, query: Tensor, visible: Tensor | None, terms: LogitTerms) -> Tensor:
         group, reading, pages = self.groups[number], self._ways[number], self._pages[number]
         if pages is not None:
             pages.append(group.keys[:, -1])
         if visible is None:
-            return _read(query, group.keys, group.values, pages, reading, scaling, softcap, sinks)
+            return _read(query, group.keys, group.values, pages, reading, terms)
         # What is hidden has a place in no page.
         outputs = []
         for row, shown in enumerate(visible[:, 0]):
             at = slice(row, row + 1)
             keys, values = group.keys[at, shown], group.values[at, shown]
             own = None if pages is None else Pages(keys, reading.page)
-            sink = None if sinks is None else sinks[at]
-            outputs.append(_read(query[at], keys, values, own, reading, scaling, softcap, sink))
+            outputs.append(_read(query[at], keys, values, own, reading, terms.of_rows(at)))
         return torch.cat(outputs)
 
     def _read_ways(self) -> list[tuple[RowGroup, Reading | None]]:
@@ -238,18 +229,11 @@ def _extreme_bytes(group: RowGroup, pages: Pages | None) -> int:
 
 
 def _read(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pages: Pages | None,
-    reading: Reading,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, keys: Tensor, values: Tensor, pages: Pages | None, reading: Reading, terms: LogitTerms
 ) -> Tensor:
     """Return the attention of one token of each row to the entries that it chooses; see `attention`."""
     if keys.shape[1] > reading.tokens:
-        chosen = chosen_entries(query, keys, pages, reading, scaling)
+        chosen = chosen_entries(query, keys, pages, reading, terms.scaling)
         rows = torch.arange(len(keys), device=keys.device)[:, None]
         keys, values = keys[rows, chosen], values[rows, chosen]
-    return attention(query, keys, values, None, scaling, softcap, sinks)
+    return attention(query, keys, values, None, terms)

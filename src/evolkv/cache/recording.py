@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicLayer
 
 from evolkv.allocators.adaptive.base import Observations, Observer, rank_and_observe
 from evolkv.cache.compressed import CompressedCache
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
-from evolkv.cache.math import continue_prompt, extra_term, logit_terms
+from evolkv.cache.math import continue_prompt, extra_term
 from evolkv.cache.rereading import check_rereading, reread
 from evolkv.cache.resolve import make_layers
 from evolkv.cache.state import StateLayer
@@ -24,7 +24,7 @@ from evolkv.models import model_facts
 from evolkv.selectors import LayerContext, PromptAttention, Selector
 
 
-class RecordingLayer(DynamicLayer):
+class RecordingLayer(DynamicLayer, AttendingLayer):
     """Holds all keys and values in order of position, and the rankings of the prompt seen last.
 
     Args:
@@ -35,6 +35,8 @@ class RecordingLayer(DynamicLayer):
         context: where the layer is.
     """
 
+    context: LayerContext
+
     def __init__(
         self,
         selectors: list[Selector],
@@ -42,11 +44,9 @@ class RecordingLayer(DynamicLayer):
         sliding_window: int | None,
         context: LayerContext,
     ):
-        super().__init__()
+        super().__init__(sliding_window)
         self.selectors, self.observers = selectors, observers
         self.context = context
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         #: By selector, ``[1, kv_heads, tokens]``.
         self.rankings: dict[Selector, Tensor] = {}
         self.observations: Observations = {}
@@ -56,21 +56,13 @@ class RecordingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values, and mark the keys for `attend`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return tag(keys, values, self)
+        return self.send(keys, values)
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the model's own attention, and record the rankings."""
-        prompt = PromptAttention(
-            query,
-            key,
-            value,
-            sliding_window=self.sliding_window,
-            first_query=key.shape[2] - query.shape[2],
-            layer=self.context,
-            **logit_terms(query, kwargs),
-        )
+        prompt = self.inputs(query, key, value, kwargs)
         self._record(prompt)
         if prompt.first_query == 0 or len(query) > 1 or extra_term(kwargs) is not None:
             return own(module, query, key, value, mask, **kwargs)
@@ -182,7 +174,7 @@ class RecordingCache(HookedCache):
         """Return the prompt as it is now, with the logits ``[vocabulary]`` that it ended in."""
         # What a layer holds is replaced by the next prompt, never written to.
         layers = [copy.copy(layer) for layer in self.kv_layers]
-        states = [StateLayer.merge([state]) for state in self.state_layers]
+        states = [state.copy() for state in self.state_layers]
         return RecordedPrompt(layers, states, self.get_seq_length(), next_logits, dict(self._reread))
 
     def cut(self, tokens: int) -> None:

@@ -6,7 +6,7 @@ the budgets. The layer is then as it was after its first prompt: what is held co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from evolkv.cache.hook import Attention
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import real_columns
-from evolkv.cache.math import logit_terms
-from evolkv.cache.rows import RowGroup, group_rows
+from evolkv.cache.rows import RowGroup, group_rows, of_one_width, places_of
 from evolkv.errors import RunError, UsageError
 from evolkv.numbers import is_whole
 from evolkv.selectors import LayerContext, PromptAttention, Selector
@@ -185,12 +184,11 @@ class ReevictingLayer(CompressedLayer):
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, in that order; an index may occur several times."""
+        """See `CompressedLayer.batch_select_indices`."""
         if not self.is_initialized:
             return
         super().batch_select_indices(indices)
-        order = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist()
-        heads = range(self.num_kv_heads)
+        order, heads = indices.tolist(), range(self.num_kv_heads)
         if self.queries:
             self.queries = [self.queries[i] for i in order]
         if self.received:
@@ -211,7 +209,7 @@ class ReevictingLayer(CompressedLayer):
             output = self._decode(own, module, query, key, value, mask, **kwargs)
         self._remember(query, real)
         if self._cutting:
-            self._cut(logit_terms(query, kwargs), first)
+            self._cut(kwargs, first)
             self._cutting = False
         return output
 
@@ -260,16 +258,16 @@ class ReevictingLayer(CompressedLayer):
         # Copied, so that no longer tensor stays alive behind a window.
         self.queries = queries if wanted is None else [q[:, -wanted:].clone() for q in queries]
 
-    def _cut(self, logits: dict[str, Any], first: bool) -> None:
-        """Ranks everything held and keeps what the budgets allow; `logits` says how the model makes them."""
+    def _cut(self, kwargs: dict[str, Any], first: bool) -> None:
+        """Ranks everything held and keeps what the budgets allow; `kwargs` are what the model says of its attention."""
         self._complete_positions()
         seen = [length + tokens for length, tokens in zip(self.prompt_lengths, self._tokens_since(), strict=True)]
-        places = self._slots()
+        places = places_of(self.groups)
         counts = self._counts_of_held(places, seen)
         shrinks = [int(count) < group.keys.shape[1] for count, (group, _) in zip(counts, places, strict=True)]
         kept: list[Tensor | None] = [None] * len(places)
         if any(shrinks) or self.selector.accumulates:
-            kept = self._ranked(places, seen, counts, logits)
+            kept = self._ranked(places, seen, counts, kwargs)
         if first or any(shrinks):
             self._regroup(places, counts, kept)
         self.prompt_lengths = seen
@@ -295,14 +293,9 @@ class ReevictingLayer(CompressedLayer):
                 newest = since[group.rows // self.num_kv_heads, -missing:]
                 group.positions = torch.cat([group.positions, newest], dim=1)
         if self.real is not None:
-            places = self._slots()
+            places = places_of(self.groups)
             kept = [(group.positions[slot] >= 0).nonzero()[:, 0] for group, slot in places]
             self._regroup(places, np.array([len(entries) for entries in kept]), list(kept))
-
-    def _slots(self) -> list[tuple[RowGroup, int]]:
-        """Return, for each row, the group that holds it and its place there."""
-        found = {row: (group, slot) for group in self.groups for slot, row in enumerate(group.rows.tolist())}
-        return [found[row] for row in range(self.batch * self.num_kv_heads)]
 
     def _counts_of_held(self, places: list[tuple[RowGroup, int]], seen: list[int]) -> np.ndarray:
         """Entries that each row is to keep, ``[batch * kv_heads]``."""
@@ -317,11 +310,7 @@ class ReevictingLayer(CompressedLayer):
 
     @torch.no_grad()
     def _ranked(
-        self,
-        places: list[tuple[RowGroup, int]],
-        seen: list[int],
-        counts: np.ndarray,
-        logits: dict[str, Any],
+        self, places: list[tuple[RowGroup, int]], seen: list[int], counts: np.ndarray, kwargs: dict[str, Any]
     ) -> list[Tensor | None]:
         """Return the entries that each row keeps, ascending; None for all."""
         kept: list[Tensor | None] = []
@@ -332,7 +321,7 @@ class ReevictingLayer(CompressedLayer):
                 kept += [None] * self.num_kv_heads * len(sequences)
                 received += [torch.empty(0, device=self.device)] * self.num_kv_heads * len(sequences)
                 continue
-            prompt = self._prompt(sequences, places, seen[sequences[0]], logits)
+            prompt = self._prompt(sequences, places, seen[sequences[0]], kwargs)
             if self.selector.accumulates:
                 totals = self.selector.accumulated(prompt)
                 ranking = self.selector.order(prompt, self.selector.protect(totals))
@@ -356,11 +345,7 @@ class ReevictingLayer(CompressedLayer):
         return [list(range(self.batch))] if together else [[i] for i in range(self.batch)]
 
     def _prompt(
-        self,
-        sequences: list[int],
-        places: list[tuple[RowGroup, int]],
-        seen: int,
-        logits: dict[str, Any],
+        self, sequences: list[int], places: list[tuple[RowGroup, int]], seen: int, kwargs: dict[str, Any]
     ) -> PromptAttention:
         """Return what some sequences hold, shorter rows filled up in front."""
         heads = self.num_kv_heads
@@ -373,12 +358,8 @@ class ReevictingLayer(CompressedLayer):
             held = group.keys[every], group.values[every], group.positions[every]
             key, value, positions = (x.unflatten(0, shape) for x in held)
         else:
-            found = [places[row] for row in rows]
-            fill = [(0, 0, longest - length, 0) for length in lengths]
-            key = torch.stack([F.pad(g.keys[slot], f) for (g, slot), f in zip(found, fill, strict=True)])
-            value = torch.stack([F.pad(g.values[slot], f) for (g, slot), f in zip(found, fill, strict=True)])
-            before = [F.pad(g.positions[s], f[2:], value=-1) for (g, s), f in zip(found, fill, strict=True)]
-            key, value, positions = (x.unflatten(0, shape) for x in (key, value, torch.stack(before)))
+            held = of_one_width([places[row] for row in rows], longest)
+            key, value, positions = (x.unflatten(0, shape) for x in held)
         if min(lengths) == seen:
             positions = None
         since = self._tokens_since()
@@ -390,14 +371,8 @@ class ReevictingLayer(CompressedLayer):
         # Of a query whose token has left a sliding window there is nothing to learn.
         queries = [self.queries[i][:, -min(lengths) :] for i in sequences] if self.queries else None
         query = key.new_empty((*shape, 0, key.shape[-1])) if queries is None else torch.stack(queries)
-        return PromptAttention(
-            query,
-            key,
-            value,
-            **logits,
-            sliding_window=self.sliding_window,
-            first_query=longest - query.shape[2],
-            layer=self.context,
+        return replace(
+            self.inputs(query, key, value, kwargs),
             positions=None if positions is None else positions.long(),
             seen=seen,
             received=torch.stack(received).unflatten(0, shape) if received else None,

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache
-from evolkv.cache.math import attention, check_plain_logits, fold_sinks, logit_terms
+from evolkv.cache.math import LogitTerms, attention, check_plain_logits, logit_terms
 from evolkv.cache.recording import RecordedPrompt
 from evolkv.cache.state import StateLayer
 from evolkv.models import model_facts
@@ -65,7 +64,7 @@ class RankedPrompt:
             keys.append(held_keys[0][heads, ranking])
             values.append(held_values[0][heads, ranking])
             positions.append(ranking.contiguous())
-        states = [StateLayer.merge([state]) for state in recorded.state_layers]
+        states = [state.copy() for state in recorded.state_layers]
         return cls(recorded.tokens, recorded.next_logits, keys, values, positions, states, selector)
 
     @property
@@ -95,7 +94,7 @@ class _Candidates:
     tokens: int
 
 
-class ReplayLayer(CacheLayerMixin):
+class ReplayLayer(AttendingLayer):
     """One layer for all candidates on some prompts: shared ranked entries, and each row's own new tokens.
 
     Rows are ordered by prompt, then by candidate.
@@ -105,27 +104,20 @@ class ReplayLayer(CacheLayerMixin):
         sliding_window: how many tokens a query sees, or None for all.
     """
 
-    is_sliding = False
-
     def __init__(self, prompts: list[_Candidates], sliding_window: int | None):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
+        super().__init__(sliding_window)
         self.is_initialized = True
-        self.sliding_window = sliding_window
         self.prompts = prompts
         keys, values = prompts[0].keys, prompts[0].values
         self.num_rows = sum(len(part.counts) for part in prompts)
         self.new_keys = keys.new_empty((len(keys), self.num_rows, 0, keys.shape[-1]))
         self.new_values = values.new_empty((len(values), self.num_rows, 0, values.shape[-1]))
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the prompts are there from the start."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends each row's new tokens, ``[rows, kv_heads, new, dim]``."""
         self.new_keys = torch.cat([self.new_keys, key_states.transpose(0, 1)], dim=2)
         self.new_values = torch.cat([self.new_values, value_states.transpose(0, 1)], dim=2)
-        return tag(key_states, value_states, self)
+        return self.send(key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Tokens seen by the rows of the longest prompt."""
@@ -135,26 +127,20 @@ class ReplayLayer(CacheLayerMixin):
         """Masks made outside are not used; the smallest will do."""
         return query_length, self.get_seq_length()
 
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
-
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with all candidates' queries to the shared entries, in one call per prompt."""
         check_plain_logits(module, kwargs)
-        terms = logit_terms(query, kwargs).values()
+        terms = logit_terms(query, kwargs)
         outputs, start = [], 0
         for part in self.prompts:
             rows = slice(start, start + len(part.counts))
-            outputs.append(self._attend_prompt(part, rows, query[rows], *terms))
+            outputs.append(self._attend_prompt(part, rows, query[rows], terms))
             start = rows.stop
         return torch.cat(outputs), None
 
-    def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_prompt(self, part: _Candidates, at: slice, query: Tensor, terms: LogitTerms) -> Tensor:
         candidates, query_heads, queries, _ = query.shape
         heads = len(part.keys)
         fold = query_heads // heads
@@ -162,8 +148,8 @@ class ReplayLayer(CacheLayerMixin):
         rows = query.unflatten(1, (heads, fold)).transpose(0, 1).reshape(heads, candidates * fold * queries, -1)
         keys = torch.cat([part.keys, self.new_keys[:, at].flatten(1, 2)], dim=1)
         values = torch.cat([part.values, self.new_values[:, at].flatten(1, 2)], dim=1)
-        sinks = fold_sinks(sinks, heads, queries, repeats=candidates)
-        output = attention(rows, keys, values, self._visible(part, fold, queries), scaling, softcap, sinks)
+        terms = terms.folded(heads, queries, repeats=candidates)
+        output = attention(rows, keys, values, self._visible(part, fold, queries), terms)
         output = output.view(heads, candidates, fold, queries, -1).permute(1, 3, 0, 2, 4)
         return output.reshape(candidates, queries, query_heads, -1)
 

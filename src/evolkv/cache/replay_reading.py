@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evolkv.cache.hook import Attention
+from evolkv.cache.math import LogitTerms
 from evolkv.cache.replay import ReplayLayer, _Candidates
 from evolkv.selectors.rocketkv import Reading, RocketKV
 
@@ -45,9 +46,7 @@ class ReadingReplayLayer(ReplayLayer):
         self.answers_from = None
         return output
 
-    def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_prompt(self, part: _Candidates, at: slice, query: Tensor, terms: LogitTerms) -> Tensor:
         queries, self._choice = query.shape[2], None
         first = queries
         if self.answers_from is not None:
@@ -56,8 +55,8 @@ class ReadingReplayLayer(ReplayLayer):
         # A token that comes alone counts as generated.
         first = 0 if queries == 1 or first == 1 else first
         if self.sliding_window is None and first < queries:
-            self._choice = self._chosen(part, at, query, first, scaling)
-        return super()._attend_prompt(part, at, query, scaling, softcap, sinks)
+            self._choice = self._chosen(part, at, query, first, terms.scaling)
+        return super()._attend_prompt(part, at, query, terms)
 
     def _visible(self, part: _Candidates, fold: int, queries: int) -> Tensor:
         """See `ReplayLayer._visible`; a query sees what it chooses."""

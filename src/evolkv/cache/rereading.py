@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from evolkv.cache.hook import Attention, tag
+from evolkv.cache.hook import AttendingLayer, Attention
 from evolkv.cache.hooked import HookedCache, layer_contexts
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cache.masks import padding_of
-from evolkv.cache.math import continue_prompt, extra_term, logit_terms
+from evolkv.cache.math import continue_prompt, extra_term
 from evolkv.errors import TaskError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.chat import around_message
@@ -73,7 +72,7 @@ def check_rereading(model: PreTrainedModel, selector: Selector) -> None:
         words_of(model, selector)
 
 
-class _RereadLayer(CacheLayerMixin):
+class _RereadLayer(AttendingLayer):
     """Holds one prompt, which it shows to passages that are read behind it, and notes what the entries receive.
 
     Args:
@@ -83,25 +82,18 @@ class _RereadLayer(CacheLayerMixin):
         context: where the layer is.
     """
 
-    is_sliding = False
-
     def __init__(self, key: Tensor, value: Tensor, sliding_window: int | None, context: LayerContext):
-        super().__init__()
+        super().__init__(sliding_window)
         self.is_initialized = True
         self.key, self.value, self.context = key, value, context
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         self.repeated = key.new_zeros(key.shape[:3], dtype=torch.float32)
         self.selector: Selector | None = None
         self.passage: Passage | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the prompt is there from the start."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the prompt and the passage, which is not kept."""
         key, value = torch.cat([self.key, key_states], dim=2), torch.cat([self.value, value_states], dim=2)
-        return tag(key, value, self)
+        return self.send(key, value)
 
     def get_seq_length(self) -> int:
         """Return the tokens of the prompt."""
@@ -111,25 +103,13 @@ class _RereadLayer(CacheLayerMixin):
         """Return the sizes for the prompt and a passage."""
         return self.key.shape[2] + query_length, 0
 
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
-
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the model's own attention, and note what the part of the prompt receives."""
         assert self.selector is not None
         assert self.passage is not None
-        reading = PromptAttention(
-            query,
-            key,
-            value,
-            sliding_window=self.sliding_window,
-            first_query=self.key.shape[2],
-            layer=self.context,
-            **logit_terms(query, kwargs),
-        )
+        reading = self.inputs(query, key, value, kwargs)
         part = slice(self.passage.start, self.passage.stop)
         self.repeated[..., part] = self.selector.received(reading, self.passage)
         if extra_term(kwargs) is not None:

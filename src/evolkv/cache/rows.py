@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Groups whose keys take more than so many bytes reserve room when they grow: held / 64 tokens, at most 16.
@@ -58,17 +59,6 @@ class RowGroup:
             joined = cls(rows[order], joined.keys[order], joined.values[order], joined.positions[order])
         joined._reserve(room)
         return joined
-
-    @classmethod
-    def cut(
-        cls, rows: Tensor, key: Tensor, value: Tensor, where: tuple[Tensor, ...], positions: Tensor, room: int
-    ) -> RowGroup:
-        """Return the entries ``where`` of a prompt, copied, with `room` for further ones."""
-        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
-        group = cls(rows, key[where], value[where], positions)
-        if room:
-            group._reserve(room)
-        return group
 
     @property
     def nbytes(self) -> int:
@@ -219,6 +209,32 @@ def rows_of(groups: Sequence[RowGroup], values: Sequence[int]) -> Tensor:
     return found
 
 
+def places_of(groups: Sequence[RowGroup]) -> list[tuple[RowGroup, int]]:
+    """Return, for each row in order, the group that holds it and its place there."""
+    found = {row: (group, slot) for group in groups for slot, row in enumerate(group.rows.tolist())}
+    return [found[row] for row in sorted(found)]
+
+
+def of_one_width(places: Sequence[tuple[RowGroup, int]], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what rows hold, all of one width: shorter ones have zeros in front, and -1 for positions.
+
+    Args:
+        places: the group that holds each row, and its place there.
+        width: entries.
+
+    Returns:
+        Keys ``[rows, width, head_dim]``, values ``[rows, width, value_dim]`` and positions ``[rows, width]``.
+    """
+    parts: list[list[Tensor]] = [[], [], []]
+    for group, slot in places:
+        front = width - group.keys.shape[1]
+        parts[0].append(F.pad(group.keys[slot], (0, 0, front, 0)))
+        parts[1].append(F.pad(group.values[slot], (0, 0, front, 0)))
+        parts[2].append(F.pad(group.positions[slot], (front, 0), value=-1))
+    keys, values, positions = map(torch.stack, parts)
+    return keys, values, positions
+
+
 def later_positions(lengths: Tensor, count: int, real: Tensor | None) -> Tensor:
     """Return the positions of the tokens after prompts, ``[batch, count]`` int32, -1 for padding.
 
@@ -279,7 +295,10 @@ def cut_rows(
         if real is not None:
             tokens = torch.stack([real[i][k] for i, k in zip(sequence.tolist(), kept, strict=True)])
         where = (sequence[:, None], head[:, None], tokens)
-        groups.append(RowGroup.cut(row, key, value, where, kept.to(torch.int32), room))
+        # Indexing copies, so that nothing keeps the whole prompt's keys and values alive.
+        groups.append(RowGroup(row, key[where], value[where], kept.to(torch.int32)))
+        if room:
+            groups[-1]._reserve(room)
     return groups
 
 

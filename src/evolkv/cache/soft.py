@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evolkv.cache.math import fold_sinks
+from evolkv.cache.math import LogitTerms
 from evolkv.cache.replay import RankedPrompt, ReplayCache, ReplayLayer, _Candidates
-from evolkv.selectors.base import softmax_with_sinks
+from evolkv.selectors.prompt import softmax_with_sinks
 
 #: Bytes of attention weights that are held at once. They are computed again on the way back, so that memory does not
 #: grow with the number of layers.
@@ -43,9 +43,7 @@ class SoftReplayLayer(ReplayLayer):
         super().__init__(prompts, sliding_window)
         self.budgets, self.sharpness = budgets, sharpness
 
-    def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_prompt(self, part: _Candidates, at: slice, query: Tensor, terms: LogitTerms) -> Tensor:
         _, query_heads, queries, _ = query.shape
         heads, held = part.keys.shape[:2]
         fold = query_heads // heads
@@ -59,7 +57,7 @@ class SoftReplayLayer(ReplayLayer):
             part.keys,
             part.values,
             self._hidden(part, fold, queries),
-            (scaling, softcap, fold_sinks(sinks, heads, queries)),
+            terms.folded(heads, queries),
         )
         return output.view(heads, fold, queries, -1).permute(2, 0, 1, 3).reshape(1, queries, query_heads, -1)
 
@@ -94,7 +92,7 @@ class _SoftAttention(torch.autograd.Function):
         keys: ``[kv_heads, held, head_dim]``.
         values: ``[kv_heads, held, value_dim]``.
         hidden: see `SoftReplayLayer._hidden`.
-        terms: factor on the logits, soft cap or None, and sinks ``[kv_heads, rows]`` or None.
+        terms: of the logits, sinks folded.
     """
 
     @staticmethod
@@ -111,7 +109,7 @@ class _SoftAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (by_output,) = gradients
         query, new_keys, new_values, log_weights = ctx.saved_tensors
-        keys, values, _, (scaling, _, _) = ctx.rest
+        keys, values, _, terms = ctx.rest
         keys, values, held = keys.float(), values.float(), keys.shape[1]
         by_query, by_weights = [], torch.zeros_like(log_weights)
         by_key, by_value = (torch.zeros_like(each, dtype=torch.float32) for each in (new_keys, new_values))
@@ -123,7 +121,7 @@ class _SoftAttention(torch.autograd.Function):
             by_weights += by_logit[..., :held].sum(1)
             if slope_of_cap is not None:
                 by_logit = by_logit * slope_of_cap
-            by_logit = by_logit * scaling
+            by_logit = by_logit * terms.scaling
             by_query.append(by_logit[..., :held] @ keys + by_logit[..., held:] @ new_keys.float())
             by_key += by_logit[..., held:].transpose(1, 2) @ query[:, rows].float()
         nothing = (None,) * len(ctx.rest)
@@ -138,7 +136,7 @@ def _blocks(
     keys: Tensor,
     values: Tensor,
     hidden: tuple[Tensor | None, Tensor],
-    terms: tuple[float, float | None, Tensor | None],
+    terms: LogitTerms,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield the attention weights of one block of rows after another, ``[kv_heads, rows, held + new]`` float32.
 

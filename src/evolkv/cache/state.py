@@ -19,21 +19,15 @@ _KINDS = ("conv", "recurrent")
 class StateLayer(LinearAttentionLayer):
     """The recurrent states of a layer (linear attention, state-space model, short convolution), a row per sequence.
 
-    It is transformers' own layer. In addition, its sequences can be selected, repeated and merged, as those of a
-    `CompressedLayer` can.
+    It is transformers' own layer. Its sequences can be selected and merged, too, as those of a `CompressedLayer`.
     """
 
     def reset(self) -> None:
         """Empty the layer, so that it can read another prompt, of any number of sequences."""
         self.__init__(self.number_of_states)  # type: ignore[misc]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        for states, at, state in self._held():
-            states[at] = state.repeat_interleave(repeats, dim=0)
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`, in that order; an index may occur several times."""
+        """Keep the sequences of these numbers, in that order; a number may occur several times."""
         for states, at, state in self._held():
             states[at] = state[indices.to(state.device)]
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evolkv.cache.hook import Attention
+from evolkv.cache.math import LogitTerms
 from evolkv.cache.replay import RankedPrompt, ReplayCache, ReplayLayer, _Candidates
 from evolkv.cache.soft import BLOCK_BYTES
 from evolkv.errors import ModelError
-from evolkv.selectors.base import softmax_with_sinks
+from evolkv.selectors.prompt import softmax_with_sinks
 
 #: Names that models of transformers, and some of others, give the output projection of an attention module.
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o")
@@ -63,13 +64,12 @@ class UtilityLayer(ReplayLayer):
         self._lengths = lengths / lengths.mean()
         return super().attend(own, module, query, key, value, mask, **kwargs)
 
-    def _attend_prompt(
-        self, part: _Candidates, at: slice, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_prompt(self, part: _Candidates, at: slice, query: Tensor, terms: LogitTerms) -> Tensor:
         heads, held = part.keys.shape[:2]
         fold, queries = query.shape[1] // heads, query.shape[2]
         keys = torch.cat([part.keys, self.new_keys[:, at].flatten(1, 2)], dim=1).float().transpose(1, 2)
         visible = self._visible(part, fold, queries).unflatten(1, (fold, queries))
+        scaling, softcap, sinks = terms
         rows = query[0].float().unflatten(0, (heads, fold)) * scaling
         most = torch.zeros((heads, fold, held), device=query.device)
         block = max(1, BLOCK_BYTES // (4 * heads * fold * keys.shape[2]))
@@ -82,7 +82,7 @@ class UtilityLayer(ReplayLayer):
             sink = None if sinks is None else sinks.view(heads, fold, 1).expand(logits.shape[:-1])
             most = torch.maximum(most, softmax_with_sinks(logits, sink)[..., :held].amax(dim=2))
         self.utility = (most * self._lengths).amax(dim=1)
-        return super()._attend_prompt(part, at, query, scaling, softcap, sinks)
+        return super()._attend_prompt(part, at, query, terms)
 
 
 class UtilityCache(ReplayCache):

@@ -10,13 +10,14 @@ from typing import Any
 
 from evolkv.errors import UsageError
 from evolkv.registry import Registry, with_parameters
-from evolkv.selectors.base import LayerContext, Passage, PromptAttention, Selector, Words
+from evolkv.selectors.base import Passage, Selector, Words
 from evolkv.selectors.chunkkv import ChunkKV
 from evolkv.selectors.expected_attention import ExpectedAttention
 from evolkv.selectors.h2o import H2O
 from evolkv.selectors.keydiff import KeyDiff
 from evolkv.selectors.knorm import KNorm
 from evolkv.selectors.kvzip import KVzip
+from evolkv.selectors.prompt import LayerContext, PromptAttention
 from evolkv.selectors.pyramidinfer import PyramidInfer
 from evolkv.selectors.rocketkv import RocketKV, RocketKVMultiTurn
 from evolkv.selectors.smallkv import SmallKV

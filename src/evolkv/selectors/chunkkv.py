@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 from evolkv.selectors.snapkv import SnapKV, check_votes
 
 

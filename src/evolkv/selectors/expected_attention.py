@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import ModelError, UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 # Tokens that are looked at together: what is computed of each is several times its keys.
 _BLOCK = 512

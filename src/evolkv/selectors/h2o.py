@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 # Bounds the block of attention held at once to this many float32 probabilities (256 MiB).
 _BLOCK_ELEMENTS = 1 << 26
@@ -45,14 +46,11 @@ class H2O(Selector):
 
     def accumulated(self, prompt: PromptAttention) -> Tensor:
         """Attention received so far, the last tokens' too."""
-        batch, kv_heads, tokens, _ = prompt.key.shape
-        total = prompt.key.new_zeros((batch, kv_heads, tokens), dtype=torch.float32)
+        total = torch.zeros_like(prompt.key[..., 0], dtype=torch.float32)
         if prompt.received is not None:
             total += prompt.received
-        block = max(1, min(256, _BLOCK_ELEMENTS // (batch * prompt.query.shape[1] * tokens)))
-        for start in range(prompt.first_query, tokens, block):
-            stop = min(start + block, tokens)
-            total[..., :stop] += prompt.probabilities(start, stop).sum(dim=3).mean(dim=2)
+        for block in prompt.blocks(prompt.first_query, prompt.num_tokens, _BLOCK_ELEMENTS):
+            total[..., : block.stop] += prompt.probabilities(block.start, block.stop).sum(dim=3).mean(dim=2)
         return total
 
     def protect(self, scores: Tensor) -> Tensor:

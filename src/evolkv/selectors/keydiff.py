@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import Passage, PromptAttention, Selector, Words
-
-# Bounds the block of attention held at once to this many float32 probabilities (64 MiB).
-_BLOCK_ELEMENTS = 1 << 24
+from evolkv.selectors.base import Passage, Selector, Words
+from evolkv.selectors.prompt import PromptAttention
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,10 @@ class KVzip(Selector):
             seen=reading.num_tokens,
             first_query=sinks + passage.stop - passage.start,
         )
-        held, total = part.first_query, len(chosen)
-        block = max(1, min(256, _BLOCK_ELEMENTS // (len(reading.query) * reading.query.shape[1] * total)))
+        held = part.first_query
         most = reading.key.new_zeros((*reading.key.shape[:2], held - sinks), dtype=torch.float32)
-        for first in range(held, total, block):
-            weights = part.probabilities(first, min(first + block, total))[..., sinks:held]
+        for block in part.blocks(held, len(chosen)):
+            weights = part.probabilities(block.start, block.stop)[..., sinks:held]
             most = torch.maximum(most, weights.amax(dim=(2, 3)))
         return most
 

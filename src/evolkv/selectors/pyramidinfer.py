@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 # Float32 probabilities held at once: on a CPU so many as its caches hold, which takes half of the time.
 _BLOCK_ON_CPU, _BLOCK = 1 << 20, 1 << 26
-_LEAST_ROWS, _MOST_ROWS = 16, 256
+_LEAST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ class PyramidInfer(Selector):
         votes = prompt.key.new_zeros((batch, tokens), dtype=torch.float32)
         voters = int((age < recent).sum(dim=1).max())
         elements = _BLOCK_ON_CPU if prompt.key.device.type == "cpu" else _BLOCK
-        block = min(_MOST_ROWS, max(_LEAST_ROWS, elements // (batch * prompt.query.shape[1] * tokens)))
-        for start in range(tokens - voters, tokens, block):
-            stop = min(start + block, tokens)
-            attention = prompt.probabilities(start, stop).flatten(1, 2).mean(dim=1)
-            votes[:, :stop] += (weights[:, None, start:stop] @ attention)[:, 0]
+        for block in prompt.blocks(tokens - voters, tokens, elements, _LEAST_ROWS):
+            attention = prompt.probabilities(block.start, block.stop).flatten(1, 2).mean(dim=1)
+            votes[:, : block.stop] += (weights[:, None, block] @ attention)[:, 0]
         return votes

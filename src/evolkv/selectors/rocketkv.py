@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 from evolkv.selectors.snapkv import check_votes
 
 # The paper's split: of a compression by c = 2^x, stage 1 does r = min(0.2 + 0.06 x, 0.8) of the exponent.

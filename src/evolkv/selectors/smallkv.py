@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class SmallKV(Selector):
     def budgets_cut(self) -> bool:
         """False: every token is held."""
         return False
+
+    def held_under(self, budgets: np.ndarray) -> np.ndarray:
+        """See `Selector.held_under`: more than any prompt has."""
+        return np.full_like(budgets, np.iinfo(np.int64).max)
 
     @property
     def observed_queries(self) -> int:

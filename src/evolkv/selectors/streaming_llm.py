@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from evolkv.errors import UsageError
-from evolkv.selectors.base import PromptAttention, Selector
+from evolkv.selectors.base import Selector
+from evolkv.selectors.prompt import PromptAttention
 
 
 @dataclass(frozen=True)

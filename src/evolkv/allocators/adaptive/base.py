@@ -88,7 +88,8 @@ def rank_and_observe(
     prompt: PromptAttention, selector: Selector, observers: Sequence[Observer]
 ) -> tuple[Tensor, Observations]:
     """Return a selector's ranking ``[1, kv_heads, tokens]`` of a prompt, and what its observers note of the scores."""
-    scores = selector.score(prompt)
+    # A sequence of padding alone has nothing to score.
+    scores = selector.score(prompt) if prompt.num_tokens else prompt.key.new_zeros(prompt.key.shape[:3])
     ranking = selector.order(prompt, scores)
     mine = [observer for observer in observers if observer[1] == selector]
     if not mine:
