@@ -12,7 +12,6 @@ from typing import Any
 from evolkv.budgets import size_of
 from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
-from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.schemas import Curve, Row
 from evolkv.report.units import mebibytes
 from evolkv.report.words import counted, in_chunks, interval, number, percent, score
@@ -125,24 +124,6 @@ class Comparison:
             cells += [entry.source, ("yes" if entry.on_front else "no") if entry.source else ""] * self.of_curve
             rows.append(cells)
         return Table(f"{self.first.task}: {self.first.metric} by method{self.asked}", columns, rows)
-
-    def by_budget(self) -> ScoreChart:
-        """Score against mean budget, whose labels say the memory, too; the full cache is a line across."""
-        points = [
-            Scored(entry.name, entry.row.mean_budget, entry.row.score, entry.row.ci95, i, not entry.on_front)
-            for i, entry in enumerate(self.entries)
-        ]
-        full = [point for point, entry in zip(points, self.entries, strict=True) if entry is self.full]
-        rest = [point for point, entry in zip(points, self.entries, strict=True) if entry is not self.full]
-        memory = {round(entry.row.mean_budget, 1): f"{mebibytes(entry.row.kv_bytes)} MiB" for entry in self.entries}
-        return score_chart(
-            rest,
-            self.styles(),
-            "mean budget (cache entries per KV head), and the cache's size",
-            self.table(),
-            full=full[0] if full else None,
-            ticks_at={budget: memory[budget] for budget in self.budgets},
-        )
 
 
 def is_evolved(method: str) -> bool:

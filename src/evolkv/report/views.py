@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evolkv.profile_file import unit_of
 from evolkv.report.axes import Table
-from evolkv.report.charts import CourseChart, ScoreChart, course_chart
+from evolkv.report.charts import CourseChart, ScoreChart, course_chart, score_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
 from evolkv.report.differences import Difference, held_out, in_validation
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
@@ -132,8 +132,8 @@ def methods(group: Comparison, records: Sequence[Records]) -> Panel:
     differences = Differences.of(held_out(group, records))
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
-        chart, table = group.by_budget(), group.table()
-        return Panel(_title(group), f"{finding}.{hollow}", chart, differences=differences, table=table)
+        finding += f".{hollow}"
+        return Panel(_title(group), finding, score_chart(group), differences=differences, table=group.table())
     if group.budgets:
         finding += f"; mean budget {number(group.budgets[0])} entries per KV head"
     lines = [
