@@ -87,8 +87,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
         console.say(f"evolkv: the searches are done, and {out} holds the largest budget; their certification failed")
         raise found.failed
     if certificate is None:
-        again = "; the same command goes on from there" if config.storage else ""
-        console.say(f"evolkv: interrupted; the best so far is in {out}{again}")
+        console.say(f"evolkv: interrupted; the best so far is in {out}{_goes_on(config.storage)}")
         return 130
     tested = ", ".join(f"{each.budget} (loss {each.loss:.3f})" for each in certificate.tested)
     failed = f" {next_budget(certificate, loss)}." if not certificate.tested[-1].certified else ""
@@ -243,13 +242,12 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
             if result.train is not None:
                 console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
-        again = "; the same command goes on from there" if storage else ""
         done = counted(result.evaluations, "candidate")
         if not result.evaluations:
             done = counted(len(result.descent), "gradient step")
         chosen = f"{out} holds {result.chosen!r}, the last choice on unseen examples"
         held = chosen if result.validation else f"the best so far is in {out}"
-        console.say(f"evolkv: interrupted after {done}; {held}{again}")
+        console.say(f"evolkv: interrupted after {done}; {held}{_goes_on(storage)}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
@@ -274,8 +272,7 @@ def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str |
                 console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
     names = ", ".join(written)
     if curve.interrupted:
-        again = "; the same command goes on from there" if storage else ""
-        console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
+        console.say(f"evolkv: interrupted; the best so far is in {names}{_goes_on(storage)}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     count = counted(sum(map(_candidates, curve.results)), "candidate")
@@ -327,8 +324,12 @@ def show_search(progress: console.Progress, step: SearchProgress) -> None:
 
 def _stopped(result: SearchResult | CurveResult, storage: str | None) -> str:
     """Say that the time limit ended the search, if it did."""
-    again = "; the same command goes on from there" if storage else ""
-    return f"The {result.stopped} ended the search early{again}.\n" if result.stopped else ""
+    return f"The {result.stopped} ended the search early{_goes_on(storage)}.\n" if result.stopped else ""
+
+
+def _goes_on(storage: str | None) -> str:
+    """Say how to continue a search that is on record."""
+    return "; the same command goes on from there" if storage else ""
 
 
 def _candidates(result: SearchResult) -> int:
