@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from evolkv.cli.standing import Pace, Standing, speed
-from evolkv.report.units import duration
+from evolkv.report.words import duration
 
 if TYPE_CHECKING:
     from evolkv.cli.glyphs import Line

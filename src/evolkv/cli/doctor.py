@@ -39,7 +39,7 @@ def doctor(
 
 def lines(found: Diagnosis) -> list[tuple[str, str]]:
     """Return names and values for a terminal."""
-    from evolkv.report.units import gibibytes
+    from evolkv.report.words import gibibytes
     from evolkv.version import __version__
 
     facts: dict[str, Any] = found.facts

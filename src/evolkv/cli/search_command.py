@@ -26,8 +26,7 @@ from evolkv.evolution.run import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words
-from evolkv.report.units import duration
-from evolkv.report.words import candidates, counted
+from evolkv.report.words import candidates, counted, duration
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from evolkv.report.axes import Axis, Scale, Table, Tick, linear_ticks, log_ticks
 from evolkv.report.comparisons import Comparison
 from evolkv.report.schemas import Candidate, Row, Search, course_in_turn
-from evolkv.report.units import mebibytes
-from evolkv.report.words import number, score
+from evolkv.report.words import mebibytes, number, score
 
 UNIT = 1000
 #: Labels of budgets: how many, and how far apart in percent.

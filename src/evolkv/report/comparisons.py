@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -13,8 +13,7 @@ from evolkv.budgets import size_of
 from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
 from evolkv.report.schemas import Curve, Row
-from evolkv.report.units import mebibytes
-from evolkv.report.words import counted, in_chunks, interval, number, percent, score
+from evolkv.report.words import counted, in_chunks, interval, mebibytes, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
@@ -189,7 +188,7 @@ def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
     return Comparison(_ordered(entries), of_curve=True)
 
 
-def model_name(settings: dict[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:
+def model_name(settings: Mapping[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:
     """The model that a search's settings name, or else the one that all profiles are for."""
     model = settings.get("model")
     if isinstance(model, dict):

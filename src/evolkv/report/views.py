@@ -16,8 +16,18 @@ from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.schemas import Candidate, Search, Validated, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.tables import NO_WIDTH, p_value
-from evolkv.report.units import duration, mebibytes
-from evolkv.report.words import candidates, counted, in_chunks, interval, number, percent, score, short
+from evolkv.report.words import (
+    candidates,
+    counted,
+    duration,
+    in_chunks,
+    interval,
+    mebibytes,
+    number,
+    percent,
+    score,
+    short,
+)
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
