@@ -18,7 +18,7 @@ from evolkv.cli.next_steps import as_command, suggest
 from evolkv.cli.options import ModelOptions, accompanied, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
-from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
+from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchResult, SeveralBudgets
 from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
@@ -50,7 +50,7 @@ def run(options: Mapping[str, Any]) -> int:
     if not isinstance(config, (OneBudget, SeveralBudgets)):
         return _auto(config, options, model, tokenizer)
     with console.Progress() as progress:
-        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        config = replace(config, on_progress=progress.of_search)
         if isinstance(config, OneBudget):
             result: SearchResult | CurveResult = run_search(model, tokenizer, config)
         else:
@@ -69,7 +69,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
 
     loss, confidence, out = options["loss"], options["confidence"], options["out"]
     with console.Progress() as progress:
-        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        config = replace(config, on_progress=progress.of_search)
 
         def show(step: EvaluationProgress) -> None:
             progress("certification", step.done, step.total)
@@ -303,22 +303,6 @@ def _next_commands(
             as_command([*evaluate, *load]),
         ),
     ]
-
-
-def show_search(progress: console.Progress, step: SearchProgress) -> None:
-    """Show where a search stands."""
-    progress(
-        step.stage,
-        step.done,
-        step.total,
-        best_fitness=step.best,
-        best_score=step.score,
-        budgets=step.budgets,
-        fitness=step.fitness,
-        generation=step.generation,
-        budget=step.budget,
-        selector=step.selector,
-    )
 
 
 def _stopped(result: SearchResult | CurveResult, storage: str | None) -> str:
