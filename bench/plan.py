@@ -7,7 +7,6 @@ Run it on an idle machine. Each search is a program of its own; its peak is the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -16,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.common import machine, versions
-from lib.records import about_this_run, check_name, write
+from evolkv.errors import UsageError
+from lib.command import Bench, run
 
 #: What is planned and searched, by name.
 SETTINGS = {
@@ -25,34 +24,31 @@ SETTINGS = {
     "niah-1600-head": ["--task", "niah:context=1600", "--budget", "128", "--granularity", "head"],
     "code-layer": ["--task", "code", "--budget", "128", "--granularity", "layer"],
 }
-_COMMON = ["--selector", "snapkv", "--dtype", "float32", "--train", "12", "--val", "12", "--max-evals", "240"]
+EXAMPLES = 12
+_COMMON = ["--selector", "snapkv", "--train", str(EXAMPLES), "--val", str(EXAMPLES), "--max-evals", "240"]
 
 
-def main() -> None:
-    """Plan and search."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--record", metavar="NAME", help="bench/records/NAME.json is written")
-    options.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    options.add_argument("--model", default="smollm2-135m")
-    arguments = options.parse_args()
-    if arguments.record:
-        check_name(arguments.record)
-    rows = [_compared(arguments.model, name) for name in arguments.only]
-    if arguments.record:
-        about = {"benchmark": "plan", **about_this_run(), "machine": machine(), "versions": versions()}
-        write(
-            arguments.record, {**about, "model": arguments.model, "dtype": "float32", "n": 12, "seed": 0, "rows": rows}
-        )
+def main(bench: Bench, only: list[str] = list(SETTINGS)) -> dict[str, Any]:  # noqa: B006
+    """Plan and search.
+
+    Args:
+        only: names of the settings.
+    """
+    if unknown := [name for name in only if name not in SETTINGS]:
+        raise UsageError(f"--only {' '.join(unknown)}: choose among {', '.join(SETTINGS)}")
+    return {"n": EXAMPLES, "rows": [_compared(bench, name) for name in only]}
 
 
-def _compared(model: str, name: str) -> dict[str, Any]:
+def _compared(bench: Bench, name: str) -> dict[str, Any]:
+    common = [*_COMMON, "--dtype", bench.dtype, "--seed", str(bench.seed)]
+    common += ["--device", bench.device] if bench.device else []
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        settings = [*SETTINGS[name], *_COMMON, "--storage", "none", "--out", f"{folder}/p.json", "--json", str(result)]
+        settings = [*SETTINGS[name], *common, "--storage", "none", "--out", f"{folder}/p.json", "--json", str(result)]
         log = Path(folder) / "log.jsonl"
-        _peak(["plan", model, *settings], log)
+        _peak(["plan", bench.model, *settings], log)
         plan = json.loads(result.read_text())
-        peak = _peak(["--log-json", "search", model, *settings], log)
+        peak = _peak(["--log-json", "search", bench.model, *settings], log)
         seconds = json.loads(result.read_text())["seconds"]
         took = _stages(log)
     row = {
@@ -67,7 +63,7 @@ def _compared(model: str, name: str) -> dict[str, Any]:
     }
     row["time_ratio"] = row["planned_seconds"] / row["seconds"]
     row["memory_ratio"] = row["planned_bytes"] / row["bytes"]
-    print(json.dumps(row, indent=1), flush=True)
+    print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
 
@@ -88,14 +84,17 @@ def _stages(log: Path) -> dict[str, float]:
     What is computed between two stages, such as LU-KV's calibration, counts to the later one.
     """
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    at = {id(event): datetime.fromisoformat(event["time"]).timestamp() for event in events}
-    before, seconds = at[id(events[0])], {}
+
+    def at(event: dict[str, Any]) -> float:
+        return datetime.fromisoformat(event["time"]).timestamp()
+
+    before, seconds = at(events[0]), {}
     for stage in dict.fromkeys(event["stage"] for event in events if event["event"] == "progress"):
-        end = max(at[id(event)] for event in events if event.get("stage") == stage)
+        end = max(at(event) for event in events if event.get("stage") == stage)
         seconds[stage] = round(end - before, 1)
         before = end
     return seconds
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, main)

@@ -120,10 +120,8 @@ def differences(records: Sequence[Record], rival: str | None = None) -> Lines:
 
 
 def _compared(cell: dict[str, Any]) -> str:
-    low, high = cell["ci95"]
-    difference = f"{cell['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
-    shown = f"**{difference}**" if low > 0 else difference
-    return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {shown}"
+    difference = _difference({"mean": cell["difference"], "ci95": cell["ci95"]}, 3)
+    return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {difference}"
 
 
 def results(records: Sequence[Record]) -> Lines:

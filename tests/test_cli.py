@@ -34,7 +34,7 @@ from evolkv.evaluation.records import read_records
 from evolkv.evaluation.summary import summarise
 from evolkv.profile import BudgetProfile
 from evolkv.report.tables import results_table
-from evolkv.report.units import mebibytes
+from evolkv.report.words import mebibytes
 from tiny import tiny_model
 
 MODEL = "smollm2-135m"

@@ -20,7 +20,6 @@ from evolkv.cli.budgets_map import budgets_map
 from evolkv.cli.console import Progress
 from evolkv.cli.glyphs import glyphs_for
 from evolkv.cli.live import View
-from evolkv.cli.search_command import show_search
 from evolkv.cli.standing import Standing, speed
 from evolkv.cli.watching import progress_picture
 from evolkv.evolution import SearchProgress
@@ -261,13 +260,13 @@ def settings():
 def feed(progress, generations=3):
     """A search: prefill, generations that become fitter, validation."""
     for done in (1, 2):
-        show_search(progress, SearchProgress("prefill", done, 2))
+        progress.of_search(SearchProgress("prefill", done, 2))
     for index in range(generations):
         table = [list(row) for row in budgets(4, 2, seed=index)]
-        show_search(
-            progress, SearchProgress("search", 10 * (index + 1), 30, index / 4, index / 5, table, index / 4, index)
+        progress.of_search(
+            SearchProgress("search", 10 * (index + 1), 30, index / 4, index / 5, table, index / 4, index)
         )
-    show_search(progress, SearchProgress("validation", 1, 1))
+    progress.of_search(SearchProgress("validation", 1, 1))
 
 
 def test_without_a_terminal_progress_is_plain_lines(settings, capsys, monkeypatch):
@@ -363,7 +362,8 @@ def test_another_search_starts_a_new_sparkline(settings, capsys, targets):
     progress = Progress()
     generations = [(0, 0.1, targets[0]), (1, 0.2, targets[0]), (0, 0.5, targets[1]), (1, math.nan, targets[1])]
     for generation, fitness, budget in [*generations, (2, 0.7, targets[1])]:
-        progress("search", 1, 9, best_score=1.0, fitness=fitness, generation=generation, budget=budget)
+        step = SearchProgress("search", 1, 9, score=1.0, fitness=fitness, generation=generation, budget=budget)
+        progress.of_search(step)
     assert progress._standing.fitnesses == (0.5, 0.7)
     events = map(json.loads, capsys.readouterr().err.splitlines())
     assert [event["generation"] for event in events if event["event"] == "generation"] == [0, 1, 0, 1, 2]
@@ -373,7 +373,7 @@ def test_searches_of_one_generation_each_are_told_apart(settings, capsys):
     settings.log_json = True
     progress = Progress()
     for budget in (128, 64):
-        progress("search", 9, 9, best_score=1.0, fitness=0.5, generation=0, budget=budget)
+        progress.of_search(SearchProgress("search", 9, 9, score=1.0, fitness=0.5, generation=0, budget=budget))
     events = map(json.loads, capsys.readouterr().err.splitlines())
     assert [event["budget"] for event in events if event["event"] == "generation"] == [128, 64]
 
@@ -385,13 +385,14 @@ def test_slow_work_has_a_rate_that_can_be_read():
 PROGRAM = """
 import signal, sys, time
 from evolkv.cli import console
+from evolkv.evolution import SearchProgress
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 console.prepare()
 print("$ evolkv search", flush=True)
 try:
     with console.Progress() as progress:
         budgets = [[33, 700]] * 30
-        progress("search", 5, 10, best_fitness=.9, best_score=.8, budgets=budgets, fitness=.9, generation=0)
+        progress.of_search(SearchProgress("search", 5, 10, .9, .8, budgets, fitness=.9, generation=0))
         console.warn("look")
         if sys.argv[1] == "fail":
             signal.sigwait([signal.SIGUSR1])

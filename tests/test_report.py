@@ -18,7 +18,7 @@ from evolkv.errors import UsageError
 from evolkv.profile_file import unit_of
 from evolkv.report import headline
 from evolkv.report.axes import Scale, linear_ticks, log_ticks
-from evolkv.report.charts import course_chart
+from evolkv.report.charts import course_chart, score_chart
 from evolkv.report.comparisons import comparisons
 from evolkv.report.differences import in_validation
 from evolkv.report.page import render
@@ -519,13 +519,13 @@ def test_profiles_of_one_budget_each_make_one_line_in_the_chart():
     budgets = (64, 128, 256)
     rows = [{**row(f"out/p{b}.json", b, b / 300)} for b in budgets] + [row("snapkv", b, b / 600) for b in budgets]
     (group,) = comparisons(_rows(rows), [], [])
-    assert {series.name: len(series.marks) for series in group.by_budget().series} == {"profiles": 3, "snapkv": 3}
+    assert {series.name: len(series.marks) for series in score_chart(group).series} == {"profiles": 3, "snapkv": 3}
 
 
 def test_a_profile_expanded_to_many_budgets_is_a_line_of_its_own():
     rows = [row(f"{name}/p.json", b, b / 300) for name in "ab" for b in (64, 128)]
     (group,) = comparisons(_rows(rows), [], [])
-    assert {series.name for series in group.by_budget().series} == {"a/p.json", "b/p.json"}
+    assert {series.name for series in score_chart(group).series} == {"a/p.json", "b/p.json"}
 
 
 def test_only_scores_of_the_same_examples_are_compared():
@@ -719,7 +719,7 @@ def test_what_is_read_stands_beside_what_is_held_where_a_method_reads_less(write
 def test_marks_of_a_score_stand_where_its_number_says():
     rows = _rows([row("evolkv", 64, 0.25), row("evolkv", 256, 1.0), row("full", None, 1.0)])
     (group,) = comparisons(rows, [], [])
-    chart = group.by_budget()
+    chart = score_chart(group)
     low, high = chart.series[0].marks
     assert (low.y, high.y) == (75, 0)
     assert 0 < low.x < high.x < 100
@@ -735,7 +735,7 @@ def test_curve_shows_its_points_beside_the_heuristics_of_its_searches(write):
     (group,) = comparisons(found.rows, found.curves, found.profiles)
     names = {entry.name for entry in group.entries}
     assert names == {"evolkv", "uniform"}
-    hollow = [mark.hollow for series in group.by_budget().series for mark in series.marks if series.name == "evolkv"]
+    hollow = [mark.hollow for series in score_chart(group).series for mark in series.marks if series.name == "evolkv"]
     assert hollow == [False, True, False]
     text = page(path).text
     assert "--budget 64,128,256" in text
@@ -785,7 +785,7 @@ def test_a_start_that_nothing_evolved_from_is_not_said_to_have_won(write):
 def test_a_chart_is_drawn_only_for_several_budgets_and_every_mark_stands_at_its_own(write):
     assert not any(name == "data-row" for _, name, _ in page(write("one.json", results())).attributes)
     (group,) = comparisons(read_sources([write("several.json", evaluated())]).rows, [], [])
-    chart = group.by_budget()
+    chart = score_chart(group)
     places = {}
     for series in chart.series:
         for mark in series.marks:

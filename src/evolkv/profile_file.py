@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from evolkv.budgets import MAX_BUDGET, Budget, Share
 from evolkv.errors import ProfileError, RunError
 from evolkv.json_files import check_characters
 from evolkv.numbers import is_whole
-from evolkv.schemas import RecordedBudget, first_error
+from evolkv.schemas import Count, RecordedBudget, Schema, first_error
 from evolkv.whole_files import write_with
 
 FORMAT = "evolkv.profile/1"
@@ -25,14 +25,9 @@ FORMAT = "evolkv.profile/1"
 MAX_FILE_BYTES = 64 * 2**20
 
 Granularity = Literal["layer", "head"]
-Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class ProfileModel(_Section):
+class ProfileModel(Schema):
     """The model that the budgets belong to.
 
     `sliding_windows`, in tokens by layer, is there only if a layer has one.
@@ -42,10 +37,10 @@ class ProfileModel(_Section):
     num_layers: Annotated[int, Field(ge=1)]
     num_kv_heads: Annotated[int, Field(ge=1)]
     fingerprint: str
-    sliding_windows: list[Annotated[int, Field(ge=1)] | None] = []
+    sliding_windows: list[Annotated[int, Field(ge=1)] | None] = Field([])
 
 
-class _Search(_Section):
+class _Search(Schema):
     """The part of `search` that other programs read; there may be more."""
 
     task: str | None = None
@@ -61,10 +56,10 @@ class _Search(_Section):
     seen: list[str] | None = None
 
 
-class _Scores(_Section):
+class _Scores(Schema):
     """The part of `scores` that other programs read; there may be more."""
 
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field({})
     validation: Any = None
 
     @field_validator("validation")
@@ -76,7 +71,7 @@ class _Scores(_Section):
         return validation
 
 
-class ProfileFile(_Section):
+class ProfileFile(Schema):
     """The content of a profile's file, checked as far as that needs no selector."""
 
     format: str
@@ -87,8 +82,8 @@ class ProfileFile(_Section):
     granularity: Granularity
     budgets: list[list[int]]
     selector: dict[str, Any]
-    search: dict[str, Any] = {}
-    scores: dict[str, Any] = {}
+    search: dict[str, Any] = Field({})
+    scores: dict[str, Any] = Field({})
 
     @model_validator(mode="before")
     @classmethod

@@ -6,13 +6,15 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from evolkv.budgets import MAX_BUDGET, Share
 from evolkv.errors import UsageError
 from evolkv.numbers import is_whole
 
 M = TypeVar("M", bound=BaseModel)
+#: A whole number that any program can read, also one whose numbers are all floats.
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 #: The format of a file of results, as `eval` and the demo write them.
 RESULTS_FORMAT = "evolkv.results/1"

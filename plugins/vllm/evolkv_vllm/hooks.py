@@ -27,7 +27,7 @@ import torch
 
 from evolkv.errors import RunError, UsageError
 from evolkv_vllm import checks, plan
-from evolkv_vllm.settings import VARIABLE
+from evolkv_vllm.settings import VARIABLE, Settings
 
 #: What the plugin wraps, overrides or calls of vLLM's internals: module, name there, and arguments that it relies on.
 SYMBOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -176,19 +176,31 @@ def install() -> None:
     except RunError as error:
         if os.environ.get(VARIABLE):
             raise
-        _refuse_profiles(error)
+        reason = str(error)
+
+        def refuse_profiles(config: Any) -> None:
+            if Settings.read(config.additional_config) is not None:
+                raise RunError(reason)
+
+        _wrap_config(refuse_profiles)
         return
     _register()
-    _wrap_config()
+    _wrap_config(plan.configure)
     _wrap_layers()
     _wrap_block_managers()
     _wrap_requests()
     _wrap_runner()
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Have calls of a method go to a function, which gets the method itself before the arguments."""
     plain = getattr(owner, name)
-    setattr(owner, name, functools.wraps(plain)(wrapper(plain)))
+
+    @functools.wraps(plain)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(plain, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
 
 
 def _register() -> None:
@@ -206,33 +218,15 @@ def _register() -> None:
         register_backend(AttentionBackendEnum[name], path)
 
 
-def _wrap_config() -> None:
+def _wrap_config(check: Callable[[Any], None]) -> None:
+    """Have every configuration of vLLM checked once it is complete."""
     from vllm.config.vllm import VllmConfig
 
-    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-            plain(self, *args, **kwargs)
-            plan.configure(self)
+    def post_init(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        check(self)
 
-        return post_init
-
-    _wrap(VllmConfig, "__post_init__", wrapper)
-
-
-def _refuse_profiles(error: RunError) -> None:
-    from vllm.config.vllm import VllmConfig
-
-    from evolkv_vllm.settings import Settings
-
-    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-            plain(self, *args, **kwargs)
-            if Settings.read(self.additional_config) is not None:
-                raise RunError(str(error))
-
-        return post_init
-
-    _wrap(VllmConfig, "__post_init__", wrapper)
+    _wrap(VllmConfig, "__post_init__", post_init)
 
 
 def _wrap_layers() -> None:
@@ -245,46 +239,39 @@ def _wrap_layers() -> None:
     from evolkv_vllm.compaction import compactor_of
     from evolkv_vllm.spec import EvolKVSpec
 
-    def by_head(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            rule = plan.rule_of(get_current_vllm_config())
-            if rule is None or rule.heads == 1:
-                plain(self, *args, **kwargs)
-                return
-            arguments = heads.bound(plain, self, *args, **kwargs)
-            # vLLM would miss the other layer, whose heads have taken its place.
-            checks.check_sharing(arguments.get("kv_sharing_target_layer_name"), arguments.get("prefix", ""))
+    def init(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+        rule = plan.rule_of(get_current_vllm_config())
+        if rule is None or rule.heads == 1:
             plain(self, *args, **kwargs)
-            if type(self) is Attention and self.attn_type == AttentionType.DECODER:
-                heads.split(self, plain, arguments, rule)
+            return
+        arguments = heads.bound(plain, self, *args, **kwargs)
+        # vLLM would miss the other layer, whose heads have taken its place.
+        checks.check_sharing(arguments.get("kv_sharing_target_layer_name"), arguments.get("prefix", ""))
+        plain(self, *args, **kwargs)
+        if type(self) is Attention and self.attn_type == AttentionType.DECODER:
+            heads.split(self, plain, arguments, rule)
 
-        return init
+    def get_kv_cache_spec(plain: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
+        spec, rule = plain(self, vllm_config), plan.rule_of(vllm_config)
+        # Layers with a sliding window have another spec, and keep it.
+        if rule is None or type(spec) is not FullAttentionSpec:
+            return spec
+        checks.check_layer(self)
+        number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
+        whole, part = heads.whole_of(self), self.impl.part
+        if rule.heads > 1 and whole is self:
+            raise UsageError(
+                f"EvolKV cannot run budgets by head with a layer of the kind {type(self).__name__} "
+                f"({self.layer_name}); use a profile by layer: evolkv search --granularity layer"
+            )
+        if part == 0:
+            requests = vllm_config.scheduler_config.max_num_seqs
+            whole.impl.compactor = compactor_of(whole, rule.selector, number, rule.num_layers, requests, rule.heads)
+        self.impl.compactor = whole.impl.compactor
+        return EvolKVSpec.of_layer(spec, rule, number, part)
 
-    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
-            spec, rule = plain(self, vllm_config), plan.rule_of(vllm_config)
-            # Layers with a sliding window have another spec, and keep it.
-            if rule is None or type(spec) is not FullAttentionSpec:
-                return spec
-            checks.check_layer(self)
-            number = _layer_number(self.layer_name, vllm_config, rule.num_layers)
-            whole, part = heads.whole_of(self), self.impl.part
-            if rule.heads > 1 and whole is self:
-                raise UsageError(
-                    f"EvolKV cannot run budgets by head with a layer of the kind {type(self).__name__} "
-                    f"({self.layer_name}); use a profile by layer: evolkv search --granularity layer"
-                )
-            if part == 0:
-                requests = vllm_config.scheduler_config.max_num_seqs
-                made = compactor_of(whole, rule.selector, number, rule.num_layers, requests, rule.heads)
-                whole.impl.compactor = made
-            self.impl.compactor = whole.impl.compactor
-            return EvolKVSpec.of_layer(spec, rule, number, part)
-
-        return get_kv_cache_spec
-
-    _wrap(Attention, "__init__", by_head)
-    _wrap(Attention, "get_kv_cache_spec", wrapper)
+    _wrap(Attention, "__init__", init)
+    _wrap(Attention, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 def _layer_number(name: str, config: Any, num_layers: int) -> int:
@@ -319,25 +306,19 @@ def _wrap_block_managers() -> None:
     from evolkv_vllm.slots import shorten
     from evolkv_vllm.startup import announce
 
-    def init(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
-            plain(self, *args, **kwargs)
-            announce(self)
-            keep_answers_out(self.coordinator)
-            shorten(self)
+    def init(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        announce(self)
+        keep_answers_out(self.coordinator)
+        shorten(self)
 
-        return wrapped
-
-    def look_up(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            # vLLM 0.33 says how long a prefix may be, too.
-            with looking_up(request.num_prompt_tokens):
-                return plain(self, request, *args, **kwargs)
-
-        return get_computed_blocks
+    def get_computed_blocks(plain: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        # vLLM 0.33 says how long a prefix may be, too.
+        with looking_up(request.num_prompt_tokens):
+            return plain(self, request, *args, **kwargs)
 
     _wrap(KVCacheManager, "__init__", init)
-    _wrap(KVCacheManager, "get_computed_blocks", look_up)
+    _wrap(KVCacheManager, "get_computed_blocks", get_computed_blocks)
 
 
 def _wrap_requests() -> None:
@@ -347,26 +328,22 @@ def _wrap_requests() -> None:
 
     from evolkv_vllm.chunks import end_of_chunk
 
-    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def reserve(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-            number = plain(self, request, num_computed_tokens, num_new_tokens)
-            return end_of_chunk(self, request, num_computed_tokens, number)
+    def reserve(
+        plain: Callable[..., int], self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        number = plain(self, request, num_computed_tokens, num_new_tokens)
+        return end_of_chunk(self, request, num_computed_tokens, number)
 
-        return reserve
+    def process_inputs(plain: Callable[..., Any], self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+        if resumable and plan.rule_of(self.vllm_config) is not None:
+            raise VLLMValidationError(
+                "EvolKV cannot run sessions whose prompt grows, because its beginning is compressed by then; send "
+                "the whole prompt as a new request, or serve the model without a profile"
+            )
+        return plain(self, *args, resumable=resumable, **kwargs)
 
-    def refuse(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
-            if resumable and plan.rule_of(self.vllm_config) is not None:
-                raise VLLMValidationError(
-                    "EvolKV cannot run sessions whose prompt grows, because its beginning is compressed by then; send "
-                    "the whole prompt as a new request, or serve the model without a profile"
-                )
-            return plain(self, *args, resumable=resumable, **kwargs)
-
-        return process_inputs
-
-    _wrap(Scheduler, "_reserve_prefill_lookahead", wrapper)
-    _wrap(InputProcessor, "process_inputs", refuse)
+    _wrap(Scheduler, "_reserve_prefill_lookahead", reserve)
+    _wrap(InputProcessor, "process_inputs", process_inputs)
 
 
 def _wrap_runner() -> None:
@@ -375,25 +352,20 @@ def _wrap_runner() -> None:
 
     from evolkv_vllm.groups import take_over
 
-    def wrapper(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-            plain(self, *args, **kwargs)
-            take_over(self)
+    def initialize_kv_cache(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        take_over(self)
 
-        return initialize_kv_cache
-
-    _wrap(GPUModelRunner, "initialize_kv_cache", wrapper)
+    _wrap(GPUModelRunner, "initialize_kv_cache", initialize_kv_cache)
     _wrap(SecondRunner, "prepare_inputs", lengths_on_host)
 
 
-def lengths_on_host(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that prepares a batch of vLLM's second runner, from vLLM's own."""
+def lengths_on_host(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Prepare a batch of vLLM's second runner, with the prompts' lengths on the host.
 
-    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = plain(self, *args, **kwargs)
-        if plan.rule_of(self.vllm_config) is not None:
-            # vLLM's are on the device, and who reads them there waits for the step before.
-            batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
-        return batch
-
-    return prepare_inputs
+    vLLM's are on the device, and who reads them there waits for the step before.
+    """
+    batch = plain(self, *args, **kwargs)
+    if plan.rule_of(self.vllm_config) is not None:
+        batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+    return batch

@@ -90,7 +90,7 @@ def test_lengths_of_prompts_are_the_hosts(layer):
     runner = SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=given)))
     for additional, expected in (({}, None), ({RULE: layer.spec.rule.text}, [7, 20, 30])):
         runner.vllm_config = SimpleNamespace(additional_config=additional)
-        lengths = lengths_on_host(lambda self: batch_of(3, 4))(runner).prompt_lens
+        lengths = lengths_on_host(lambda self: batch_of(3, 4), runner).prompt_lens
         assert (lengths if lengths is None else lengths.tolist()) == expected
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Markdown, files, to_read, to_write_or_print
+from evolkv.cli.options import Markdown, files, json_option, to_read
 from evolkv.cli.tables import print_result
 
 
@@ -24,15 +24,7 @@ def certify(
         float, typer.Option("--loss", help="How much score may be lost against the full cache, per example on average.")
     ] = 0.05,
     confidence: Annotated[float, typer.Option("--confidence", help="How sure each certificate is, by itself.")] = 0.95,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="CERTIFICATES.json",
-            callback=to_write_or_print,
-            help="Where the numbers go; - is standard output.",
-        ),
-    ] = None,
+    json_out: Annotated[str | None, json_option("CERTIFICATES.json", "the numbers go")] = None,
     markdown: Markdown = None,
 ) -> None:
     """Find the smallest budget of each method that is safe: its expected loss is below a bound, with confidence."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from evolkv.cli import console
-from evolkv.cli.options import Markdown, files, to_read, to_write_or_print, valid_seed
+from evolkv.cli.options import Markdown, files, json_option, to_read, valid_seed
 from evolkv.cli.tables import print_result
 
 
@@ -29,15 +29,7 @@ def compare(
         typer.Option("--budget", "-b", metavar="C", help="Which budget, where the records have several."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=valid_seed, help="Draws other resamples.")] = 0,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="COMPARISON.json",
-            callback=to_write_or_print,
-            help="Where the numbers go; - is standard output.",
-        ),
-    ] = None,
+    json_out: Annotated[str | None, json_option("COMPARISON.json", "the numbers go")] = None,
     markdown: Markdown = None,
 ) -> None:
     """Compare two methods on the same examples: mean difference, 95 % interval, p-value."""

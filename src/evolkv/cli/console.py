@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.text import Text
 
 from evolkv.cli.standing import Pace, Standing, speed
-from evolkv.report.units import duration
+from evolkv.report.words import duration
 
 if TYPE_CHECKING:
     from evolkv.cli.glyphs import Line
     from evolkv.cli.live import View
+    from evolkv.evolution.progress import SearchProgress
 
 _NAME = "evolkv: "
 _PLAIN_EVERY_SECONDS, _JSON_EVERY_SECONDS = 5.0, 1.0
@@ -259,39 +260,27 @@ class Progress:
         if self._view is not None:
             self._view.stop()
 
-    def __call__(
-        self,
-        stage: str,
-        done: int,
-        total: int,
-        *,
-        best_fitness: float | None = None,
-        best_score: float | None = None,
-        budgets: Sequence[Sequence[int]] | None = None,
-        fitness: float | None = None,
-        generation: int | None = None,
-        budget: int | None = None,
-        selector: str | None = None,
-    ) -> None:
+    def of_search(self, step: SearchProgress) -> None:
+        """Show a step of a search."""
+        self(step.stage, step.done, step.total, step)
+
+    def __call__(self, stage: str, done: int, total: int, found: SearchProgress | None = None) -> None:
         """Show a step.
 
         Args:
             stage: what is being done.
             done: steps done in this stage.
             total: steps of this stage.
-            best_fitness: of a search, the highest fitness so far.
-            best_score: score of the fittest candidate so far.
-            budgets: the fittest candidate so far, a row of heads per layer.
-            fitness: highest fitness in the latest generation.
-            generation: the latest generation. What a search has found so far stays on show when later steps, of
-                another stage, say nothing about it.
-            budget: what the search aims at. Another one means another search.
-            selector: what the search is under. Another one means another search.
+            found: what a search has come to. It stays on show when later steps, of another stage, say nothing about it.
+                Another budget or selector means another search.
         """
         if settings.quiet:
             return
         now = time.monotonic()
         last = self._standing or Standing(stage, 0, total, now)
+        generation, budget, selector = (
+            (None, None, None) if found is None else (found.generation, found.budget, found.selector)
+        )
         is_other = generation is not None and (generation < (last.generation or 0) or budget != (last.budget or budget))
         is_other = is_other or selector != last.selector
         if is_other:
@@ -299,19 +288,19 @@ class Progress:
         is_new = is_other or stage not in self._paces
         rate = self._paces.setdefault(stage, Pace()).add(now, done)
         step = replace(last, stage=stage, done=done, total=total, at=now, rate=rate, selector=selector)
-        bred = generation is not None and generation != last.generation
-        if generation is not None or best_score is not None:
-            rows = tuple(map(tuple, budgets)) if budgets is not None else last.budgets
-            step = replace(step, best_fitness=best_fitness, best_score=best_score, budgets=rows, budget=budget)
-        if bred:
-            known = (fitness,) if fitness is not None and math.isfinite(fitness) else ()
+        if found is not None and (generation is not None or found.score is not None):
+            rows = last.budgets if found.budgets is None else tuple(map(tuple, found.budgets))
+            step = replace(step, best_fitness=found.best, best_score=found.score, budgets=rows, budget=budget)
+        bred = found if generation is not None and generation != last.generation else None
+        if bred is not None:
+            known = (bred.fitness,) if bred.fitness is not None and math.isfinite(bred.fitness) else ()
             step = replace(step, generation=generation, fitnesses=last.fitnesses + known)
         self._standing = step
         if self._view is not None:
             self._view.update()
             return
-        if settings.log_json and bred:
-            emit("generation", **_fields(step, now), fitness=fitness, budgets=budgets)
+        if settings.log_json and bred is not None:
+            emit("generation", **_fields(step, now), fitness=bred.fitness, budgets=bred.budgets)
         every = _JSON_EVERY_SECONDS if settings.log_json else _PLAIN_EVERY_SECONDS
         if is_new or done >= total or now - self._shown >= every:
             self._shown = now

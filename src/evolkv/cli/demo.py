@@ -44,7 +44,6 @@ def demo(
     trust_remote_code: Trust = False,
 ) -> int:
     """Evolve a profile on an embedded model, compare it on held-out examples, and write it all down."""
-    from evolkv.cli.search_command import show_search
     from evolkv.demo import check_demo, run_demo
     from evolkv.report.tables import results_table
     from evolkv.tasks import get_task
@@ -75,7 +74,7 @@ def demo(
             train=train,
             val=val,
             max_evals=max_evals,
-            on_search=lambda step: show_search(progress, step),
+            on_search=progress.of_search,
             on_evaluation=lambda step: progress("comparison", step.done, step.total),
         )
     files = result.files

@@ -5,22 +5,15 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from evolkv.cli import console
-from evolkv.cli.options import files, to_write_or_print
+from evolkv.cli.options import files, json_option
 
 if TYPE_CHECKING:
     from evolkv.doctor import Diagnosis
 
 
 def doctor(
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", callback=to_write_or_print, help="Where the facts go; - is standard output."
-        ),
-    ] = None,
+    json_out: Annotated[str | None, json_option("FILE|-", "the facts go")] = None,
 ) -> int:
     """Say what is installed, what the machine has, and what EvolKV would refuse; if anything, the exit code is 1."""
     from evolkv.whole_files import check_outputs
@@ -46,7 +39,7 @@ def doctor(
 
 def lines(found: Diagnosis) -> list[tuple[str, str]]:
     """Return names and values for a terminal."""
-    from evolkv.report.units import gibibytes
+    from evolkv.report.words import gibibytes
     from evolkv.version import __version__
 
     facts: dict[str, Any] = found.facts

@@ -25,9 +25,9 @@ from evolkv.cli.options import (
     Trust,
     accompanied,
     files,
+    json_option,
     to_read,
     to_write,
-    to_write_or_print,
 )
 from evolkv.cli.tables import print_table
 
@@ -73,15 +73,7 @@ def evaluate(
         int | None,
         typer.Option("--block-size", metavar="N", help="Round budgets as a server with blocks of N tokens does."),
     ] = None,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="RESULTS.json",
-            callback=to_write_or_print,
-            help="Where the rows go; - is standard output.",
-        ),
-    ] = None,
+    json_out: Annotated[str | None, json_option("RESULTS.json", "the rows go")] = None,
     records: Annotated[
         str | None,
         typer.Option(

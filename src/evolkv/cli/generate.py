@@ -28,7 +28,7 @@ from evolkv.cli.options import (
     valid_seed,
 )
 from evolkv.errors import UsageError
-from evolkv.report.units import mebibytes
+from evolkv.report.words import mebibytes
 
 if TYPE_CHECKING:
     from evolkv.generation import Generated

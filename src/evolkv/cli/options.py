@@ -65,6 +65,12 @@ def valid_seed(value: int) -> int:
     return value
 
 
+def json_option(metavar: str, what: str) -> Any:
+    """Return the option for a file of JSON, or standard output; `what` is for its help, such as "the rows go"."""
+    said = f"Where {what}; - is standard output."
+    return typer.Option("--json", metavar=metavar, callback=to_write_or_print, help=said)
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="An alias (evolkv list models), a folder, a .gguf file or a Hugging Face id."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.cli import console
 from evolkv.cli.search import search, with_preset
-from evolkv.report.units import duration, gibibytes
+from evolkv.report.words import duration, gibibytes
 
 if TYPE_CHECKING:
     from evolkv.evolution.plan import Plan

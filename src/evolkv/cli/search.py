@@ -16,10 +16,10 @@ from evolkv.cli.options import (
     Protocol,
     Seed,
     Trust,
+    json_option,
     one_of,
     to_read,
     to_write,
-    to_write_or_print,
 )
 
 _STRATEGY, _OBJECTIVE, _WHERE, _STUDY = "Strategy", "Objective", "Where it runs", "Study"
@@ -287,15 +287,7 @@ def search(
             help="Where the profile goes; of a curve, PROFILE-C.json for each budget.",
         ),
     ] = "profile.json",
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="RESULT.json",
-            callback=to_write_or_print,
-            help="Where every evaluation goes; - is standard output.",
-        ),
-    ] = None,
+    json_out: Annotated[str | None, json_option("RESULT.json", "every evaluation goes")] = None,
     dtype: Dtype = None,
     device: Device = None,
     attn_implementation: Attention = None,

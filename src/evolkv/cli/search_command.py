@@ -18,7 +18,7 @@ from evolkv.cli.next_steps import as_command, suggest
 from evolkv.cli.options import ModelOptions, accompanied, files
 from evolkv.cli.tables import curve_table, print_whole, validation_table
 from evolkv.errors import RunError, UsageError
-from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchProgress, SearchResult, SeveralBudgets
+from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchResult, SeveralBudgets
 from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
@@ -26,8 +26,7 @@ from evolkv.evolution.run import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words
-from evolkv.report.units import duration
-from evolkv.report.words import candidates, counted
+from evolkv.report.words import candidates, counted, duration
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples
@@ -51,7 +50,7 @@ def run(options: Mapping[str, Any]) -> int:
     if not isinstance(config, (OneBudget, SeveralBudgets)):
         return _auto(config, options, model, tokenizer)
     with console.Progress() as progress:
-        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        config = replace(config, on_progress=progress.of_search)
         if isinstance(config, OneBudget):
             result: SearchResult | CurveResult = run_search(model, tokenizer, config)
         else:
@@ -70,7 +69,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
 
     loss, confidence, out = options["loss"], options["confidence"], options["out"]
     with console.Progress() as progress:
-        config = replace(config, on_progress=lambda step: show_search(progress, step))
+        config = replace(config, on_progress=progress.of_search)
 
         def show(step: EvaluationProgress) -> None:
             progress("certification", step.done, step.total)
@@ -87,8 +86,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
         console.say(f"evolkv: the searches are done, and {out} holds the largest budget; their certification failed")
         raise found.failed
     if certificate is None:
-        again = "; the same command goes on from there" if config.storage else ""
-        console.say(f"evolkv: interrupted; the best so far is in {out}{again}")
+        console.say(f"evolkv: interrupted; the best so far is in {out}{_goes_on(config.storage)}")
         return 130
     tested = ", ".join(f"{each.budget} (loss {each.loss:.3f})" for each in certificate.tested)
     failed = f" {next_budget(certificate, loss)}." if not certificate.tested[-1].certified else ""
@@ -243,13 +241,12 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
             if result.train is not None:
                 console.OUT.print(_gaps([result]), soft_wrap=True)
     if result.interrupted:
-        again = "; the same command goes on from there" if storage else ""
         done = counted(result.evaluations, "candidate")
         if not result.evaluations:
             done = counted(len(result.descent), "gradient step")
         chosen = f"{out} holds {result.chosen!r}, the last choice on unseen examples"
         held = chosen if result.validation else f"the best so far is in {out}"
-        console.say(f"evolkv: interrupted after {done}; {held}{again}")
+        console.say(f"evolkv: interrupted after {done}; {held}{_goes_on(storage)}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
@@ -274,8 +271,7 @@ def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str |
                 console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
     names = ", ".join(written)
     if curve.interrupted:
-        again = "; the same command goes on from there" if storage else ""
-        console.say(f"evolkv: interrupted; the best so far is in {names}{again}")
+        console.say(f"evolkv: interrupted; the best so far is in {names}{_goes_on(storage)}")
         return 130
     kept = f", every generation to {storage}" if storage else ""
     count = counted(sum(map(_candidates, curve.results)), "candidate")
@@ -309,26 +305,14 @@ def _next_commands(
     ]
 
 
-def show_search(progress: console.Progress, step: SearchProgress) -> None:
-    """Show where a search stands."""
-    progress(
-        step.stage,
-        step.done,
-        step.total,
-        best_fitness=step.best,
-        best_score=step.score,
-        budgets=step.budgets,
-        fitness=step.fitness,
-        generation=step.generation,
-        budget=step.budget,
-        selector=step.selector,
-    )
-
-
 def _stopped(result: SearchResult | CurveResult, storage: str | None) -> str:
     """Say that the time limit ended the search, if it did."""
-    again = "; the same command goes on from there" if storage else ""
-    return f"The {result.stopped} ended the search early{again}.\n" if result.stopped else ""
+    return f"The {result.stopped} ended the search early{_goes_on(storage)}.\n" if result.stopped else ""
+
+
+def _goes_on(storage: str | None) -> str:
+    """Say how to continue a search that is on record."""
+    return "; the same command goes on from there" if storage else ""
 
 
 def _candidates(result: SearchResult) -> int:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from evolkv.cli import console
 from evolkv.cli.glyphs import RAMP
-from evolkv.report.units import mebibytes, with_interval
+from evolkv.report.words import mebibytes, with_interval
 
 if TYPE_CHECKING:
     from evolkv.report.axes import Table as TextTable

@@ -10,7 +10,7 @@ from rich.segment import Segment
 from evolkv.cli.budgets_map import budgets_map
 from evolkv.cli.glyphs import ACCENT, BOLD, DIM, PLAIN, Glyphs, Line, fitted
 from evolkv.cli.standing import Standing, speed
-from evolkv.report.units import duration
+from evolkv.report.words import duration
 
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 40, 6
 #: Where there are fewer columns, none are spent on the ends of the scale.

@@ -6,12 +6,13 @@ its text and strokes keep their size. Places within a path count from 0 to `UNIT
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evolkv.report.axes import Axis, Scale, Table, Tick, linear_ticks, log_ticks
-from evolkv.report.schemas import Candidate, Search, course_in_turn
-from evolkv.report.words import number, score
+from evolkv.report.comparisons import Comparison
+from evolkv.report.schemas import Candidate, Row, Search, course_in_turn
+from evolkv.report.words import mebibytes, number, score
 
 UNIT = 1000
 #: Labels of budgets: how many, and how far apart in percent.
@@ -44,14 +45,17 @@ class CourseChart:
 
 @dataclass(frozen=True)
 class Mark:
-    """A score with the top and bottom of its interval, and its row in the table."""
+    """A score with the top and bottom of its interval, and its row in the table.
+
+    It is hollow if another point has a higher score in no more memory.
+    """
 
     x: float
     y: float
     top: float
     bottom: float
     row: int
-    hollow: bool = False
+    hollow: bool
 
 
 @dataclass(frozen=True)
@@ -72,28 +76,6 @@ class ScoreChart:
     y: Axis
     series: list[Series]
     band: tuple[float, float, float] | None
-    table: Table
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One score to draw.
-
-    Args:
-        series: name of the method.
-        x: budget.
-        score: mean metric.
-        interval: 95 % interval.
-        row: its row in the table.
-        hollow: whether another point has a higher score in no more memory.
-    """
-
-    series: str
-    x: float
-    score: float
-    interval: Sequence[float]
-    row: int
-    hollow: bool = False
 
 
 def course_chart(search: Search) -> CourseChart:
@@ -156,46 +138,41 @@ def _course_table(search: Search) -> Table:
     return Table("Steps and candidates of the search", columns, steps + rows)
 
 
-def score_chart(
-    points: Sequence[Scored],
-    styles: dict[str, int],
-    title: str,
-    table: Table,
-    *,
-    full: Scored | None = None,
-    ticks_at: Mapping[float, str],
-) -> ScoreChart:
-    """Scores, from 0 to 1, against the budget on a logarithmic axis.
+def score_chart(group: Comparison) -> ScoreChart:
+    """Scores, from 0 to 1, against the mean budget on a logarithmic axis, whose labels say the memory, too.
 
     Args:
-        points: what to draw.
-        styles: colour and shape of each series.
-        title: of the horizontal axis.
-        table: the numbers.
-        full: the full cache's score, to be drawn as a reference over the whole width.
-        ticks_at: where the axis is labelled, as far as there is room, and a second line for each label.
+        group: methods at several budgets; the full cache's score is a line across.
     """
-    values = [point.x for point in points]
-    room = max((max(values) / min(values)) ** 0.08, 1.15)
-    x, y = Scale(min(values) / room, max(values) * room, log=True), Scale(0, 1)
+    full, styles = group.full, group.styles()
+    drawn = [(i, entry) for i, entry in enumerate(group.entries) if entry is not full]
+    budgets = [entry.row.mean_budget for _, entry in drawn]
+    room = max((max(budgets) / min(budgets)) ** 0.08, 1.15)
+    x, y = Scale(min(budgets) / room, max(budgets) * room, log=True), Scale(0, 1)
+
+    def heights(row: Row) -> tuple[float, float, float]:
+        return y.down(row.score), y.down(row.ci95[1]), y.down(row.ci95[0])
+
+    memory = {round(entry.row.mean_budget, 1): f"{mebibytes(entry.row.kv_bytes)} MiB" for entry in group.entries}
     ticks: list[Tick] = []
-    for value, note in sorted(ticks_at.items(), reverse=True):
+    for budget in reversed(group.budgets):
         # Of neighbours that would write over each other the larger is labelled.
-        if not ticks or ticks[-1].at - x(value) >= _LEAST_GAP:
-            ticks.append(Tick(x(value), f"{value:,.6g}", note))
+        if not ticks or ticks[-1].at - x(budget) >= _LEAST_GAP:
+            ticks.append(Tick(x(budget), f"{budget:,.6g}", memory[budget]))
     if len(ticks) > _MOST_TICKS:
         ticks = log_ticks(x)
     series = []
-    for name in dict.fromkeys(point.series for point in points):
-        members = sorted((point for point in points if point.series == name), key=lambda point: point.x)
-        marks = [
-            Mark(x(p.x), y.down(p.score), y.down(p.interval[1]), y.down(p.interval[0]), p.row, p.hollow)
-            for p in members
-        ]
+    for name in dict.fromkeys(entry.name for _, entry in drawn):
+        members = sorted((each for each in drawn if each[1].name == name), key=lambda each: each[1].row.mean_budget)
+        marks = [Mark(x(e.row.mean_budget), *heights(e.row), row=i, hollow=not e.on_front) for i, e in members]
         line = "M" + "L".join(f"{_unit(m.x)} {_unit(m.y)}" for m in marks)
         series.append(Series(name, styles[name], marks, line if len(marks) > 1 else ""))
-    band = None if full is None else (y.down(full.score), y.down(full.interval[1]), y.down(full.interval[0]))
-    return ScoreChart(Axis(title, ticks), Axis.upwards("score", linear_ticks(y)), series, band, table)
+    return ScoreChart(
+        Axis("mean budget (cache entries per KV head), and the cache's size", ticks),
+        Axis.upwards("score", linear_ticks(y)),
+        series,
+        None if full is None else heights(full.row),
+    )
 
 
 def _unit(percent: float) -> str:

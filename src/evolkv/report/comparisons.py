@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -12,10 +12,8 @@ from typing import Any
 from evolkv.budgets import size_of
 from evolkv.profile_file import ProfileFile
 from evolkv.report.axes import Table
-from evolkv.report.charts import ScoreChart, Scored, score_chart
 from evolkv.report.schemas import Curve, Row
-from evolkv.report.units import mebibytes
-from evolkv.report.words import counted, in_chunks, interval, number, percent, score
+from evolkv.report.words import counted, in_chunks, interval, mebibytes, number, percent, score
 
 FULL, EVOLVED = "full", "evolkv"
 _FULL_STYLE, _EVOLVED_STYLE, _OTHER_STYLES = 0, 1, 6
@@ -126,24 +124,6 @@ class Comparison:
             rows.append(cells)
         return Table(f"{self.first.task}: {self.first.metric} by method{self.asked}", columns, rows)
 
-    def by_budget(self) -> ScoreChart:
-        """Score against mean budget, whose labels say the memory, too; the full cache is a line across."""
-        points = [
-            Scored(entry.name, entry.row.mean_budget, entry.row.score, entry.row.ci95, i, not entry.on_front)
-            for i, entry in enumerate(self.entries)
-        ]
-        full = [point for point, entry in zip(points, self.entries, strict=True) if entry is self.full]
-        rest = [point for point, entry in zip(points, self.entries, strict=True) if entry is not self.full]
-        memory = {round(entry.row.mean_budget, 1): f"{mebibytes(entry.row.kv_bytes)} MiB" for entry in self.entries}
-        return score_chart(
-            rest,
-            self.styles(),
-            "mean budget (cache entries per KV head), and the cache's size",
-            self.table(),
-            full=full[0] if full else None,
-            ticks_at={budget: memory[budget] for budget in self.budgets},
-        )
-
 
 def is_evolved(method: str) -> bool:
     """Return True if a method's name is that of a profile: the demo's, or a path."""
@@ -208,7 +188,7 @@ def _from_curve(curve: Curve, profiles: Sequence[ProfileFile]) -> Comparison:
     return Comparison(_ordered(entries), of_curve=True)
 
 
-def model_name(settings: dict[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:
+def model_name(settings: Mapping[str, Any], profiles: Sequence[ProfileFile] = ()) -> str | None:
     """The model that a search's settings name, or else the one that all profiles are for."""
     model = settings.get("model")
     if isinstance(model, dict):

@@ -11,8 +11,7 @@ from evolkv.profile_file import unit_of
 from evolkv.report.comparisons import Comparison, Entry
 from evolkv.report.schemas import Search, Validated, mean_of
 from evolkv.report.sources import Sources
-from evolkv.report.units import duration, mebibytes
-from evolkv.report.words import candidates, counted, interval, listing, number, percent, short
+from evolkv.report.words import candidates, counted, duration, interval, listing, mebibytes, number, percent, short
 
 #: A budget is worth naming first if its score is this close to the full cache's.
 _CLOSE = 0.95

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from evolkv.profile_file import ProfileFile
-from evolkv.schemas import RecordedBudget, Schema
+from evolkv.schemas import Count, RecordedBudget, Schema
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
 Budgets = Annotated[
     list[Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=4096)]],
     Field(min_length=1, max_length=4096),
@@ -129,7 +128,7 @@ class Search(Schema):
     @property
     def rotating(self) -> bool:
         """True if generations were scored on a few of the training examples in turn."""
-        return in_turn(self.history)
+        return any(entry.scores and None in entry.scores for entry in self.history)
 
     @property
     def leader(self) -> Candidate | None:
@@ -156,11 +155,6 @@ class Search(Schema):
                 best = entry.fitness
                 steps.append((i, entry.score))
         return steps
-
-
-def in_turn(entries: Sequence[Candidate]) -> bool:
-    """Return True if candidates were scored on a few of the training examples in turn."""
-    return any(entry.scores and None in entry.scores for entry in entries)
 
 
 def course_in_turn(entries: Sequence[Candidate]) -> list[tuple[int, float]]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evolkv.report.axes import Table
-from evolkv.report.units import mebibytes, with_interval
-from evolkv.report.words import counted, in_chunks
+from evolkv.report.words import counted, in_chunks, mebibytes, with_interval
 
 if TYPE_CHECKING:
     from evolkv.evaluation.certify import Certificate, RecordsCertificate

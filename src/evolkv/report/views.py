@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING
 
 from evolkv.profile_file import unit_of
 from evolkv.report.axes import Table
-from evolkv.report.charts import CourseChart, ScoreChart, course_chart
+from evolkv.report.charts import CourseChart, ScoreChart, course_chart, score_chart
 from evolkv.report.comparisons import FULL, Comparison, Entry, is_evolved
 from evolkv.report.differences import Difference, held_out, in_validation
 from evolkv.report.heatmaps import Bars, HeatMap, budget_charts, kept_chart
 from evolkv.report.schemas import Candidate, Search, Validated, mean_of
 from evolkv.report.sources import Sources
 from evolkv.report.tables import NO_WIDTH, p_value
-from evolkv.report.units import duration, mebibytes
-from evolkv.report.words import candidates, counted, in_chunks, interval, number, percent, score, short
+from evolkv.report.words import (
+    candidates,
+    counted,
+    duration,
+    in_chunks,
+    interval,
+    mebibytes,
+    number,
+    percent,
+    score,
+    short,
+)
 
 if TYPE_CHECKING:
     from evolkv.evaluation.records import Records
@@ -132,8 +142,8 @@ def methods(group: Comparison, records: Sequence[Records]) -> Panel:
     differences = Differences.of(held_out(group, records))
     if not group.single:
         hollow = " Hollow: another budget scores as high in less memory." * (not all(e.on_front for e in group.entries))
-        chart, table = group.by_budget(), group.table()
-        return Panel(_title(group), f"{finding}.{hollow}", chart, differences=differences, table=table)
+        finding += f".{hollow}"
+        return Panel(_title(group), finding, score_chart(group), differences=differences, table=group.table())
     if group.budgets:
         finding += f"; mean budget {number(group.budgets[0])} entries per KV head"
     lines = [
