@@ -94,7 +94,8 @@ class Example:
         if self.max_new_tokens < 0:
             refuse("max_new_tokens", "0 or more")
         try:
-            check_characters(json.dumps({**vars(self), "extra": dict(self.extra)}, sort_keys=True, ensure_ascii=False))
+            fields = {**vars(self), "extra": dict(self.extra)}
+            check_characters(json.dumps(fields, sort_keys=True, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TaskError(f"example {self.id!r} holds what a record cannot: {error}") from None
 
