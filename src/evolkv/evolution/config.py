@@ -373,12 +373,12 @@ class OneBudget(SearchConfig):
         given = self.budget
         if (isinstance(given, str) and "," in given) or (isinstance(given, Iterable) and not isinstance(given, str)):
             raise BudgetError(f"the budget is {given!r}; evolkv.search takes one, evolkv.search_curve takes several")
-        self._check_budgets([self.target])
+        self._check_budgets(self.targets)
 
     @property
-    def target(self) -> Budget:
-        """The budget as a number or a share."""
-        return read_budget(self.budget)
+    def targets(self) -> list[Budget]:
+        """The budget alone, as a number or a share."""
+        return [read_budget(self.budget)]
 
 
 @dataclass(frozen=True, kw_only=True)

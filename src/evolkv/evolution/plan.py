@@ -24,12 +24,12 @@ from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.evaluation.shards import SHARD_SIZE, ShardedEngine
 from evolkv.evolution.config import COMPUTED, OneBudget, SearchConfig, SeveralBudgets
-from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
 from evolkv.evolution.limit import allocations
-from evolkv.evolution.rivals import searches_of, settled
+from evolkv.evolution.rivals import fitted, searches_of, settled
 from evolkv.evolution.run import Run
+from evolkv.models import model_facts
 from evolkv.tasks import Example, encode_prompt
 
 FORMAT = "evolkv.plan/1"
@@ -112,15 +112,12 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice for one example.
     """
-    targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
-    config = settled(tokenizer, config, targets)
+    config = settled(tokenizer, config)
     selectors = list(config.selectors.values())
-    # As the search does: of one budget alone the window stays as it is.
-    first = fitted(selectors[0], targets[0]) if isinstance(config, SeveralBudgets) else selectors[0]
-    one = replace(config, selector=[first], storage=None, time_limit=None)
+    one = replace(config, selector=[fitted(selectors[0], config.targets)], storage=None, time_limit=None)
     free = free_memory(model)
     with Run(model, tokenizer, one) as run:
-        budgets = run.space.aim(targets)
+        budgets = run.space.aim(config.targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
         # Where they compete, one of them evolves.
         evolving = 1 if config.competes else len(selectors)
@@ -251,8 +248,6 @@ class _Naive:
 
     def memory(self, free: int, selectors: int) -> Memory:
         """Return what the search takes: one prompt at a time."""
-        from evolkv.models import model_facts
-
         facts, model = model_facts(self.run.model), self.run.model
         entry = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * model.dtype.itemsize
         return Memory(self.in_use, _weights(model), 0, int(2 * entry * max(self.tokens)), 0, 0, free)

@@ -1,4 +1,4 @@
-"""A search, from settings to profile: evolve, then choose on examples that the search never saw."""
+"""A search under one selector, from settings to profile: evolve, then choose on examples that it never saw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,19 +20,16 @@ from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.records import prompt_digest
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import check_unseen, choose, rows_from
-from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
-from evolkv.evolution.ending import carried_out
+from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, SearchConfig
 from evolkv.evolution.engines import Engines
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
-from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
-from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
@@ -46,56 +42,6 @@ log = logging.getLogger(__name__)
 
 # Training examples of free text below which a search warns.
 _FEW = 16
-
-
-def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> SearchResult:
-    """Evolve a profile: how many cache entries each layer (or KV head) needs for a task.
-
-    Args:
-        model: a transformers decoder-only model.
-        tokenizer: its tokenizer.
-        config: the settings, checked; `evolkv.search` takes them by keyword.
-
-    Returns:
-        The profile, every evaluation and the validation scores. KeyboardInterrupt during the search ends it early: the
-        result then holds the fittest candidate so far (where generations are scored on different examples, the mean of
-        the distribution), and says that it was interrupted.
-
-    Raises:
-        UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
-            study was made with other settings, or another process is at it.
-        RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first step or generation was scored.
-    """
-    config = settled(tokenizer, config, [config.target])
-    limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
-    search = partial(_under_one_selector, model, tokenizer, limit=limit)
-
-    def whole(config: OneBudget) -> SearchResult:
-        if len(config.selectors) > 1:
-            return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
-        return search(config)
-
-    with without_dropout(model):
-        return carried_out(whole, config, limit)
-
-
-def _under_one_selector(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    config: OneBudget,
-    limit: TimeLimit,
-    begun: dict[int, Beginning] | None = None,
-    evolves: bool = True,
-) -> SearchResult:
-    started = time.perf_counter()
-    with Run(model, tokenizer, config, limit, begun, evolves) as run:
-        (budget,) = run.open_study([config.target])
-        evolved = run.evolve(budget, config.begins_at)
-        choices = run.choices(budget, evolved)
-        validation = run.choose({str(budget): choices}, evolved.interrupted).get(str(budget), [])
-        took = time.perf_counter() - started + evolved.recorded_seconds
-        return run.result(budget, evolved, choices, validation, took)
 
 
 class Run:
@@ -124,6 +70,7 @@ class Run:
         begun: dict[int, Beginning] | None = None,
         evolves: bool = True,
     ):
+        self._started = time.perf_counter()
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.limit = limit or TimeLimit(None)
         self._begun, self._evolves = {} if begun is None else begun, evolves
@@ -165,6 +112,11 @@ class Run:
         self.engines.close()
         if self.study is not None:
             self.study.close()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds since it began."""
+        return time.perf_counter() - self._started
 
     def open_study(self, targets: Sequence[Budget]) -> list[int]:
         """Create a study, or continue one with the same settings; without a storage nothing is recorded.
