@@ -19,7 +19,7 @@ from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
-from evolkv.tasks import encode_prompt
+from evolkv.tasks.prompts import prompt_lengths
 
 FORMAT = "evolkv.curve/1"
 # A neighbour's budgets are near: the step from them is smaller than from uniform ones.
@@ -184,7 +184,7 @@ def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
     info = describe_model(run.model)
     entry_bytes = 2 * info.head_dim * run.model.dtype.itemsize
     windows = [window or MAX_BUDGET for window in model_facts(run.model).sliding_windows]
-    lengths = [encode_prompt(run.tokenizer, example).shape[1] for example in run.held_out]
+    lengths = prompt_lengths(run.tokenizer, run.held_out)
     points: list[dict[str, Any]] = []
     for result in results:
         # Of each validation example, as the scores are.

@@ -20,7 +20,8 @@ from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.space import SearchSpace
 from evolkv.selectors import Selector
-from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks import Example
+from evolkv.tasks.prompts import prompt_lengths
 
 
 class Engines:
@@ -119,7 +120,7 @@ class Engines:
                 lengths,
             )
         side_by_side = self.side_by_side(len(examples))
-        tokens = [encode_prompt(self._tokenizer, example).shape[1] for example in examples]
+        tokens = prompt_lengths(self._tokenizer, examples)
         return ShardedEngine(
             self.backend,
             examples,

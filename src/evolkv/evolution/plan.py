@@ -31,6 +31,7 @@ from evolkv.evolution.rivals import fitted, searches_of, settled
 from evolkv.evolution.run import Run
 from evolkv.models import model_facts
 from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks.prompts import prompt_lengths
 
 FORMAT = "evolkv.plan/1"
 
@@ -156,12 +157,12 @@ class _Replay:
         self.side_by_side = run.engines.side_by_side(len(run.train))
         # One of each shard, as many as run at once.
         sample = run.train[::SHARD_SIZE][: self.side_by_side]
-        self.tokens = _lengths(run, run.train)
+        self.tokens = prompt_lengths(run.tokenizer, run.train)
         self.ceiling = run.engines.most_held(max(self.tokens))
         started = time.perf_counter()
         engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, self.ceiling, shard_size=1)
         took = time.perf_counter() - started
-        self.sampled = _lengths(run, sample)
+        self.sampled = prompt_lengths(run.tokenizer, sample)
         self.per_token = took / sum(self._tokens([each]) for each in sample)
         self.prompt = took / len(sample)
         self.step = self.calibration = 0.0
@@ -232,7 +233,7 @@ class _Naive:
 
     def __init__(self, run: Run, budgets: Sequence[int]):
         self.run, config = run, run.config
-        self.tokens = _lengths(run, run.train)
+        self.tokens = prompt_lengths(run.tokenizer, run.train)
         engine = NaiveEngine(
             run.model, run.tokenizer, run.train[:1], run.selector, config.metric, None, config.prefill_chunk
         )
@@ -251,10 +252,6 @@ class _Naive:
         facts, model = model_facts(self.run.model), self.run.model
         entry = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * model.dtype.itemsize
         return Memory(self.in_use, _weights(model), 0, int(2 * entry * max(self.tokens)), 0, 0, free)
-
-
-def _lengths(run: Run, examples: Sequence[Example]) -> list[int]:
-    return [encode_prompt(run.tokenizer, example).shape[1] for example in examples]
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -28,7 +28,8 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import SelectorSpec, get_selector
-from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks import get_task
+from evolkv.tasks.prompts import prompt_lengths
 from evolkv.tasks.protocol import draw_examples
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def fitted(spec: SelectorSpec, targets: Sequence[Budget]) -> SelectorSpec:
 def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
     """Return the tokens of the longest training prompt."""
     drawn = draw_examples(get_task(config.task), "train", config.num_train, tokenizer, config.seed, config.protocol)
-    return max(encode_prompt(tokenizer, each).shape[1] for each in drawn)
+    return max(prompt_lengths(tokenizer, drawn))
 
 
 def searches_of(config: SearchConfig) -> int:

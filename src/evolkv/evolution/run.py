@@ -32,7 +32,8 @@ from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks import fingerprint, format_spec, get_task
+from evolkv.tasks.prompts import prompt_lengths
 from evolkv.tasks.protocol import draw_examples
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Run:
                 len(self.train),
                 _FEW,
             )
-        lengths = [encode_prompt(tokenizer, example).shape[1] for example in self.train]
+        lengths = prompt_lengths(tokenizer, self.train)
         self.space = SearchSpace(model, self.selector, config, max(lengths), min(lengths))
         self.rotation = Rotation(len(self.train), config.examples_per_generation, config.seed)
         #: Scores of the allocations that stood for choice on all training examples, by choice, then by name.
