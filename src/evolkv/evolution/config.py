@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from evolkv.budgets import Budget, BudgetSpec, read_budget, read_budgets, size_of
 from evolkv.errors import BudgetError, UsageError
@@ -340,9 +340,9 @@ class SearchConfig:
 
 #: Settings that are one of a few words, and settings that count something.
 _CHOICES = {
-    "granularity": ("layer", "head"),
-    "engine": ("replay", "naive"),
-    "backend": ("local", "ray"),
+    "granularity": get_args(Granularity),
+    "engine": get_args(EngineName),
+    "backend": get_args(BackendName),
     "protocol": PROTOCOLS,
 }
 _COUNTS = {
@@ -399,8 +399,8 @@ class SeveralBudgets(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first not in ("smallest", "largest"):
-            raise unknown_name("order", self.first, ("smallest", "largest"))
+        if self.first not in get_args(Order):
+            raise unknown_name("order", self.first, get_args(Order))
         # What can be read only once is read here.
         object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
         kinds = {type(each) for each in self.targets}
