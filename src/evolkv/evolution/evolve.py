@@ -105,6 +105,11 @@ class Rotation:
         order.sort(key=rank.__getitem__)
         return sorted(order[place * self.size : (place + 1) * self.size])
 
+    def spread(self, columns: Sequence[int], values: Sequence[float]) -> list[float | None]:
+        """Return the values of some examples as a list of all, with None for the others."""
+        known = dict(zip(columns, values, strict=True))
+        return [known.get(example) for example in range(self.examples)]
+
 
 def evolve(
     strategy: Strategy,
@@ -176,9 +181,6 @@ def evolve(
                 took = seconds / len(population)
                 evaluations = []
                 for candidate, row in zip(population, scores, strict=True):
-                    by_example: list[float | None] = [None] * rotation.examples
-                    for column, value in zip(columns, row.tolist(), strict=True):
-                        by_example[column] = value
                     score, spent = float(row.mean()), float(candidate[group].mean())
                     evaluations.append(
                         Evaluation(
@@ -187,7 +189,7 @@ def evolve(
                             score,
                             cache_score(spent, budget, gamma=config.gamma),
                             generation,
-                            by_example,
+                            rotation.spread(columns, row.tolist()),
                             took,
                         )
                     )
