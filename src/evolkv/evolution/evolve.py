@@ -252,7 +252,7 @@ def make_strategy(
     }
     if strategy.starts_anywhere:
         arguments["x0"] = space.start(start, budget)
-    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)  # type: ignore[call-arg]
+    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)
 
 
 def stage_name(budget: int) -> str:
