@@ -106,7 +106,7 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
 
 
 def _mean_score(curve: CurveResult) -> float:
-    return float(np.mean([score_of(result) for result in curve.results]))
+    return float(np.mean([score_of(result) or 0.0 for result in curve.results]))
 
 
 def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:

@@ -21,7 +21,6 @@ from evolkv.evolution.bounds import default_floor, narrowed
 from evolkv.evolution.config import ALONE, COMPETING, OneBudget, SearchConfig, SeveralBudgets
 from evolkv.evolution.evolve import Beginning
 from evolkv.evolution.limit import OutOfTimeError, TimeLimit
-from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.result import SearchResult
 from evolkv.evolution.run import Run
 from evolkv.evolution.strategies import STRATEGIES
@@ -56,7 +55,7 @@ def whole_search(
     tokenizer: Any,
     config: Config,
     search: Callable[[Run, Config], Result],
-    score: Callable[[Result], float],
+    score: Callable[[Result], float | None],
     best: Callable[[list[Result], bool], Result],
 ) -> Result:
     """Run a search under its selector, or under each of several in turn.
@@ -66,7 +65,7 @@ def whole_search(
         tokenizer: its tokenizer.
         config: the settings.
         search: searches under one selector.
-        score: by which the results of several selectors are compared.
+        score: by which the results of several selectors are compared; None, for one without a choice, counts as 0.
         best: makes one result of theirs; it is told whether some selector's search did not come to its end.
 
     Raises:
@@ -187,7 +186,7 @@ def _under_each(
     config: Config,
     selectors: Mapping[str, SelectorSpec],
     run: Callable[[Config, dict[int, Beginning], bool], Result],
-    score: Callable[[Result], float],
+    score: Callable[[Result], float | None],
 ) -> tuple[list[Result], bool]:
     """Run a search under each of several selectors in turn; of searches with a descent only the best one evolves.
 
@@ -212,10 +211,13 @@ def _under_each(
     results: dict[str, Result] = {}
 
     def search(name: str, evolves: bool) -> Result:
-        study, report = f"{config.study}/{name}", _naming(name, config.on_progress)
-        own = replace(config, selector=selectors[name], study=study, on_progress=report)
-        if config.engine != "naive":
-            own = replace(own, backend=lambda: backend)
+        own = replace(
+            config,
+            selector=selectors[name],
+            study=f"{config.study}/{name}",
+            backend=config.backend if config.engine == "naive" else lambda: backend,
+            on_progress=lambda step: config.report(replace(step, selector=name)),
+        )
         return run(own, begun[name], evolves)
 
     try:
@@ -224,7 +226,7 @@ def _under_each(
             if results[name].interrupted:
                 return [*results.values()], True
         if contest:
-            winner = max(results, key=lambda name: score(results[name]))
+            winner = max(results, key=lambda name: score(results[name]) or 0.0)
             first, evolved = results[winner], search(winner, True)
             # Two parts of one search.
             took = first.seconds + evolved.seconds
@@ -250,7 +252,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
         {
             "selector": result.profile.selector,
             "chosen": result.chosen,
-            "score": _comparable(result),
+            "score": score_of(result),
             "evaluations": result.evaluations,
             "seconds": result.seconds,
         }
@@ -258,7 +260,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     ]
     complete = [result for result in results if result.validation] or results[:1]
     # On a tie, prefer the allocation that needed no search, as within a search.
-    winner = max(complete, key=lambda it: (score_of(it), not it.improved))
+    winner = max(complete, key=lambda it: (score_of(it) or 0.0, not it.improved))
     # Without times, which no two runs have in common: a search that goes on comes to the same profile.
     known: dict[str, Any] = {"rivals": [{key: row[key] for key in row if key != "seconds"} for row in rivals]}
     known["interrupted"] = interrupted
@@ -273,24 +275,9 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     )
 
 
-def score_of(result: SearchResult) -> float:
-    """Return a result's validation score as it compares with other selectors'; 0 after an interruption."""
-    return _comparable(result) or 0.0
-
-
-def _comparable(result: SearchResult) -> float | None:
+def score_of(result: SearchResult) -> float | None:
     """Return a result's validation score as it compares with other selectors'; None after an interruption."""
     if not result.validation:
         return None
     chosen = result.validation[0]
     return float(chosen.get("retained", chosen["score"]))
-
-
-def _naming(name: str, report: OnProgress | None) -> OnProgress | None:
-    if report is None:
-        return None
-
-    def named(step: SearchProgress) -> None:
-        report(replace(step, selector=name))
-
-    return named
