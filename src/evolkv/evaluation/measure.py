@@ -144,16 +144,16 @@ def measure(
     facts = model_facts(model)
     size = len(asked.questions)
     prompt_bytes = asked.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
-    # Not by the memory that is free, which is not the same in a run that continues another.
+    # Does not depend on free memory, which is not the same in a run that continues another.
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    # Shards of about one size, as many for each thread, so that none waits for another's last.
+    # Shards of about the same size, equally many for each thread, so that no thread waits long for another.
     rounds = math.ceil(size / (threads * _SHARD_SIZE))
     step = math.ceil(size / (threads * rounds))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
     workers = Workers(model.device, min(len(shards), free_memory(model) // (8 * prompt_bytes)))
     shard = _Shard(model, asked, rows, settings, log, workers.count)
     try:
-        # Those on record, too: the number of jobs decides how many cores each of them gets.
+        # Shards on record count, too: the number of jobs decides how many cores each job gets.
         workers.run([partial(shard, columns) for columns in shards], on_step)
     finally:
         workers.close()
@@ -213,7 +213,7 @@ class _Shard:
         for column in columns:
             question = self.asked.questions[column]
             forced = question.scorer.teacher_forced
-            # Also of what is on record: the next prompt starts where it differs from this one.
+            # Prompts on record are read, too: the next prompt starts where it differs from this one.
             recorded = None if prefill is None else prefill(question.prompt)
             if forced and column not in missing:
                 check_wanted()

@@ -198,7 +198,7 @@ class TextScorer(Scorer):
     teacher_forced = False
 
     def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
-        # What a metric needs beside the answer is missed now, not after everything was computed.
+        # Fails now if the example lacks what the metric needs, not after everything was computed.
         text_score(self.metric, "", example)
         check_judged(example, self.metric)
         return None
@@ -266,7 +266,7 @@ class FidelityScorer(Scorer):
         text = torch.cat([question.later, target])[None, :-1].to(input_device(self.model))
         logits = first if later == 0 else first[:0]
         if text.numel():
-            # Once more as candidates read it: how many tokens are read at once decides the last bits.
+            # Read again in one call, as candidates do: how many tokens are read at once decides the last bits.
             position = question.tokens + torch.arange(text.shape[1], device=text.device)[None]
             with torch.inference_mode():
                 output = self.model(

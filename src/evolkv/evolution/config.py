@@ -192,7 +192,7 @@ class SearchConfig:
         check_metric(self.metric)
         if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
-        # Checks its arguments, long before the first candidate would.
+        # Called for its checks of lam and gamma, long before the first candidate.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     def _check_strategy(self) -> None:
@@ -276,7 +276,7 @@ class SearchConfig:
         return {get_selector(each).spec: each for each in several}
 
     def _check_budgets(self, targets: Sequence[Budget]) -> None:
-        # Of those that compete by default, the first stays whatever the budget; the others only where they fit.
+        # Of the default selectors only the first has to fit: `settled` leaves out others that do not.
         asked = [*self.selectors.values()][: 1 if self.selector is None else None]
         check_budgets(targets, asked, self.floor, self.ceiling)
 
@@ -401,7 +401,7 @@ class SeveralBudgets(SearchConfig):
         super().__post_init__()
         if self.first not in get_args(Order):
             raise unknown_name("order", self.first, get_args(Order))
-        # What can be read only once is read here.
+        # A generator can be read only once.
         object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
         kinds = {type(each) for each in self.targets}
         if len(kinds) > 1:

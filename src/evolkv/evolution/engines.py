@@ -103,7 +103,7 @@ class Engines:
         started = time.perf_counter()
 
         def on_progress(done: int, total: int) -> None:
-            # Once all workers have read a shard: prompts that go before have neighbours to come that share with them.
+            # Not before all workers have read a shard: its later prompts take less, since they share their beginning.
             if held and config.engine == "replay" and done >= min(total, SHARD_SIZE * side_by_side):
                 self._limit.read(done, total, time.perf_counter() - started)
             config.report(SearchProgress(stage, done, total))

@@ -74,10 +74,10 @@ class Evolved:
 class Rotation:
     """The training examples that each generation is scored on: a few at a time, all of them in turn.
 
-    A generation's candidates are compared on the same examples, so what is noise between examples is not noise
-    between them. The order is drawn anew for every round, and neighbours in it come from different shards, so that
-    workers side by side share a generation. Where `size` does not divide their number, a round leaves out the last of
-    its order.
+    All candidates of a generation are scored on the same examples, so differences between examples do not blur the
+    comparison. The order is drawn anew for every round, and neighbours in it come from different shards, so that
+    workers side by side share a generation. Where `size` does not divide the number of examples, a round leaves out
+    the last of its order.
 
     Args:
         examples: number of training examples.
@@ -158,7 +158,7 @@ def evolve(
             proposed = strategy.ask()
             if done + len(proposed) > total and done:
                 break
-            # Of a search shorter than one generation that is all there is.
+            # A search shorter than one generation evaluates part of it.
             population = [space.matrix(candidate) for candidate in proposed[:total]]
             if generation < len(recorded):
                 evaluations = recorded[generation]

@@ -120,7 +120,7 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
     with Run(model, tokenizer, one) as run:
         budgets = run.space.aim(config.targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
-        # Where they compete, one of them evolves.
+        # Of competing selectors only one evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
         chosen = allocations(len(budgets)) * searches_of(config) * (len(run.held_out) + len(run.train))
@@ -213,7 +213,7 @@ class _Replay:
         recordings = int(needs.snapshot * held.sum() / held.max())
         whole = int(needs.snapshot * needs.tokens / min(needs.tokens, self.ceiling))
         if selectors > 1:
-            # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
+            # Prompts are also held as recorded for the selectors to come, as long as there is room.
             recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(USABLE * free / 2))
         held_then = int(needs.snapshot * np.minimum(self.sampled, self.ceiling).sum() / held.max())
         passes = min(self.side_by_side, SLOPE_EXAMPLES)

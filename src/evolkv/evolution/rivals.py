@@ -228,12 +228,12 @@ def _under_each(
         if contest:
             winner = max(results, key=lambda name: score(results[name]) or 0.0)
             first, evolved = results[winner], search(winner, True)
-            # Two parts of one search.
+            # The descent and the evolution are two parts of one search.
             took = first.seconds + evolved.seconds
             results[winner] = replace(first.followed_by(evolved), seconds=took)
             return [*results.values()], evolved.interrupted
     except OutOfTimeError:
-        # What the selectors before have come to stands; the same command goes on with the others.
+        # The results of the selectors before stand; the same command goes on with the others.
         if not results:
             raise
         return [result.out_of_time() for result in results.values()], False

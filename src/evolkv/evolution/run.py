@@ -80,7 +80,7 @@ class Run:
         self.haystack = self.task.haystack_used()
         (self.selector,) = map(get_selector, config.selectors.values())
         if config.prefill_chunk is not None:
-            # Refused now, if the selector or the model cannot be read so.
+            # Refuses a selector or a model that cannot read in chunks, before anything is computed.
             some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
             CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
         how = (tokenizer, config.seed, config.protocol)
@@ -134,7 +134,7 @@ class Run:
         config, shape = self.config, self.space.shape
         budgets = self.space.aim(targets)
         evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
-        # Settings that no strategy can use are not put on record.
+        # Made for its checks: settings that no strategy can use are not put on record.
         make_strategy(config, self.space, budgets[0], None if config.begins_at in COMPUTED else config.begins_at)
         if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
             log.warning(
@@ -154,7 +154,7 @@ class Run:
             **({"shares": [*self.space.shares.values()]} if self.space.shares else {}),
             "start": self._start_name,
         }
-        # Where it decides what the generations are.
+        # Only where it decides what the generations are.
         if len(budgets) > 1 or evaluations < whole:
             identity["max_evals"] = config.max_evals
         self.study = Study.open(config.storage, config.study, identity)
@@ -162,7 +162,7 @@ class Run:
             self.study.put("versions", versions())
             self.study.put("haystack", self.haystack)
             self._calibration.forget(self.study)
-        # Not part of what identifies a search: one that goes on may have more of them.
+        # Not part of what identifies a search: a continued one may have more of them.
         if self.study.get("max_evals") != evaluations:
             self.study.put("max_evals", evaluations)
         return budgets
@@ -172,10 +172,10 @@ class Run:
         config, space = self.config, self.space
         if (before := self._begun.get(budget)) is None:
             before = self._begin(budget, start)
-            # A second part of the search does not count its time again.
+            # The evolution after a contest does not count this time again.
             self._begun[budget] = replace(before, recorded_seconds=0.0)
         if before.descent:
-            # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
+            # Nothing evolves from a descent that was stopped: a continued search finishes it first.
             if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
                 return Evolved.none(before, before.interrupted)
@@ -231,7 +231,7 @@ class Run:
         if self.config.strategy == START_ONLY:
             start = self.config.begins_at
             return {start if isinstance(start, str) else START: np.array(evolved.best.budgets)}
-        # A descent that was stopped stands for itself.
+        # Without evolution the best is the descent's last step, which has its own name below.
         allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
@@ -252,7 +252,7 @@ class Run:
         On all training examples, too, so that the gap can be told. If the search is or was interrupted, the last choice
         that the study holds stands; without one, nothing is returned.
         """
-        # The choice among descents does not stand in the way of the one after evolution; a study keeps both.
+        # A study keeps two choices: the one among descents, and the one after evolution.
         fact = "validation" if self._evolves else "contest"
         asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
         recorded: dict[str, list[Validated]] = {}
@@ -262,7 +262,7 @@ class Run:
         if interrupted or asked == {name: {row.name: row.budgets for row in rows} for name, rows in recorded.items()}:
             return recorded
         try:
-            # While the prompts are still there.
+            # First the training examples, whose prompts are still held.
             trained = choose(self._scorer(), choices)
             self.engines.free()
             validated = choose(self.engines.unseen(self.held_out), choices)
@@ -308,14 +308,14 @@ class Run:
         }
         if evolved.out_of_time:
             settings["stopped"] = TIME_LIMIT
-        # The profile says these itself.
+        # A profile has fields for these.
         for name in ("model", "granularity", "selector"):
             settings.pop(name)
         score = self.trained.get(str(budget), {}).get(chosen)
         train = None if score is None else {"score": score, "n": len(self.train)}
         on_all = train
         if on_all is None and history and self.rotation.everything and np.array_equal(budgets, evolved.best.budgets):
-            # What was stopped before the choice.
+            # Stopped before the choice, but evolution has scored its best candidate on all of them.
             on_all = {"score": evolved.best.score, "n": len(self.train)}
         profile = BudgetProfile.from_budgets(
             self.model,
@@ -371,7 +371,7 @@ class Run:
             "floor": self.space.floor,
             "ceiling": self.space.ceiling,
             "engine": config.engine,
-            # Left out where they say nothing: studies from before they existed go on.
+            # Left out at their defaults, so that studies from before they existed can be continued.
             **({"least": int(self.space.floors.min())} if self.space.floors.min() < self.space.floor else {}),
             **({"balanced": True} if self.task.balanced else {}),
             **({} if config.prefill_chunk is None else {"prefill_chunk": config.prefill_chunk}),

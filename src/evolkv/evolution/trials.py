@@ -85,7 +85,7 @@ def to_trial(
     params: dict[str, int] = {}
     # The score of a step of a descent is that of soft cuts: Optuna must not take it for the best.
     soft = fittest.slope is not None
-    # Each costs a database three statements; so only what beats all before it has them.
+    # Each parameter costs a database three statements, so only a new best has them.
     if improved and not soft:
         params = {f"layer_{layer:02d}": round(sum(row) / len(row)) for layer, row in enumerate(fittest.budgets)}
     low, high = min([span[0], *params.values()]), max([span[1], *params.values()])
@@ -118,7 +118,7 @@ def stages_of(name: str, trials: Iterable[FrozenTrial]) -> dict[str, list[list[E
 
 
 def _evaluations(name: str, trial: FrozenTrial, generation: int) -> list[Evaluation]:
-    # By number: the names of a population above a thousand are of unequal length.
+    # By number: above a thousand candidates the names differ in length.
     keys = [key for key in trial.user_attrs if key.startswith(_CANDIDATES)]
     keys.sort(key=lambda key: (len(key), key))
     try:

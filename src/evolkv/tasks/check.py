@@ -42,7 +42,7 @@ def check_examples(
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
     for task in tasks:
         for split, count in splits.items():
-            # An example of each kind, as far as `count` examples have it.
+            # One example of each kind that `count` examples include.
             most = task.kinds if count is None else min(count, task.kinds)
             for example in draw_examples(task, split, most, tokenizer, seed, protocol):
                 name = metric or example.metric

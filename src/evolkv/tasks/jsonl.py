@@ -138,6 +138,6 @@ class _Fields(Schema):
     def content(self) -> str:
         # Of the row as it is in the file, so that overriding its settings draws the same rows.
         own: list[Any] = [self.metric, self.max_new_tokens]
-        # Only where they are: what a row is drawn by shall not depend on the version.
+        # Only where they are given, so that files from before these fields existed draw the same rows.
         own += [value for value in (self.first_line, self.stop) if value is not None]
         return digest(json.dumps([self.prompt, self.references, self.all_classes, own]))

@@ -200,7 +200,7 @@ def _shortened(turns: list[dict[str, Any]], tokenizer: Any, limit: int | None) -
     while limit is not None and left and sum(lengths) > limit:
         longest = max(left, key=lambda i: lengths[i])
         left.remove(longest)
-        # A message that vanished would leave another chat.
+        # Something of each message stays: without it the chat would be another.
         lengths[longest] = max(2, lengths[longest] - (sum(lengths) - limit))
         turns[longest]["content"] = cut_middle(tokenizer, turns[longest].get("content") or "", lengths[longest])
     return turns

@@ -138,7 +138,7 @@ def answers_score(
 ) -> bool:
     """Return whether any of a row's own answers, or of what is `judged` of them, scores above 0 under a metric.
 
-    Summaries are taken to: ROUGE needs minutes for a file of them.
+    Answers that are summaries are taken to score, because ROUGE takes minutes for a file of them.
 
     Raises:
         TaskError: the metric needs what `extra` lacks, or an answer that reads otherwise.

@@ -60,7 +60,7 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
         return spec
     several: list[Task] = []
     for each in get_tasks(spec):
-        # A mixture within another would share the examples out otherwise than its spec reads.
+        # One mixture of all: within another mixture its tasks would get smaller shares, which the spec does not say.
         several += each.tasks if isinstance(each, Mixture) else [each]
     return several[0] if len(several) == 1 else Mixture(tuple(several))
 

@@ -177,7 +177,7 @@ class _Slot(NamedTuple):
     def of(cls, index: int) -> _Slot:
         """Return the slot of an example."""
         turn, kind = divmod(index, len(KINDS))
-        # A language that went in step with the length would have one length alone.
+        # Shifted from round to round, or each language would have one length alone.
         language = (turn + turn // len(LENGTHS)) % len(_LANGUAGES) if KINDS[kind] == "needle" else 0
         return cls(KINDS[kind], index % len(LENGTHS), language)
 
