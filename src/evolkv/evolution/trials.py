@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from evolkv.errors import StudyError
 from evolkv.evolution.result import Evaluation
-from evolkv.schemas import first_error
+from evolkv.schemas import Schema, first_error
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -31,10 +31,8 @@ _ATTRIBUTE_BYTES = 60_000
 _MAX_BUDGET = 2**31 - 1
 
 
-class _Candidate(BaseModel):
-    """The types of one recorded candidate; a storage is a file that anyone may have written."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
+class _Candidate(Schema):
+    """One recorded candidate."""
 
     budgets: list[list[int]]
     fitness: float
