@@ -251,6 +251,8 @@ def test_several_specs_are_a_mixture_however_they_are_given():
     ("specs", "words"),
     [
         ([], "no task is given"),
+        (NeedleInHaystack, "the task is <class '.*NeedleInHaystack'>; expected a spec"),
+        ([None], "the task is None; expected a spec"),
         (["niah", "niah:context=1600"], "twice"),
         (["niah", "nyah"], "Did you mean 'niah'"),
     ],

@@ -174,7 +174,10 @@ class SearchConfig:
                 raise unknown_name(name, value, known)
         for name, noun in _COUNTS.items():
             value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 1):
+            # None stands for a default that depends on other settings, where there is one.
+            if value is None and getattr(SearchConfig, name) is None:
+                continue
+            if not is_whole(value) or value < 1:
                 least = f", at least one{noun and f' {noun}'}"
                 raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
