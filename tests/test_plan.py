@@ -13,8 +13,8 @@ from evolkv.errors import BudgetError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evolution import OneBudget, SeveralBudgets
 from evolkv.evolution import plan as module
+from evolkv.evolution.one_budget import run_search
 from evolkv.evolution.plan import make_plan
-from evolkv.evolution.run import run_search
 from evolkv.selectors import get_selector
 from evolkv.tasks import get_task
 

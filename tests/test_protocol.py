@@ -19,7 +19,7 @@ from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, get_task
-from evolkv.tasks.protocol import AGNOSTIC, AWARE, under_protocol
+from evolkv.tasks.protocol import AGNOSTIC, AWARE, draw_examples, under_protocol
 from tiny import VOCABULARY, scored_texts, tiny_model, tokens, tokens_read
 
 FACTS = {
@@ -275,3 +275,8 @@ class Bad(Task):
 def test_a_task_that_gives_no_examples_ends_a_search_in_one_line(small, gives, error, words):
     with pytest.raises(error, match=words):
         evolkv.search(*small, task=Bad(gives), budget=48)
+
+
+def test_of_a_task_that_gives_more_examples_than_asked_for_the_first_count(small):
+    more = [Example(f"e{i}", "text", ("mat",)) for i in range(5)]
+    assert draw_examples(Bad(more), "validation", 3, small[1], 0, AWARE) == more[:3]

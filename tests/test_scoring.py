@@ -228,6 +228,12 @@ def test_only_label_free_metrics_take_examples_without_an_answer(words):
         Example("e", "a prompt", ())
 
 
+@pytest.mark.parametrize("metric", LABEL_FREE)
+def test_label_free_metrics_need_room_for_the_models_own_answer(words, metric):
+    with pytest.raises(UsageError, match=f"e0: max_new_tokens is 0, and metric '{metric}' compares with"):
+        encode_examples(words, lively(), unlabelled([40], new=0), metric)
+
+
 def test_another_metric_that_gives_an_examples_own_answer_0_is_refused(small):
     model, tokenizer = small
     word = Example("e", "How many?", ("seven",))

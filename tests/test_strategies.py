@@ -5,7 +5,7 @@ import pytest
 
 from evolkv.errors import BudgetError, UsageError
 from evolkv.evolution.objective import fitness
-from evolkv.evolution.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch
+from evolkv.evolution.strategies import STRATEGIES, GroupedCMA, JointCMA, RandomSearch, StartOnly
 
 MAKERS = {
     "joint": lambda seed=0: JointCMA(shape=(12,), budget=128, seed=seed),
@@ -328,6 +328,7 @@ def test_grouped_leaves_layers_without_room_alone():
         (lambda: GroupedCMA(budget=2000), "out of reach"),
         (lambda: RandomSearch(population=True), "population"),
         (lambda: RandomSearch(floor=1.5), "floor"),
+        (lambda: StartOnly(seed=-1), "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

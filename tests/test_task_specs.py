@@ -200,6 +200,7 @@ def test_example_without_references_is_refused():
         ({"prompt": "half \ud800"}, "example 'a' holds what a record cannot: '.ud800' is half of a character"),
         ({"extra": {"depth": np.float32(0.5)}}, "holds what a record cannot: Object of type float32 is not JSON"),
         ({"extra": None}, "holds what a record cannot"),
+        ({"extra": {"depth": float("nan")}}, "holds what a record cannot: Out of range float values"),
     ],
 )
 def test_an_example_of_other_types_is_refused_in_one_line(changes, words):
@@ -250,6 +251,8 @@ def test_several_specs_are_a_mixture_however_they_are_given():
     ("specs", "words"),
     [
         ([], "no task is given"),
+        (NeedleInHaystack, "the task is <class '.*NeedleInHaystack'>; expected a spec"),
+        ([None], "the task is None; expected a spec"),
         (["niah", "niah:context=1600"], "twice"),
         (["niah", "nyah"], "Did you mean 'niah'"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import griffe
 
 #: The functions, which `evolkv.evolution.keywords` makes, and what each calls.
-_MADE = {"search": "run.run_search", "search_curve": "curve.run_curve"}
+_MADE = {"search": "one_budget.run_search", "search_curve": "curve.run_curve"}
 
 
 class Made(griffe.Function):

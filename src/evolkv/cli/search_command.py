@@ -22,7 +22,7 @@ from evolkv.evolution import CurveResult, OneBudget, SearchConfig, SearchResult,
 from evolkv.evolution.config import COMPUTED
 from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
-from evolkv.evolution.run import run_search
+from evolkv.evolution.one_budget import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
 from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words

@@ -138,7 +138,7 @@ def evaluate(
     rows = _rows(model, chosen, at)
     for row in rows:
         if prefill_chunk is not None or row.selector.reads_for_itself:
-            # What cannot read prompts so is refused before any is read.
+            # Refuses a method that cannot read prompts in this way, before any prompt is read.
             row.new_cache(model, prefill_chunk)
     haystacks = {format_spec(each): each.haystack_used() for each in tasks}
     drawn = {format_spec(each): draw_examples(each, "report", samples, tokenizer, seed, protocol) for each in tasks}
@@ -255,7 +255,7 @@ def _seen(row: Row, tasks: Sequence[Task], named: Mapping[str, Mapping[str, Exam
     profile = row.method.profile
     if profile is None or "seen" in profile.search:
         return seen
-    # An older profile does not say which; they may be here where a task has one split for all.
+    # An older profile does not name its examples. They may be among these if all splits of a task are one.
     for spec in (format_spec(task) for task in tasks if getattr(task, "split", None) == "all"):
         if spec in str(profile.search.get("task", "")).split(" && "):
             logger.warning("%s was evolved on rows of %s, some of which it may be judged by here", row.label, spec)

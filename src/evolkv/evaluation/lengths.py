@@ -41,7 +41,7 @@ class ByLength:
 
     def _carried(self, candidate: np.ndarray, tokens: int, ceilings: ArrayLike) -> NDArray[np.int64]:
         if (candidate >= self.tokens).all():
-            # All of its own prompt, and so all of any.
+            # What holds all of its own prompt holds all of any prompt.
             return np.broadcast_to(np.asarray(ceilings)[:, None], candidate.shape)
         budgets = candidate if self.by_head else candidate[:, 0]
         mean = budgets.mean()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from evolkv.evaluation.records import (
     prompt_sha256,
     sha256,
 )
-from evolkv.evaluation.scoring import Answer, Question
+from evolkv.evaluation.scoring import Question
 from evolkv.evaluation.workers import Workers, check_wanted
 from evolkv.methods import Method
 from evolkv.models import model_facts
@@ -86,16 +87,12 @@ class Row:
 
     def describe(self, seen: dict[str, list[str]]) -> MethodSettings:
         """Return what identifies it; `seen` are the examples that its search saw, by task."""
-        if self.budget is None:
-            return MethodSettings(
-                method=self.method.name, budget=None, budgets_sha256=None, selector=None, expanded_from=None
-            )
-        profile = self.method.profile
+        profile, full = self.method.profile, self.budget is None
         return MethodSettings(
             method=self.method.name,
             budget=self.budget,
-            budgets_sha256=sha256(json.dumps(self.budgets.tolist())),
-            selector=self.selector.to_dict(),
+            budgets_sha256=None if full else sha256(json.dumps(self.budgets.tolist())),
+            selector=None if full else self.selector.to_dict(),
             expanded_from=profile.target if profile is not None and profile.target != self.budget else None,
             seen=seen,
         )
@@ -147,16 +144,16 @@ def measure(
     facts = model_facts(model)
     size = len(asked.questions)
     prompt_bytes = asked.longest * facts.num_layers * facts.num_kv_heads * facts.head_dim * 2 * model.dtype.itemsize
-    # Not by the memory that is free, which is not the same in a run that continues another.
+    # Does not depend on free memory, which is not the same in a run that continues another.
     threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    # Shards of about one size, as many for each thread, so that none waits for another's last.
+    # Shards of about the same size, equally many for each thread, so that no thread waits long for another.
     rounds = math.ceil(size / (threads * _SHARD_SIZE))
     step = math.ceil(size / (threads * rounds))
     shards = [range(start, min(start + step, size)) for start in range(0, size, step)]
     workers = Workers(model.device, min(len(shards), free_memory(model) // (8 * prompt_bytes)))
     shard = _Shard(model, asked, rows, settings, log, workers.count)
     try:
-        # Those on record, too: the number of jobs decides how many cores each of them gets.
+        # Shards on record count, too: the number of jobs decides how many cores each job gets.
         workers.run([partial(shard, columns) for columns in shards], on_step)
     finally:
         workers.close()
@@ -188,23 +185,6 @@ class _Prefilled:
     new: int
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A row on one example: the bytes that its cache held, and a new token would read of it, and its answer.
-
-    Both include `companion_bytes`, those of a companion's cache. `prefill_share` is the share of a plain prefill that
-    was computed, and `prefill_factor` says how many tokens were read for each of the prompt's.
-    """
-
-    row: Row
-    kv_bytes: int
-    read_bytes: int
-    companion_bytes: int
-    prefill_share: float
-    prefill_factor: float
-    answer: Answer
-
-
 class _Shard:
     """Measures all rows on examples computed together; `side_by_side` such calls share the memory."""
 
@@ -233,7 +213,7 @@ class _Shard:
         for column in columns:
             question = self.asked.questions[column]
             forced = question.scorer.teacher_forced
-            # Also of what is on record: the next prompt starts where it differs from this one.
+            # Prompts on record are read, too: the next prompt starts where it differs from this one.
             recorded = None if prefill is None else prefill(question.prompt)
             if forced and column not in missing:
                 check_wanted()
@@ -343,8 +323,10 @@ class _Shard:
         self, items: list[_Prefilled], caches: list[CompressedCache], missing: set[int], step: Callable[[], None]
     ) -> None:
         """Score the rows of some examples, those of each part in a cache, and put them on record."""
-        measured: list[list[_Measured]] = [[] for _ in items]
+        shared = [self._shared(item) for item in items]
+        found: list[list[Record]] = [[] for _ in items]
         for number, (rows, cache) in enumerate(zip(self.parts, caches, strict=True)):
+            # Now, because scoring uses the cache up.
             sizes = list(
                 zip(
                     cache.kv_bytes_by_sequence,
@@ -357,20 +339,33 @@ class _Shard:
             questions = [item.question for item in items for _ in rows]
             logits = torch.cat([item.parts[number].next_logits for item in items])
             answers = questions[0].scorer.score(cache, logits, questions)
-            for place, (size, answer) in enumerate(zip(sizes, answers, strict=True)):
+            for place, ((held, read, companion, share), answer) in enumerate(zip(sizes, answers, strict=True)):
                 example, row = divmod(place, len(rows))
-                factor = items[example].parts[number].prefill_factors[row]
-                measured[example].append(_Measured(rows[row], *size, factor, answer))
-        for item, found in zip(items, measured, strict=True):
-            self._record(item, found)
+                parts = items[example].parts
+                found[example].append(
+                    Record(
+                        **shared[example],
+                        method=rows[row].method.name,
+                        budget=rows[row].budget,
+                        prediction=answer.text,
+                        score=answer.score,
+                        kv_bytes=held,
+                        read_bytes=read,
+                        companion_bytes=companion,
+                        mean_budget=held / parts[0].entry_bytes / self.heads,
+                        prefill_share=share,
+                        prefill_factor=parts[number].prefill_factors[row],
+                    )
+                )
+        for item, records in zip(items, found, strict=True):
+            self.log.add(records)
             if item.column in missing:
                 step()
 
-    def _record(self, item: _Prefilled, measured: list[_Measured]) -> None:
-        """Put one example on record."""
+    def _shared(self, item: _Prefilled) -> dict[str, Any]:
+        """Return what the records of an example have in common."""
         question, example = item.question, item.question.example
-        entry_bytes = item.parts[0].entry_bytes
-        common = {
+        return {
             "task": self.asked.task,
             "example": self.asked.names[item.column],
             "prompt_sha256": prompt_sha256(example),
@@ -383,24 +378,6 @@ class _Shard:
             # As a reader will get it: tuples become lists.
             "extra": json.loads(json.dumps(dict(example.extra))),
         }
-        self.log.add(
-            [
-                Record(
-                    **common,
-                    method=each.row.method.name,
-                    budget=each.row.budget,
-                    prediction=each.answer.text,
-                    score=each.answer.score,
-                    kv_bytes=each.kv_bytes,
-                    read_bytes=each.read_bytes,
-                    companion_bytes=each.companion_bytes,
-                    mean_budget=each.kv_bytes / entry_bytes / self.heads,
-                    prefill_share=each.prefill_share,
-                    prefill_factor=each.prefill_factor,
-                )
-                for each in measured
-            ]
-        )
 
 
 def _parts(rows: Sequence[Row]) -> list[list[Row]]:

@@ -117,7 +117,7 @@ class RayBackend:
         }
         worker = self._ray.remote(_Worker).options(**options)
         place = ("cuda" if gpus else "cpu"), max(1, math.floor(cpus))
-        # Held for as long as the workers: one that is started again needs them again.
+        # Held as long as the workers: one that is restarted needs them again.
         self._sent = [self._ray.put(tokenizer)]
         origin = loaded_from(model)
         checksum = None if origin is None else weights_checksum(model, own_attention(model))

@@ -159,6 +159,23 @@ class Scorer(ABC):
             RunError: if what the model computes is not a number.
         """
 
+    def _continued(
+        self,
+        cache: CompressedCache | ReplayCache,
+        next_logits: Tensor,
+        questions: Sequence[Question],
+        keep_end: bool = False,
+    ) -> list[list[int]]:
+        """Return the greedy tokens of each row of a cache, with `keep_end` also the one that ends them; see `score`.
+
+        All rows read the same later on.
+        """
+        later = questions[0].later
+        penalty = RepetitionPenalty.of(self.model, [each.prompt[0] for each in questions], later, next_logits)
+        tokens, limits = [each.tokens for each in questions], [each.example.max_new_tokens for each in questions]
+        end = end_tokens(self.model, self.tokenizer)
+        return greedy(self.model, cache, next_logits, tokens, limits, end, later, penalty, keep_end)
+
     def loss(self, logits: Tensor, question: Question) -> Tensor:
         """Return what a descent on this metric makes small: the mean over the target's tokens, differentiable.
 
@@ -181,7 +198,7 @@ class TextScorer(Scorer):
     teacher_forced = False
 
     def _target(self, known: list[int], text: str, example: Example) -> Tensor | None:
-        # What a metric needs beside the answer is missed now, not after everything was computed.
+        # Fails now if the example lacks what the metric needs, not after everything was computed.
         text_score(self.metric, "", example)
         check_judged(example, self.metric)
         return None
@@ -190,7 +207,8 @@ class TextScorer(Scorer):
         self, cache: CompressedCache | ReplayCache, next_logits: Tensor, questions: Sequence[Question]
     ) -> list[Answer]:
         """See `Scorer.score`."""
-        texts = generate(self.model, self.tokenizer, cache, next_logits, questions)
+        ids = self._continued(cache, next_logits, questions)
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
         return [
             Answer(text, text_score(each.scorer.metric, text, each.example))
             for text, each in zip(texts, questions, strict=True)
@@ -243,12 +261,12 @@ class FidelityScorer(Scorer):
         later = len(question.later)
         cache = whole_cache(self.model, recorded, later + question.answer_tokens)
         again, first = cache.copy(), recorded.next_logits[None]
-        (ids,) = continue_rows(self.model, self.tokenizer, cache, first, [question], keep_end=True)
+        (ids,) = self._continued(cache, first, [question], keep_end=True)
         target = torch.tensor(ids, dtype=torch.long)
         text = torch.cat([question.later, target])[None, :-1].to(input_device(self.model))
         logits = first if later == 0 else first[:0]
         if text.numel():
-            # Once more as candidates read it: how many tokens are read at once decides the last bits.
+            # Read again in one call, as candidates do: how many tokens are read at once decides the last bits.
             position = question.tokens + torch.arange(text.shape[1], device=text.device)[None]
             with torch.inference_mode():
                 output = self.model(
@@ -377,33 +395,6 @@ def continued(tokenizer: Any, known: list[int], whole: str, text: str) -> tuple[
     if ids[: len(known)] != known:
         return tokenizer(text, add_special_tokens=False)["input_ids"], ids
     return ids[len(known) :], ids
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    cache: CompressedCache | ReplayCache,
-    next_logits: Tensor,
-    questions: Sequence[Question],
-) -> list[str]:
-    """Return the greedy text of each row of a cache; see `Scorer.score`. All rows read the same later on."""
-    ids = continue_rows(model, tokenizer, cache, next_logits, questions)
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-
-
-def continue_rows(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    cache: CompressedCache | ReplayCache,
-    next_logits: Tensor,
-    questions: Sequence[Question],
-    keep_end: bool = False,
-) -> list[list[int]]:
-    """Return the greedy tokens of each row of a cache, as `generate`; with `keep_end` also the one that ends them."""
-    later = questions[0].later
-    penalty = RepetitionPenalty.of(model, [each.prompt[0] for each in questions], later, next_logits)
-    tokens, limits = [each.tokens for each in questions], [each.example.max_new_tokens for each in questions]
-    return greedy(model, cache, next_logits, tokens, limits, end_tokens(model, tokenizer), later, penalty, keep_end)
 
 
 def divergence_from(reference: Tensor) -> Callable[[Tensor], Tensor]:

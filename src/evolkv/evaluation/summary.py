@@ -21,7 +21,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
         for name, method in settings.methods.items() if finished else ():
             column = [example[name] for example in finished]
             scores = np.array([record.score for record in column])
-            result = {
+            result: dict[str, Any] = {
                 "model": settings.model.name,
                 "task": task,
                 "method": method.method,
@@ -40,16 +40,14 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "protocol": settings.protocol,
                 "dtype": settings.model.dtype,
             }
-            if settings.tasks[task].haystack is not None:
-                result["haystack"] = settings.tasks[task].haystack
-            if settings.prefill_chunk is not None:
-                result["prefill_chunk"] = settings.prefill_chunk
-            if settings.block_size is not None:
-                result["block_size"] = settings.block_size
-            if method.expanded_from is not None:
-                result["expanded_from"] = method.expanded_from
-            bins = _by_bin(column)
-            results.append({**result, "bins": bins} if bins else result)
+            where_known: dict[str, Any] = {
+                "haystack": settings.tasks[task].haystack,
+                "prefill_chunk": settings.prefill_chunk,
+                "block_size": settings.block_size,
+                "expanded_from": method.expanded_from,
+                "bins": _by_bin(column) or None,
+            }
+            results.append(result | {key: value for key, value in where_known.items() if value is not None})
     return results
 
 

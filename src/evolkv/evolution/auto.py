@@ -98,9 +98,22 @@ def run_auto(
     if curve.interrupted:
         return AutoResult(curve, None, largest)
     try:
-        certificate = _certified(
-            model, tokenizer, config, list(profiles.values()), loss, confidence, samples, on_example
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            records = Path(folder) / "records.jsonl"
+            evaluate(
+                model,
+                tokenizer,
+                task=get_task(config.task),
+                methods=[get_method("full"), *(Method.of_profile(each, "evolved") for each in profiles.values())],
+                samples=samples,
+                seed=config.seed,
+                metric=None if config.metric == "logprob" else config.metric,
+                protocol=config.protocol,
+                prefill_chunk=config.prefill_chunk,
+                records=records,
+                on_progress=on_example,
+            )
+            ((*_, certificate),) = certify_records(records, loss, confidence).rows
     except KeyboardInterrupt:
         return AutoResult(curve, None, largest)
     except EvolKVError as error:
@@ -131,36 +144,6 @@ def examples_to_certify(loss: float, confidence: float, samples: int | None = No
             "examples; use a larger --loss, or say with --certify how many to use"
         )
     return needed
-
-
-def _certified(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    config: SearchConfig,
-    profiles: list[BudgetProfile],
-    loss: float,
-    confidence: float,
-    samples: int,
-    on_example: Callable[[EvaluationProgress], None] | None,
-) -> Certificate:
-    """Return the certificate of profiles on examples of the split "report"."""
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "records.jsonl"
-        evaluate(
-            model,
-            tokenizer,
-            task=get_task(config.task),
-            methods=[get_method("full"), *(Method.of_profile(each, "evolved") for each in profiles)],
-            samples=samples,
-            seed=config.seed,
-            metric=None if config.metric == "logprob" else config.metric,
-            protocol=config.protocol,
-            prefill_chunk=config.prefill_chunk,
-            records=records,
-            on_progress=on_example,
-        )
-        ((*_, certificate),) = certify_records(records, loss, confidence).rows
-    return certificate
 
 
 def several(model: PreTrainedModel, tokenizer: Any, config: SearchConfig, first: Order = "smallest") -> SeveralBudgets:

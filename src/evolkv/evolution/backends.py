@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,10 @@ class SharedBackend:
 
     def __init__(self, make: Callable[[], Backend], selectors: Sequence[Selector]):
         self._make, self._selectors = make, tuple(selectors)
-        self._made: Backend | None = None
 
-    @property
+    @cached_property
     def _backend(self) -> Backend:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        return self._make()
 
     def sharing(self, shards: Sequence[Sequence[int]]) -> Sharing:
         """Say who shares the memory of a machine or device; of each shard the lengths of its prompts are given."""
@@ -62,5 +60,5 @@ class SharedBackend:
 
     def end(self) -> None:
         """End the workers."""
-        if self._made is not None:
-            self._made.close()
+        if "_backend" in self.__dict__:
+            self._backend.close()

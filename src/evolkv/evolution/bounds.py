@@ -9,9 +9,13 @@ from evolkv.errors import BudgetError
 from evolkv.selectors import Selector, SelectorSpec, get_selector
 
 
-def narrowed(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
-    """Return a selector, if given by name alone with a window that leaves the smallest budget something to choose."""
-    if isinstance(smallest, Share):
+def narrowed(spec: SelectorSpec, targets: Sequence[Budget]) -> SelectorSpec:
+    """Return a selector, with a smaller window if it is given by name alone and its own does not suit several budgets.
+
+    The window is halved until it leaves the smallest budget something to choose. At one budget it stays as it is.
+    """
+    smallest = min(targets, key=size_of)
+    if len(targets) < 2 or isinstance(smallest, Share):
         return spec
     selector = get_selector(spec)
     window = selector.window
@@ -34,16 +38,15 @@ def check_budgets(
 
     Args:
         targets: the budgets. What a share comes to depends on the prompts, so shares are not looked at.
-        selectors: as they are given; where there are several budgets, their windows may shrink (see `narrowed`).
+        selectors: as they are given; their windows may shrink (see `narrowed`).
         floor: see `check_bounds`.
         ceiling: see `check_bounds`.
 
     Raises:
         BudgetError: as `check_bounds`.
     """
-    smallest = min(targets, key=size_of)
     for spec in selectors:
-        selector = get_selector(narrowed(spec, smallest) if len(targets) > 1 else spec)
+        selector = get_selector(narrowed(spec, targets))
         for target in targets:
             if not isinstance(target, Share):
                 check_bounds(target, selector, floor, ceiling)

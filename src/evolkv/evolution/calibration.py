@@ -51,7 +51,7 @@ class Calibration:
         if str(budget) in recorded:
             return np.array(recorded[str(budget)])
         if self._utility is None:
-            # What is wrong with the examples has nothing to do with the calibration.
+            # Outside of the try block: an error of the examples is not one of the calibration.
             scorer = self._scorer()
             try:
                 self._utility = scorer.utility()

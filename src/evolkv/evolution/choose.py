@@ -20,46 +20,30 @@ _DIGITS = 4
 
 
 def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[str, list[Validated]]:
-    """Score the allocations of several choices at once, and put the one to choose first; see `ranked`.
+    """Score the allocations of several choices at once, and put the one to choose first.
+
+    On a tie the one that needed no search comes first.
 
     Args:
         engine: over the validation examples.
         choices: by name of the choice, allocations ``[layers, kv_heads]`` by name.
+
+    Returns:
+        By name of the choice, the allocations with their scores, best first.
     """
     scores = engine.score(np.stack([budgets for part in choices.values() for budgets in part.values()]))
     retained = engine.retained.tolist() if isinstance(engine, BalancedEngine) else [None] * len(scores)
-    validated, start = {}, 0
-    for name, part in choices.items():
-        own = slice(start, start + len(part))
-        validated[name] = ranked(part, scores[own], retained[own])
-        start += len(part)
+    scored = zip(scores, retained, strict=True)
+    validated = {}
+    for choice, part in choices.items():
+        rows = []
+        for name, budgets in part.items():
+            own, kept = next(scored)
+            score = round(float(own.mean()), _DIGITS)
+            evolved = name not in NOT_EVOLVED
+            rows.append(Validated(name, evolved, as_lists(budgets), score, ci95(own), len(own), own.tolist(), kept))
+        validated[choice] = sorted(rows, key=lambda row: (-row.score, row.evolved))
     return validated
-
-
-def ranked(
-    choices: dict[str, np.ndarray], scores: np.ndarray, retained: Sequence[float | None] | None = None
-) -> list[Validated]:
-    """Return allocations with their scores, best first; on a tie the one that needed no search comes first.
-
-    Args:
-        choices: allocations by name.
-        scores: theirs, ``[choices, examples]``.
-        retained: see `Validated`; default: None for each.
-    """
-    rows = [
-        Validated(
-            name,
-            name not in NOT_EVOLVED,
-            as_lists(budgets),
-            round(float(scores[i].mean()), _DIGITS),
-            ci95(scores[i]),
-            scores.shape[1],
-            scores[i].tolist(),
-            None if retained is None else retained[i],
-        )
-        for i, (name, budgets) in enumerate(choices.items())
-    ]
-    return sorted(rows, key=lambda row: (-row.score, row.evolved))
 
 
 def rows_from(data: list[dict[str, Any]]) -> list[Validated]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from evolkv.budgets import Budget, BudgetSpec, read_budget, read_budgets, size_of
 from evolkv.errors import BudgetError, UsageError
@@ -174,7 +174,10 @@ class SearchConfig:
                 raise unknown_name(name, value, known)
         for name, noun in _COUNTS.items():
             value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 1):
+            # None stands for a default that depends on other settings, where there is one.
+            if value is None and getattr(SearchConfig, name) is None:
+                continue
+            if not is_whole(value) or value < 1:
                 least = f", at least one{noun and f' {noun}'}"
                 raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
@@ -192,7 +195,7 @@ class SearchConfig:
         check_metric(self.metric)
         if not self.selectors:
             raise UsageError("no selector is given; give at least one, such as snapkv")
-        # Checks its arguments, long before the first candidate would.
+        # Called for its checks of lam and gamma, long before the first candidate.
         fitness(0.0, 1.0, 1.0, lam=self.lam, gamma=self.gamma)
 
     def _check_strategy(self) -> None:
@@ -276,7 +279,7 @@ class SearchConfig:
         return {get_selector(each).spec: each for each in several}
 
     def _check_budgets(self, targets: Sequence[Budget]) -> None:
-        # Of those that compete by default, the first stays whatever the budget; the others only where they fit.
+        # Of the default selectors only the first has to fit: `settled` leaves out others that do not.
         asked = [*self.selectors.values()][: 1 if self.selector is None else None]
         check_budgets(targets, asked, self.floor, self.ceiling)
 
@@ -340,9 +343,9 @@ class SearchConfig:
 
 #: Settings that are one of a few words, and settings that count something.
 _CHOICES = {
-    "granularity": ("layer", "head"),
-    "engine": ("replay", "naive"),
-    "backend": ("local", "ray"),
+    "granularity": get_args(Granularity),
+    "engine": get_args(EngineName),
+    "backend": get_args(BackendName),
     "protocol": PROTOCOLS,
 }
 _COUNTS = {
@@ -373,12 +376,12 @@ class OneBudget(SearchConfig):
         given = self.budget
         if (isinstance(given, str) and "," in given) or (isinstance(given, Iterable) and not isinstance(given, str)):
             raise BudgetError(f"the budget is {given!r}; evolkv.search takes one, evolkv.search_curve takes several")
-        self._check_budgets([self.target])
+        self._check_budgets(self.targets)
 
     @property
-    def target(self) -> Budget:
-        """The budget as a number or a share."""
-        return read_budget(self.budget)
+    def targets(self) -> list[Budget]:
+        """The budget alone, as a number or a share."""
+        return [read_budget(self.budget)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,9 +402,9 @@ class SeveralBudgets(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first not in ("smallest", "largest"):
-            raise unknown_name("order", self.first, ("smallest", "largest"))
-        # What can be read only once is read here.
+        if self.first not in get_args(Order):
+            raise unknown_name("order", self.first, get_args(Order))
+        # A generator can be read only once.
         object.__setattr__(self, "budgets", tuple(read_budgets(self.budgets)))
         kinds = {type(each) for each in self.targets}
         if len(kinds) > 1:

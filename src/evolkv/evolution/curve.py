@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.budgets import MAX_BUDGET, Budget
-from evolkv.evolution.bounds import narrowed
+from evolkv.budgets import MAX_BUDGET
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
-from evolkv.evolution.ending import carried_out
-from evolkv.evolution.evolve import Beginning, Evolved
-from evolkv.evolution.limit import TimeLimit
+from evolkv.evolution.evolve import Evolved
 from evolkv.evolution.result import SearchResult
-from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
+from evolkv.evolution.rivals import best_of, score_of, whole_search
 from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model, model_facts
-from evolkv.models.forward import without_dropout
-from evolkv.selectors import SelectorSpec, get_selector
-from evolkv.tasks import encode_prompt
+from evolkv.tasks.prompts import prompt_lengths
 
 FORMAT = "evolkv.curve/1"
 # A neighbour's budgets are near: the step from them is smaller than from uniform ones.
 _STEP = 0.6
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,34 +102,11 @@ def run_curve(model: PreTrainedModel, tokenizer: Any, config: SeveralBudgets) ->
         RunError: if memory does not suffice, or what was found cannot be recorded.
         KeyboardInterrupt: if interrupted before the first step or generation was scored.
     """
-    config = settled(tokenizer, config, config.targets)
-    selectors = {name: fitted(spec, config.targets[0]) for name, spec in config.selectors.items()}
-    limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
-    run = partial(_under_one_selector, model, tokenizer, limit=limit)
-
-    def whole(config: SeveralBudgets) -> CurveResult:
-        if len(selectors) > 1:
-            return _best_of_each(*under_each_selector(model, tokenizer, config, selectors, run, _mean_score))
-        return run(replace(config, selector=[*selectors.values()]))
-
-    with without_dropout(model):
-        return carried_out(whole, config, limit)
-
-
-def fitted(spec: SelectorSpec, smallest: Budget) -> SelectorSpec:
-    """Return a selector as `narrowed` does, with a warning where its window shrinks."""
-    narrower = narrowed(spec, smallest)
-    if narrower is not spec:
-        chosen = get_selector(narrower)
-        log.warning(
-            "budget %d needs a smaller window: %s now uses window=%d at all budgets",
-            *(smallest, chosen.name, chosen.window),
-        )
-    return narrower
+    return whole_search(model, tokenizer, config, _under_one_selector, _mean_score, _best_of_each)
 
 
 def _mean_score(curve: CurveResult) -> float:
-    return float(np.mean([score_of(result) for result in curve.results]))
+    return float(np.mean([score_of(result) or 0.0 for result in curve.results]))
 
 
 def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:
@@ -153,54 +121,45 @@ def _best_of_each(curves: list[CurveResult], interrupted: bool) -> CurveResult:
     return CurveResult(results, _with_front(points), sum(curve.seconds for curve in curves), interrupted)
 
 
-def _under_one_selector(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    config: SeveralBudgets,
-    limit: TimeLimit,
-    begun: dict[int, Beginning] | None = None,
-    evolves: bool = True,
-) -> CurveResult:
-    started = time.perf_counter()
-    with Run(model, tokenizer, config, limit, begun, evolves) as run:
-        targets = config.targets if config.first == "smallest" else config.targets[::-1]
-        order = run.open_study(targets)
-        ascending = sorted(order)
-        evolutions: dict[int, Evolved] = {}
-        seconds: dict[int, float] = {}
-        # All budgets after the first share as many candidates as that one had.
-        rest = len(order) - 1
-        near: np.ndarray | None = None
-        try:
-            for budget in order:
-                began = time.perf_counter()
-                if not evolutions:
-                    evolved = run.evolve(budget, config.begins_at)
-                elif config.begins_at in COMPUTED or config.strategy == START_ONLY:
-                    # A descent costs little, and does better than a neighbour's budgets.
-                    evolved = run.evolve(budget, config.begins_at, rest)
-                else:
-                    near = None if near is None else run.start_at(budget, near)
-                    evolved = run.evolve(budget, near, rest, 1.0 if near is None else _STEP)
-                evolutions[budget] = evolved
-                seconds[budget] = time.perf_counter() - began + evolved.recorded_seconds
-                if evolved.interrupted:
-                    break
-                near = _evolved(evolved) if STRATEGIES[config.strategy].starts_anywhere else None
-        except KeyboardInterrupt:
+def _under_one_selector(run: Run, config: SeveralBudgets) -> CurveResult:
+    targets = config.targets if config.first == "smallest" else config.targets[::-1]
+    order = run.open_study(targets)
+    ascending = sorted(order)
+    evolutions: dict[int, Evolved] = {}
+    seconds: dict[int, float] = {}
+    # All budgets after the first share as many candidates as that one had.
+    rest = len(order) - 1
+    near: np.ndarray | None = None
+    try:
+        for budget in order:
+            began = time.perf_counter()
             if not evolutions:
-                raise
-        choices = {budget: _choices(run, budget, evolutions, ascending) for budget in ascending if budget in evolutions}
-        stopped = len(evolutions) < len(order) or evolved.interrupted
-        validation = run.choose({str(budget): part for budget, part in choices.items()}, stopped)
-        results = [
-            run.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds[budget])
-            for budget, part in choices.items()
-        ]
-        results = [replace(each, settings={**each.settings, "first": config.first}) for each in results]
-        interrupted = any(each.interrupted for each in results)
-        took = time.perf_counter() - started + sum(each.recorded_seconds for each in evolutions.values())
-        return CurveResult(results, _points(run, results), took, interrupted)
+                evolved = run.evolve(budget, config.begins_at)
+            elif config.begins_at in COMPUTED or config.strategy == START_ONLY:
+                # A descent costs little, and does better than a neighbour's budgets.
+                evolved = run.evolve(budget, config.begins_at, rest)
+            else:
+                near = None if near is None else run.start_at(budget, near)
+                evolved = run.evolve(budget, near, rest, 1.0 if near is None else _STEP)
+            evolutions[budget] = evolved
+            seconds[budget] = time.perf_counter() - began + evolved.recorded_seconds
+            if evolved.interrupted:
+                break
+            near = _evolved(evolved) if STRATEGIES[config.strategy].starts_anywhere else None
+    except KeyboardInterrupt:
+        if not evolutions:
+            raise
+    choices = {budget: _choices(run, budget, evolutions, ascending) for budget in ascending if budget in evolutions}
+    stopped = len(evolutions) < len(order) or evolved.interrupted
+    validation = run.choose({str(budget): part for budget, part in choices.items()}, stopped)
+    results = [
+        run.result(budget, evolutions[budget], part, validation.get(str(budget), []), seconds[budget])
+        for budget, part in choices.items()
+    ]
+    results = [replace(each, settings={**each.settings, "first": config.first}) for each in results]
+    interrupted = any(each.interrupted for each in results)
+    took = run.seconds + sum(each.recorded_seconds for each in evolutions.values())
+    return CurveResult(results, _points(run, results), took, interrupted)
 
 
 def _evolved(evolved: Evolved) -> np.ndarray:
@@ -225,7 +184,7 @@ def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
     info = describe_model(run.model)
     entry_bytes = 2 * info.head_dim * run.model.dtype.itemsize
     windows = [window or MAX_BUDGET for window in model_facts(run.model).sliding_windows]
-    lengths = [encode_prompt(run.tokenizer, example).shape[1] for example in run.held_out]
+    lengths = prompt_lengths(run.tokenizer, run.held_out)
     points: list[dict[str, Any]] = []
     for result in results:
         # Of each validation example, as the scores are.

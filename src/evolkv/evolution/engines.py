@@ -20,7 +20,8 @@ from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.progress import SearchProgress
 from evolkv.evolution.space import SearchSpace
 from evolkv.selectors import Selector
-from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks import Example
+from evolkv.tasks.prompts import prompt_lengths
 
 
 class Engines:
@@ -102,7 +103,7 @@ class Engines:
         started = time.perf_counter()
 
         def on_progress(done: int, total: int) -> None:
-            # Once all workers have read a shard: prompts that go before have neighbours to come that share with them.
+            # Not before all workers have read a shard: its later prompts take less, since they share their beginning.
             if held and config.engine == "replay" and done >= min(total, SHARD_SIZE * side_by_side):
                 self._limit.read(done, total, time.perf_counter() - started)
             config.report(SearchProgress(stage, done, total))
@@ -119,7 +120,7 @@ class Engines:
                 lengths,
             )
         side_by_side = self.side_by_side(len(examples))
-        tokens = [encode_prompt(self._tokenizer, example).shape[1] for example in examples]
+        tokens = prompt_lengths(self._tokenizer, examples)
         return ShardedEngine(
             self.backend,
             examples,

@@ -74,10 +74,10 @@ class Evolved:
 class Rotation:
     """The training examples that each generation is scored on: a few at a time, all of them in turn.
 
-    A generation's candidates are compared on the same examples, so what is noise between examples is not noise
-    between them. The order is drawn anew for every round, and neighbours in it come from different shards, so that
-    workers side by side share a generation. Where `size` does not divide their number, a round leaves out the last of
-    its order.
+    All candidates of a generation are scored on the same examples, so differences between examples do not blur the
+    comparison. The order is drawn anew for every round, and neighbours in it come from different shards, so that
+    workers side by side share a generation. Where `size` does not divide the number of examples, a round leaves out
+    the last of its order.
 
     Args:
         examples: number of training examples.
@@ -104,6 +104,11 @@ class Rotation:
             rank[example] = met[shard] = met.get(shard, -1) + 1
         order.sort(key=rank.__getitem__)
         return sorted(order[place * self.size : (place + 1) * self.size])
+
+    def spread(self, columns: Sequence[int], values: Sequence[float]) -> list[float | None]:
+        """Return the values of some examples as a list of all, with None for the others."""
+        known = dict(zip(columns, values, strict=True))
+        return [known.get(example) for example in range(self.examples)]
 
 
 def evolve(
@@ -153,7 +158,7 @@ def evolve(
             proposed = strategy.ask()
             if done + len(proposed) > total and done:
                 break
-            # Of a search shorter than one generation that is all there is.
+            # A search shorter than one generation evaluates part of it.
             population = [space.matrix(candidate) for candidate in proposed[:total]]
             if generation < len(recorded):
                 evaluations = recorded[generation]
@@ -176,9 +181,6 @@ def evolve(
                 took = seconds / len(population)
                 evaluations = []
                 for candidate, row in zip(population, scores, strict=True):
-                    by_example: list[float | None] = [None] * rotation.examples
-                    for column, value in zip(columns, row.tolist(), strict=True):
-                        by_example[column] = value
                     score, spent = float(row.mean()), float(candidate[group].mean())
                     evaluations.append(
                         Evaluation(
@@ -187,7 +189,7 @@ def evolve(
                             score,
                             cache_score(spent, budget, gamma=config.gamma),
                             generation,
-                            by_example,
+                            rotation.spread(columns, row.tolist()),
                             took,
                         )
                     )
@@ -250,7 +252,7 @@ def make_strategy(
     }
     if strategy.starts_anywhere:
         arguments["x0"] = space.start(start, budget)
-    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)  # type: ignore[call-arg]
+    return strategy(space.layers if strategy.layers_only else space.shape, **arguments)
 
 
 def stage_name(budget: int) -> str:

@@ -60,7 +60,6 @@ class Descent:
         ceiling: the most an entry may get, likewise.
         points: how many losses a step looks at.
         seed: of the noise.
-        x0: budgets to start from, of shape `shape`; default: uniform.
 
     Attributes:
         step: number of slopes told.
@@ -75,13 +74,12 @@ class Descent:
         ceiling: ArrayLike,
         points: int = 1,
         seed: int = 0,
-        x0: ArrayLike | None = None,
     ):
         self._floor, self._ceiling = bounds(shape, budget, floor, ceiling)
         self._room = (self._ceiling - self._floor).astype(np.float64)
         self.shape, self.steps, self.step = shape, steps, 0
         self._total = budget * int(np.prod(shape))
-        start = complete(np.ones(shape) if x0 is None else x0, self._total, self._floor, self._ceiling)
+        start = complete(np.ones(shape), self._total, self._floor, self._ceiling)
         # An entry at its floor would never leave it.
         self._theta: Floats = np.log(np.maximum(start - self._floor, 0.5))
         self._random = np.random.default_rng(seed)
@@ -206,9 +204,7 @@ def descend(
                 losses, slopes = engine.slope(points, descent.sharpness, columns)
                 slope = descent.folded(space.by_variable(slopes))
                 descent.tell(slope)
-                by_example: list[float | None] = [None] * rotation.examples
-                for column, loss in zip(columns, losses.tolist(), strict=True):
-                    by_example[column] = float(np.exp(-loss))
+                by_example = rotation.spread(columns, [float(np.exp(-loss)) for loss in losses.tolist()])
                 score = float(np.exp(-losses).mean())
                 budgets = as_lists(space.matrix(descent.budgets))
                 took = time.perf_counter() - started

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from evolkv.evolution.config import OneBudget, SearchConfig, SeveralBudgets, preset_settings
 from evolkv.evolution.curve import run_curve
-from evolkv.evolution.run import run_search
+from evolkv.evolution.one_budget import run_search
 
 P = ParamSpec("P")
 Config = TypeVar("Config", bound=SearchConfig)

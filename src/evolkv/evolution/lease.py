@@ -76,7 +76,7 @@ class Lease:
         if held["host"] != self._mine["host"]:
             return True
         try:
-            # Another process may have got the number since.
+            # Another process may have the same number by now.
             return psutil.Process(held["pid"]).create_time() == held["started"]
         except psutil.NoSuchProcess:
             return False
@@ -92,7 +92,7 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._over.wait(self._seconds / 4) and self._lost is None:
-            # A server that is away for a moment is none of our business: writing to it will tell.
+            # A server may be away for a moment. If it stays away, the next write fails.
             with contextlib.suppress(Exception):
                 self._renew()
         self._storage.remove_session()
@@ -108,7 +108,7 @@ class Lease:
         """Give it up."""
         self._over.set()
         self._thread.join(5)
-        # Where the server is gone, so will be the lease.
+        # If the server is gone, the lease runs out by itself.
         with contextlib.suppress(Exception):
             if self._read().get("id") == self._mine["id"]:
                 self._storage.set_study_user_attr(self._study_id, LEASE, None)

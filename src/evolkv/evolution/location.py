@@ -134,6 +134,6 @@ def check_file(location: Location, *, exists: bool) -> None:
             tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables and "studies" not in tables:
             raise StudyError(f"{path} is a database of another program; give another path")
-    # The last one that Optuna makes.
+    # Optuna makes this table last.
     if exists and "alembic_version" not in tables:
         raise StudyError(f"{path} is empty: no search has recorded anything in it")

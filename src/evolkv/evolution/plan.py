@@ -24,13 +24,14 @@ from evolkv.evaluation.prefill import Prefiller
 from evolkv.evaluation.replay_engine import ReplayEngine
 from evolkv.evaluation.shards import SHARD_SIZE, ShardedEngine
 from evolkv.evolution.config import COMPUTED, OneBudget, SearchConfig, SeveralBudgets
-from evolkv.evolution.curve import fitted
 from evolkv.evolution.evolve import make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES
 from evolkv.evolution.limit import allocations
-from evolkv.evolution.rivals import searches_of, settled
+from evolkv.evolution.rivals import fitted, searches_of, settled
 from evolkv.evolution.run import Run
+from evolkv.models import model_facts
 from evolkv.tasks import Example, encode_prompt
+from evolkv.tasks.prompts import prompt_lengths
 
 FORMAT = "evolkv.plan/1"
 
@@ -112,17 +113,14 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         UsageError: for settings that cannot be used.
         RunError: if memory does not suffice for one example.
     """
-    targets = config.targets if isinstance(config, SeveralBudgets) else [config.target]
-    config = settled(tokenizer, config, targets)
+    config = settled(tokenizer, config)
     selectors = list(config.selectors.values())
-    # As the search does: of one budget alone the window stays as it is.
-    first = fitted(selectors[0], targets[0]) if isinstance(config, SeveralBudgets) else selectors[0]
-    one = replace(config, selector=[first], storage=None, time_limit=None)
+    one = replace(config, selector=[fitted(selectors[0], config.targets)], storage=None, time_limit=None)
     free = free_memory(model)
     with Run(model, tokenizer, one) as run:
-        budgets = run.space.aim(targets)
+        budgets = run.space.aim(config.targets)
         measured = (_Naive if config.engine == "naive" else _Replay)(run, budgets)
-        # Where they compete, one of them evolves.
+        # Of competing selectors only one evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
         chosen = allocations(len(budgets)) * searches_of(config) * (len(run.held_out) + len(run.train))
@@ -159,12 +157,12 @@ class _Replay:
         self.side_by_side = run.engines.side_by_side(len(run.train))
         # One of each shard, as many as run at once.
         sample = run.train[::SHARD_SIZE][: self.side_by_side]
-        self.tokens = _lengths(run, run.train)
+        self.tokens = prompt_lengths(run.tokenizer, run.train)
         self.ceiling = run.engines.most_held(max(self.tokens))
         started = time.perf_counter()
         engine = ShardedEngine(run.engines.backend, sample, run.selector, config.metric, self.ceiling, shard_size=1)
         took = time.perf_counter() - started
-        self.sampled = _lengths(run, sample)
+        self.sampled = prompt_lengths(run.tokenizer, sample)
         self.per_token = took / sum(self._tokens([each]) for each in sample)
         self.prompt = took / len(sample)
         self.step = self.calibration = 0.0
@@ -215,7 +213,7 @@ class _Replay:
         recordings = int(needs.snapshot * held.sum() / held.max())
         whole = int(needs.snapshot * needs.tokens / min(needs.tokens, self.ceiling))
         if selectors > 1:
-            # Prompts stay as they were recorded, too, for the selectors to come, as long as there is room.
+            # Prompts are also held as recorded for the selectors to come, as long as there is room.
             recordings += min(int(whole * sum(self.tokens) / needs.tokens), int(USABLE * free / 2))
         held_then = int(needs.snapshot * np.minimum(self.sampled, self.ceiling).sum() / held.max())
         passes = min(self.side_by_side, SLOPE_EXAMPLES)
@@ -235,7 +233,7 @@ class _Naive:
 
     def __init__(self, run: Run, budgets: Sequence[int]):
         self.run, config = run, run.config
-        self.tokens = _lengths(run, run.train)
+        self.tokens = prompt_lengths(run.tokenizer, run.train)
         engine = NaiveEngine(
             run.model, run.tokenizer, run.train[:1], run.selector, config.metric, None, config.prefill_chunk
         )
@@ -251,15 +249,9 @@ class _Naive:
 
     def memory(self, free: int, selectors: int) -> Memory:
         """Return what the search takes: one prompt at a time."""
-        from evolkv.models import model_facts
-
         facts, model = model_facts(self.run.model), self.run.model
         entry = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * model.dtype.itemsize
         return Memory(self.in_use, _weights(model), 0, int(2 * entry * max(self.tokens)), 0, 0, free)
-
-
-def _lengths(run: Run, examples: Sequence[Example]) -> list[int]:
-    return [encode_prompt(run.tokenizer, example).shape[1] for example in examples]
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""Several selectors in one search: each gets a descent, and evolution goes on under the one that did best.
+"""A whole search. Of several selectors each gets a descent, and evolution goes on under the one that did best.
 
 How far budgets can go depends on the selector whose ranking they cut (docs/results.md), and which selector suits a task
 is seldom known beforehand. All are validated on the same examples, so their scores compare. Where the metric has no
@@ -14,17 +14,21 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedModel
 
-from evolkv.budgets import Budget, Share
+from evolkv.budgets import Budget, Share, size_of
+from evolkv.errors import enough_memory
 from evolkv.evolution.backends import SharedBackend, make_backend
-from evolkv.evolution.config import ALONE, COMPETING, SearchConfig
+from evolkv.evolution.bounds import default_floor, narrowed
+from evolkv.evolution.config import ALONE, COMPETING, OneBudget, SearchConfig, SeveralBudgets
 from evolkv.evolution.evolve import Beginning
-from evolkv.evolution.limit import OutOfTimeError
-from evolkv.evolution.progress import OnProgress, SearchProgress
+from evolkv.evolution.limit import OutOfTimeError, TimeLimit
 from evolkv.evolution.result import SearchResult
+from evolkv.evolution.run import Run
 from evolkv.evolution.strategies import STRATEGIES
+from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import SelectorSpec, get_selector
-from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks import get_task
+from evolkv.tasks.prompts import prompt_lengths
 from evolkv.tasks.protocol import draw_examples
 
 log = logging.getLogger(__name__)
@@ -42,21 +46,60 @@ class _Result(Protocol):
     def followed_by(self, later: Any) -> Any: ...
 
 
-Config = TypeVar("Config", bound=SearchConfig)
+Config = TypeVar("Config", bound=OneBudget | SeveralBudgets)
 Result = TypeVar("Result", bound=_Result)
-Result_co = TypeVar("Result_co", bound=_Result, covariant=True)
-_Config = TypeVar("_Config", bound=SearchConfig, contravariant=True)
 
 
-class _Run(Protocol[_Config, Result_co]):
-    """Runs a search under one selector; see `Run` for `begun` and `evolves`."""
+def whole_search(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: Config,
+    search: Callable[[Run, Config], Result],
+    score: Callable[[Result], float | None],
+    best: Callable[[list[Result], bool], Result],
+) -> Result:
+    """Run a search under its selector, or under each of several in turn.
 
-    def __call__(
-        self, config: _Config, *, begun: dict[int, Beginning] | None = None, evolves: bool = True
-    ) -> Result_co: ...
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        config: the settings.
+        search: searches under one selector.
+        score: by which the results of several selectors are compared; None, for one without a choice, counts as 0.
+        best: makes one result of theirs; it is told whether some selector's search did not come to its end.
+
+    Raises:
+        RunError: if memory does not suffice.
+        KeyboardInterrupt: if interrupted before the first step or generation was scored, or twice.
+    """
+    config = settled(tokenizer, config)
+    selectors = {name: fitted(spec, config.targets) for name, spec in config.selectors.items()}
+    limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
+
+    def under_one(config: Config, begun: dict[int, Beginning], evolves: bool) -> Result:
+        with Run(model, tokenizer, config, limit, begun, evolves) as run:
+            return search(run, config)
+
+    def under_all(config: Config) -> Result:
+        if len(selectors) == 1:
+            return under_one(replace(config, selector=[*selectors.values()]), {}, True)
+        return best(*_under_each(model, tokenizer, config, selectors, under_one, score))
+
+    less = "a smaller --ceiling, fewer --train and --val examples, and shorter prompts take less"
+    kept = f"; what is done is in {config.storage}, and the same command goes on from there" if config.storage else ""
+    with without_dropout(model), enough_memory("in the search", f"{less}{kept}"):
+        result = under_all(config)
+        if result.interrupted and config.storage is not None and not limit.computes:
+            # Interrupted while it read its study. What was read until then is less than what is on record, and would
+            # take its place in the files of the result.
+            limit.over = True
+            result = under_all(replace(config, on_progress=None))
+            if result.interrupted and not limit.computes:
+                raise KeyboardInterrupt
+    return result
 
 
-def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config:
+def settled(tokenizer: Any, config: Config) -> Config:
     """Return the settings with selectors: where none is given, those that compete by default and fit the budgets.
 
     Warns of settings that have no effect, and where no selector is that of the profile to start from.
@@ -64,7 +107,6 @@ def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config
     Args:
         tokenizer: of the model.
         config: the settings.
-        targets: the budgets.
     """
     _warn_of_unused(config)
     start = config.start
@@ -80,8 +122,8 @@ def settled(tokenizer: Any, config: Config, targets: Sequence[Budget]) -> Config
     if not config.follows_slope:
         return replace(config, selector=ALONE)
     # How many entries a share is depends on the prompts.
-    tokens = longest_prompt(tokenizer, config) if any(isinstance(target, Share) for target in targets) else 0
-    least = min(target.of(tokens) if isinstance(target, Share) else target for target in targets)
+    tokens = longest_prompt(tokenizer, config) if any(isinstance(target, Share) for target in config.targets) else 0
+    least = min(target.of(tokens) if isinstance(target, Share) else target for target in config.targets)
     if config.floor is not None:
         least = min(least, config.floor + 2)
     return replace(config, selector=competing(config.protocol, least))
@@ -110,14 +152,26 @@ def competing(protocol: str, least: int) -> list[str]:
         least: the smallest budget, in cache entries.
     """
     known = COMPETING[protocol]
-    # One more than it always keeps is the default floor, and at the floor nothing is left to search.
-    return [each for each in known if get_selector(each).min_budget + 1 < least] or [known[0]]
+    # At the floor nothing is left to search.
+    return [each for each in known if default_floor(get_selector(each)) < least] or [known[0]]
+
+
+def fitted(spec: SelectorSpec, targets: Sequence[Budget]) -> SelectorSpec:
+    """Return a selector as `narrowed` does, with a warning where its window shrinks."""
+    narrower = narrowed(spec, targets)
+    if narrower is not spec:
+        chosen = get_selector(narrower)
+        log.warning(
+            "budget %d needs a smaller window: %s now uses window=%d at all budgets",
+            *(min(targets, key=size_of), chosen.name, chosen.window),
+        )
+    return narrower
 
 
 def longest_prompt(tokenizer: Any, config: SearchConfig) -> int:
     """Return the tokens of the longest training prompt."""
     drawn = draw_examples(get_task(config.task), "train", config.num_train, tokenizer, config.seed, config.protocol)
-    return max(encode_prompt(tokenizer, each).shape[1] for each in drawn)
+    return max(prompt_lengths(tokenizer, drawn))
 
 
 def searches_of(config: SearchConfig) -> int:
@@ -126,13 +180,13 @@ def searches_of(config: SearchConfig) -> int:
     return several + (several > 1 and config.competes)
 
 
-def under_each_selector(
+def _under_each(
     model: PreTrainedModel,
     tokenizer: Any,
     config: Config,
     selectors: Mapping[str, SelectorSpec],
-    run: _Run[Config, Result],
-    score: Callable[[Result], float],
+    run: Callable[[Config, dict[int, Beginning], bool], Result],
+    score: Callable[[Result], float | None],
 ) -> tuple[list[Result], bool]:
     """Run a search under each of several selectors in turn; of searches with a descent only the best one evolves.
 
@@ -145,7 +199,7 @@ def under_each_selector(
         tokenizer: its tokenizer.
         config: the settings of the searches.
         selectors: by the names that their studies get.
-        run: runs the search under one selector.
+        run: runs the search under one selector; see `Run` for what else it takes.
         score: by which results are compared.
 
     Returns:
@@ -157,11 +211,14 @@ def under_each_selector(
     results: dict[str, Result] = {}
 
     def search(name: str, evolves: bool) -> Result:
-        study, report = f"{config.study}/{name}", _naming(name, config.on_progress)
-        own = replace(config, selector=selectors[name], study=study, on_progress=report)
-        if config.engine != "naive":
-            own = replace(own, backend=lambda: backend)
-        return run(own, begun=begun[name], evolves=evolves)
+        own = replace(
+            config,
+            selector=selectors[name],
+            study=f"{config.study}/{name}",
+            backend=config.backend if config.engine == "naive" else lambda: backend,
+            on_progress=lambda step: config.report(replace(step, selector=name)),
+        )
+        return run(own, begun[name], evolves)
 
     try:
         for name in selectors:
@@ -169,14 +226,14 @@ def under_each_selector(
             if results[name].interrupted:
                 return [*results.values()], True
         if contest:
-            winner = max(results, key=lambda name: score(results[name]))
+            winner = max(results, key=lambda name: score(results[name]) or 0.0)
             first, evolved = results[winner], search(winner, True)
-            # Two parts of one search.
+            # The descent and the evolution are two parts of one search.
             took = first.seconds + evolved.seconds
             results[winner] = replace(first.followed_by(evolved), seconds=took)
             return [*results.values()], evolved.interrupted
     except OutOfTimeError:
-        # What the selectors before have come to stands; the same command goes on with the others.
+        # The results of the selectors before stand; the same command goes on with the others.
         if not results:
             raise
         return [result.out_of_time() for result in results.values()], False
@@ -190,12 +247,12 @@ def under_each_selector(
 
 
 def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
-    """Return the result with the highest validation score, told of its rivals; see `under_each_selector`."""
+    """Return the result with the highest validation score, told of its rivals; see `whole_search`."""
     rivals = [
         {
             "selector": result.profile.selector,
             "chosen": result.chosen,
-            "score": _comparable(result),
+            "score": score_of(result),
             "evaluations": result.evaluations,
             "seconds": result.seconds,
         }
@@ -203,7 +260,7 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     ]
     complete = [result for result in results if result.validation] or results[:1]
     # On a tie, prefer the allocation that needed no search, as within a search.
-    winner = max(complete, key=lambda it: (score_of(it), not it.improved))
+    winner = max(complete, key=lambda it: (score_of(it) or 0.0, not it.improved))
     # Without times, which no two runs have in common: a search that goes on comes to the same profile.
     known: dict[str, Any] = {"rivals": [{key: row[key] for key in row if key != "seconds"} for row in rivals]}
     known["interrupted"] = interrupted
@@ -218,24 +275,9 @@ def best_of(results: list[SearchResult], interrupted: bool) -> SearchResult:
     )
 
 
-def score_of(result: SearchResult) -> float:
-    """Return a result's validation score as it compares with other selectors'; 0 after an interruption."""
-    return _comparable(result) or 0.0
-
-
-def _comparable(result: SearchResult) -> float | None:
+def score_of(result: SearchResult) -> float | None:
     """Return a result's validation score as it compares with other selectors'; None after an interruption."""
     if not result.validation:
         return None
     chosen = result.validation[0]
     return float(chosen.get("retained", chosen["score"]))
-
-
-def _naming(name: str, report: OnProgress | None) -> OnProgress | None:
-    if report is None:
-        return None
-
-    def named(step: SearchProgress) -> None:
-        report(replace(step, selector=name))
-
-    return named

@@ -1,4 +1,4 @@
-"""A search, from settings to profile: evolve, then choose on examples that the search never saw."""
+"""A search under one selector, from settings to profile: evolve, then choose on examples that it never saw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,22 +20,20 @@ from evolkv.evaluation.engine import Engine
 from evolkv.evaluation.records import prompt_digest
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import check_unseen, choose, rows_from
-from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, OneBudget, SearchConfig
-from evolkv.evolution.ending import carried_out
+from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, SearchConfig
 from evolkv.evolution.engines import Engines
 from evolkv.evolution.evolve import Beginning, Evolved, Rotation, evolve, make_strategy
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, STEP_AFTER, descend
 from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.limit import TimeLimit
 from evolkv.evolution.result import TIME_LIMIT, SearchResult, Validated, as_lists, as_rows, public_row
-from evolkv.evolution.rivals import best_of, score_of, searches_of, settled, under_each_selector
 from evolkv.evolution.space import START, SearchSpace, Start
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.models import describe_model
-from evolkv.models.forward import without_dropout
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, fingerprint, format_spec, get_task
+from evolkv.tasks import fingerprint, format_spec, get_task
+from evolkv.tasks.prompts import prompt_lengths
 from evolkv.tasks.protocol import draw_examples
 
 if TYPE_CHECKING:
@@ -46,56 +43,6 @@ log = logging.getLogger(__name__)
 
 # Training examples of free text below which a search warns.
 _FEW = 16
-
-
-def run_search(model: PreTrainedModel, tokenizer: Any, config: OneBudget) -> SearchResult:
-    """Evolve a profile: how many cache entries each layer (or KV head) needs for a task.
-
-    Args:
-        model: a transformers decoder-only model.
-        tokenizer: its tokenizer.
-        config: the settings, checked; `evolkv.search` takes them by keyword.
-
-    Returns:
-        The profile, every evaluation and the validation scores. KeyboardInterrupt during the search ends it early: the
-        result then holds the fittest candidate so far (where generations are scored on different examples, the mean of
-        the distribution), and says that it was interrupted.
-
-    Raises:
-        UsageError: for settings that cannot be used (`BudgetError`, `TaskError`, … name the kind); `StudyError` if the
-            study was made with other settings, or another process is at it.
-        RunError: if memory does not suffice, or what was found cannot be recorded.
-        KeyboardInterrupt: if interrupted before the first step or generation was scored.
-    """
-    config = settled(tokenizer, config, [config.target])
-    limit = TimeLimit(config.time_limit, searches_of(config), 1, config.val, config.num_train)
-    search = partial(_under_one_selector, model, tokenizer, limit=limit)
-
-    def whole(config: OneBudget) -> SearchResult:
-        if len(config.selectors) > 1:
-            return best_of(*under_each_selector(model, tokenizer, config, config.selectors, search, score_of))
-        return search(config)
-
-    with without_dropout(model):
-        return carried_out(whole, config, limit)
-
-
-def _under_one_selector(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    config: OneBudget,
-    limit: TimeLimit,
-    begun: dict[int, Beginning] | None = None,
-    evolves: bool = True,
-) -> SearchResult:
-    started = time.perf_counter()
-    with Run(model, tokenizer, config, limit, begun, evolves) as run:
-        (budget,) = run.open_study([config.target])
-        evolved = run.evolve(budget, config.begins_at)
-        choices = run.choices(budget, evolved)
-        validation = run.choose({str(budget): choices}, evolved.interrupted).get(str(budget), [])
-        took = time.perf_counter() - started + evolved.recorded_seconds
-        return run.result(budget, evolved, choices, validation, took)
 
 
 class Run:
@@ -124,6 +71,7 @@ class Run:
         begun: dict[int, Beginning] | None = None,
         evolves: bool = True,
     ):
+        self._started = time.perf_counter()
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.limit = limit or TimeLimit(None)
         self._begun, self._evolves = {} if begun is None else begun, evolves
@@ -132,7 +80,7 @@ class Run:
         self.haystack = self.task.haystack_used()
         (self.selector,) = map(get_selector, config.selectors.values())
         if config.prefill_chunk is not None:
-            # Refused now, if the selector or the model cannot be read so.
+            # Refuses a selector or a model that cannot read in chunks, before anything is computed.
             some = BudgetProfile.uniform(model, self.selector.min_budget + 1, self.selector.to_dict())
             CompressedCache(model, some, prefill_chunk=config.prefill_chunk)
         how = (tokenizer, config.seed, config.protocol)
@@ -147,7 +95,7 @@ class Run:
                 len(self.train),
                 _FEW,
             )
-        lengths = [encode_prompt(tokenizer, example).shape[1] for example in self.train]
+        lengths = prompt_lengths(tokenizer, self.train)
         self.space = SearchSpace(model, self.selector, config, max(lengths), min(lengths))
         self.rotation = Rotation(len(self.train), config.examples_per_generation, config.seed)
         #: Scores of the allocations that stood for choice on all training examples, by choice, then by name.
@@ -166,6 +114,11 @@ class Run:
         if self.study is not None:
             self.study.close()
 
+    @property
+    def seconds(self) -> float:
+        """The seconds since it began."""
+        return time.perf_counter() - self._started
+
     def open_study(self, targets: Sequence[Budget]) -> list[int]:
         """Create a study, or continue one with the same settings; without a storage nothing is recorded.
 
@@ -181,7 +134,7 @@ class Run:
         config, shape = self.config, self.space.shape
         budgets = self.space.aim(targets)
         evaluations, whole = config.evaluations(shape), STRATEGIES[config.strategy].smallest(config, shape)
-        # Settings that no strategy can use are not put on record.
+        # Made for its checks: settings that no strategy can use are not put on record.
         make_strategy(config, self.space, budgets[0], None if config.begins_at in COMPUTED else config.begins_at)
         if config.evaluations(shape, max(1, len(budgets) - 1)) < whole:
             log.warning(
@@ -201,7 +154,7 @@ class Run:
             **({"shares": [*self.space.shares.values()]} if self.space.shares else {}),
             "start": self._start_name,
         }
-        # Where it decides what the generations are.
+        # Only where it decides what the generations are.
         if len(budgets) > 1 or evaluations < whole:
             identity["max_evals"] = config.max_evals
         self.study = Study.open(config.storage, config.study, identity)
@@ -209,7 +162,7 @@ class Run:
             self.study.put("versions", versions())
             self.study.put("haystack", self.haystack)
             self._calibration.forget(self.study)
-        # Not part of what identifies a search: one that goes on may have more of them.
+        # Not part of what identifies a search: a continued one may have more of them.
         if self.study.get("max_evals") != evaluations:
             self.study.put("max_evals", evaluations)
         return budgets
@@ -219,10 +172,10 @@ class Run:
         config, space = self.config, self.space
         if (before := self._begun.get(budget)) is None:
             before = self._begin(budget, start)
-            # A second part of the search does not count its time again.
+            # The evolution after a contest does not count this time again.
             self._begun[budget] = replace(before, recorded_seconds=0.0)
         if before.descent:
-            # Nothing evolves from a descent that was stopped: a search that goes on ends it first.
+            # Nothing evolves from a descent that was stopped: a continued search finishes it first.
             if before.interrupted or before.out_of_time or not self._evolves:
                 self.limit.next_search()
                 return Evolved.none(before, before.interrupted)
@@ -278,7 +231,7 @@ class Run:
         if self.config.strategy == START_ONLY:
             start = self.config.begins_at
             return {start if isinstance(start, str) else START: np.array(evolved.best.budgets)}
-        # A descent that was stopped stands for itself.
+        # Without evolution the best is the descent's last step, which has its own name below.
         allocations = {"best": np.array(evolved.best.budgets)} if evolved.history else {}
         if evolved.mean is not None:
             allocations["mean"] = evolved.mean
@@ -299,7 +252,7 @@ class Run:
         On all training examples, too, so that the gap can be told. If the search is or was interrupted, the last choice
         that the study holds stands; without one, nothing is returned.
         """
-        # The choice among descents does not stand in the way of the one after evolution; a study keeps both.
+        # A study keeps two choices: the one among descents, and the one after evolution.
         fact = "validation" if self._evolves else "contest"
         asked = {name: {label: as_lists(b) for label, b in part.items()} for name, part in choices.items()}
         recorded: dict[str, list[Validated]] = {}
@@ -309,7 +262,7 @@ class Run:
         if interrupted or asked == {name: {row.name: row.budgets for row in rows} for name, rows in recorded.items()}:
             return recorded
         try:
-            # While the prompts are still there.
+            # First the training examples, whose prompts are still held.
             trained = choose(self._scorer(), choices)
             self.engines.free()
             validated = choose(self.engines.unseen(self.held_out), choices)
@@ -355,14 +308,14 @@ class Run:
         }
         if evolved.out_of_time:
             settings["stopped"] = TIME_LIMIT
-        # The profile says these itself.
+        # A profile has fields for these.
         for name in ("model", "granularity", "selector"):
             settings.pop(name)
         score = self.trained.get(str(budget), {}).get(chosen)
         train = None if score is None else {"score": score, "n": len(self.train)}
         on_all = train
         if on_all is None and history and self.rotation.everything and np.array_equal(budgets, evolved.best.budgets):
-            # What was stopped before the choice.
+            # Stopped before the choice, but evolution has scored its best candidate on all of them.
             on_all = {"score": evolved.best.score, "n": len(self.train)}
         profile = BudgetProfile.from_budgets(
             self.model,
@@ -418,7 +371,7 @@ class Run:
             "floor": self.space.floor,
             "ceiling": self.space.ceiling,
             "engine": config.engine,
-            # Left out where they say nothing: studies from before they existed go on.
+            # Left out at their defaults, so that studies from before they existed can be continued.
             **({"least": int(self.space.floors.min())} if self.space.floors.min() < self.space.floor else {}),
             **({"balanced": True} if self.task.balanced else {}),
             **({} if config.prefill_chunk is None else {"prefill_chunk": config.prefill_chunk}),

@@ -55,7 +55,7 @@ def open_storage(location: Location, *, create: bool) -> BaseStorage:
         try:
             return RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
         except Exception as error:
-            # Two processes make the tables of one new database at the same time: both shall have them.
+            # Two processes may make the tables of a new database at the same time. Then the second attempt finds them.
             if not create or not _is_collision(error):
                 raise
             time.sleep(random.uniform(0.05, 0.3))

@@ -297,7 +297,7 @@ def _find_or_create(storage: BaseStorage, location: Location, name: str) -> int:
         except DuplicatedStudyError:
             study_id = storage.get_study_id_from_name(name)
     attributes = storage.get_study_user_attrs(study_id)
-    # One of ours that was killed before it had its settings is empty, and new.
+    # A study of ours that was killed before its settings were written is empty, and counts as new.
     empty = not set(attributes) - {LEASE} and not storage.get_n_trials(study_id)
     if _HEADER not in attributes and not (
         empty and storage.get_study_directions(study_id) == [StudyDirection.MAXIMIZE]

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from evolkv.errors import StudyError
 from evolkv.evolution.result import Evaluation
-from evolkv.schemas import first_error
+from evolkv.schemas import Schema, first_error
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -31,10 +31,8 @@ _ATTRIBUTE_BYTES = 60_000
 _MAX_BUDGET = 2**31 - 1
 
 
-class _Candidate(BaseModel):
-    """The types of one recorded candidate; a storage is a file that anyone may have written."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
+class _Candidate(Schema):
+    """One recorded candidate."""
 
     budgets: list[list[int]]
     fitness: float
@@ -85,7 +83,7 @@ def to_trial(
     params: dict[str, int] = {}
     # The score of a step of a descent is that of soft cuts: Optuna must not take it for the best.
     soft = fittest.slope is not None
-    # Each costs a database three statements; so only what beats all before it has them.
+    # Each parameter costs a database three statements, so only a new best has them.
     if improved and not soft:
         params = {f"layer_{layer:02d}": round(sum(row) / len(row)) for layer, row in enumerate(fittest.budgets)}
     low, high = min([span[0], *params.values()]), max([span[1], *params.values()])
@@ -118,7 +116,7 @@ def stages_of(name: str, trials: Iterable[FrozenTrial]) -> dict[str, list[list[E
 
 
 def _evaluations(name: str, trial: FrozenTrial, generation: int) -> list[Evaluation]:
-    # By number: the names of a population above a thousand are of unequal length.
+    # By number: above a thousand candidates the names differ in length.
     keys = [key for key in trial.user_attrs if key.startswith(_CANDIDATES)]
     keys.sort(key=lambda key: (len(key), key))
     try:

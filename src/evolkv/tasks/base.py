@@ -81,7 +81,7 @@ class Example:
                 refuse(name, "a text")
         for name in ("references", "stop"):
             texts = getattr(self, name)
-            # A text is a sequence of texts, too: its letters.
+            # A single text would pass for a sequence of its letters.
             if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
                 refuse(name, "a tuple of texts")
             object.__setattr__(self, name, tuple(texts))
@@ -94,7 +94,8 @@ class Example:
         if self.max_new_tokens < 0:
             refuse("max_new_tokens", "0 or more")
         try:
-            check_characters(json.dumps({**vars(self), "extra": dict(self.extra)}, sort_keys=True, ensure_ascii=False))
+            fields = {**vars(self), "extra": dict(self.extra)}
+            check_characters(json.dumps(fields, sort_keys=True, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TaskError(f"example {self.id!r} holds what a record cannot: {error}") from None
 
@@ -207,7 +208,6 @@ def read_text(path: str) -> str:
     if file.is_dir():
         raise TaskError(f"{path} is a folder; give the path of a file")
     if file.exists() and not file.is_file():
-        # Checked before a model is loaded, read for each split, and again to go on.
         raise TaskError(
             f"{path} is a pipe or a device, and a task reads its file several times; give the path of a file"
         )

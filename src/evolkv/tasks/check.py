@@ -42,7 +42,7 @@ def check_examples(
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
     for task in tasks:
         for split, count in splits.items():
-            # An example of each kind, as far as `count` examples have it.
+            # One example of each kind that `count` examples include.
             most = task.kinds if count is None else min(count, task.kinds)
             for example in draw_examples(task, split, most, tokenizer, seed, protocol):
                 name = metric or example.metric
@@ -54,8 +54,14 @@ def check_examples(
 
 
 def check_labelled(example: Example, metric: str) -> None:
-    """Raise UsageError if an example lacks the reference answer that a metric compares with."""
-    if not example.references and metric not in LABEL_FREE:
+    """Raise UsageError if an example lacks what a metric compares with: a reference, or room for the model's answer."""
+    if metric in LABEL_FREE:
+        if example.max_new_tokens < 1:
+            raise UsageError(
+                f"example {example.id}: max_new_tokens is 0, and metric {metric!r} compares with the model's own "
+                "answer; give at least 1"
+            )
+    elif not example.references:
         raise UsageError(
             f"example {example.id} has no reference answer, and metric {metric!r} compares with one; "
             f"use --metric {' or '.join(LABEL_FREE)}"

@@ -11,11 +11,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from evolkv.errors import UsageError
-from evolkv.models.chat import around_message, user_message
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.metrics import check_metric
-from evolkv.tasks.prompts import cut_middle, question_at
 from evolkv.tasks.rows import (
     AnyText,
     Count,
@@ -88,18 +86,14 @@ class JsonLines(PromptRows):
 
     def _example(self, row: Row[_Fields], tokenizer: Any) -> Example:
         fields = row.fields
-        prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
-        if self.chat:
-            prompt = user_message(tokenizer, prompt)
-        asked = fields.question
-        behind = around_message(tokenizer)[1] if self.chat and asked is not None else ""
+        prompt, place = self._asked(fields.prompt, fields.question, tokenizer)
         return Example(
             id=row.id,
             prompt=prompt,
             references=tuple(fields.references),
             max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 32,
             metric=self.metric or fields.metric or "contains",
-            question_at=None if asked is None else question_at(prompt, asked, behind),
+            question_at=place,
             first_line=bool(fields.first_line),
             stop=tuple(fields.stop or ()),
             extra=fields.extra,
@@ -144,6 +138,6 @@ class _Fields(Schema):
     def content(self) -> str:
         # Of the row as it is in the file, so that overriding its settings draws the same rows.
         own: list[Any] = [self.metric, self.max_new_tokens]
-        # Only where they are: what a row is drawn by shall not depend on the version.
+        # Only where they are given, so that files from before these fields existed draw the same rows.
         own += [value for value in (self.first_line, self.stop) if value is not None]
         return digest(json.dumps([self.prompt, self.references, self.all_classes, own]))

@@ -144,7 +144,7 @@ class NeedleInHaystack(Task):
         if self.passages is None:
             passage = index // EXAMPLES_PER_PASSAGE
         else:
-            # A fresh order for every round, or passages and depths would go in step.
+            # A new order for every round, or each passage would always have the same depths.
             turn, place = divmod(index, self.passages)
             order = list(range(self.passages))
             random.Random(f"niah-passage/{seed}/{split}/{turn}").shuffle(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def encode_prompt(tokenizer: Any, example: Example) -> torch.LongTensor:
         example: the example; its chat template, if any, is in the prompt already.
     """
     return torch.tensor([encode_text(tokenizer, example.prompt)], dtype=torch.long)  # type: ignore[return-value]
+
+
+def prompt_lengths(tokenizer: Any, examples: Iterable[Example]) -> list[int]:
+    """Return the tokens of each example's prompt."""
+    return [len(encode_text(tokenizer, example.prompt)) for example in examples]
 
 
 def uses_chat(tokenizer: Any, choice: bool | None, task: str) -> bool:

@@ -25,7 +25,7 @@ def draw_examples(task: Task, split: Split, n: int, tokenizer: Any, seed: int, p
         RunError: the task's own code fails.
     """
     try:
-        examples = list(task.examples(split, n, tokenizer, seed))
+        examples = list(task.examples(split, n, tokenizer, seed))[:n]
     except EvolKVError:
         raise
     except Exception as error:  # a task may be another package's

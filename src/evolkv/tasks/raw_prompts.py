@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.models.chat import around_message, render_chat, user_message
+from evolkv.models.chat import around_message, render_chat
 from evolkv.schemas import Schema
 from evolkv.tasks.base import Example, read_text
 from evolkv.tasks.prompts import cut_middle, encode_text, question_at, uses_chat
@@ -96,19 +96,16 @@ class RawPrompts(PromptRows):
 
     def _example(self, row: Row[_Prompt], tokenizer: Any) -> Example:
         fields = row.fields
-        question, behind = fields.question, ""
+        place: int | None = None
         if fields.prompt is not None:
-            prompt = fields.prompt if self.context is None else cut_middle(tokenizer, fields.prompt, self.context)
-            if self.chat:
-                prompt = user_message(tokenizer, prompt)
-                behind = around_message(tokenizer)[1] if question is not None else ""
+            prompt, place = self._asked(fields.prompt, fields.question, tokenizer)
         else:
             turns = _shortened(fields.turns, tokenizer, self.context)
             try:
                 uses_chat(tokenizer, True, self.name)
                 prompt = render_chat(tokenizer, turns, fields.tools)
                 if len(turns) > 1:
-                    question, behind = turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1]
+                    place = question_at(prompt, turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1])
             except TaskError as error:
                 raise TaskError(f"{row.where}: {error}") from None
         return Example(
@@ -117,7 +114,7 @@ class RawPrompts(PromptRows):
             references=(),
             max_new_tokens=self.max_new_tokens or fields.max_new_tokens or 64,
             metric=self.default_metric,
-            question_at=None if question is None else question_at(prompt, question, behind),
+            question_at=place,
         )
 
 
@@ -203,7 +200,7 @@ def _shortened(turns: list[dict[str, Any]], tokenizer: Any, limit: int | None) -
     while limit is not None and left and sum(lengths) > limit:
         longest = max(left, key=lambda i: lengths[i])
         left.remove(longest)
-        # A message that vanished would leave another chat.
+        # Something of each message stays: without it the chat would be another.
         lengths[longest] = max(2, lengths[longest] - (sum(lengths) - limit))
         turns[longest]["content"] = cut_middle(tokenizer, turns[longest].get("content") or "", lengths[longest])
     return turns

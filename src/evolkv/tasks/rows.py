@@ -18,11 +18,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from evolkv.errors import TaskError, UsageError
 from evolkv.json_files import check_characters
+from evolkv.models.chat import around_message, user_message
 from evolkv.numbers import is_whole
 from evolkv.schemas import Schema, checked
 from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, partition
 from evolkv.tasks.metrics import MODEL_METRICS, get_metric, judged_part
-from evolkv.tasks.prompts import uses_chat
+from evolkv.tasks.prompts import cut_middle, question_at, uses_chat
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def answers_score(
 ) -> bool:
     """Return whether any of a row's own answers, or of what is `judged` of them, scores above 0 under a metric.
 
-    Summaries are taken to: ROUGE needs minutes for a file of them.
+    Answers that are summaries are taken to score, because ROUGE takes minutes for a file of them.
 
     Raises:
         TaskError: the metric needs what `extra` lacks, or an answer that reads otherwise.
@@ -283,6 +284,15 @@ class PromptRows(Task):
         """Read all rows."""
         for _ in self._rows():
             pass
+
+    def _asked(self, text: str, question: str | None, tokenizer: Any) -> tuple[str, int | None]:
+        """Return a row's prompt, cut and in the chat template as the settings say, and where its question begins."""
+        prompt = text if self.context is None else cut_middle(tokenizer, text, self.context)
+        if self.chat:
+            prompt = user_message(tokenizer, prompt)
+        if question is None:
+            return prompt, None
+        return prompt, question_at(prompt, question, around_message(tokenizer)[1] if self.chat else "")
 
     @abstractmethod
     def _rows(self) -> Iterator[Row[Any]]:

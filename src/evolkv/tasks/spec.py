@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from evolkv import specs
@@ -60,7 +60,7 @@ def get_task(spec: str | Task | Sequence[str | Task]) -> Task:
         return spec
     several: list[Task] = []
     for each in get_tasks(spec):
-        # A mixture within another would share the examples out otherwise than its spec reads.
+        # One mixture of all: within another mixture its tasks would get smaller shares, which the spec does not say.
         several += each.tasks if isinstance(each, Mixture) else [each]
     return several[0] if len(several) == 1 else Mixture(tuple(several))
 
@@ -75,10 +75,12 @@ def get_tasks(spec: str | Task | Sequence[str | Task]) -> list[Task]:
         UsageError, TaskError: as for `get_task`; also if there is none.
     """
     tasks: list[Task] = []
-    for each in [spec] if isinstance(spec, (str, Task)) else spec:
+    for each in spec if isinstance(spec, Iterable) and not isinstance(spec, (str, bytes)) else [spec]:
         if isinstance(each, Task):
             tasks.append(each)
             continue
+        if not isinstance(each, str):
+            raise TaskError(f"the task is {each!r:.60}; expected a spec, as 'niah:context=1600', or a Task itself")
         for text in specs.split_specs(each, TASKS):
             several = [_task(part) for part in text.split(_AND)]
             tasks.append(several[0] if len(several) == 1 else Mixture(tuple(several)))

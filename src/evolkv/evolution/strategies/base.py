@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators.complete import broadcast_bounds
+from evolkv.allocators.complete import broadcast_bounds, complete
 from evolkv.errors import BudgetError, UsageError
 
 Budgets = NDArray[np.int64]
@@ -47,6 +47,13 @@ class Strategy(ABC):
     A subclass proposes a population in `_propose` and learns from it in `_learn`. Its constructor takes the shape of
     the budgets and the budget, and by name sigma, population, floor, ceiling, seed and its `own_arguments`.
 
+    Args:
+        shape: (L,) for layer budgets or (L, H) for head budgets; an int means (L,).
+        budget: c, the target mean budget in cache entries.
+        floor: the least an entry may get, an int or an array that broadcasts to `shape`.
+        ceiling: the most an entry may get, likewise.
+        seed: seed of the random numbers, not negative.
+
     Attributes:
         mean_first: whether the first candidate of each generation is the mean of the distribution, `mean`. Only such
             a strategy can have each generation scored on other examples: the search then goes by the mean.
@@ -68,7 +75,11 @@ class Strategy(ABC):
     least_population: ClassVar[int] = 1
     group: slice = slice(None)
 
-    def __init__(self) -> None:
+    def __init__(self, shape: int | tuple[int, ...], budget: int, floor: ArrayLike, ceiling: ArrayLike, seed: int):
+        self.shape, self.budget = layers_or_heads(shape), whole_number("budget", budget, 1)
+        self.seed = whole_number("seed", seed, 0)
+        self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)
+        self._total = self.budget * math.prod(self.shape)
         self.generation = 0
         self.done = False
         self._population: list[Budgets] | None = None
@@ -171,6 +182,16 @@ class Strategy(ABC):
         self._population = None
         self.generation += 1
 
+    def _projected(self, weights: NDArray[Any]) -> Budgets:
+        """Return the budgets in proportion to weights, at exactly the target total and within floor and ceiling."""
+        return complete(weights, self._total, self._floor, self._ceiling)
+
+    @property
+    def _single(self) -> bool:
+        """True if floor, ceiling and total leave just one allocation, so that there is nothing to search."""
+        total_at_bound = self._total in (self._floor.sum(), self._ceiling.sum())
+        return total_at_bound or int((self._floor < self._ceiling).sum()) <= 1
+
     @abstractmethod
     def _propose(self) -> list[Budgets]:
         """Return the next population."""
@@ -183,11 +204,6 @@ class Strategy(ABC):
 def default_population(variables: int) -> int:
     """Return the usual population of CMA-ES, 4 + ⌊3 ln n⌋."""
     return 4 + math.floor(3 * math.log(variables))
-
-
-def single_allocation(floor: Budgets, ceiling: Budgets, total: int) -> bool:
-    """Return whether floor, ceiling and total leave just one allocation, so that there is nothing to search."""
-    return total in (floor.sum(), ceiling.sum()) or int((floor < ceiling).sum()) <= 1
 
 
 def whole_number(name: str, value: int, least: int) -> int:

@@ -12,7 +12,6 @@ from evolkv.evolution.strategies.base import (
     Budgets,
     Settings,
     Strategy,
-    bounds,
     default_population,
     positive_number,
     whole_number,
@@ -64,15 +63,12 @@ class GroupedCMA(Strategy):
         ceiling: ArrayLike = 1600,
         seed: int = 0,
     ):
-        super().__init__()
         self.num_layers = whole_number("num_layers", num_layers, 1)
-        self.budget = whole_number("budget", budget, 1)
+        super().__init__(self.num_layers, budget, floor, ceiling, seed)
         self.group_size = whole_number("group_size", group_size, 1)
         self.sigma = positive_number("sigma", sigma)
         self.generations = whole_number("generations", generations, 1)
         self.population = None if population is None else whole_number("population", population, self.least_population)
-        self.seed = whole_number("seed", seed, 0)
-        self._floor, self._ceiling = bounds((self.num_layers,), self.budget, floor, ceiling)
         self._scheme: Budgets = np.clip(np.full(self.num_layers, self.budget), self._floor, self._ceiling)
         self._start_group(0)
 

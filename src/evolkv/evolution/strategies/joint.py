@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators import complete
 from evolkv.errors import BudgetError
 from evolkv.evolution.strategies.base import (
     CONVERGED,
     Budgets,
     Strategy,
-    bounds,
     default_population,
-    layers_or_heads,
     positive_number,
-    single_allocation,
     whole_number,
 )
 from evolkv.evolution.strategies.cma_es import cma_es
@@ -70,23 +66,18 @@ class JointCMA(Strategy):
         seed: int = 0,
         x0: ArrayLike | None = None,
     ):
-        super().__init__()
-        self.shape = layers_or_heads(shape)
-        self.budget = whole_number("budget", budget, 1)
+        super().__init__(shape, budget, floor, ceiling, seed)
         self.sigma = positive_number("sigma", sigma)
         size = math.prod(self.shape)
         population = default_population(size) if population is None else population
         self.population = whole_number("population", population, self.least_population)
-        self.seed = whole_number("seed", seed, 0)
-        self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)
         start = np.ones(self.shape) if x0 is None else np.asarray(x0)
         if start.shape != self.shape:
             raise BudgetError(f"x0 has shape {start.shape}, expected {self.shape}")
-        start = np.maximum(complete(start, self.budget * size, self._floor, self._ceiling), 1)
+        start = np.maximum(self._projected(start), 1)
         low, high = max(1, int(self._floor.min())), int(self._ceiling.max())
         # Samples that spread wider than the permitted range all project onto its corners.
         self._widest = max(self.sigma, math.log(high / low) / 2)
-        self._settled = single_allocation(self._floor, self._ceiling, self.budget * size)
         self._cma: Any = cma_es(
             np.log(start / self.budget).ravel(),
             self.sigma,
@@ -101,15 +92,14 @@ class JointCMA(Strategy):
     @property
     def mean(self) -> Budgets:
         """The mean of the search distribution, projected: int64 budgets of shape `shape`."""
-        return self._project(self._cma.mean)
+        return self._sampled(self._cma.mean)
 
-    def _project(self, logarithms: NDArray[np.float64]) -> Budgets:
-        weights = np.exp(logarithms - logarithms.max()).reshape(self.shape)
-        return complete(weights, self.budget * weights.size, self._floor, self._ceiling)
+    def _sampled(self, logarithms: NDArray[np.float64]) -> Budgets:
+        return self._projected(np.exp(logarithms - logarithms.max()).reshape(self.shape))
 
     def _propose(self) -> list[Budgets]:
         self._samples = self._cma.ask()
-        return [self.mean, *(self._project(sample) for sample in self._samples)]
+        return [self.mean, *(self._sampled(sample) for sample in self._samples)]
 
     def _learn(self, fitness: list[float]) -> None:
         if min(fitness[1:]) < max(fitness[1:]):
@@ -117,4 +107,4 @@ class JointCMA(Strategy):
         else:
             self._cma.sigma *= min(WIDENING, self._widest / self._cma.stds.max())
         in_entries = self._cma.stds * self.mean.ravel()
-        self.done = self._settled or float(in_entries.max()) < CONVERGED
+        self.done = self._single or float(in_entries.max()) < CONVERGED

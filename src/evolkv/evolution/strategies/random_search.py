@@ -7,15 +7,11 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evolkv.allocators import complete
 from evolkv.evolution.strategies.base import (
     Budgets,
     Strategy,
-    bounds,
     default_population,
-    layers_or_heads,
     positive_number,
-    single_allocation,
     whole_number,
 )
 
@@ -51,21 +47,17 @@ class RandomSearch(Strategy):
         ceiling: ArrayLike = 1600,
         seed: int = 0,
     ):
-        super().__init__()
-        self.shape = layers_or_heads(shape)
-        self.budget = whole_number("budget", budget, 1)
+        super().__init__(shape, budget, floor, ceiling, seed)
         self.sigma = positive_number("sigma", sigma)
-        self.size = math.prod(self.shape)
-        default = default_population(self.size)
+        default = default_population(math.prod(self.shape))
         self.population = default if population is None else whole_number("population", population, 1)
-        self._floor, self._ceiling = bounds(self.shape, self.budget, floor, ceiling)
-        self._rng = np.random.default_rng(whole_number("seed", seed, 0))
+        self._rng = np.random.default_rng(self.seed)
 
     def _propose(self) -> list[Budgets]:
         weights = np.exp(self.sigma * self._rng.standard_normal((self.population, *self.shape)))
         if self.generation == 0:
             weights[0] = 1
-        return [complete(w, self.budget * self.size, self._floor, self._ceiling) for w in weights]
+        return [self._projected(each) for each in weights]
 
     def _learn(self, fitness: list[float]) -> None:
-        self.done = single_allocation(self._floor, self._ceiling, self.budget * self.size)
+        self.done = self._single

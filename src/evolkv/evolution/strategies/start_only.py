@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evolkv.allocators import complete
-from evolkv.evolution.strategies.base import Budgets, Settings, Strategy, bounds, layers_or_heads
+from evolkv.evolution.strategies.base import Budgets, Settings, Strategy
 
 
 class StartOnly(Strategy):
@@ -41,11 +40,8 @@ class StartOnly(Strategy):
         population: int | None = None,
         seed: int = 0,
     ):
-        super().__init__()
-        shape = layers_or_heads(shape)
-        low, high = bounds(shape, budget, floor, ceiling)
-        start = np.ones(shape) if x0 is None else np.asarray(x0)
-        self._start = complete(start, budget * start.size, low, high)
+        super().__init__(shape, budget, floor, ceiling, seed)
+        self._start = self._projected(np.ones(self.shape) if x0 is None else np.asarray(x0))
 
     @classmethod
     def smallest(cls, config: Settings, shape: tuple[int, ...]) -> int:

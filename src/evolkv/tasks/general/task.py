@@ -17,7 +17,7 @@ from evolkv.tasks.code import CodeCompletion
 from evolkv.tasks.general import puzzles
 from evolkv.tasks.general.puzzles import Puzzle
 from evolkv.tasks.niah import NeedleInHaystack
-from evolkv.tasks.prompts import encode_text, uses_chat
+from evolkv.tasks.prompts import encode_text, question_at, uses_chat
 from evolkv.tasks.ruler.puzzle import largest
 from evolkv.tasks.wording import WORDINGS
 
@@ -145,7 +145,6 @@ class General(Task):
         if spare < 0:
             raise _TooShortError(kind, part, context, context - spare)
         prompt = render(largest(room, puzzle.least, spare, None, puzzle.least + context))
-        asked = prompt.rfind(puzzle.asks)
         return Example(
             id=kind,
             prompt=prompt,
@@ -154,7 +153,7 @@ class General(Task):
             max_new_tokens=puzzle.max_new_tokens,
             metric=puzzle.metric,
             stop=puzzle.stop,
-            question_at=asked if asked > 0 else None,
+            question_at=question_at(prompt, puzzle.asks),
             extra={"mode": "flexible"} if puzzle.metric == "gsm8k" else {},
         )
 
@@ -178,7 +177,7 @@ class _Slot(NamedTuple):
     def of(cls, index: int) -> _Slot:
         """Return the slot of an example."""
         turn, kind = divmod(index, len(KINDS))
-        # A language that went in step with the length would have one length alone.
+        # Shifted from round to round, or each language would have one length alone.
         language = (turn + turn // len(LENGTHS)) % len(_LANGUAGES) if KINDS[kind] == "needle" else 0
         return cls(KINDS[kind], index % len(LENGTHS), language)
 

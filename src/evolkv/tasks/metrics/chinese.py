@@ -24,7 +24,7 @@ def words(text: str) -> list[str]:
 
 def _load() -> Any:
     with warnings.catch_warnings():
-        # jieba has unescaped backslashes and looks for pkg_resources; both are nobody's concern here.
+        # jieba has unescaped backslashes and looks for pkg_resources; neither matters here.
         warnings.simplefilter("ignore")
         import jieba
     # Not jieba's shared tokenizer, which a program may have taught other words, and not its `initialize`,

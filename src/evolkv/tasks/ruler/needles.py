@@ -94,7 +94,7 @@ def needle_puzzles(
         rng = random.Random(name)
         keys = [_draw(rng, needles.key, split, taken) for _ in range(needles.keys)]
         facts = [(key, _draw(rng, needles.value, split, taken)) for key in keys for _ in range(needles.values)]
-        # In the order of the text from here on, in which a model that reads would name them.
+        # From here on in the order of the text, in which a model that reads it would name them.
         rng.shuffle(facts)
         sentences = [NEEDLE.format(kind=needles.value, key=key, value=value) for key, value in facts]
         asked = rng.sample(keys, needles.queries)
@@ -141,7 +141,7 @@ def _other_needles(
     needles: Needles, split: Split, name: str, facts: Sequence[tuple[str, str]]
 ) -> Callable[[int], list[str]]:
     rng = random.Random(f"{name}/others")
-    # Only this puzzle's own: what another one asks for may well be said here.
+    # Only this puzzle's own facts are taken: those of another puzzle may occur here.
     taken = {text for fact in facts for text in fact}
 
     def make() -> str:

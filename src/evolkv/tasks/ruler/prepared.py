@@ -42,7 +42,7 @@ def read_prepared(path: str, opening: str) -> Iterator[Row[Prepared]]:
 
 def _cut(text: str, opening: str) -> tuple[str, str]:
     place = text.rfind(opening)
-    # A prefix is one line. One further up is a demonstration's.
+    # A prefix is one line. An opening further up belongs to a demonstration.
     if place < 0 or "\n" in text[place:]:
         return text, ""
     return text[:place], text[place:]

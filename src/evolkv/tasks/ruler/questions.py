@@ -156,7 +156,7 @@ def hotpotqa(path: str) -> Iterator[Row[Question]]:
 
 def _puzzle(question: Question, documents: Sequence[str], name: str) -> Puzzle:
     def text(size: int) -> str:
-        # Drawn anew for every size, which is cheap; kept, it would be all documents for every question.
+        # Drawn anew for every size: that is cheap, and to keep the order would hold all documents for every question.
         rng = random.Random(name)
         first = [*question.needed, *rng.sample(question.related, len(question.related))]
         taken = set(first)

@@ -133,7 +133,7 @@ class Ruler(Task):
             examples = self._prepared(split, n, prompts, seed)
         else:
             examples = self._generated(split, n, prompts, seed)
-        # Of all orders this one has neighbours share the longest prefixes.
+        # In this order neighbours share the longest prefixes.
         return sorted(examples, key=lambda example: example.prompt)
 
     def check_files(self) -> None:
@@ -192,7 +192,7 @@ class Ruler(Task):
             room = partial(_room, prompts, puzzle)
             spare = room(puzzle.least)
             shortest = min(shortest, spare)
-            # Once one does not fit, the others need only say how much they lack.
+            # Once one does not fit, the others are measured only for the message.
             if shortest < 0:
                 continue
             size = largest(room, puzzle.least, spare, size, puzzle.least + self.context)

@@ -103,7 +103,7 @@ def _common_words(split: Split, seed: int) -> Iterator[list[str]]:
 
 
 def _endless(some: list[str], rng: random.Random) -> Callable[[int], list[str]]:
-    # All words are used up at 170,000 tokens or so. Pairs are the only other words there is no end of.
+    # All words are used up at about 170,000 tokens. Pairs of words do not run out.
     source = chain(some, (adjective_noun(rng) for _ in count()))
     return lazily(lambda: next(source))
 
