@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -50,6 +51,13 @@ def test_selectors_that_kvpress_does_not_have_are_refused(selector):
     assert selector in SELECTORS
     with pytest.raises(UsageError, match=f"as '{selector}' does"):
         press_source(BudgetProfile.from_budgets(INFO, HEADS, selector))
+
+
+def test_profiles_of_models_with_sliding_windows_are_refused():
+    profile = BudgetProfile.from_budgets(INFO, HEADS, "knorm")
+    profile = replace(profile, model=profile.model | {"sliding_windows": [None, 128]})
+    with pytest.raises(UsageError, match="tiny has layers with sliding windows, which kvpress cannot cut"):
+        press_source(profile)
 
 
 def test_export_says_what_masking_costs(tmp_path, capsys):

@@ -138,7 +138,8 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
         module: what the file will be called, without ``.py``; for its docstring.
 
     Raises:
-        UsageError: for a selector that no press of kvpress scores like, or a `module` that Python cannot import.
+        UsageError: for a selector that no press of kvpress scores like, a model with sliding windows, budgets that are
+            a share, or a `module` that Python cannot import.
     """
     if not module.isidentifier() or iskeyword(module):
         raise UsageError(f"Python cannot import a file called {module}.py; use letters, digits and underscores")
@@ -146,6 +147,11 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
         raise UsageError(
             f"the profile keeps {profile.share} of each prompt, and the exported press has the same budgets for "
             "all; carry it to a number first: evolkv profile expand PROFILE.json --budget 160 --out FIXED.json"
+        )
+    if any(profile.model.get("sliding_windows") or ()):
+        raise UsageError(
+            f"{profile.model['name']} has layers with sliding windows, which kvpress cannot cut to a budget; use the "
+            "profile with EvolKV"
         )
     name = profile.selector["name"]
     if name not in _PRESSES:
