@@ -125,7 +125,11 @@ class PromptAttention:
         )
 
     def sequences(self, real: Sequence[Tensor] | None) -> list[PromptAttention]:
-        """Return each sequence of a batch by itself; `real` has the real tokens of each, or is None for all."""
+        """Return each sequence of a batch by itself.
+
+        Args:
+            real: for each sequence, the numbers of its real tokens, ``[tokens]``; None where none has padding.
+        """
         everything = torch.arange(self.num_tokens, device=self.key.device)
         return [self.of_sequence(i, everything if real is None else real[i]) for i in range(len(self.key))]
 
