@@ -103,7 +103,7 @@ class AdaptiveLayer(CompressedLayer):
 
     def _see(self, prompt: PromptAttention, padding: Tensor | None) -> _Waiting:
         real = real_tokens(padding, prompt.key)
-        prompts = [prompt] if real is None and len(prompt.key) == 1 else prompt.sequences(real)
+        prompts = prompt.sequences(real)
         seen = [rank_and_observe(each, self.selector, self._method.observers) for each in prompts]
         rankings, observed = [ranking for ranking, _ in seen], [noted for _, noted in seen]
         return _Waiting(prompt.key, prompt.value, rankings, observed, [each.most_held for each in prompts], real)

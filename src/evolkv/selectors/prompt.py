@@ -130,6 +130,8 @@ class PromptAttention:
         Args:
             real: for each sequence, the numbers of its real tokens, ``[tokens]``; None where none has padding.
         """
+        if real is None and len(self.key) == 1:
+            return [self]
         everything = torch.arange(self.num_tokens, device=self.key.device)
         return [self.of_sequence(i, everything if real is None else real[i]) for i in range(len(self.key))]
 
