@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import ClassVar
 
 import numpy as np
@@ -280,3 +281,4 @@ def test_a_task_that_gives_no_examples_ends_a_search_in_one_line(small, gives, e
 def test_of_a_task_that_gives_more_examples_than_asked_for_the_first_count(small):
     more = [Example(f"e{i}", "text", ("mat",)) for i in range(5)]
     assert draw_examples(Bad(more), "validation", 3, small[1], 0, AWARE) == more[:3]
+    assert draw_examples(Bad(cycle(more)), "validation", 3, small[1], 0, AWARE) == more[:3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from evolkv.errors import EvolKVError, RunError, TaskError
@@ -25,7 +26,7 @@ def draw_examples(task: Task, split: Split, n: int, tokenizer: Any, seed: int, p
         RunError: the task's own code fails.
     """
     try:
-        examples = list(task.examples(split, n, tokenizer, seed))[:n]
+        examples = list(islice(task.examples(split, n, tokenizer, seed), n))
     except EvolKVError:
         raise
     except Exception as error:  # a task may be another package's
