@@ -47,7 +47,9 @@ class Trial:
         selector: Any = "snapkv",
         split: Split = "report",
     ):
-        self.config = SearchConfig(task=task, selector=selector, train=train, val=1, seed=seed)
+        # The search's own validation examples are not looked at, so there are as few as a mixture takes: one a task.
+        val = 1 if isinstance(task, str) else len(task)
+        self.config = SearchConfig(task=task, selector=selector, train=train, val=val, seed=seed)
         self._backend = LocalBackend(model, tokenizer)
         self._run = Run(model, tokenizer, self.config)
         self._held_out = get_task(task).examples(split, held_out, tokenizer, seed)
