@@ -129,8 +129,8 @@ TABLES = {
         ),
         "logprob",
         24,
-        train=4,
-        val=4,
+        train=8,
+        val=8,
         protocols=("aware",),
     ),
     # The profile that one would publish for a model, on work that its search never saw.
