@@ -727,6 +727,27 @@ def test_a_prepared_mask_for_all_sequences_says_which_tokens_of_each_are_real(na
         assert torch.equal(together[layer][head][row], alone[row][layer][head])
 
 
+@pytest.mark.parametrize("settings", [{}, {"evict": "again"}])
+def test_a_prepared_mask_for_all_sequences_hides_tokens_after_the_prompt(settings):
+    model, ids = tiny_model("llama"), tokens(2, 24)
+    places = torch.arange(24).expand(2, -1)
+    logits = []
+    for shape in ((1, 1), (2, 1)):
+        cache = CompressedCache(model, "snapkv:window=4", 12, **settings)
+        with torch.no_grad():
+            for start, stop in ((0, 18), (18, 22), (22, 24)):
+                # Of what comes before the last cut all is held that can be seen.
+                seen = cache.kv_layers[0].appended if start else 0
+                mask = torch.ones(stop - start, seen + stop - start, dtype=torch.bool).tril(seen)
+                mask[:, seen] = False
+                prepared = torch.zeros(*shape, *mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+                output = model(
+                    ids[:, start:stop], attention_mask=prepared, position_ids=places[:, start:stop], cache=cache
+                )
+        logits.append(output.logits)
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
 def test_a_mask_of_any_type_says_which_tokens_are_real(dtype):
     # Above 256 not every whole number is a bfloat16.

@@ -287,7 +287,7 @@ class CompressedLayer(AttendingLayer):
                 self.context.leave()
             return output
         if mask is not None or self.real is not None:
-            self._note_columns(real_columns(mask, key.shape[2]), key.shape[2])
+            self._note_columns(real_columns(mask, key), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:

@@ -177,7 +177,7 @@ class ReadingLayer(ByGroupLayer):
         first = 0 if self.record_past else min(firsts, default=new)
         if self.drafted or not self.is_initialized or self.is_sliding or new == 1 or first >= new:
             return super().attend(own, module, query, key, value, mask, **kwargs)
-        if self.real is None and is_causal(mask, new):
+        if self.real is None and is_causal(mask, key):
             mask = None
         elif mask is not None:
             mask = boolean_mask(mask, len(key), new, self.appended + new, key.device)
