@@ -208,6 +208,20 @@ def test_beams_and_drafts_give_what_they_should(way):
     assert log_probs[0] >= log_probs[1] - 1e-4
 
 
+def test_tokens_that_were_taken_back_are_not_chosen_by():
+    model = tiny_model(initializer_range=0.2)
+    cache = prefilled(model, tokens(1, 60))
+    fresh = cache.copy()
+    steps(model, cache, tokens(1, 3, seed=1))
+    cache.crop(-3)
+    with torch.inference_mode():
+        for each in (cache, fresh):
+            # As many as were taken back, in one call.
+            model(tokens(1, 3, seed=2), cache=each)
+    got, expected = (steps(model, each, tokens(1, 4, seed=3)) for each in (cache, fresh))
+    torch.testing.assert_close(got, expected)
+
+
 def test_prompts_of_different_lengths_are_read_each_in_its_own_way():
     model, selector = tiny_model(), "rocketkv:window=2,kernel=3"
     ids, later = tokens(2, 40), tokens(2, 5, seed=1)

@@ -162,6 +162,12 @@ class ReadingLayer(ByGroupLayer):
             read.append(size)
         return rows_of(self.groups, held), rows_of(self.groups, read)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CompressedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        # As many other tokens may come at once, so that their number would not tell.
+        self._pages = [None] * len(self._pages)
+
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -208,7 +214,7 @@ class ReadingLayer(ByGroupLayer):
             if reading is None or reading.page == 1:
                 continue
             pages = self._pages[number]
-            # Tokens that several came at once, or were taken back, are not in the pages.
+            # Tokens that several came at once are not in the pages.
             if pages is None or pages.entries != group.keys.shape[1]:
                 self._pages[number] = Pages(group.keys, reading.page)
         return ways
