@@ -30,8 +30,8 @@ class Share(str):
     """
 
     def __new__(cls, text: str) -> Share:
-        if not re.fullmatch(_SHARE, text) or Decimal(text[:-1]) == 0:
-            raise _wrong_share("the share", text)
+        if not isinstance(text, str) or not re.fullmatch(_SHARE, text) or Decimal(text[:-1]) == 0:
+            raise _wrong_share("the share", str(text))
         return super().__new__(cls, f"{Decimal(text[:-1]).normalize():f}%")
 
     @classmethod

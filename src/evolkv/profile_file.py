@@ -140,7 +140,8 @@ def unit_of(selector: Mapping[str, Any]) -> str:
 
 def as_matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[np.int64]:
     """Return a copy of L or (L, H) whole numbers as an int64 (L, H) matrix."""
-    if not isinstance(budgets, Iterable):
+    # A tensor or an array of one number counts as a sequence, and cannot be gone through.
+    if not isinstance(budgets, Iterable) or getattr(budgets, "ndim", 1) == 0:
         raise ProfileError(f"budgets is {budgets!r}, expected one row per layer")
     rows: list[Any] = list(budgets)
     if len(rows) != num_layers:
