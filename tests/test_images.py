@@ -112,6 +112,11 @@ def test_prefill_places_a_text_where_generate_would(paligemma, lengths):
     )
 
 
+def test_prompts_are_not_read_in_chunks_where_tokens_look_ahead(paligemma):
+    with pytest.raises(UsageError, match=r"look ahead in PaliGemmaForConditionalGeneration.*leave out prefill_chunk"):
+        CompressedCache(paligemma, "snapkv:window=4", 12, prefill_chunk=8)
+
+
 def test_prompts_share_nothing_where_tokens_look_ahead(paligemma):
     prefill = Prefiller(paligemma, [get_selector("streaming_llm")])
     prefill(torch.cat([tokens(1, 60), tokens(1, 3, seed=7)], dim=1))
