@@ -88,10 +88,9 @@ class LayerMaker:
             check_model(model)
             if self._at is None:
                 # The lowest layers get no more than the prompt has, so that the total is met.
-                windows = [facts.max_context if window is None else window for window in facts.sliding_windows]
                 # It must not keep the model alive, as `self` would.
                 self._at = functools.lru_cache(_LENGTHS)(
-                    lambda tokens: method.budgets_for([], budgets, np.minimum(windows, tokens))
+                    lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
                 )
         if reeviction.prefill_chunk is not None and looks_ahead(model):
             raise UsageError(
