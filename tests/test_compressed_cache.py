@@ -250,6 +250,25 @@ def test_nothing_else_of_the_prompt_stays_alive(budgets):
     assert not large
 
 
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({}, lambda model, cache: cache.batch_select_indices([0])),
+        ({"evict": "again"}, lambda model, cache: model(tokens(2, 5), cache=cache)),
+        ({"prefill_chunk": 8}, lambda model, cache: model(tokens(2, 20), cache=cache)),
+    ],
+    ids=["select", "again", "chunk"],
+)
+def test_what_was_cut_or_chosen_from_does_not_wait_for_the_next_token(settings, change):
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, RAGGED), **settings)
+    for new in (20, 3):
+        model(tokens(2, new), cache=cache)
+    before = [weakref.ref(group) for layer in cache.kv_layers for group in layer.groups]
+    change(model, cache)
+    assert not any(reference() is not None for reference in before)
+
+
 # Gradients.
 
 

@@ -206,7 +206,7 @@ class ReadingLayer(ByGroupLayer):
         return torch.cat(outputs)
 
     def _read_ways(self) -> list[tuple[RowGroup, Reading | None]]:
-        known = self._ways_of is self.groups
+        known = self._ways_of is self._mark
         ways = super()._read_ways()
         if not known:
             self._pages = [None] * len(ways)
