@@ -54,6 +54,11 @@ class Pages:
         """Return how many pages there are."""
         return -(-self.entries // self.size)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes held, reserved room included."""
+        return self._extremes.nbytes
+
     def append(self, key: Tensor) -> None:
         """Add one entry's key to each row, ``[rows, head_dim]``."""
         page, opens = divmod(self.entries, self.size)
@@ -144,11 +149,9 @@ class ReadingLayer(ByGroupLayer):
 
     @property
     def kv_bytes(self) -> int:
-        """Return the bytes of keys, values and extremes held."""
-        groups = [group for group, _ in self._read_ways()]
-        return super().kv_bytes + sum(
-            len(group.rows) * _extreme_bytes(group, pages) for group, pages in zip(groups, self._pages, strict=True)
-        )
+        """Return the bytes of keys, values and extremes held, reserved room included."""
+        self._read_ways()
+        return super().kv_bytes + sum(pages.nbytes for pages in self._pages if pages is not None)
 
     def bytes_by_row(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.bytes_by_row`."""
