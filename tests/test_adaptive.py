@@ -17,6 +17,7 @@ from evolkv.allocators.adaptive import ADAPTIVE, CAKE, AdaKV, DynamicKV
 from evolkv.errors import UsageError
 from evolkv.evaluation import get_method
 from evolkv.evaluation.prefill import Prefiller
+from evolkv.models import model_facts
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
@@ -135,7 +136,7 @@ def test_allocators_and_selectors_go_together(family, name):
     start = method.resolve(model, budget)[1]
     recorded = Prefiller(model, [method.selector], method.observers)(tokens(1, length))
     layers = recorded.kv_layers
-    seen, ceilings = [layer.observations for layer in layers], np.array([layer.most_held(length) for layer in layers])
+    seen, ceilings = [layer.observations for layer in layers], model_facts(model).most_held(length)
     budgets = method.budgets_for(seen, start, ceilings)
     assert budgets.shape == (LAYERS, KV_HEADS)
     assert budgets.sum() == budget * LAYERS * KV_HEADS

@@ -250,6 +250,25 @@ def test_nothing_else_of_the_prompt_stays_alive(budgets):
     assert not large
 
 
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({}, lambda model, cache: cache.batch_select_indices([0])),
+        ({"evict": "again"}, lambda model, cache: model(tokens(2, 5), cache=cache)),
+        ({"prefill_chunk": 8}, lambda model, cache: model(tokens(2, 20), cache=cache)),
+    ],
+    ids=["select", "again", "chunk"],
+)
+def test_what_was_cut_or_chosen_from_does_not_wait_for_the_next_token(settings, change):
+    model = tiny_model()
+    cache = CompressedCache(model, profile(model, RAGGED), **settings)
+    for new in (20, 3):
+        model(tokens(2, new), cache=cache)
+    before = [weakref.ref(group) for layer in cache.kv_layers for group in layer.groups]
+    change(model, cache)
+    assert not any(reference() is not None for reference in before)
+
+
 # Gradients.
 
 
@@ -725,6 +744,27 @@ def test_a_prepared_mask_for_all_sequences_says_which_tokens_of_each_are_real(na
     together, *alone = (cache.positions for cache in caches)
     for layer, head, row in product(range(LAYERS), range(KV_HEADS), range(2)):
         assert torch.equal(together[layer][head][row], alone[row][layer][head])
+
+
+@pytest.mark.parametrize("settings", [{}, {"evict": "again"}])
+def test_a_prepared_mask_for_all_sequences_hides_tokens_after_the_prompt(settings):
+    model, ids = tiny_model("llama"), tokens(2, 24)
+    places = torch.arange(24).expand(2, -1)
+    logits = []
+    for shape in ((1, 1), (2, 1)):
+        cache = CompressedCache(model, "snapkv:window=4", 12, **settings)
+        with torch.no_grad():
+            for start, stop in ((0, 18), (18, 22), (22, 24)):
+                # Of what comes before the last cut all is held that can be seen.
+                seen = cache.kv_layers[0].appended if start else 0
+                mask = torch.ones(stop - start, seen + stop - start, dtype=torch.bool).tril(seen)
+                mask[:, seen] = False
+                prepared = torch.zeros(*shape, *mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+                output = model(
+                    ids[:, start:stop], attention_mask=prepared, position_ids=places[:, start:stop], cache=cache
+                )
+        logits.append(output.logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])

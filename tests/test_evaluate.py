@@ -94,6 +94,14 @@ def test_a_model_in_training_is_scored_without_dropout_and_left_in_training(toke
     assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]
 
 
+def test_numbers_of_numpy_are_settings_like_others(small, tmp_path):
+    numbers = {"samples": np.int64(1), "seed": np.int64(3), "block_size": np.int64(8)}
+    given = {"task": TASK, "methods": "snapkv:window=4", "budgets": np.array(64)[None]}
+    for each in (numbers, {name: int(number) for name, number in numbers.items()}):
+        # The records of the one are those of the other.
+        evolkv.evaluate(*small, **given, **each, records=tmp_path / "records.jsonl")
+
+
 def test_a_profile_for_each_budget_is_one_method(small, tmp_path):
     model, tokenizer = small
     for budget in (60, 90):
@@ -163,6 +171,10 @@ def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(small):
             "'adakv' is an allocator, which needs a selector; write for example adakv+sn",
         ),
         ({"methods": ["missing.json"]}, UsageError, "missing.json"),
+        ({"methods": ["snapkv"], "budgets": torch.tensor(64)}, BudgetError, "the budget is tensor(64); expected"),
+        ({"methods": ["full"], "seed": "3"}, UsageError, "--seed is '3'; expected a whole number"),
+        ({"methods": ["full"], "sample_ids": [0]}, UsageError, "--sample-ids is [0]; expected ids of examples"),
+        ({"methods": ["full"], "sample_ids": 0}, UsageError, "--sample-ids is 0; expected ids of examples"),
     ],
 )
 def test_unusable_requests_are_refused_in_one_line(small, arguments, error, words):

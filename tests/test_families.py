@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ import evolkv
 from evolkv import BudgetProfile, CompressedCache, compress
 from evolkv.cache.masks import boolean_mask, padding_of
 from evolkv.errors import ModelError, ProfileError
+from evolkv.evaluation.scoring import encode_examples
 from evolkv.models import describe_model, model_facts
 from evolkv.models.facts import cache_shape
+from evolkv.tasks import Example
 from test_compressed_cache import RAGGED, profile, run
 from tiny import HEAD_DIM, HYBRIDS, KV_HEADS, LAYERS, VOCABULARY, WINDOW, padded, tiny_model, tokens
 
@@ -135,6 +138,18 @@ def test_attention_that_cannot_be_compressed_is_refused_by_name_with_the_reason(
             use(model)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_learned_tokens_before_a_text_are_not_left_out():
+    # As a model of PEFT says that it was tuned so.
+    model = tiny_model()
+    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    for read in (
+        lambda: CompressedCache.prefill(model, "snapkv:window=4", tokens(1, 20), budget=8),
+        lambda: encode_examples(None, model, [Example("e", "a prompt", ("an answer",))]),
+    ):
+        with pytest.raises(ModelError, match="reads learned tokens before each text"):
+            read()
 
 
 def test_keys_that_never_reach_attention_are_noticed_at_the_next_token():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from evolkv import CompressedCache, compress
-from evolkv.errors import UsageError
+from evolkv.errors import ModelError, UsageError
 from evolkv.evaluation.prefill import Prefiller, whole_cache
 from evolkv.selectors import get_selector
 from test_cache_files import edited, refused
@@ -110,6 +112,22 @@ def test_prefill_places_a_text_where_generate_would(paligemma, lengths):
         logits(paligemma, **cache.followed_by(QUESTION)),
         logits(paligemma, input_ids=text, attention_mask=seen, cache=plain),
     )
+
+
+def test_positions_that_images_have_moved_are_not_undone(model):
+    text = tokens(1, 40)
+    new = lambda: CompressedCache(model, "expected_attention", budget=20)  # noqa: E731
+    before = CompressedCache.prefill(model, "expected_attention", text, budget=20).positions
+    with pytest.raises(ModelError, match=r"images in the text move the positions of its tokens in Qwen3VL.*snapkv"):
+        model.generate(**an_image(), cache=new(), **GREEDY)
+    after = new()
+    model.generate(input_ids=text, attention_mask=torch.ones_like(text), cache=after, **GREEDY)
+    assert all(map(torch.equal, chain(*before), chain(*after.positions)))
+
+
+def test_prompts_are_not_read_in_chunks_where_tokens_look_ahead(paligemma):
+    with pytest.raises(UsageError, match=r"look ahead in PaliGemmaForConditionalGeneration.*leave out prefill_chunk"):
+        CompressedCache(paligemma, "snapkv:window=4", 12, prefill_chunk=8)
 
 
 def test_prompts_share_nothing_where_tokens_look_ahead(paligemma):

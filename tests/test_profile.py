@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evolkv import CompressedCache, compress
 from evolkv.errors import BudgetError, ProfileError, RunError, UsageError
@@ -108,6 +109,8 @@ def test_selector_parameters_are_recorded(model):
         (["a", "b"], "whole numbers"),
         ([2**70, 2**70], "whole numbers"),
         (128, "one row per layer"),
+        (np.array(128), "one row per layer"),
+        (torch.tensor(128), "one row per layer"),
         ([128, 1], r"budgets\[1\]\[0\] is 1, expected at least"),
         ([128, -5], r"budgets\[1\]\[0\] is -5"),
         ([128, 2**31 + 1], "expected at most 2147483648"),
@@ -369,6 +372,24 @@ def test_expansion_stays_between_what_the_selector_keeps_and_the_ceiling(profile
 def test_expansion_out_of_reach_is_refused(profile, budget, words):
     with pytest.raises(BudgetError, match=words):
         profile.expand(budget)
+
+
+@pytest.mark.parametrize("ceiling", ["300", 300.0, [300.0, 300.0], [300] * 3, None])
+def test_a_ceiling_of_another_kind_is_refused_by_its_name(profile, ceiling):
+    with pytest.raises(BudgetError, match=r"ceiling .*(whole number|does not fit)"):
+        profile.expand(200, [None] if ceiling is None else ceiling)
+
+
+def test_a_mean_of_numpys_type_is_a_number_like_others(model):
+    profile = BudgetProfile.from_budgets(model, [128, 128], budget=np.int64(128))
+    assert profile == BudgetProfile.uniform(model, 128)
+    assert CompressedCache(model, profile).kv_layers[0].budgets.tolist() == [128, 128]
+
+
+@pytest.mark.parametrize("share", [0.1, 10, torch.tensor(0.1)])
+def test_a_share_that_is_no_text_is_refused(model, share):
+    with pytest.raises(BudgetError, match=r"the share is .*such as 10%"):
+        BudgetProfile.from_budgets(model, [128, 128], share=share)
 
 
 def test_every_error_is_a_usage_error(model):

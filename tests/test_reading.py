@@ -127,6 +127,15 @@ def test_bytes_held_and_read_are_those_of_entries_extremes_and_choices():
     assert plain.read_bytes == plain.kv_bytes == rows * 24 * entry
 
 
+def test_reserved_room_of_extremes_counts_as_held():
+    model = tiny_model()
+    cache = prefilled(model, tokens(1, 60))
+    steps(model, cache, tokens(1, 6, seed=1))
+    held = [layer._pages[0]._extremes.untyped_storage().nbytes() for layer in cache.kv_layers]
+    assert cache.kv_bytes == sum(held) + sum(group.nbytes for layer in cache.kv_layers for group in layer.groups)
+    assert sum(cache.kv_bytes_by_sequence) < cache.kv_bytes
+
+
 def test_budgets_say_what_is_read_where_the_selector_says_what_is_held():
     model, ids, later = tiny_model(), tokens(2, 40), tokens(2, 5, seed=1)
     held = "rocketkv:window=4,kernel=3,held=24"
@@ -206,6 +215,20 @@ def test_beams_and_drafts_give_what_they_should(way):
             for answer in (best, generated()[0, 40:])
         ]
     assert log_probs[0] >= log_probs[1] - 1e-4
+
+
+def test_tokens_that_were_taken_back_are_not_chosen_by():
+    model = tiny_model(initializer_range=0.2)
+    cache = prefilled(model, tokens(1, 60))
+    fresh = cache.copy()
+    steps(model, cache, tokens(1, 3, seed=1))
+    cache.crop(-3)
+    with torch.inference_mode():
+        for each in (cache, fresh):
+            # As many as were taken back, in one call.
+            model(tokens(1, 3, seed=2), cache=each)
+    got, expected = (steps(model, each, tokens(1, 4, seed=3)) for each in (cache, fresh))
+    torch.testing.assert_close(got, expected)
 
 
 def test_prompts_of_different_lengths_are_read_each_in_its_own_way():

@@ -854,11 +854,12 @@ def test_ticks_are_few_round_and_within_the_axis(log):
 def write_studies(storage, *names, budgets=(64,)):
     from evolkv.evolution.result import Evaluation
     from evolkv.evolution.study import Study
+    from evolkv.selectors import SELECTORS
     from evolkv.specs import parse_named
 
     settings = {"model": {"name": MODEL}, "task": TASK, "strategy": "joint", "budgets": list(budgets)}
     for number, name in enumerate(names):
-        settings["selector"] = parse_named(name.rpartition("/")[2], "selector") if "/" in name else {"name": "snapkv"}
+        settings["selector"] = parse_named(name.rpartition("/")[2] if "/" in name else "snapkv", "selector", SELECTORS)
         with Study.open(str(storage), name, settings) as study:
             study.put("max_evals", 12)
             validation = {}

@@ -293,7 +293,14 @@ def test_interruption_of_the_first_generation_keeps_the_descent(small, monkeypat
         ({"floor": 8}, BudgetError, "always keeps 32"),
         ({"ceiling": 40}, BudgetError, "raise --ceiling"),
         ({"budget": 33}, BudgetError, "one allocation and nothing to search"),
+        ({"budget": np.array([40, 48])}, BudgetError, "evolkv.search takes one"),
+        ({"budget": np.array(48)}, BudgetError, "the budget is array(48); expected a whole number"),
         ({"lam": float("nan")}, UsageError, "lam"),
+        ({"seed": "3"}, UsageError, "--seed is '3'"),
+        ({"seed": -1}, UsageError, "--seed is -1"),
+        ({"floor": "40"}, UsageError, "--floor is '40'"),
+        ({"ceiling": 60.0}, UsageError, "--ceiling is 60.0"),
+        ({"time_limit": "600"}, UsageError, "--time-limit is '600'"),
         ({"strategy": "jiont"}, UsageError, "Did you mean 'joint'"),
         ({"selector": "snapvk"}, UsageError, "Did you mean 'snapkv'"),
         ({"task": "nia:context=200"}, UsageError, "Did you mean 'niah'"),
@@ -324,6 +331,15 @@ def test_unusable_settings_are_refused_in_one_line_and_block_no_study(small, tmp
     assert "\n" not in str(caught.value)
     # A study without a generation takes other settings.
     assert not storage.exists() or not read_studies(storage)[0].stages
+
+
+def test_numbers_of_numpy_are_settings_like_others(small, tmp_path):
+    numbers = {"seed": np.int64(3), "population": np.int64(4), "max_evals": np.int64(4), "sigma": np.float32(0.5)}
+    settings = {**SETTINGS, "task": "niah:context=120", "selector": "knorm", "storage": str(tmp_path / "study.db")}
+    settings = {name: value for name, value in settings.items() if name not in numbers}
+    found = evolkv.search(*small, **settings, **numbers)
+    again = evolkv.search(*small, **settings, **{name: number.item() for name, number in numbers.items()})
+    assert again.history == found.history
 
 
 @pytest.mark.parametrize(("most", "expected"), [(GENERATION + 1, GENERATION), (2 * GENERATION, 2 * GENERATION), (3, 3)])

@@ -451,6 +451,12 @@ def test_a_spec_can_be_read_back_with_a_comma_in_a_value():
     assert get_selector(selector.spec) == selector
 
 
+@pytest.mark.parametrize("word", ["nan", "7", "1e3", "true"])
+def test_a_text_is_a_parameter_also_where_it_reads_as_a_number(word):
+    assert get_selector(f"smallkv:model={word}") == SmallKV(model=word)
+    assert get_selector(SmallKV(model=word).spec) == SmallKV(model=word)
+
+
 def test_truth_values_are_parameters_like_others():
     selector = get_selector("expected_attention:covariance=False,value_norm=true")
     assert (selector.covariance, selector.value_norm) == (False, True)

@@ -211,6 +211,19 @@ def test_rows_of_a_padded_batch_are_read_as_if_alone(model, side):
         assert together.read_bytes_by_sequence[i] >= alone.read_bytes
 
 
+def test_a_batch_goes_on_without_its_longest_sequence(model):
+    rows, batch, mask = padded([50, 17], "left")
+    profile = BudgetProfile.uniform(model, 10, ALONG)
+    cache = CompressedCache.prefill(model, profile, batch, mask)
+    cache.batch_select_indices([1])
+    alone = CompressedCache.prefill(model, profile, rows[1][None])
+    later = tokens(1, 3, seed=9)
+    going, single = (each.followed_by(later) for each in (cache, alone))
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    got, expected = (torch.cat(model.generate(**each, **settings).logits) for each in (going, single))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_sequence_of_padding_alone_leaves_the_others_as_they_are(model):
     ids, later, profile = tokens(2, 40), tokens(2, 1, seed=1), BudgetProfile.uniform(model, 16, ALONG)
     cache = CompressedCache.prefill(model, profile, ids, torch.tensor([[1], [0]]).expand(-1, 40))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evolkv.errors import BudgetError
-from evolkv.numbers import is_whole
+from evolkv.numbers import is_several, is_whole
 
 #: No prompt is longer: a larger budget is a mistake.
 MAX_BUDGET = 2**31
@@ -30,8 +30,8 @@ class Share(str):
     """
 
     def __new__(cls, text: str) -> Share:
-        if not re.fullmatch(_SHARE, text) or Decimal(text[:-1]) == 0:
-            raise _wrong_share("the share", text)
+        if not isinstance(text, str) or not re.fullmatch(_SHARE, text) or Decimal(text[:-1]) == 0:
+            raise _wrong_share("the share", str(text))
         return super().__new__(cls, f"{Decimal(text[:-1]).normalize():f}%")
 
     @classmethod
@@ -105,7 +105,7 @@ def read_budgets(specs: BudgetSpec | Iterable[BudgetSpec], name: str = "the budg
     Raises:
         BudgetError: as for `read_budget`.
     """
-    several: Iterable[Any] = specs if isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping)) else [specs]
+    several: Iterable[Any] = specs if is_several(specs) and not isinstance(specs, (str, Mapping)) else [specs]
     parts = [part for spec in several for part in (spec.split(",") if isinstance(spec, str) else [spec])]
     return list(dict.fromkeys(read_budget(part, name, True) for part in parts))
 

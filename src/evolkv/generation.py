@@ -337,8 +337,7 @@ def _check_fits(model: Any, what: str, ids: list[int]) -> int:
 def _full_bytes(model: Any, tokens: int) -> int:
     """Return the bytes of a prompt's full cache; layers with a sliding window hold no more than that."""
     facts = model_facts(model)
-    held = sum(tokens if window is None else min(tokens, window) for window in facts.sliding_windows)
-    return held * facts.num_kv_heads * 2 * facts.head_dim * model.dtype.itemsize
+    return int(facts.most_held(tokens).sum()) * facts.num_kv_heads * 2 * facts.head_dim * model.dtype.itemsize
 
 
 class _Meter(TextStreamer):

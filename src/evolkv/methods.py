@@ -162,11 +162,11 @@ class Method:
         """
         assert self.selector is not None
         assert self.share is not None
-        windows = np.array([tokens if window is None else window for window in facts.sliding_windows])
+        most = facts.most_held(tokens)
         if self.profile is not None:
-            return self.profile.budgets_at(tokens, windows, self.share)
+            return self.profile.budgets_at(tokens, most, self.share)
         budget = max(self.share.of(tokens), self.selector.min_budget)
-        by_layer = self._by_layer(self.selector, budget, np.minimum(windows, tokens))
+        by_layer = self._by_layer(self.selector, budget, most)
         return np.repeat(by_layer[:, None], facts.num_kv_heads, axis=1)
 
     def resolve(self, model: PreTrainedModel, budget: Budget | None = None) -> tuple[Method, np.ndarray]:
@@ -201,7 +201,7 @@ class Method:
             raise UsageError(f"method {self.name!r} needs a budget; add budget=128")
         if profile is not None and budget == profile.budget:
             return method, profile.budgets
-        ceilings = np.array([facts.max_context if w is None else w for w in facts.sliding_windows])
+        ceilings = facts.most_held(facts.max_context)
         if profile is not None:
             if budget <= ceilings.mean():
                 return method, profile.expand(budget, ceilings).budgets

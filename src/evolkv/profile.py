@@ -78,6 +78,7 @@ class BudgetProfile:
         check_budgets(self.budget, budgets, self.granularity, selector.min_budget, self._floors(selector), because)
         budgets.flags.writeable = False
         object.__setattr__(self, "budgets", budgets)
+        object.__setattr__(self, "budget", int(self.budget))
         object.__setattr__(self, "share", None if self.share is None else Share(self.share))
 
     def _floors(self, selector: Selector) -> list[int]:
@@ -335,7 +336,7 @@ class BudgetProfile:
         return {
             "format": FORMAT,
             "model": deepcopy(self.model),
-            "budget": int(self.budget),
+            "budget": self.budget,
             **({} if self.share is None else {"share": self.share.fraction}),
             "granularity": self.granularity,
             "budgets": self.budgets.tolist(),

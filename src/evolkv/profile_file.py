@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from evolkv.budgets import MAX_BUDGET, Budget, Share
 from evolkv.errors import ProfileError, RunError
 from evolkv.json_files import check_characters
-from evolkv.numbers import is_whole
+from evolkv.numbers import is_several, is_whole
 from evolkv.schemas import Count, RecordedBudget, Schema, first_error
 from evolkv.whole_files import write_with
 
@@ -140,7 +140,7 @@ def unit_of(selector: Mapping[str, Any]) -> str:
 
 def as_matrix(budgets: ArrayLike, num_layers: int, num_kv_heads: int) -> NDArray[np.int64]:
     """Return a copy of L or (L, H) whole numbers as an int64 (L, H) matrix."""
-    if not isinstance(budgets, Iterable):
+    if not is_several(budgets):
         raise ProfileError(f"budgets is {budgets!r}, expected one row per layer")
     rows: list[Any] = list(budgets)
     if len(rows) != num_layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from dataclasses import fields
 from typing import Any
 
 from evolkv.errors import UsageError
@@ -54,16 +55,22 @@ def parse_spec(
     return name, values
 
 
-def parse_named(text: str, kind: str, names: Container[str] = ()) -> dict[str, Any]:
+def parse_named(text: str, kind: str, known: Mapping[str, type], names: Container[str] = ()) -> dict[str, Any]:
     """Return a mapping with the `name` in a spec and its values, as truth values and numbers where they read as such.
 
+    Args:
+        text, kind, names: as for `parse_spec`.
+        known: the dataclass behind each name. A value of a field that is a text by default stays one.
+
     Raises:
-        UsageError: as for `parse_spec`.
+        UsageError: as for `parse_spec`, or for an unknown name.
     """
     name, values = parse_spec(text, kind, names=names)
     if "name" in values:
         raise UsageError(f"{kind} {text!r}: name is given twice; give it once")
-    return {"name": name, **{key: _value(value.strip()) for key, value in values.items()}}
+    texts = {field.name for field in fields(known[name]) if isinstance(field.default, str)}
+    read = {key: value.strip() if key in texts else _value(value.strip()) for key, value in values.items()}
+    return {"name": name, **read}
 
 
 def format_spec(name: str, values: Mapping[str, str]) -> str:

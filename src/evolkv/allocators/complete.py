@@ -79,19 +79,22 @@ def broadcast_bounds(
         BudgetError: bounds that are not whole numbers, do not broadcast to `shape`, or do not keep
             0 <= floor <= ceiling.
     """
-    arrays = []
-    for name, bound in (("floor", floor), ("ceiling", ceiling)):
-        array = np.asarray(bound)
-        if array.dtype.kind not in "iu":
-            raise BudgetError(f"{name} must be a whole number of cache entries, got {bound!r}")
-        try:
-            arrays.append(np.full(shape, array, dtype=np.int64))
-        except ValueError:
-            raise BudgetError(f"{name} of shape {array.shape} does not fit budgets of shape {shape}") from None
-    low, high = arrays
-    if (low < 0).any() or (low > high).any():
-        raise BudgetError(f"floor {floor!r} and ceiling {ceiling!r} do not fit: expected 0 <= floor <= ceiling")
+    low, high = broadcast_bound("floor", floor, shape), broadcast_bound("ceiling", ceiling, shape)
+    for least, most in np.stack([low, high], axis=-1)[(low < 0) | (low > high)][:1]:
+        raise BudgetError(f"floor {least} and ceiling {most} do not fit: expected 0 <= floor <= ceiling")
     return low, high
+
+
+def broadcast_bound(name: str, bound: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return a bound as an int64 array of `shape`; see `broadcast_bounds`."""
+    array = np.asarray(bound)
+    if array.dtype.kind not in "iu":
+        given = f"an array of {array.dtype}" if array.ndim else repr(array.item())
+        raise BudgetError(f"{name} must be a whole number of cache entries, got {given}")
+    try:
+        return np.full(shape, array, dtype=np.int64)
+    except ValueError:
+        raise BudgetError(f"{name} of shape {array.shape} does not fit budgets of shape {shape}") from None
 
 
 def _checked_weights(weights: NDArray) -> NDArray[np.float64]:

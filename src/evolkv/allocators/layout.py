@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evolkv.allocators.complete import broadcast_bounds, complete
+from evolkv.allocators.complete import broadcast_bound, complete
 from evolkv.allocators.cosine import cosine
 from evolkv.allocators.pyramid import pyramid
 from evolkv.allocators.uniform import uniform
@@ -99,13 +99,16 @@ def fit(budgets: ArrayLike, total: int, floor: ArrayLike, ceiling: ArrayLike) ->
     Raises:
         BudgetError: budgets or bounds that `complete` cannot use.
     """
-    low, high = broadcast_bounds(np.shape(budgets), *_bounds(budgets, floor, ceiling))
+    low, high = _bounds(budgets, floor, ceiling)
     return complete(budgets, min(max(total, int(low.sum())), int(high.sum())), low, high)
 
 
-def _bounds(budgets: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    most = _by_entry(ceiling, np.ndim(budgets))
-    return np.minimum(_by_entry(floor, np.ndim(budgets)), most), most
+def _bounds(budgets: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    least, most = (
+        broadcast_bound(name, _by_entry(bound, np.ndim(budgets)), np.shape(budgets))
+        for name, bound in (("floor", floor), ("ceiling", ceiling))
+    )
+    return np.minimum(least, most), most
 
 
 def _by_entry(bound: ArrayLike, dimensions: int) -> NDArray[Any]:

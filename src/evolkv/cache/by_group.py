@@ -26,7 +26,7 @@ class ByGroupLayer(CompressedLayer):
         super()._clear()
         #: Of each group how its rows are read; None where they are read whole.
         self._ways: list[Any] = []
-        self._ways_of: list[RowGroup] | None = None
+        self._ways_of: object = None
 
     @abstractmethod
     def _way_of(self, row: int, group: RowGroup) -> Any:
@@ -63,10 +63,11 @@ class ByGroupLayer(CompressedLayer):
 
     def _read_ways(self) -> list[tuple[RowGroup, Any]]:
         """Return each group and how it is read; groups are taken apart so that all rows of one are read alike."""
-        if self._ways_of is not self.groups:
+        if self._ways_of is not self._mark:
             # Asked once: on a GPU each look at row numbers would wait for it.
             parts = [part for group in self.groups for part in self._alike(group)]
-            self.groups = self._ways_of = [group for group, _ in parts]
+            self.groups = [group for group, _ in parts]
+            self._ways_of = self._mark
             self._ways = [way for _, way in parts]
         return [*zip(self.groups, self._ways, strict=True)]
 

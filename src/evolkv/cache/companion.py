@@ -268,7 +268,9 @@ class CompanionCache(HookedCache):
         """Keep the sequences of these numbers, in that order; a number may occur several times."""
         super().batch_select_indices(indices)
         if self.received is not None:
-            self.received = self.received[indices.to(self.received.device)]
+            # As wide as the longest prompt that is left.
+            width = max(self.kv_layers[0].prompt_lengths)
+            self.received = self.received[indices.to(self.received.device), :, :width]
 
     def copy(self) -> CompanionCache:
         """Return a cache that holds the same and goes its own way; see `CompressedCache.copy`."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evolkv.cache.chunks import outgrown
 from evolkv.errors import UsageError
-from evolkv.models.forward import check_token_ids, given_cache, input_device
+from evolkv.models.forward import check_no_learned_tokens, check_token_ids, given_cache, input_device
 from evolkv.models.rotary import stretching
 
 _WATCHED = "_evolkv_watched"
@@ -121,8 +121,9 @@ def prompt_inputs(model: PreTrainedModel, input_ids: Any, attention_mask: Any) -
 
     Raises:
         UsageError: for what is no such tensor, or no token.
-        ModelError: for ids that the model has no embeddings for.
+        ModelError: for ids that the model has no embeddings for, or a model that reads more than them.
     """
+    check_no_learned_tokens(model)
     check_ids(input_ids)
     if not input_ids.numel():
         raise UsageError(f"input_ids is empty, of shape {list(input_ids.shape)}; give at least one token to read")

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from evolkv.cache.hook import AttendingLayer, attach, hook_model, wrap_again
 from evolkv.cache.state import StateLayer, arrange, empty_states
-from evolkv.errors import UsageError
+from evolkv.errors import ModelError, UsageError
 from evolkv.models import model_facts
 from evolkv.models.forward import offset_keeper
 from evolkv.models.identity import AdaptersInUse, adapters_in_use
@@ -31,6 +31,12 @@ def layer_contexts(model: PreTrainedModel) -> list[LayerContext]:
     def rotary(index: int) -> Rotary:
         held = reference()
         assert held is not None
+        keeper: Any = offset_keeper(held)
+        if keeper is not None and keeper.rope_deltas is not None and bool(keeper.rope_deltas.any()):
+            raise ModelError(
+                f"images in the text move the positions of its tokens in {type(held).__name__}, which the selector "
+                "would undo as if there were none; choose another selector, such as snapkv"
+            )
         return rotary_of(held, index)
 
     places = model_facts(model).kv_layers

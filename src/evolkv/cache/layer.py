@@ -70,7 +70,7 @@ class CompressedLayer(AttendingLayer):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.groups: list[RowGroup] = []
+        self.groups = []
         #: Real tokens of each sequence's prompt.
         self.prompt_lengths: list[int] = []
         self.prompt_width = 0
@@ -85,9 +85,19 @@ class CompressedLayer(AttendingLayer):
         self.record_past = False
         #: Where the rows lie, for the kernels: a `RowTable`.
         self._table: Any = None
-        #: The order of the rows, and the groups that it is of.
+        #: The order of the rows, and the mark of the groups that it is of.
         self._order: RowOrder | None = None
-        self._ordered: list[RowGroup] | None = None
+        self._ordered: object = None
+
+    @property
+    def groups(self) -> list[RowGroup]:
+        """Return the rows held; those of a group have one length."""
+        return self._groups
+
+    @groups.setter
+    def groups(self, groups: list[RowGroup]) -> None:
+        # What is known of the groups is known by this mark: by the groups themselves, they would outlive their time.
+        self._groups, self._mark = groups, object()
 
     @property
     def batch(self) -> int:
@@ -287,7 +297,7 @@ class CompressedLayer(AttendingLayer):
                 self.context.leave()
             return output
         if mask is not None or self.real is not None:
-            self._note_columns(real_columns(mask, key.shape[2]), key.shape[2])
+            self._note_columns(real_columns(mask, key), key.shape[2])
         return self._decode(own, module, query, key, value, mask, **kwargs)
 
     def store_prompt(self, prompt: PromptAttention, padding: Tensor | None) -> None:
@@ -430,8 +440,8 @@ class CompressedLayer(AttendingLayer):
         self.real = torch.cat([before.to(self.device), now.to(self.device)], dim=1)
 
     def _row_order(self) -> RowOrder | None:
-        if self._ordered is not self.groups:
-            self._ordered, self._order = self.groups, RowOrder.of(self.groups)
+        if self._ordered is not self._mark:
+            self._ordered, self._order = self._mark, RowOrder.of(self.groups)
         return self._order
 
     def _positions_since(self) -> Tensor:

@@ -53,24 +53,28 @@ def real_tokens(padding: Tensor | None, key: Tensor) -> list[Tensor] | None:
     return [row.nonzero()[:, 0] for row in padding.to(key.device).expand(len(key), -1)]
 
 
-def real_columns(mask: Tensor | BlockMask | None, new: int) -> Tensor | None:
-    """Return which of a call's last `new` tokens are real, ``[batch, new]``, or None where all are.
+def real_columns(mask: Tensor | BlockMask | None, key: Tensor) -> Tensor | None:
+    """Return which of a call's new tokens are real, ``[batch, new]``, or None where all are.
 
     A device is asked once for all layers that share a mask of transformers' making.
+
+    Args:
+        mask: of the call.
+        key: its keys, ``[batch, kv_heads, new, head_dim]``.
     """
     padding = padding_of(mask)
     if padding is None:
         return None
-    columns = padding[:, -new:].bool()
+    columns = padding[:, -key.shape[2] :].bool().expand(len(key), -1)
     known: dict[Any, bool] = getattr(mask, _EVERYTHING, {})
     if "real" not in known:
         known["real"] = bool(columns.all())
     return None if known["real"] else columns
 
 
-def is_causal(mask: Tensor | BlockMask | None, new: int) -> bool:
-    """Return whether a mask hides nothing but later tokens from a call's last `new` tokens; masks of others may."""
-    return mask is None or (hasattr(mask, _EVERYTHING) and real_columns(mask, new) is None)
+def is_causal(mask: Tensor | BlockMask | None, key: Tensor) -> bool:
+    """Return whether a mask hides nothing but later tokens from a call with these keys; masks of others may."""
+    return mask is None or (hasattr(mask, _EVERYTHING) and real_columns(mask, key) is None)
 
 
 def was_padding(mask: Tensor | BlockMask | None) -> bool:

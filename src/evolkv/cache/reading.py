@@ -54,6 +54,11 @@ class Pages:
         """Return how many pages there are."""
         return -(-self.entries // self.size)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes held, reserved room included."""
+        return self._extremes.nbytes
+
     def append(self, key: Tensor) -> None:
         """Add one entry's key to each row, ``[rows, head_dim]``."""
         page, opens = divmod(self.entries, self.size)
@@ -144,11 +149,9 @@ class ReadingLayer(ByGroupLayer):
 
     @property
     def kv_bytes(self) -> int:
-        """Return the bytes of keys, values and extremes held."""
-        groups = [group for group, _ in self._read_ways()]
-        return super().kv_bytes + sum(
-            len(group.rows) * _extreme_bytes(group, pages) for group, pages in zip(groups, self._pages, strict=True)
-        )
+        """Return the bytes of keys, values and extremes held, reserved room included."""
+        self._read_ways()
+        return super().kv_bytes + sum(pages.nbytes for pages in self._pages if pages is not None)
 
     def bytes_by_row(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.bytes_by_row`."""
@@ -161,6 +164,12 @@ class ReadingLayer(ByGroupLayer):
                 size = reading.tokens * size // entries + scored
             read.append(size)
         return rows_of(self.groups, held), rows_of(self.groups, read)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CompressedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        # As many other tokens may come at once, so that their number would not tell.
+        self._pages = [None] * len(self._pages)
 
     def attend(
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
@@ -177,7 +186,7 @@ class ReadingLayer(ByGroupLayer):
         first = 0 if self.record_past else min(firsts, default=new)
         if self.drafted or not self.is_initialized or self.is_sliding or new == 1 or first >= new:
             return super().attend(own, module, query, key, value, mask, **kwargs)
-        if self.real is None and is_causal(mask, new):
+        if self.real is None and is_causal(mask, key):
             mask = None
         elif mask is not None:
             mask = boolean_mask(mask, len(key), new, self.appended + new, key.device)
@@ -200,7 +209,7 @@ class ReadingLayer(ByGroupLayer):
         return torch.cat(outputs)
 
     def _read_ways(self) -> list[tuple[RowGroup, Reading | None]]:
-        known = self._ways_of is self.groups
+        known = self._ways_of is self._mark
         ways = super()._read_ways()
         if not known:
             self._pages = [None] * len(ways)
@@ -208,7 +217,7 @@ class ReadingLayer(ByGroupLayer):
             if reading is None or reading.page == 1:
                 continue
             pages = self._pages[number]
-            # Tokens that several came at once, or were taken back, are not in the pages.
+            # Tokens that several came at once are not in the pages.
             if pages is None or pages.entries != group.keys.shape[1]:
                 self._pages[number] = Pages(group.keys, reading.page)
         return ways

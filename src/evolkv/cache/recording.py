@@ -90,10 +90,6 @@ class RecordingLayer(DynamicLayer, AttendingLayer):
         if len(self.rankings) == len(self.selectors):
             self._waiting = None
 
-    def most_held(self, tokens: int) -> int:
-        """Return the most entries that a head may keep of a prompt."""
-        return min(tokens, self.sliding_window or tokens)
-
     def held(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prompt, ``[1, kv_heads, tokens, dim]`` each."""
         keys, values = self.keys, self.values

@@ -198,7 +198,7 @@ class ReevictingLayer(CompressedLayer):
         self, own: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the new tokens to what the layer holds and to themselves; then stores them, and may cut."""
-        real = real_columns(mask, key.shape[2])
+        real = real_columns(mask, key)
         first = not self.is_initialized
         self._cutting = first or self._cuts_after(key.shape[2])
         if first:

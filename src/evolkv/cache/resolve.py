@@ -22,7 +22,7 @@ from evolkv.cache.rereading import check_rereading
 from evolkv.errors import UsageError
 from evolkv.methods import MethodSpec, get_method
 from evolkv.models import model_facts
-from evolkv.models.layers import continues_by_token
+from evolkv.models.layers import continues_by_token, looks_ahead
 from evolkv.selectors import LayerContext, Selector
 
 #: Lengths of text whose budgets a maker of layers remembers: each layer of a cache asks for the same.
@@ -88,11 +88,15 @@ class LayerMaker:
             check_model(model)
             if self._at is None:
                 # The lowest layers get no more than the prompt has, so that the total is met.
-                windows = [facts.max_context if window is None else window for window in facts.sliding_windows]
                 # It must not keep the model alive, as `self` would.
                 self._at = functools.lru_cache(_LENGTHS)(
-                    lambda tokens: method.budgets_for([], budgets, np.minimum(windows, tokens))
+                    lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
                 )
+        if reeviction.prefill_chunk is not None and looks_ahead(model):
+            raise UsageError(
+                f"tokens of a prompt look ahead in {type(model).__name__}, so that it cannot be read in chunks; leave "
+                "out prefill_chunk"
+            )
         if (reeviction.prefill_chunk is not None or reeviction.evict == "again") and continues_by_token(model):
             raise UsageError(
                 f"{type(model).__name__} goes on from its recurrent states by one token at a time, so that several "

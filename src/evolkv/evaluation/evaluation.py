@@ -28,7 +28,7 @@ from evolkv.evaluation.summary import summarise
 from evolkv.methods import Method, MethodSpec, get_methods
 from evolkv.models import describe_model
 from evolkv.models.forward import without_dropout
-from evolkv.numbers import is_whole
+from evolkv.numbers import is_several, is_whole, plain
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
 from evolkv.tasks.metrics import check_metric
@@ -129,11 +129,14 @@ def evaluate(
         RunError: if memory does not suffice, or the records cannot be written.
         EvaluationInterrupted: on KeyboardInterrupt; it is one itself, and has the rows of what was finished.
     """
+    samples, seed, prefill_chunk, block_size = map(plain, (samples, seed, prefill_chunk, block_size))
     tasks = get_tasks(task)
     chosen, at = get_methods(methods), read_budgets(budgets)
     if not chosen:
         raise UsageError("nothing to evaluate: give at least one method")
     check_request(chosen, at, samples, metric)
+    if not is_whole(seed):
+        raise UsageError(f"--seed is {seed!r}; expected a whole number")
     _check_blocks(block_size, prefill_chunk)
     rows = _rows(model, chosen, at)
     for row in rows:
@@ -285,8 +288,10 @@ def _chosen(named: dict[str, dict[str, Example]], words: Sequence[str]) -> list[
     """Return the ids that words stand for, such as ``["a,b", "c"]``, each once, in their order.
 
     Raises:
-        UsageError: for an id that no task has, or none at all.
+        UsageError: for what is no id, an id that no task has, or none at all.
     """
+    if not is_several(words) or not all(isinstance(word, str) for word in words):
+        raise UsageError(f"--sample-ids is {words!r:.60}; expected ids of examples, which are texts")
     every_id = {name for part in named.values() for name in part}
     # A comma may also be part of an id.
     ids = [part for word in words for part in ([word] if word in every_id else map(str.strip, word.split(","))) if part]

@@ -287,7 +287,7 @@ class _Shard:
             return row.budgets
         start = row.budgets if row.method.share is None else row.method.budgets_at(self.facts, recorded.tokens)
         layers = recorded.kv_layers
-        ceilings = np.array([layer.most_held(recorded.tokens) for layer in layers])
+        ceilings = self.facts.most_held(recorded.tokens)
         budgets = row.method.budgets_for([layer.observations for layer in layers], start, ceilings)
         if self.settings.block_size is None:
             return budgets

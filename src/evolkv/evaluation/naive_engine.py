@@ -74,10 +74,7 @@ class NaiveEngine(Engine):
     def _prefill(self, column: int, budgets: np.ndarray) -> tuple[CompressedCache, Tensor]:
         if self.lengths is not None:
             tokens = self.questions[column].tokens
-            windows = [
-                tokens if each is None else min(each, tokens) for each in model_facts(self.model).sliding_windows
-            ]
-            (budgets,) = self.lengths.carry(budgets[None], tokens, windows)
+            (budgets,) = self.lengths.carry(budgets[None], tokens, model_facts(self.model).most_held(tokens))
         profile = BudgetProfile.from_budgets(self.model, budgets, selector=self.selector.to_dict())
         cache = CompressedCache(self.model, profile, prefill_chunk=self.prefill_chunk)
         with torch.inference_mode():

@@ -14,6 +14,7 @@ from evolkv.cache.compressed import CompressedCache
 from evolkv.cache.recording import Observer, RecordedPrompt, RecordingCache, from_rankings
 from evolkv.cache.rereading import tokens_read_again
 from evolkv.models.forward import input_device
+from evolkv.models.layers import looks_ahead
 from evolkv.models.rotary import stretching
 from evolkv.selectors import Selector, get_selector
 
@@ -66,9 +67,8 @@ class Prefiller:
         self.observers = list(dict.fromkeys(observers))
         observed = [selector.observed_queries for selector in self.selectors]
         observed += [allocator.observed_queries for allocator, _ in self.observers]
-        # Where tokens look ahead, as PaliGemma's do, a prefix depends on what follows it.
-        ahead = any(not getattr(module, "is_causal", True) for module in model.get_decoder().modules())
-        self._observed = None if ahead or None in observed else max((n for n in observed if n is not None), default=0)
+        unknown = None in observed or looks_ahead(model)
+        self._observed = None if unknown else max((n for n in observed if n is not None), default=0)
         self._cache: RecordingCache | None = None
         self._last: list[int] = []
 

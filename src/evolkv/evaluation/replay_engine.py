@@ -331,9 +331,9 @@ def _held_bytes(model: PreTrainedModel, prompt: RankedPrompt, lengths: Sequence[
     total = len(lengths) * sum(state.nbytes for state in prompt.states)
     if prompt.selector is not None:
         ceiling = int(prompt.selector.held_under(np.array(ceiling)))
-    layers = zip(prompt.keys, prompt.values, prompt.positions, model_facts(model).sliding_windows, strict=True)
-    for *parts, window in layers:
-        entries = np.minimum(lengths, ceiling if window is None else min(ceiling, window)).sum()
+    layers = zip(prompt.keys, prompt.values, prompt.positions, model_facts(model).most_held(ceiling), strict=True)
+    for *parts, most in layers:
+        entries = np.minimum(lengths, most).sum()
         total += sum(part[:, 0].nbytes for part in parts) * int(entries)
     return total
 

@@ -35,7 +35,7 @@ from evolkv.evaluation.decode import (
 )
 from evolkv.evaluation.prefill import whole_cache
 from evolkv.models import model_facts
-from evolkv.models.forward import check_token_ids, input_device
+from evolkv.models.forward import check_no_learned_tokens, check_token_ids, input_device
 from evolkv.tasks import Example
 from evolkv.tasks.check import check_judged, check_labelled, check_room
 from evolkv.tasks.metrics import get_metric, judged_part
@@ -376,8 +376,9 @@ def encode_examples(
 
     Raises:
         UsageError: for no examples, or as `Scorer.encode`.
-        ModelError: as `Scorer.encode`.
+        ModelError: as `Scorer.encode`, or for a model that reads more than the tokens it is given.
     """
+    check_no_learned_tokens(model)
     if not examples:
         raise UsageError("there are no examples to score; the task is empty")
     names = {metric or example.metric for example in examples}

@@ -16,7 +16,7 @@ from evolkv.evolution.objective import fitness
 from evolkv.evolution.progress import OnProgress, SearchProgress
 from evolkv.evolution.strategies import STRATEGIES
 from evolkv.evolution.strategies.base import positive_number, whole_number
-from evolkv.numbers import is_whole
+from evolkv.numbers import is_several, is_whole, plain
 from evolkv.profile import BudgetProfile
 from evolkv.registry import unknown_name
 from evolkv.selectors import Selector, SelectorSpec, get_selector
@@ -145,6 +145,8 @@ class SearchConfig:
     preset: str = "best"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
         if preset_settings(self.preset):
             raise UsageError(
                 f"preset {self.preset!r} is for evolkv.search and search_curve; give a {type(self).__name__} its "
@@ -180,8 +182,11 @@ class SearchConfig:
             if not is_whole(value) or value < 1:
                 least = f", at least one{noun and f' {noun}'}"
                 raise UsageError(f"--{name.replace('_', '-')} is {value!r}; use a whole number{least}")
-        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+        seconds = self.time_limit
+        if seconds is not None and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
             raise UsageError(f"--time-limit is {self.time_limit!r}; use a number of seconds above 0, such as 600")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise UsageError(f"--seed is {self.seed!r}; use a whole number, at least 0")
         if self.sigma is not None:
             positive_number("sigma", self.sigma)
         if self.population is not None:
@@ -356,6 +361,8 @@ _COUNTS = {
     "workers": "",
     "train": "example",
     "val": "example",
+    "floor": "entry",
+    "ceiling": "entry",
 }
 
 
@@ -374,7 +381,7 @@ class OneBudget(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.budget
-        if (isinstance(given, str) and "," in given) or (isinstance(given, Iterable) and not isinstance(given, str)):
+        if "," in given if isinstance(given, str) else is_several(given):
             raise BudgetError(f"the budget is {given!r}; evolkv.search takes one, evolkv.search_curve takes several")
         self._check_budgets(self.targets)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from evolkv.budgets import MAX_BUDGET
 from evolkv.evolution.config import COMPUTED, START_ONLY, SeveralBudgets
 from evolkv.evolution.evolve import Evolved
 from evolkv.evolution.result import SearchResult
@@ -18,7 +17,7 @@ from evolkv.evolution.rivals import best_of, score_of, whole_search
 from evolkv.evolution.run import Run
 from evolkv.evolution.space import NOT_EVOLVED
 from evolkv.evolution.strategies import STRATEGIES
-from evolkv.models import describe_model, model_facts
+from evolkv.models import model_facts
 from evolkv.tasks.prompts import prompt_lengths
 
 FORMAT = "evolkv.curve/1"
@@ -181,14 +180,13 @@ def _choices(run: Run, budget: int, evolutions: dict[int, Evolved], ascending: l
 
 
 def _points(run: Run, results: list[SearchResult]) -> list[dict[str, Any]]:
-    info = describe_model(run.model)
-    entry_bytes = 2 * info.head_dim * run.model.dtype.itemsize
-    windows = [window or MAX_BUDGET for window in model_facts(run.model).sliding_windows]
-    lengths = prompt_lengths(run.tokenizer, run.held_out)
+    facts = model_facts(run.model)
+    entry_bytes = 2 * facts.head_dim * run.model.dtype.itemsize
+    prompts = [(tokens, facts.most_held(tokens)) for tokens in prompt_lengths(run.tokenizer, run.held_out)]
     points: list[dict[str, Any]] = []
     for result in results:
         # Of each validation example, as the scores are.
-        held = [np.minimum(result.profile.budgets_at(tokens, windows), tokens) for tokens in lengths]
+        held = [np.minimum(result.profile.budgets_at(tokens, most), most[:, None]) for tokens, most in prompts]
         row = result.validation[0] if result.validation else None
         point = {
             "budget": result.profile.target,

@@ -62,8 +62,7 @@ class SearchSpace:
         most = min(longest, int(selector.held_under(np.array(longest))))
         self.ceiling = config.ceiling if config.ceiling is not None else most
         #: Of each layer: entries beyond its own window would never be held.
-        self._windows = model_facts(model).sliding_windows
-        self.ceilings = np.array([min(self.ceiling, w or self.ceiling) for w in self._windows])
+        self.ceilings = model_facts(model).most_held(self.ceiling)
         #: Of each layer: one whose window is below the floor holds its window.
         self.floors = np.minimum(self.floor, self.ceilings)
 
@@ -142,7 +141,7 @@ class SearchSpace:
         """Return a candidate as ``[layers, kv_heads]``; the nearest that does not rise if the selector prunes."""
         column = candidate if candidate.ndim == 2 else candidate[:, None]
         if self.selector.prunes_prefill:
-            full = np.array([window is None for window in self._windows])
+            full = np.array([window is None for window in model_facts(self.model).sliding_windows])
             column = column.copy()
             column[full, 0] = non_increasing(column[full, 0])
         return np.ascontiguousarray(np.broadcast_to(column, (self.layers, self.heads)))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from evolkv.errors import ModelError
@@ -67,6 +69,10 @@ class ModelFacts:
     def sliding_windows(self) -> list[int | None]:
         """The sliding window in tokens of each layer with a KV cache, None where a layer sees everything."""
         return [layer.sliding_window for layer in self.kv_layers]
+
+    def most_held(self, tokens: int) -> NDArray[np.int64]:
+        """Return the most entries of so many tokens that a head of each layer with a KV cache can hold, ``[L]``."""
+        return np.array([tokens if window is None else min(tokens, window) for window in self.sliding_windows])
 
 
 _facts: weakref.WeakKeyDictionary[nn.Module, tuple[list[dict[str, Any]], ModelFacts]] = weakref.WeakKeyDictionary()

@@ -77,3 +77,12 @@ def check_token_ids(model: Any, ids: torch.Tensor) -> None:
             f"the tokenizer gives token {max(unknown)}, but the model has embeddings for {embeddings} tokens (0 to "
             f"{embeddings - 1}); use the tokenizer that belongs to the model, or resize the model's embeddings"
         )
+
+
+def check_no_learned_tokens(model: Any) -> None:
+    """Raise `ModelError` for a model that reads learned tokens before each text, as PEFT's prompt tuning has it."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError(
+            f"{type(model).__name__} reads learned tokens before each text, which would be left out here; generate in "
+            "a compress() block, or train an adapter of the weights, such as LoRA"
+        )

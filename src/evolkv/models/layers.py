@@ -116,6 +116,11 @@ def continues_by_token(model: PreTrainedModel) -> bool:
     return any(hasattr(module, "ssm_state_size") for module in model.get_decoder().modules())
 
 
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Return whether tokens of a prompt attend to later ones, as PaliGemma's do: then a prefix depends on the rest."""
+    return any(not getattr(module, "is_causal", True) for module in model.get_decoder().modules())
+
+
 def refuse(model: PreTrainedModel) -> None:
     """Raises `ModelError` for a model whose kind of attention cannot be compressed, and says why."""
     config: Any = model.config

@@ -100,7 +100,7 @@ def get_selector(spec: SelectorSpec) -> Selector:
     if isinstance(spec, str):
         if (instead := _method_instead(spec)) is not None:
             raise UsageError(instead)
-        spec = parse_named(spec, "selector", spec_names())
+        spec = parse_named(spec, "selector", SELECTORS, spec_names())
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UsageError(f"a selector is a name or a mapping with a 'name', not {spec!r}")
     return with_parameters(SELECTORS[spec["name"]], {key: value for key, value in spec.items() if key != "name"})

@@ -30,7 +30,7 @@ def get_adaptive(text: str) -> AdaptiveAllocator:
     Raises:
         UsageError: for an unknown name or parameter, or a value that is out of range.
     """
-    spec = parse_named(text, "allocator")
+    spec = parse_named(text, "allocator", ADAPTIVE)
     return with_parameters(ADAPTIVE[spec.pop("name")], spec)
 
 
