@@ -617,6 +617,17 @@ def test_generate_refuses_caches_that_make_no_sense(run, options, words):
     assert words in one_line(err)
 
 
+def test_a_cache_is_not_written_over_a_file_that_is_none(run, tmp_path, small_folder):
+    saving = ("generate", small_folder, "--method", "keydiff", "--budget", 4, "--prompt", "A long document", "--raw")
+    for name, content in (("p.json", b"{}"), ("new.cache", b"")):
+        (tmp_path / name).write_bytes(content)
+    code, _, err = run(*saving, "--save-cache", "p.json")
+    assert (code, "p.json is there and is not a cache" in one_line(err)) == (2, True)
+    assert (tmp_path / "p.json").read_bytes() == b"{}"
+    for _ in range(2):
+        assert run(*saving, "--save-cache", "new.cache")[0] == 0
+
+
 def test_generate_streams_the_same_text_that_json_holds(run_smollm2):
     prompt = "Name the capital of France."
     _, streamed, err = run_smollm2("generate", MODEL, "--prompt", prompt, "--max-new-tokens", 12)

@@ -404,6 +404,7 @@ def test_reading_files_takes_no_torch(demo, tmp_path):
         (search(history=[{**search()["history"][0], "budgets": []}]), "history[0].budgets"),
         (search(kept={**kept(), "bin": 31}), "kept should have 52 shares per layer"),
         (search(settings="joint"), "settings is 'joint', expected a valid dictionary"),
+        (search(settings={"budgets": [64, "10%"]}), "settings should have budgets that are a list of whole numbers"),
         (json.dumps(results()).replace("0.96", "1e999"), "rows[1].score is inf"),
         ({**results(), "rows": [row("full", None, 1.0, kv_bytes=0)]}, "rows[0].kv_bytes is 0"),
         ({**results(), "rows": []}, "rows"),

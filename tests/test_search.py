@@ -14,11 +14,13 @@ from evolkv.evaluation import NaiveEngine
 from evolkv.evaluation.prefill import Prefiller, RecordingStore
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution import OneBudget, SearchProgress, search_curve
+from evolkv.evolution.choose import choose
+from evolkv.evolution.kept import kept_positions
 from evolkv.evolution.rivals import settled
 from evolkv.evolution.study import read_studies
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
-from evolkv.tasks import encode_prompt, get_task
+from evolkv.tasks import Example, encode_prompt, get_task
 from tiny import KV_HEADS, LAYERS, tiny_model
 
 #: Candidates of a generation for the budgets of `small`: one group of four layers.
@@ -234,6 +236,35 @@ def test_what_is_kept_of_an_example_says_where_its_answer_stands(result, small):
     assert example.references[0] in small[1].decode(ids[answer["start"] : answer["end"]])
     assert answer["end"] - answer["start"] <= len(example.references[0]) + 1
     assert example.references[0] in answer["text"]
+
+
+def test_budgets_of_two_names_have_one_score():
+    """In bfloat16 an allocation that is scored twice differs from itself; "best" would beat what it is equal to."""
+
+    class Noisy:
+        def score(self, budgets, columns=None):
+            assert len(budgets) == 2
+            return np.linspace(0.2, 0.8, 2 * 3).reshape(2, 3)
+
+    equal, other = np.full((2, 2), 8), np.array([[9, 7], [8, 8]])
+    found = choose(Noisy(), {"8": {"uniform": equal, "best": equal.copy(), "mean": other}})
+    assert [(row.name, row.score) for row in found["8"]] == [("mean", 0.68), ("uniform", 0.32), ("best", 0.32)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "there"),
+    [
+        ("他说密码是1234567吗?", "1234567", True),
+        ("他住在北京市里。", "北京市", True),
+        ("concatenate", "cat", False),
+        ("It is 12345678.", "1234567", False),
+    ],
+)
+def test_an_answer_is_found_in_text_without_spaces_but_not_within_a_word(small, prompt, answer, there):
+    model, tokenizer = small
+    profile = BudgetProfile.uniform(model, 48, selector="keydiff")
+    found = kept_positions(model, tokenizer, Example("0", prompt, (answer,)), profile)
+    assert ("answers" in found) == there
 
 
 def test_interruption_during_validation_keeps_the_best_so_far(small):

@@ -11,6 +11,7 @@ sequence ``s`` and ``i.j.received`` of a group's rows. Where there is padding am
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,6 +127,7 @@ def write_cache(
         raise UsageError(first.unsaved)
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; expected a file name such as {Path(path) / 'document.cache'}")
+    check_replaced(path)
     tensors = {
         f"{i}.{j}.{part}": getattr(group, part)
         for i, layer in enumerate(layers)
@@ -162,6 +164,21 @@ def write_cache(
         write_with(path, lambda partial: save_file(tensors, partial, metadata))
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_replaced(path: str | os.PathLike[str]) -> None:
+    """Check that a cache would be written over nothing, an empty file or an older cache.
+
+    Raises:
+        UsageError: there is another file, such as a profile or a model's weights.
+    """
+    place = Path(path)
+    if not place.is_file() or not place.stat().st_size:
+        return
+    with contextlib.suppress(SafetensorError, OSError), safe_open(place, framework="pt") as file:
+        if (file.metadata() or {}).get("format", "").startswith("evolkv.cache/"):
+            return
+    raise UsageError(f"{path} is there and is not a cache; give another path, or remove it")
 
 
 def _for_the_next_cut(number: int, layer: ReevictingLayer) -> dict[str, Tensor]:

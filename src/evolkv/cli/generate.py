@@ -129,9 +129,11 @@ def generate(
     if save_cache is not None and chosen is None:
         raise UsageError("--save-cache saves what is kept; add --profile FILE, or --method snapkv --budget 128")
     if save_cache is not None:
+        from evolkv.cache.files import check_replaced
         from evolkv.whole_files import check_outputs
 
         check_outputs([save_cache], [path for path in (profile, prompt_file) if path is not None])
+        check_replaced(save_cache)
     from evolkv.generation import check_request, check_text, generate_text, save_document
 
     check_request(

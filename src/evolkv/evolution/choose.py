@@ -31,19 +31,25 @@ def choose(engine: Engine, choices: dict[str, dict[str, np.ndarray]]) -> dict[st
     Returns:
         By name of the choice, the allocations with their scores, best first.
     """
-    scores = engine.score(np.stack([budgets for part in choices.values() for budgets in part.values()]))
+    # Each allocation once, whatever its names: scored twice, it would differ from itself by rounding.
+    once = {_key(budgets): budgets for part in choices.values() for budgets in part.values()}
+    scores = engine.score(np.stack([*once.values()]))
     retained = engine.retained.tolist() if isinstance(engine, BalancedEngine) else [None] * len(scores)
-    scored = zip(scores, retained, strict=True)
+    scored = dict(zip(once, zip(scores, retained, strict=True), strict=True))
     validated = {}
     for choice, part in choices.items():
         rows = []
         for name, budgets in part.items():
-            own, kept = next(scored)
+            own, kept = scored[_key(budgets)]
             score = round(float(own.mean()), _DIGITS)
             evolved = name not in NOT_EVOLVED
             rows.append(Validated(name, evolved, as_lists(budgets), score, ci95(own), len(own), own.tolist(), kept))
         validated[choice] = sorted(rows, key=lambda row: (-row.score, row.evolved))
     return validated
+
+
+def _key(budgets: np.ndarray) -> tuple[int, ...]:
+    return tuple(budgets.ravel().tolist())
 
 
 def rows_from(data: list[dict[str, Any]]) -> list[Validated]:

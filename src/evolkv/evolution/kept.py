@@ -22,6 +22,10 @@ _BINS, _CELLS = 100, 8_000
 _LEAST_ANSWER, _MOST_ANSWERS = 3, 4
 #: Characters of the text on either side of an answer.
 _AROUND = 60
+#: Characters of languages that put no spaces between words: Thai, Lao, Khmer, Japanese, Chinese.
+_UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+#: Not within a word of any other language.
+_BOUNDARY = rf"(?:(?<![^\W{_UNSPACED}])|(?![^\W{_UNSPACED}]))"
 
 
 def kept_positions(
@@ -60,7 +64,8 @@ def _answers(tokenizer: Any, example: Example, tokens: int) -> list[dict[str, An
     """Return the places of a prompt that hold a reference answer, at most `_MOST_ANSWERS` of them."""
     found = []
     for reference in (text for text in dict.fromkeys(example.references) if len(text) >= _LEAST_ANSWER):
-        for match in islice(re.finditer(rf"(?<!\w){re.escape(reference)}(?!\w)", example.prompt), _MOST_ANSWERS):
+        places = re.finditer(_BOUNDARY + re.escape(reference) + _BOUNDARY, example.prompt)
+        for match in islice(places, _MOST_ANSWERS):
             # Prompts are encoded whole, so the tokens before a place are those of the text before it, but for merges.
             start, end = (len(encode_text(tokenizer, example.prompt[:at])) for at in match.span())
             if start < end <= tokens:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from evolkv.numbers import is_whole
 from evolkv.profile_file import ProfileFile
 from evolkv.schemas import Count, RecordedBudget, Schema
 
@@ -109,6 +110,14 @@ class Search(Schema):
     stage: str = ""
     rival: str = ""
     origin: str = ""
+
+    @field_validator("settings")
+    @classmethod
+    def _budgets_in_order(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        budgets = settings.get("budgets", [])
+        if not isinstance(budgets, list) or not all(map(is_whole, budgets)):
+            raise ValueError("budgets that are a list of whole numbers")
+        return settings
 
     @property
     def result(self) -> Validated | None:

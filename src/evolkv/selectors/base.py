@@ -138,7 +138,9 @@ class Selector(ABC):
             reason = "has cache layers of its own, and none to replay them"
         else:
             return
-        raise UsageError(f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each")
+        raise UsageError(
+            f"selector {self.name!r} {reason}; add --engine naive, which reads each prompt for each candidate"
+        )
 
     def check_drafts(self) -> None:
         """Raise `UsageError` if drafts of assisted decoding cannot come along with the prompt."""
