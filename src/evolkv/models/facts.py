@@ -71,7 +71,11 @@ class ModelFacts:
         return [layer.sliding_window for layer in self.kv_layers]
 
     def most_held(self, tokens: int) -> NDArray[np.int64]:
-        """Return the most entries of so many tokens that a head of each layer with a KV cache can hold, ``[L]``."""
+        """Return the most entries that a head of each layer with a KV cache can hold of a text, ``[L]``.
+
+        Args:
+            tokens: length of the text.
+        """
         return np.array([tokens if window is None else min(tokens, window) for window in self.sliding_windows])
 
 
