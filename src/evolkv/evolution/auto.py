@@ -26,7 +26,7 @@ from evolkv.tasks import get_task
 
 #: The budgets that are tried, as shares of the longest training prompt.
 GRID = (0.025, 0.05, 0.1, 0.2, 0.4)
-#: Mean loss, as a share of the bound, that the examples suffice to certify by default.
+#: Mean loss, as a share of the bound, that the examples suffice to certify by default, if all scores are 0 or 1.
 _CERTIFIABLE = 0.25
 
 
@@ -80,7 +80,8 @@ def run_auto(
         config: the settings of the search.
         loss: the bound, in the task's own metric, or in `config.metric` if that is not logprob.
         confidence: of the certificate.
-        samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound.
+        samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound where all
+            scores are 0 or 1; of graded scores they certify a little less.
         on_example: called as these are evaluated.
         first: whether the searches begin with the "smallest" or the "largest" budget.
 
