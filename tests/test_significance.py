@@ -239,6 +239,14 @@ def test_methods_of_several_files_and_tasks_are_paired_by_example(write):
     assert data["left_out"] == ["code"]
 
 
+def test_examples_that_a_profile_was_chosen_on_are_pointed_out(write, caplog):
+    evolved = header(["full", "evolved@64"], {"niah": THREE})
+    evolved["settings"]["methods"]["evolved@64"]["seen"] = {"niah": ["e0", "e2"]}
+    lines = [line(label, e, 1.0) for e in THREE[:2] for label in ("full", "evolved@64")]
+    compare_records([write("a.jsonl", evolved, *lines)])
+    assert "evolved@64 was evolved or chosen on 1 of the 2 examples of niah" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("a", "b", "budget", "expected"),
     [
