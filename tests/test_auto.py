@@ -10,9 +10,11 @@ import pytest
 import evolkv.models
 from evolkv.cli import main
 from evolkv.errors import BudgetError, RunError, UsageError
+from evolkv.evaluation.records import prompt_digest
 from evolkv.evolution import SearchConfig
 from evolkv.evolution.auto import run_auto, several
 from evolkv.profile import BudgetProfile
+from evolkv.tasks import get_task
 from tiny import tiny_model
 
 SETTINGS = {
@@ -65,6 +67,13 @@ def test_the_smallest_safe_profile_has_its_certificate(safe):
 def test_it_is_certified_on_examples_that_no_search_saw(safe):
     # None of the sixty had to be left out.
     assert safe.certificate.n == 60
+
+
+def test_the_examples_that_choose_the_budget_count_as_seen(small, safe):
+    asked = set(map(prompt_digest, get_task(SETTINGS["task"]).examples("report", 60, small[1])))
+    assert len(asked) == 60
+    assert asked < set(safe.profile.search["seen"])
+    assert not any(asked & set(each.profile.search["seen"]) for each in safe.curve.results)
 
 
 def test_without_enough_examples_the_largest_budget_is_written_and_the_line_says_so(

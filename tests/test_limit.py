@@ -50,12 +50,13 @@ def test_without_a_limit_no_moment_is_too_late(now):
     assert not limit.reached()
 
 
-def test_room_is_kept_for_a_step_and_the_choice(now):
-    limit = TimeLimit(100, val=10, train=4)
+@pytest.mark.parametrize(("balanced", "scored"), [(False, 6), (True, 8)])
+def test_room_is_kept_for_a_step_and_the_choice(now, balanced, scored):
+    limit = TimeLimit(100, val=10, train=4, balanced=balanced)
     limit.read(4, 4, 4.0)
     limit.scored(20, 2.0)
-    # Eleven prompts of a second, six allocations on all 14 examples at a tenth of a second, a tenth on top, and a step.
-    kept = 1.1 * (11 * 1.0 + 6 * 14 * 0.1) + 2
+    # Eleven prompts of a second, allocations on all 14 examples at a tenth of a second, a tenth on top, and a step.
+    kept = 1.1 * (11 * 1.0 + scored * 14 * 0.1) + 2
     for moment, reached in ((0, False), (100 - kept - 0.01, False), (100 - kept + 0.01, True)):
         now[0] = moment
         assert limit.reached() is reached

@@ -155,6 +155,17 @@ def test_every_strategy_granularity_engine_and_metric_gives_an_exact_profile(sma
         assert any(np.ptp(entry["budgets"], axis=1).any() for entry in found.history)
 
 
+def test_examples_of_the_profile_to_start_from_count_as_seen(small, caplog):
+    settings = {**SETTINGS, "strategy": "start", "selector": "keydiff"}
+    first = evolkv.search(*small, **settings).profile
+    settings |= {"start": first, "train": 1}
+    other = evolkv.search(*small, **{**settings, "seed": 1}).profile
+    assert set(first.search["seen"]) < set(other.search["seen"])
+    assert "the profile to start from" not in caplog.text
+    evolkv.search(*small, **settings)
+    assert "the profile to start from was evolved or chosen on 2 of the 2 validation examples" in caplog.text
+
+
 def test_a_search_from_a_profile_is_under_its_selector(small, caplog):
     begun = BudgetProfile.from_budgets(small[0], [40, 60, 44, 48], selector="keydiff")
     settings = {**SETTINGS, "max_evals": GENERATION, "start": begun}

@@ -109,6 +109,11 @@ def test_bca_levels_follow_efrons_formula():
     assert bootstrap95(values) == pytest.approx(expected)
 
 
+def test_rounding_does_not_move_the_interval_of_a_mean():
+    # Many resamples have the mean of all values. Thirds in another order add up to a little less or more.
+    assert bootstrap95(np.repeat([1, 2], 6) / 3) == pytest.approx(np.array(bootstrap95(np.repeat([1, 2], 6))) / 3)
+
+
 def test_interval_holds_the_true_difference_about_as_often_as_it_says():
     random = np.random.default_rng(0)
     hits = 0
@@ -232,6 +237,14 @@ def test_methods_of_several_files_and_tasks_are_paired_by_example(write):
     assert table.rows[0][2:5] == ["3", "0.667", "1.000"]
     assert "Left out: 2 examples, code on record for only one." in comparison_note(found)
     assert data["left_out"] == ["code"]
+
+
+def test_examples_that_a_profile_was_chosen_on_are_pointed_out(write, caplog):
+    evolved = header(["full", "evolved@64"], {"niah": THREE})
+    evolved["settings"]["methods"]["evolved@64"]["seen"] = {"niah": ["e0", "e2"]}
+    lines = [line(label, e, 1.0) for e in THREE[:2] for label in ("full", "evolved@64")]
+    compare_records([write("a.jsonl", evolved, *lines)])
+    assert "evolved@64 was evolved or chosen on 1 of the 2 examples of niah" in caplog.text
 
 
 @pytest.mark.parametrize(

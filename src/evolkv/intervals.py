@@ -12,6 +12,7 @@ _Z95 = _NORMAL.inv_cdf(0.975)
 _RESAMPLES = 10_000
 #: Values drawn at once; more than this many would only take memory.
 _DRAWN_AT_ONCE = 2_000_000
+_ROUNDING = 1e-9
 
 
 def ci95(scores: np.ndarray) -> tuple[float, float]:
@@ -52,7 +53,9 @@ def bootstrap95(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     if (values == values[0]).all() or squares == 0:
         return mean, mean
     means = _resampled_means(values, np.random.default_rng(seed))
-    below = ((means < mean).sum() + 0.5 * (means == mean).sum()) / _RESAMPLES
+    # Means of the same values in another order differ by rounding, and count as equal.
+    equal = np.abs(means - mean) <= _ROUNDING * np.abs(values).max()
+    below = ((means < mean) & ~equal).mean() + 0.5 * equal.mean()
     bias = _NORMAL.inv_cdf(float(np.clip(below, 1 / _RESAMPLES, 1 - 1 / _RESAMPLES)))
     # The jackknife's acceleration, which for a mean is its skewness over six.
     acceleration = float((deviations**3).sum()) / (6 * squares**1.5)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from evolkv.significance import PairedComparison, paired_comparison
 FORMAT = "evolkv.comparison/1"
 #: Scores of one prompt and method that differ by more than rounding were not measured alike.
 _ROUNDING = 1e-4
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def compare_records(
 ) -> MethodComparison:
     """Compare two methods on the same examples.
 
+    A warning says on how many of them a profile was evolved or chosen, as far as the records know.
+
     Args:
         paths: files of records, of one model and protocol.
         a: name of a method, or ``METHOD@BUDGET``. May be left out, as `b`, where only one choice is left.
@@ -74,7 +79,7 @@ def compare_records(
     """
     if not paths:
         raise UsageError("nothing to compare; give at least one file of records")
-    methods, examples, model = _merged(paths)
+    methods, examples, seen, model = _merged(paths)
     first, second = _pair(methods, a, b, None if budget is None else read_budget(budget))
     by_task: dict[str, list[tuple[Record | None, Record | None]]] = {}
     for (task, _), by_method in examples.items():
@@ -92,6 +97,7 @@ def compare_records(
                     "evaluate them with the same settings"
                 )
         if both:
+            _warn_of_seen(seen, (first, second), task, [x.example for x, _ in both])
             column = [(x.score, y.score) for x, y in both]
             tasks.append(
                 TaskComparison(task, metrics_of(x for x, _ in both), len(pairs) - len(both), _compared(column, seed))
@@ -103,16 +109,23 @@ def compare_records(
     return MethodComparison(model, first, second, tasks, _compared(scores, seed), left_out)
 
 
+def _warn_of_seen(seen: Mapping[tuple[str, str], set[str]], labels: Sequence[str], task: str, names: list[str]) -> None:
+    for label in labels:
+        if known := seen.get((label, task), set()).intersection(names):
+            log.warning("%s was evolved or chosen on %d of the %d examples of %s", label, len(known), len(names), task)
+
+
 def _compared(scores: list[tuple[float, float]], seed: int) -> PairedComparison:
     return paired_comparison([a for a, _ in scores], [b for _, b in scores], seed)
 
 
 def _merged(
     paths: Sequence[str | os.PathLike[str]],
-) -> tuple[dict[str, MethodSettings], dict[tuple[str, str], ByMethod], str]:
-    """Methods by label, records by task and example, and the model, of all files."""
+) -> tuple[dict[str, MethodSettings], dict[tuple[str, str], ByMethod], dict[tuple[str, str], set[str]], str]:
+    """Methods by label, records by task and example, seen examples by label and task, and the model, of all files."""
     methods: dict[str, MethodSettings] = {}
     examples: dict[tuple[str, str], ByMethod] = {}
+    seen: dict[tuple[str, str], set[str]] = {}
     files = [(path, read_records(path)) for path in paths]
     start = files[0][1].settings
     for path, records in files:
@@ -135,9 +148,11 @@ def _merged(
             if other or first.selector != method.selector:
                 what = "other budgets" if other else "another selector"
                 raise UsageError(f"{path}: {label} has {what} than in the files before; give files that agree")
+            for task, names in method.seen.items():
+                seen.setdefault((label, task), set()).update(names)
         records.warn_unfinished(path, "repeat the evaluation's command to finish it")
         _merge(path, records, examples)
-    return methods, examples, start.model.name
+    return methods, examples, seen, start.model.name
 
 
 def _merge(path: str | os.PathLike[str], records: Records, examples: dict[tuple[str, str], ByMethod]) -> None:

@@ -293,8 +293,13 @@ def prompt_sha256(example: Example) -> str:
 
 
 def prompt_digest(example: Example) -> str:
-    """Return the first 16 digits of `prompt_sha256`, by which a profile names the examples that its search saw."""
-    return prompt_sha256(example)[:16]
+    """Return the name of an example in a profile whose search saw it."""
+    return digest_of(prompt_sha256(example))
+
+
+def digest_of(prompt: str) -> str:
+    """Return the `prompt_digest` of an example, given its `prompt_sha256`: the first 16 digits."""
+    return prompt[:16]
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from evolkv.errors import BudgetError, EvolKVError, UsageError
 from evolkv.evaluation.certify import Certificate, certify_records, check_bounds, examples_needed
 from evolkv.evaluation.evaluation import MOST_SAMPLES, EvaluationProgress, evaluate
+from evolkv.evaluation.records import digest_of, read_records
 from evolkv.evolution.config import Order, SearchConfig, SeveralBudgets
 from evolkv.evolution.curve import CurveResult, run_curve
 from evolkv.evolution.rivals import longest_prompt
@@ -25,7 +26,7 @@ from evolkv.tasks import get_task
 
 #: The budgets that are tried, as shares of the longest training prompt.
 GRID = (0.025, 0.05, 0.1, 0.2, 0.4)
-#: Mean loss, as a share of the bound, that the examples suffice to certify by default.
+#: Mean loss, as a share of the bound, that the examples suffice to certify by default, if all scores are 0 or 1.
 _CERTIFIABLE = 0.25
 
 
@@ -70,7 +71,8 @@ def run_auto(
     """Find the smallest budget whose expected loss against the full cache is below a bound; see `certify`.
 
     Profiles for 2.5, 5, 10, 20 and 40 % of the longest training prompt are evolved as one search. Then all of them and
-    the full cache answer examples of the split "report", which no search sees and nothing is chosen on.
+    the full cache answer examples of the split "report", which no search sees. Only the budget is chosen on them, and
+    the profile at that budget names them among those that it saw.
 
     Args:
         model: a transformers decoder-only model.
@@ -78,7 +80,8 @@ def run_auto(
         config: the settings of the search.
         loss: the bound, in the task's own metric, or in `config.metric` if that is not logprob.
         confidence: of the certificate.
-        samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound.
+        samples: examples to certify on. Default: as many as certify a mean loss of a quarter of the bound where all
+            scores are 0 or 1; of graded scores they certify a little less.
         on_example: called as these are evaluated.
         first: whether the searches begin with the "smallest" or the "largest" budget.
 
@@ -114,6 +117,8 @@ def run_auto(
                 on_progress=on_example,
             )
             ((*_, certificate),) = certify_records(records, loss, confidence).rows
+            answered = read_records(records).examples.values()
+            asked = {record.prompt_sha256 for by_method in answered for record in by_method.values()}
     except KeyboardInterrupt:
         return AutoResult(curve, None, largest)
     except EvolKVError as error:
@@ -123,7 +128,10 @@ def run_auto(
     profile = profiles[certificate.budget]
     passed = next(test for test in certificate.tested if test.budget == certificate.budget)
     said = {"loss": loss, "confidence": confidence, "n": certificate.n, "observed": passed.loss, "p": passed.p}
-    return AutoResult(curve, certificate, replace(profile, scores={**profile.scores, "certified": said}))
+    # From here on the profile is one that was chosen on these examples.
+    seen = sorted({*profile.search["seen"], *map(digest_of, asked)})
+    chosen = replace(profile, search={**profile.search, "seen": seen}, scores={**profile.scores, "certified": said})
+    return AutoResult(curve, certificate, chosen)
 
 
 def examples_to_certify(loss: float, confidence: float, samples: int | None = None) -> int:

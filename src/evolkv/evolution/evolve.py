@@ -75,9 +75,9 @@ class Rotation:
     """The training examples that each generation is scored on: a few at a time, all of them in turn.
 
     All candidates of a generation are scored on the same examples, so differences between examples do not blur the
-    comparison. The order is drawn anew for every round, and neighbours in it come from different shards, so that
-    workers side by side share a generation. Where `size` does not divide the number of examples, a round leaves out
-    the last of its order.
+    comparison. The order is drawn anew for every round, and neighbours in it come from different shards as far as
+    possible, so that workers side by side share a generation. Where `size` does not divide the number of examples, a
+    round leaves out the last of its order.
 
     Args:
         examples: number of training examples.

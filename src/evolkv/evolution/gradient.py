@@ -30,7 +30,8 @@ SHARPNESS = (4.0, 40.0)
 #: Share of the steps after which the cuts are at their sharpest. Where they sharpen to the very end, budgets that are
 #: good under soft cuts lose under hard ones for most of the descent, and what they come to differs more between seeds.
 SHARPENED = 0.5
-#: Adam's step size in the first and the last step, and its averages of the gradient and its square.
+#: Adam's step size in the first step and the one that it comes near in the last, and its averages of the gradient and
+#: its square.
 RATE = (0.25, 0.05)
 BETAS = (0.9, 0.95)
 #: Spread of the noise on the logarithm of each budget, drawn anew for each step and example. Budgets found so leave a

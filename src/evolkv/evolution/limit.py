@@ -15,12 +15,13 @@ _MARGIN = 1.1
 SLOPE_ROWS = 3
 
 
-def allocations(budgets: int) -> int:
-    """Return how many allocations so many budgets choose from in all.
+def allocations(budgets: int, balanced: bool = False) -> int:
+    """Return how many allocations are scored where so many budgets choose.
 
     Each has two heuristics, two of the search and two to start from, and those of its neighbours expanded to it.
+    Balanced scores are relative to two more.
     """
-    return 6 * budgets + 2 * (budgets - 1)
+    return 6 * budgets + 2 * (budgets - 1) + 2 * balanced
 
 
 class OutOfTimeError(RunError):
@@ -39,12 +40,21 @@ class TimeLimit:
         budgets: budgets of each.
         val: unseen examples that are chosen on.
         train: training examples, on all of which the choices are scored as well.
+        balanced: whether scores are balanced; see `evolkv.evaluation.balance`.
     """
 
-    def __init__(self, seconds: float | None, selectors: int = 1, budgets: int = 1, val: int = 0, train: int = 0):
+    def __init__(
+        self,
+        seconds: float | None,
+        selectors: int = 1,
+        budgets: int = 1,
+        val: int = 0,
+        train: int = 0,
+        balanced: bool = False,
+    ):
         self._end = math.inf if seconds is None else clock() + seconds
         self._seconds, self._budgets, self._val, self._train = seconds, budgets, val, train
-        self._left = selectors * budgets
+        self._left, self._allocations = selectors * budgets, allocations(budgets, balanced)
         self._began: float | None = None
         self._prompt = self._row = self._step = 0.0
         #: Whether anything was computed; and whether nothing may be, so that a search comes to what is on record.
@@ -82,7 +92,7 @@ class TimeLimit:
             self._began = now
         selectors = math.ceil(self._left / self._budgets)
         prompts = self._val + self._budgets
-        rows = selectors * allocations(self._budgets) * (self._val + self._train)
+        rows = selectors * self._allocations * (self._val + self._train)
         kept = _MARGIN * (prompts * self._prompt + rows * self._row)
         return now + self._step > self._began + (self._end - kept - self._began) / self._left
 

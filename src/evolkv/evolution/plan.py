@@ -123,7 +123,9 @@ def make_plan(model: PreTrainedModel, tokenizer: Any, config: OneBudget | Severa
         # Of competing selectors only one evolves.
         evolving = 1 if config.competes else len(selectors)
         evaluations = _evaluations(config, run.space.shape, len(budgets)) * evolving
-        chosen = allocations(len(budgets)) * searches_of(config) * (len(run.held_out) + len(run.train))
+        chosen = (
+            allocations(len(budgets), run.task.balanced) * searches_of(config) * (len(run.held_out) + len(run.train))
+        )
         descents = config.gradient_steps * len(budgets) * len(selectors) if config.follows_slope else 0
         seconds = {
             "prefill": measured.read(run.train),

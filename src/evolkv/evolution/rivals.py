@@ -74,7 +74,9 @@ def whole_search(
     """
     config = settled(tokenizer, config)
     selectors = {name: fitted(spec, config.targets) for name, spec in config.selectors.items()}
-    limit = TimeLimit(config.time_limit, searches_of(config), len(config.targets), config.val, config.num_train)
+    balanced = get_task(config.task).balanced
+    counts = (searches_of(config), len(config.targets), config.val, config.num_train)
+    limit = TimeLimit(config.time_limit, *counts, balanced)
 
     def under_one(config: Config, begun: dict[int, Beginning], evolves: bool) -> Result:
         with Run(model, tokenizer, config, limit, begun, evolves) as run:

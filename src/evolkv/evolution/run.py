@@ -87,6 +87,7 @@ class Run:
         self.train = draw_examples(self.task, "train", config.num_train, *how)
         self.held_out = draw_examples(self.task, "validation", config.val, *how)
         check_unseen(self.train, self.held_out)
+        self._seen_before = self._seen_by_start()
         if self.task.free_text and len(self.train) < _FEW:
             log.warning(
                 "%d training examples are few for texts as people write them: scores on 10 %% of LongBench ranked "
@@ -324,7 +325,7 @@ class Run:
             budget=budget,
             share=self.space.shares.get(budget),
             granularity=self.config.granularity,
-            search={**settings, "seen": sorted(map(prompt_digest, (*self.train, *self.held_out)))},
+            search={**settings, "seen": sorted({*self._seen_before, *map(prompt_digest, self.train + self.held_out)})},
             scores={
                 **({} if on_all is None else {"train": {**on_all, "metric": metric}}),
                 "validation": {entry.name: entry.score for entry in validation},
@@ -387,6 +388,21 @@ class Run:
         if isinstance(start, BudgetProfile):
             return f"profile {hashlib.sha256(np.ascontiguousarray(start.budgets).tobytes()).hexdigest()[:16]}"
         return start
+
+    def _seen_by_start(self) -> set[str]:
+        """Return the names of the examples that the profile to start from was found on; warn of a choice on them."""
+        start = self.config.start
+        if not isinstance(start, BudgetProfile):
+            return set()
+        seen = set(start.search.get("seen") or ())
+        if again := sum(prompt_digest(example) in seen for example in self.held_out):
+            log.warning(
+                "the profile to start from was evolved or chosen on %d of the %d validation examples, where it may "
+                "look better than it is; another --seed draws others",
+                again,
+                len(self.held_out),
+            )
+        return seen
 
     def _kept(self, profile: BudgetProfile) -> dict[str, Any] | None:
         if self.study is not None and self.limit.over:

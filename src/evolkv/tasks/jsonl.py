@@ -51,8 +51,9 @@ class JsonLines(PromptRows):
         max_new_tokens: most tokens to generate, whatever the rows say. Default None: each row's own, else 32.
         split: "auto" (default) gives a quarter of the prompts to train, a quarter to validation and half to
             report. Which ones depends on the rows alone, not on seed or n, so searches and
-            evaluations of one file never share a prompt across splits. "all" uses every row for any
-            split: for different files in search and evaluation.
+            evaluations of one file never share a prompt across splits. Several questions about one text are
+            different prompts, and may be in different splits. "all" uses every row for any split: for different
+            files in search and evaluation.
         chat: whether to put the prompt in the model's chat template as a user message. Default False.
         context: most tokens of a prompt before the chat template; of a longer one the middle is cut out, as LongBench
             does. Default None: prompts are left as they are.
