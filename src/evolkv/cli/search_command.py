@@ -24,6 +24,7 @@ from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
 from evolkv.evolution.one_budget import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
+from evolkv.evolution.strategies import STRATEGIES
 from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words
 from evolkv.report.words import candidates, counted, duration
@@ -383,7 +384,8 @@ def _verdict(result: SearchResult) -> str:
     if evolved is None:
         return f"The profile holds {score}, the best of what needs no evolution, on {best['n']} unseen examples."
     level = "ahead of" if evolved["score"] < best["score"] else "level with"
+    more = "--max-evals" if STRATEGIES[result.settings["strategy"]].searches else "--gradient-steps"
     return (
         f"{score} is {level} the evolved budgets ({evolved['score']:.3f}) on {best['n']} unseen examples: the profile "
-        f"holds {result.chosen!r}. More --max-evals, --train or another --budget may help."
+        f"holds {result.chosen!r}. More {more}, --train or another --budget may help."
     )
