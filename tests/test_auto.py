@@ -84,7 +84,8 @@ def test_without_enough_examples_the_largest_budget_is_written_and_the_line_says
     command = ["search", "smollm2-135m", "--task", "niah:context=200", "--budget", "auto", "--loss", "0.02"]
     command += ["--selector", "snapkv:window=4", "--train", "2", "--val", "2", "--max-evals", "8", "--certify", "5"]
     assert main([*command, "--start", "uniform", "--granularity", "layer", "--json", "r.json"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    printed = " ".join(said.split())
     data = json.loads((tmp_path / "r.json").read_text())
     largest = max(point["budget"] for point in data["points"])
     assert f"No budget is certified to lose less than 0.02; profile.json holds the largest tried, {largest}." in printed
@@ -93,6 +94,10 @@ def test_without_enough_examples_the_largest_budget_is_written_and_the_line_says
     profile = BudgetProfile.load("profile.json")
     assert profile.budget == largest
     assert "certified" not in profile.scores
+    # It ends as other searches do.
+    assert "Gap between the 2 training examples and the unseen ones: " in said
+    assert said.count("every generation to profile.study.db\n\nTry next:\n") == 1
+    assert f"--budget {largest} --method full snapkv:window=4 profile.json\n" in said
 
 
 @pytest.mark.parametrize(

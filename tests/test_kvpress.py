@@ -68,6 +68,10 @@ def test_export_says_what_masking_costs(tmp_path, capsys):
     assert main([*export, "--out", str(tmp_path / "a.py")]) == 0
     assert "60 entries per head on average, where EvolKV holds 55" in capsys.readouterr().err
     assert "from a import press" in (tmp_path / "a.py").read_text()
+    # Budgets by head that are alike in each layer mask nothing.
+    BudgetProfile.from_budgets(INFO, [40, 60], "keydiff", granularity="head").save(tmp_path / "p.json")
+    assert main([*export, "--out", str(tmp_path / "a.py")]) == 0
+    assert capsys.readouterr().err == ""
     BudgetProfile.from_budgets(INFO, [40, 60], "keydiff").save(tmp_path / "p.json")
     assert main(export) == 0
     out, err = capsys.readouterr()

@@ -9,6 +9,7 @@ import pytest
 import evolkv
 import evolkv.models
 from evolkv.cli import main
+from evolkv.cli.plan import lines
 from evolkv.errors import BudgetError
 from evolkv.evaluation import ReplayEngine
 from evolkv.evolution import OneBudget, SeveralBudgets
@@ -54,6 +55,14 @@ def test_a_text_metric_has_no_gradient(small):
     found = make_plan(*small, OneBudget(budget=48, metric="contains", **SETTINGS))
     assert found.seconds["gradient"] == found.memory.gradient == 0
     assert found.seconds["evolution"] > 0
+
+
+def test_a_descent_alone_evolves_nothing(small):
+    settings = {**SETTINGS, "strategy": "gradient"}
+    found = make_plan(*small, OneBudget(budget=48, **settings))
+    result = evolkv.search(*small, budget=48, **settings)
+    assert found.candidates == result.evaluations == result.settings["max_evals"] == 1
+    assert "for 1 candidate (" in lines(found)[0]
 
 
 def test_the_naive_engine_reads_for_every_candidate(small):

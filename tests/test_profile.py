@@ -223,6 +223,8 @@ def test_saving_over_a_folder_is_refused(profile, tmp_path):
         (b"", "not JSON: .* at line 1, column 1"),
         (b'{\n  "format": "evolkv.profile/1",\n  oops\n}', "not JSON: .* at line 3, column 3"),
         (b"\xff\xfe\x00GGUF", "not text"),
+        (b'{"format": "evolkv.pro', "not JSON: Unterminated string starting at line 1, column 12"),
+        (b'{"budget": 64, "budget": 32}', "key 'budget' is given twice; give it once"),
         (b"[1, 2]", "not a profile"),
         (b'"evolkv.profile/1"', "not a profile"),
         (b"{}", 'expected a JSON object with "format"'),

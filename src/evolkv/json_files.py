@@ -27,7 +27,8 @@ def read_json(path: str | os.PathLike[str], most_bytes: int, expected: str) -> A
             raise UsageError(f"is {'a folder' if source.is_dir() else 'not a regular file'}, expected {expected}")
         if source.stat().st_size > most_bytes:
             raise UsageError(f"larger than {most_bytes >> 20} MiB, expected {expected}")
-        data = json.loads(source.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
+        text = source.read_text(encoding="utf-8-sig")
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
         check_characters(json.dumps(data, ensure_ascii=False))
         return data
     except FileNotFoundError:
@@ -37,11 +38,29 @@ def read_json(path: str | os.PathLike[str], most_bytes: int, expected: str) -> A
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
-        raise UsageError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        # Some of Python's messages end as the place begins.
+        found = error.msg.removesuffix(" at")
+        raise UsageError(f"not JSON: {found} at line {error.lineno}, column {error.colno}") from None
+    except RepeatedKeyError as error:
+        raise UsageError(f"key {error} is given twice; give it once") from None
     except (RecursionError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"not JSON that can be read: {error}") from None
+
+
+class RepeatedKeyError(ValueError):
+    """An object has the key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values; raise `RepeatedKeyError` where a key is there twice."""
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise RepeatedKeyError(repr(key))
+        fields[key] = value
+    return fields
 
 
 def check_characters(text: str) -> str:

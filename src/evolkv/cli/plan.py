@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolkv.cli import console
 from evolkv.cli.search import search, with_preset
-from evolkv.report.words import duration, gibibytes
+from evolkv.report.words import counted, duration, gibibytes
 
 if TYPE_CHECKING:
     from evolkv.evolution.plan import Plan
@@ -61,8 +61,8 @@ def lines(found: Plan) -> list[str]:
     if found.advice:
         verdict += f"; it would with {', or '.join(found.advice)}"
     return [
-        f"Time, once the model is loaded: about {duration(sum(seconds.values()))} for {found.candidates:,} candidates "
-        f"({timed}).",
+        f"Time, once the model is loaded: about {duration(sum(seconds.values()))} for "
+        f"{counted(found.candidates, 'candidate')} ({timed}).",
         f"Memory: about {gibibytes(memory.peak)} GiB at the peak ({described}; the last three come one after another).",
         f"{gibibytes(memory.free)} GiB are free beside the model: {verdict}.",
     ]

@@ -167,7 +167,7 @@ def _press(profile: BudgetProfile, out: str | None) -> str:
     from evolkv.integrations.kvpress import held_by_press, press_source
 
     text = press_source(profile, "press" if out is None else File(out).stem)
-    if profile.granularity == "head":
+    if (profile.budgets != profile.budgets[:, :1]).any():
         held = round(held_by_press(profile), 1)
         console.note(
             f"kvpress masks what single heads evict: it will hold {held:,.6g} entries per head on average, where "

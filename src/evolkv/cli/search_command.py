@@ -24,6 +24,7 @@ from evolkv.evolution.curve import run_curve
 from evolkv.evolution.location import locate
 from evolkv.evolution.one_budget import run_search
 from evolkv.evolution.space import COSINE, HEURISTICS
+from evolkv.evolution.strategies import STRATEGIES
 from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words
 from evolkv.report.words import candidates, counted, duration
@@ -58,7 +59,8 @@ def run(options: Mapping[str, Any]) -> int:
     write = _write_search if isinstance(result, SearchResult) else _write_curve
     code = write(result, outs, options["json_out"], config.storage)  # type: ignore[arg-type]
     if code == 0:
-        suggest(_next_commands(result, outs, options))
+        first = result if isinstance(result, SearchResult) else result.results[0]
+        suggest(_next_commands(first.profile, outs, options))
     return code
 
 
@@ -81,7 +83,7 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
         console.write_json(options["json_out"], found.to_dict(out))
     finally:
         if not curve.interrupted:
-            print_whole(curve_table(curve.points))
+            _print_curve(curve)
     if found.failed is not None:
         console.say(f"evolkv: the searches are done, and {out} holds the largest budget; their certification failed")
         raise found.failed
@@ -98,9 +100,10 @@ def _auto(config: SearchConfig, options: Mapping[str, Any], model: Any, tokenize
     )
     console.OUT.print(
         f"\n{_stopped(curve, config.storage)}On {certificate.n} examples that no search saw: {tested}.\n"
-        f"{verdict}{failed}",
+        f"{verdict}{failed}\n{_took(curve)}{_on_record(config.storage)}",
         soft_wrap=True,
     )
+    suggest(_next_commands(found.profile, {found.profile.target: out}, options))
     return 0
 
 
@@ -148,7 +151,7 @@ def _model_options(options: Mapping[str, Any]) -> ModelOptions:
 def _left(limit: float, seconds: float) -> float:
     """Return what is left of the time limit once the model is there."""
     if seconds >= limit:
-        raise RunError(f"--time-limit {limit:g} is too short: loading the model took {seconds:.0f} s; allow more")
+        raise RunError(f"--time-limit {limit:g} is too short: loading the model took {seconds:.1f} s; allow more")
     return limit - seconds
 
 
@@ -248,10 +251,9 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
         held = chosen if result.validation else f"the best so far is in {out}"
         console.say(f"evolkv: interrupted after {done}; {held}{_goes_on(storage)}")
         return 130
-    kept = f", every generation to {storage}" if storage else ""
     console.OUT.print(
         f"{_stopped(result, storage)}{counted(_candidates(result), 'candidate')} in {duration(result.seconds)}; "
-        f"profile written to {out}{kept}",
+        f"profile written to {out}{_on_record(storage)}",
         soft_wrap=True,
     )
     return 0
@@ -265,37 +267,55 @@ def _write_curve(curve: CurveResult, outs: Mapping[Budget, str], json_out: str |
         console.write_json(json_out, curve.to_dict(written))
     finally:
         if not curve.interrupted:
-            print_whole(curve_table(curve.points))
-            console.OUT.print(_balance(curve.results[0].settings), end="", soft_wrap=True)
-            if all(each.train is not None for each in curve.results):
-                console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
+            _print_curve(curve)
     names = ", ".join(written)
     if curve.interrupted:
         console.say(f"evolkv: interrupted; the best so far is in {names}{_goes_on(storage)}")
         return 130
-    kept = f", every generation to {storage}" if storage else ""
-    count = counted(sum(map(_candidates, curve.results)), "candidate")
     console.OUT.print(
-        f"\n{_stopped(curve, storage)}{count} in {duration(curve.seconds)}; profiles written to {names}{kept}",
+        f"\n{_stopped(curve, storage)}{_took(curve)}; profiles written to {names}{_on_record(storage)}",
         soft_wrap=True,
     )
     return 0
 
 
+def _print_curve(curve: CurveResult) -> None:
+    """Print the numbers of searches at several budgets."""
+    print_whole(curve_table(curve.points))
+    console.OUT.print(_balance(curve.results[0].settings), end="", soft_wrap=True)
+    if all(each.train is not None for each in curve.results):
+        console.OUT.print(f"\n{_gaps(curve.results)}", soft_wrap=True)
+
+
+def _took(curve: CurveResult) -> str:
+    """Say how many candidates were evaluated, and in what time."""
+    return f"{counted(sum(map(_candidates, curve.results)), 'candidate')} in {duration(curve.seconds)}"
+
+
+def _on_record(storage: str | None) -> str:
+    """Say where every generation is, if they are kept."""
+    return f", every generation to {storage}" if storage else ""
+
+
 def _next_commands(
-    result: SearchResult | CurveResult, outs: Mapping[Budget, str], options: Mapping[str, Any]
+    profile: BudgetProfile, outs: Mapping[Budget, str], options: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """Return what to do with what was written, as (purpose, command) pairs; each command works when pasted."""
-    first = result if isinstance(result, SearchResult) else result.results[0]
-    model, path = options["model"], outs[first.profile.target]
+    """Return what to do with what was written, as (purpose, command) pairs; each command works when pasted.
+
+    Args:
+        profile: one that was written.
+        outs: the path of the profile for each budget.
+        options: those of the command.
+    """
+    model, path = options["model"], outs[profile.target]
     load = _model_options(options).given()
     written = path if len(outs) == 1 else _path_at(options["out"], "{}")
-    compared = ["full", get_selector(first.profile.selector).spec, written]
-    generate = generate_words(model, path, first.profile.search)
+    compared = ["full", get_selector(profile.selector).spec, written]
+    generate = generate_words(model, path, profile.search)
     evaluate = ["eval", model, "--task", *options["task"], "--budget", ",".join(map(str, outs)), "--method", *compared]
     if options["metric"] is not None:
         evaluate += ["--metric", options["metric"]]
-    evaluate += eval_words(first.profile.search)
+    evaluate += eval_words(profile.search)
     return [
         ("text under the profile", as_command([*generate, *load])),
         (
@@ -364,7 +384,8 @@ def _verdict(result: SearchResult) -> str:
     if evolved is None:
         return f"The profile holds {score}, the best of what needs no evolution, on {best['n']} unseen examples."
     level = "ahead of" if evolved["score"] < best["score"] else "level with"
+    more = "--max-evals" if STRATEGIES[result.settings["strategy"]].searches else "--gradient-steps"
     return (
         f"{score} is {level} the evolved budgets ({evolved['score']:.3f}) on {best['n']} unseen examples: the profile "
-        f"holds {result.chosen!r}. More --max-evals, --train or another --budget may help."
+        f"holds {result.chosen!r}. More {more}, --train or another --budget may help."
     )

@@ -324,7 +324,7 @@ class SearchConfig:
             searches: that divide `max_evals`, of which this is one.
         """
         strategy = STRATEGIES[self.strategy]
-        if self.max_evals is None:
+        if self.max_evals is None or not strategy.searches:
             return strategy.default_evaluations(self, shape, searches)
         asked, whole = self.max_evals // searches, strategy.smallest(self, shape)
         return asked // whole * whole or max(1, asked)

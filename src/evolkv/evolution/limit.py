@@ -74,11 +74,14 @@ class TimeLimit:
         """
         self._prompt = seconds / done
         needed = self._prompt * (total - done + self._val + self._budgets)
-        if clock() + needed > self._end:
+        now = clock()
+        if now + needed > self._end:
+            # What came before, such as opening the study, took its part of the limit.
+            left = max(0.0, self._end - (now - seconds))
             raise OutOfTimeError(
-                f"--time-limit leaves {self._seconds:.0f} s for the search, which is too short: to read {total} "
-                f"training and {self._val} validation prompts takes about {seconds + needed:.0f} s, before any "
-                "candidate is scored; allow more, or use a smaller --train or --val"
+                f"--time-limit leaves {left:.1f} s for the search, which is too short: to read {total} training and "
+                f"{self._val} validation prompts takes about {seconds + needed:.1f} s, before any candidate is "
+                "scored; allow more, or use a smaller --train or --val"
             )
 
     def scored(self, rows: int, seconds: float) -> None:

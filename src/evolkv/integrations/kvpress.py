@@ -142,7 +142,10 @@ def press_source(profile: BudgetProfile, module: str = "press") -> str:
             a share, or a `module` that Python cannot import.
     """
     if not module.isidentifier() or iskeyword(module):
-        raise UsageError(f"Python cannot import a file called {module}.py; use letters, digits and underscores")
+        raise UsageError(
+            f"Python cannot import a file called {module}.py; use letters, digits and underscores, and no word of "
+            "Python's own"
+        )
     if profile.share is not None:
         raise UsageError(
             f"the profile keeps {profile.share} of each prompt, and the exported press has the same budgets for "

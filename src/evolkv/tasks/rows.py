@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from evolkv.errors import TaskError, UsageError
-from evolkv.json_files import check_characters
+from evolkv.json_files import RepeatedKeyError, check_characters, unique_keys
 from evolkv.models.chat import around_message, user_message
 from evolkv.numbers import is_whole
 from evolkv.schemas import Schema, checked
@@ -108,8 +108,8 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[Place, dict[str, Any]]]
         empty = False
         where = f"{source} line {number}"
         try:
-            fields = json.loads(line, object_pairs_hook=_unique)
-        except _RepeatedKeyError as error:
+            fields = json.loads(line, object_pairs_hook=unique_keys)
+        except RepeatedKeyError as error:
             raise TaskError(f"{where}: key {error} is given twice; give it once") from None
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from None
@@ -118,19 +118,6 @@ def parse_rows(text: str, source: str) -> Iterator[tuple[Place, dict[str, Any]]]
         yield (number, where), fields
     if empty:
         raise TaskError(f"{source} has no rows; expected one JSON object on each line")
-
-
-class _RepeatedKeyError(ValueError):
-    """An object has the key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise _RepeatedKeyError(repr(key))
-        fields[key] = value
-    return fields
 
 
 def answers_score(
