@@ -16,6 +16,7 @@ import torch
 import evolkv
 from evolkv.allocators import ALLOCATORS
 from evolkv.cache.layer import CompressedLayer
+from evolkv.cli import main
 from evolkv.errors import RunError, UsageError
 from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
@@ -110,6 +111,19 @@ def test_a_name_of_ours_stays_ours(registry, caplog):
         assert registry["theirs"].__module__ == "theirs_module"
     assert "selector 'knorm' of package their-package is passed over" in caplog.text
     assert registry["knorm"] is KNorm
+
+
+def test_a_package_that_fails_does_not_hide_the_others(registry, monkeypatch, capsys):
+    monkeypatch.setattr("evolkv.selectors.SELECTORS", registry)
+    assert main(["--log-json", "list", "selectors", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["name"] for row in json.loads(out)] == ["knorm", "theirs"]
+    said = [json.loads(line) for line in err.splitlines()]
+    assert {line["event"] for line in said} == {"warning"}
+    assert [words for line in said for words in ("passed over", "cannot be imported") if words in line["message"]] == [
+        "passed over",
+        "cannot be imported",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     console.prepare()
+    console.show_warnings()
     given = for_typer(list(sys.argv[1:] if argv is None else argv))
     # Bad usage is said as JSON too, and may come up before Typer has read the flags.
     console.settings.log_json = "--log-json" in takewhile(GLOBAL_FLAGS.__contains__, given)

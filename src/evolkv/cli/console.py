@@ -160,11 +160,14 @@ def _write(line: str) -> None:
         print(line.translate(_CONTROLS), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def quiet_libraries() -> None:
-    """Hide what libraries print by themselves; EvolKV's own warnings come as one line each."""
-    handler = _OneLine()
+def show_warnings() -> None:
+    """Have EvolKV's own warnings come as one line each, from now on."""
     log = logging.getLogger("evolkv")
-    log.handlers[:] = [old for old in log.handlers if not isinstance(old, _OneLine)] + [handler]
+    log.handlers[:] = [old for old in log.handlers if not isinstance(old, _OneLine)] + [_OneLine()]
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries print by themselves."""
     if settings.debug and not settings.log_json:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -180,7 +183,7 @@ def quiet_libraries() -> None:
     # Whoever reads JSON gets these warnings as JSON.
     warnings.showwarning = lambda message, *where, **more: warn(f"{message}")
     transformers_logging.disable_default_handler()
-    transformers_logging.add_handler(handler)
+    transformers_logging.add_handler(_OneLine())
 
 
 class _OneLine(logging.Handler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -14,6 +14,8 @@ import typer
 from evolkv.cli import console
 from evolkv.cli.command import Command, Group
 from evolkv.cli.tables import list_table, print_whole
+from evolkv.errors import UsageError
+from evolkv.registry import Registry
 
 app = typer.Typer(cls=Group, help="List what can be named on the command line.")
 
@@ -42,7 +44,7 @@ def tasks() -> Rows:
     """Tasks, and the settings that may follow their names."""
     from evolkv.tasks import TASKS
 
-    return [_row(name, task, _dataclass_defaults(task)) for name, task in TASKS.items()]
+    return [_row(name, task, _dataclass_defaults(task)) for name, task in _usable(TASKS)]
 
 
 @_command
@@ -50,7 +52,7 @@ def metrics() -> Rows:
     """Metrics."""
     from evolkv.tasks.metrics import METRICS, MODEL_METRICS
 
-    rows = [_row(name, metric) for name, metric in METRICS.items()]
+    rows = [_row(name, metric) for name, metric in _usable(METRICS)]
     rows += [{"name": name, "description": said} for name, said in MODEL_METRICS.items()]
     return sorted(rows, key=lambda row: row["name"])
 
@@ -60,7 +62,7 @@ def selectors() -> Rows:
     """Selectors, and the parameters that may follow their names."""
     from evolkv.selectors import SELECTORS
 
-    return [_row(name, selector, selector.parameters()) for name, selector in SELECTORS.items()]
+    return [_row(name, selector, selector.parameters()) for name, selector in _usable(SELECTORS)]
 
 
 @_command
@@ -69,8 +71,8 @@ def allocators() -> Rows:
     from evolkv.allocators import ALLOCATORS, lukv
     from evolkv.allocators.adaptive import ADAPTIVE
 
-    fixed = [_row(name, allocator, {}) for name, allocator in {**ALLOCATORS, "lukv": lukv}.items()]
-    return [*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in ADAPTIVE.items())]
+    fixed = [_row(name, allocator, {}) for name, allocator in (*_usable(ALLOCATORS), ("lukv", lukv))]
+    return [*fixed, *(_row(name, each, _dataclass_defaults(each)) for name, each in _usable(ADAPTIVE))]
 
 
 @_command
@@ -79,6 +81,15 @@ def strategies() -> Rows:
     from evolkv.evolution import STRATEGIES
 
     return [_row(name, strategy) for name, strategy in STRATEGIES.items()]
+
+
+def _usable(registry: Registry[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield names and entries; warn of those of other packages that cannot be used, which must not hide the rest."""
+    for name in registry:
+        try:
+            yield name, registry[name]
+        except UsageError as error:
+            console.warn(str(error))
 
 
 def _row(name: str, described: Any, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
