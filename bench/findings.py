@@ -31,7 +31,6 @@ from evolkv.errors import UsageError
 from evolkv.evaluation.local import LocalBackend
 from evolkv.evaluation.shards import ShardedEngine
 from evolkv.evolution.config import Granularity
-from evolkv.evolution.evolve import Rotation
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.space import HEURISTICS
 from evolkv.models import describe_model
@@ -117,7 +116,7 @@ class Findings:
             budget,
             config=config,
             space=self.trial.space(self.finest),
-            rotation=Rotation(self.arguments.train, examples, self.seed),
+            rotation=self.trial.rotation(examples),
             scorer=lambda: self.trial.train,
         )
         seconds = round(time.perf_counter() - started, 1)

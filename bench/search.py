@@ -25,7 +25,6 @@ from evolkv.evaluation.records import label
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.slope import slope
 from evolkv.evolution import SearchProgress, search_curve
-from evolkv.evolution.evolve import Rotation
 from evolkv.evolution.gradient import SLOPE_EXAMPLES, descend
 from evolkv.evolution.study import Study
 from evolkv.methods import Method
@@ -261,7 +260,7 @@ def descent(
             budget,
             config=config,
             space=space,
-            rotation=Rotation(train, SLOPE_EXAMPLES, seed),
+            rotation=trial.rotation(SLOPE_EXAMPLES),
             scorer=lambda trial=trial: trial.train,  # type: ignore[misc]
         )
         of_descent = time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -354,6 +355,18 @@ def test_snapshots_are_refused_only_where_their_sum_does_not_fit(tokenizer, reve
             )
         # What all prompts hold is known from the first.
         assert len(read) == (4 if fits else 0)
+
+
+def test_examples_that_are_not_there_are_refused(small_needles):
+    model, tokenizer, examples = small_needles
+    backend = LocalBackend(model, tokenizer, workers=1)
+    engine = ShardedEngine(backend, examples, SNAPKV, "logprob", 300)
+    budgets = np.full((1, LAYERS, KV_HEADS), 64)
+    with pytest.raises(IndexError, match=re.escape(f"[{len(examples)}] of {len(examples)}")):
+        engine.score(budgets, [0, len(examples)])
+    with pytest.raises(IndexError):
+        engine.slope(budgets.astype(float), 4.0, [-1])
+    backend.close()
 
 
 def test_the_full_caches_logits_count_among_the_snapshots(small_needles):

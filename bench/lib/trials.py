@@ -77,6 +77,10 @@ class Trial:
         space = self.space(config.granularity)
         return make_strategy(config, space, budget, start, step=step)
 
+    def rotation(self, size: int) -> Rotation:
+        """Which of the training examples each generation is scored on; a task may have fewer than it was asked for."""
+        return Rotation(len(self._run.train), size, self.config.seed)
+
     def evolve(self, config: SearchConfig, budget: int) -> Evolved:
         """One search, scored on `train`."""
         space = self.space(config.granularity)
@@ -86,7 +90,7 @@ class Trial:
             config.evaluations(space.shape),
             config=config,
             space=space,
-            rotation=Rotation(config.num_train, config.examples_per_generation, config.seed),
+            rotation=self.rotation(config.examples_per_generation),
             scorer=lambda: self.train,
         )
 

@@ -273,6 +273,9 @@ class ShardedEngine(Engine):
         sharpness: float | None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the answers of the shards that have wanted examples, each with the places of these examples."""
+        if beyond := set(wanted) - set(range(self._size)):
+            # Their places would hold whatever was in memory.
+            raise IndexError(f"examples {sorted(beyond)} of {self._size}")
         requests, places = [], []
         for start, shard in zip(range(0, self._size, self._shard_size), self._shards, strict=True):
             inside = [column - start for column in wanted if 0 <= column - start < len(shard.examples)]
