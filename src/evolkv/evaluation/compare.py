@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,13 @@ from typing import Any
 
 from evolkv.budgets import Budget, BudgetSpec, read_budget
 from evolkv.errors import UsageError
-from evolkv.evaluation.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records
+from evolkv.evaluation.records import ByMethod, MethodSettings, Record, Records, metrics_of, read_records, warn_of_seen
 from evolkv.registry import unknown_name
 from evolkv.significance import PairedComparison, paired_comparison
 
 FORMAT = "evolkv.comparison/1"
 #: Scores of one prompt and method that differ by more than rounding were not measured alike.
 _ROUNDING = 1e-4
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def compare_records(
 def _warn_of_seen(seen: Mapping[tuple[str, str], set[str]], labels: Sequence[str], task: str, names: list[str]) -> None:
     for label in labels:
         if known := seen.get((label, task), set()).intersection(names):
-            log.warning("%s was evolved or chosen on %d of the %d examples of %s", label, len(known), len(names), task)
+            warn_of_seen(label, len(known), len(names), task)
 
 
 def _compared(scores: list[tuple[float, float]], seed: int) -> PairedComparison:

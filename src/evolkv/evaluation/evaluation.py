@@ -22,6 +22,7 @@ from evolkv.evaluation.records import (
     Settings,
     TaskSettings,
     versions,
+    warn_of_seen,
 )
 from evolkv.evaluation.scoring import encode_examples
 from evolkv.evaluation.summary import summarise
@@ -252,9 +253,7 @@ def _seen(row: Row, tasks: Sequence[Task], named: Mapping[str, Mapping[str, Exam
     """Return the examples of each task that a profile was evolved or chosen on, with a warning where there are any."""
     seen = {spec: names for spec, part in named.items() if (names := row.seen(part))}
     for spec, names in seen.items():
-        logger.warning(
-            "%s was evolved or chosen on %d of the %d examples of %s", row.label, len(names), len(named[spec]), spec
-        )
+        warn_of_seen(row.label, len(names), len(named[spec]), spec)
     profile = row.method.profile
     if profile is None or "seen" in profile.search:
         return seen

@@ -31,6 +31,7 @@ from evolkv.evaluation.records import (
     label,
     prompt_digest,
     prompt_sha256,
+    seen_by,
     sha256,
 )
 from evolkv.evaluation.scoring import Question
@@ -81,8 +82,7 @@ class Row:
 
     def seen(self, examples: Mapping[str, Example]) -> list[str]:
         """Return the names of the examples that a profile's search saw, as far as the profile says so."""
-        profile = self.method.profile
-        digests = set(profile.search.get("seen") or ()) if profile is not None else set()
+        digests = seen_by(self.method.profile)
         return [name for name, example in examples.items() if digests and prompt_digest(example) in digests]
 
     def describe(self, seen: dict[str, list[str]]) -> MethodSettings:

@@ -27,6 +27,7 @@ from evolkv.schemas import RecordedBudget, checked, differences
 from evolkv.version import __version__
 
 if TYPE_CHECKING:
+    from evolkv.profile import BudgetProfile
     from evolkv.tasks import Example
 
 logger = logging.getLogger(__name__)
@@ -295,6 +296,16 @@ def prompt_sha256(example: Example) -> str:
 def prompt_digest(example: Example) -> str:
     """Return the name of an example in a profile whose search saw it."""
     return digest_of(prompt_sha256(example))
+
+
+def seen_by(profile: BudgetProfile | None) -> set[str]:
+    """Return the `prompt_digest` of each example that a profile was evolved or chosen on, as far as it says so."""
+    return set() if profile is None else set(profile.search.get("seen") or ())
+
+
+def warn_of_seen(label: str, seen: int, examples: int, task: str) -> None:
+    """Warn that a profile was evolved or chosen on some of the examples that it is judged by."""
+    logger.warning("%s was evolved or chosen on %d of the %d examples of %s", label, seen, examples, task)
 
 
 def digest_of(prompt: str) -> str:

@@ -53,7 +53,7 @@ class TimeLimit:
         balanced: bool = False,
     ):
         self._end = math.inf if seconds is None else clock() + seconds
-        self._seconds, self._budgets, self._val, self._train = seconds, budgets, val, train
+        self._budgets, self._val, self._train = budgets, val, train
         self._left, self._allocations = selectors * budgets, allocations(budgets, balanced)
         self._began: float | None = None
         self._prompt = self._row = self._step = 0.0
@@ -102,7 +102,7 @@ class TimeLimit:
     @property
     def is_set(self) -> bool:
         """True if there is a limit."""
-        return self._seconds is not None
+        return self._end < math.inf
 
     def next_search(self) -> None:
         """Begin the share of the next search."""

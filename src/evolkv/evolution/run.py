@@ -17,7 +17,7 @@ from evolkv.budgets import Budget
 from evolkv.cache.compressed import CompressedCache
 from evolkv.evaluation import records
 from evolkv.evaluation.engine import Engine
-from evolkv.evaluation.records import prompt_digest
+from evolkv.evaluation.records import prompt_digest, seen_by
 from evolkv.evolution.calibration import Calibration
 from evolkv.evolution.choose import check_unseen, choose, rows_from
 from evolkv.evolution.config import COMPUTED, GRADIENT, LUKV, START_ONLY, SearchConfig
@@ -394,7 +394,7 @@ class Run:
         start = self.config.start
         if not isinstance(start, BudgetProfile):
             return set()
-        seen = set(start.search.get("seen") or ())
+        seen = seen_by(start)
         if again := sum(prompt_digest(example) in seen for example in self.held_out):
             log.warning(
                 "the profile to start from was evolved or chosen on %d of the %d validation examples, where it may "

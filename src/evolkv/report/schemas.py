@@ -113,7 +113,7 @@ class Search(Schema):
 
     @field_validator("settings")
     @classmethod
-    def _budgets_in_order(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _budgets_of_one_kind(cls, settings: dict[str, Any]) -> dict[str, Any]:
         budgets = settings.get("budgets", [])
         if not isinstance(budgets, list) or not all(map(is_whole, budgets)):
             raise ValueError("budgets that are a list of whole numbers")
