@@ -6,7 +6,8 @@ For each table, under each protocol: budgets are evolved at every `--budgets` as
 examples of its tasks, or of `general` for the table `unseen`), and LU-KV's are calibrated on the same examples. Then
 these, published methods, and the rankings that budgets were evolved under, at equal budgets, are scored on the same
 held-out examples. The difference is paired with LU-KV, with equal budgets under the profile's own selector, and with
-the method that scores best on those very examples at that budget and task, which favours what is not evolved.
+the method that scores best on those very examples at that budget and task, which favours what is not evolved. With
+`--seeds N` budgets are evolved N times, on training examples of their own; an example's score is the mean over them.
 
 Profiles, studies and the records of every example are kept in DIR. Given again, the same command goes on where it was
 stopped.
@@ -27,15 +28,15 @@ import numpy as np
 import evolkv
 from evolkv.budgets import Budget, Share, read_budgets, size_of
 from evolkv.errors import UsageError
-from evolkv.evaluation.compare import compare_records
-from evolkv.evaluation.records import label
+from evolkv.evaluation.records import label, read_records
 from evolkv.evolution import search_curve
 from evolkv.evolution.config import Granularity
 from evolkv.evolution.rivals import competing
 from evolkv.models import describe_model
 from evolkv.selectors import get_selector
+from evolkv.significance import paired_comparison
 from evolkv.tasks import get_task
-from lib.command import Bench, run
+from lib.command import Bench, run, seeds_from
 
 #: Stands for the examples of all tasks that one profile is evolved for.
 ALL = "all examples"
@@ -152,8 +153,9 @@ TABLES = {
 class Runner:
     """Evolves and evaluates; what is done already is read back."""
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int, arguments: SimpleNamespace):
-        self.model, self.tokenizer, self.seed, self.arguments = model, tokenizer, seed, arguments
+    def __init__(self, model: Any, tokenizer: Any, bench: Bench, arguments: SimpleNamespace):
+        self.model, self.tokenizer, self.seed, self.arguments = model, tokenizer, bench.seed, arguments
+        self.seeds = seeds_from(bench, arguments.seeds)
         self.budgets = sorted(read_budgets(arguments.budgets), key=size_of)
         self.granularity: Granularity = "head" if describe_model(model).num_kv_heads > 1 else "layer"
 
@@ -162,13 +164,16 @@ class Runner:
         parts = []
         for protocol in (each for each in table.protocols if each in self.arguments.protocol):
             stem, tasks = f"{name}-{protocol}", self._paths(table.tasks)
-            profiles = {"evolved": self._evolve(stem, table, tasks, protocol)}
+            stems = [stem if seed == self.seed else f"{stem}-seed{seed}" for seed in self.seeds]
+            evolved = [
+                self._evolve(each, table, tasks, protocol, seed) for each, seed in zip(stems, self.seeds, strict=True)
+            ]
             by_budget = self._evolved_under(stem)
             under = [*by_budget.values()]
-            profiles[LUKV] = self._evolve(
-                f"{stem}-{LUKV}", table, tasks, protocol, selector=under, strategy="start", start=LUKV
+            lukv = self._evolve(
+                f"{stem}-{LUKV}", table, tasks, protocol, self.seed, selector=under, strategy="start", start=LUKV
             )
-            rows, pairs = self._scored(stem, table, tasks, protocol, profiles, by_budget)
+            rows, pairs = self._scored(stem, table, tasks, protocol, evolved, lukv, by_budget)
             about = {"table": name, "protocol": protocol, "metric": rows[0]["metric"], "evolved_under": under}
             parts.append({**about, **condensed(rows, pairs, self.budgets)})
         return parts
@@ -182,7 +187,8 @@ class Runner:
         table: Table,
         tasks: list[str],
         protocol: str,
-        profiles: dict[str, str],
+        evolved: list[str],
+        lukv: str,
         under: dict[Budget, str],
     ) -> tuple[list[Any], list[Any]]:
         records = self.arguments.out / f"{stem}-{table.metric or 'text'}.records.jsonl"
@@ -190,9 +196,7 @@ class Runner:
             self.model,
             self.tokenizer,
             task=tasks,
-            methods=list(
-                dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), *profiles.values()])
-            ),
+            methods=list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), *evolved, lukv])),
             budgets=self.budgets,
             samples=table.samples,
             seed=self.seed,
@@ -200,23 +204,28 @@ class Runner:
             protocol=protocol,
             records=records,
         )
+        examples = read_records(records).examples
         comparisons = []
-        names = {path: name for name, path in profiles.items()}
-        evolved, lukv = profiles["evolved"], profiles[LUKV]
+        metrics = {row["task"]: row["metric"] for row in rows}
 
         @cache
-        def paired(budget: int, other: str) -> dict[str, dict[str, Any]]:
-            compared = compare_records([records], label(evolved, budget), label(other, budget))
-            return {**{each.task: each.result.to_dict() for each in compared.tasks}, ALL: compared.overall.to_dict()}
+        def paired(budget: int, task: str, other: str) -> dict[str, Any]:
+            """Compare the mean over the searches with another method, on the examples of a task, or all of them."""
+            answered = [each for (its, _), each in examples.items() if its == task or task == ALL]
+            mine = [[each[label(method, budget)].score for method in evolved] for each in answered]
+            theirs = [each[label(other, budget)].score for each in answered]
+            compared = paired_comparison(np.mean(mine, axis=1), theirs).to_dict()
+            searches = np.mean(mine, axis=0) - np.mean(theirs)
+            return {**compared, "searches": searches.tolist()} if len(evolved) > 1 else compared
 
-        metrics = {row["task"]: row["metric"] for row in rows}
         if len(metrics) > 1 and len(set(metrics.values())) == 1:
             metrics[ALL] = rows[0]["metric"]
+        names = {**dict.fromkeys(evolved, "evolved"), lukv: LUKV}
         for task, its_metric in metrics.items():
             for budget in self.budgets:
-                at = [row for row in rows if row["budget"] == budget and row["method"] != evolved]
+                at = [row for row in rows if row["budget"] == budget and row["method"] not in evolved]
                 best = _best(at if task == ALL else [row for row in at if row["task"] == task])
-                with_best, with_lukv, equal = (paired(budget, other)[task] for other in (best, lukv, under[budget]))
+                with_best, with_lukv, equal = (paired(budget, task, other) for other in (best, lukv, under[budget]))
                 about = {"task": task, "protocol": protocol, "metric": its_metric, "budget": budget}
                 comparisons.append({**about, "best": names.get(best, best), **with_best, LUKV: with_lukv, EQUAL: equal})
         for row in rows:
@@ -237,7 +246,7 @@ class Runner:
         names = {budget: self.arguments.out / f"{stem}-{budget}.profile.json" for budget in self.budgets}
         return {at: get_selector(evolkv.BudgetProfile.load(name).selector).spec for at, name in names.items()}
 
-    def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str, **settings: Any) -> str:
+    def _evolve(self, stem: str, table: Table, tasks: list[str], protocol: str, seed: int, **settings: Any) -> str:
         """Profiles for all budgets, made unless they are there; the method that stands for them."""
         pattern = str(self.arguments.out / f"{stem}-{{}}.profile.json")
         paths = [Path(pattern.replace("{}", str(budget))) for budget in self.budgets]
@@ -255,7 +264,7 @@ class Runner:
             val=table.val * len(searched),
             max_evals=self.arguments.max_evals,
             first=self.arguments.first,
-            seed=self.seed,
+            seed=seed,
             storage=str(self.arguments.out / f"{stem}.study.db"),
             **{"selector": self._selectors(protocol), **settings},
         )
@@ -280,13 +289,11 @@ def condensed(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], budgets: 
         return [float(np.mean([row["score"] for row in mine if row["budget"] in (budget, None)])) for budget in budgets]
 
     full = {row["task"]: (row["score"], row["n"]) for row in rows if row["method"] == "full"}
-    comparisons = []
+    comparisons, keys = [], ("best", "mean_b", "mean_a", "difference", "ci95", "searches")
     for task in dict.fromkeys(pair["task"] for pair in pairs):
         scores, counts = zip(*([full[task]] if task in full else full.values()), strict=True)
         cells = [
-            {key: pair[key] for key in ("best", "mean_b", "mean_a", "difference", "ci95", LUKV, EQUAL)}
-            for pair in pairs
-            if pair["task"] == task
+            {key: pair[key] for key in (*keys, LUKV, EQUAL) if key in pair} for pair in pairs if pair["task"] == task
         ]
         whole = float(np.average(scores, weights=counts))
         comparisons.append({"task": _short(task), "n": sum(counts), "full": whole, "cells": cells})
@@ -331,6 +338,7 @@ def main(
     train: int | None = None,
     val: int | None = None,
     tasks: list[str] | None = None,
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """Evolve budgets, and score them beside published methods.
 
@@ -348,6 +356,7 @@ def main(
         train: training examples per task; default: the table's.
         val: validation examples per task; default: the table's.
         tasks: only tasks whose spec contains one of these.
+        seeds: searches, from --seed on.
     """
     arguments = SimpleNamespace(**{name: value for name, value in locals().items() if name != "bench"})
     if unknown := [name for name in table if name not in TABLES]:
@@ -358,9 +367,9 @@ def main(
         raise UsageError(f"no task of {' '.join(table)} contains any of {' '.join(tasks or [])}")
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    runner = Runner(*bench.load(), bench.seed, arguments)
+    runner = Runner(*bench.load(), bench, arguments)
     parts = [part for name, each in tables.items() for part in runner.run(name, each)]
-    return {"n": max(row["n"] for part in parts for row in part["comparisons"]), "tables": parts}
+    return {"n": max(row["n"] for part in parts for row in part["comparisons"]), "seeds": seeds, "tables": parts}
 
 
 if __name__ == "__main__":
