@@ -808,7 +808,7 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
         *("--json", "sub/found.json", *FROM_UNIFORM),
     )
     assert (code, err) == (0, "")
-    assert "unseen examples" in out
+    assert "validation examples" in out
     found = json.loads((tmp_path / "sub" / "found.json").read_text())
     assert found["best"]["fitness"] == max(entry["fitness"] for entry in found["history"])
     assert BudgetProfile.load(tmp_path / "profile.json").search["evaluations"] == found["evaluations"]
@@ -817,9 +817,9 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
 @pytest.mark.parametrize(
     ("evolved", "strategy", "verdict"),
     [
-        (0.347, "joint", "lukv (0.600) is ahead of the evolved budgets (0.347) on 24 unseen examples: the profile "),
-        (0.6, "joint", "lukv (0.600) is level with the evolved budgets (0.600) on 24 unseen examples: the profile "),
-        (0.7, "joint", "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 unseen examples."),
+        (0.347, "joint", "lukv (0.600) is ahead of the evolved budgets (0.347) on 24 validation examples: the "),
+        (0.6, "joint", "lukv (0.600) is level with the evolved budgets (0.600) on 24 validation examples: the "),
+        (0.7, "joint", "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 validation examples."),
         (0.6, "joint", "holds 'lukv'. More --max-evals, --train or another --budget may help."),
         (0.6, "gradient", "holds 'lukv'. More --gradient-steps, --train or another --budget may help."),
     ],
@@ -858,7 +858,7 @@ def test_log_json_search_writes_only_json_on_stderr_and_results_on_stdout(run):
         *("--selector", "snapkv", "--gradient-steps", 4),
     )
     assert code == 0
-    assert "unseen examples" in out
+    assert "validation examples" in out
     events = [json.loads(line) for line in err.splitlines()]
     steps = [event for event in events if event["event"] == "progress"]
     assert [step["stage"] for step in steps if step["done"] == step["total"]] == [

@@ -31,7 +31,7 @@ from evolkv.evaluation.records import RecordLog, Records, read_records, sha256
 from evolkv.evaluation.summary import summarise
 from evolkv.report.needles import needle_grids
 from evolkv.report.sources import read_sources
-from evolkv.report.tables import results_table
+from evolkv.report.tables import results_note, results_table
 from evolkv.selectors import get_selector
 from evolkv.tasks import format_spec, get_task
 from evolkv.tasks.jsonl import JsonLines
@@ -620,9 +620,12 @@ def test_examples_that_a_search_saw_are_on_record_as_such(tiny, task, tmp_path, 
     _, tokenizer = tiny
     examples = get_task(task).examples("report", EXAMPLES, tokenizer, 0)
     saw = {sha256(each.prompt)[:16] for each in examples} & set(found.profile.search["seen"])
-    evolkv.evaluate(
+    rows = evolkv.evaluate(
         *tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records=tmp_path / "seen.jsonl"
     )
+    assert [row.get("seen") for row in rows] == [None, len(saw)]
+    assert "held-out" not in results_table(rows).title
+    assert f"was evolved or chosen on {len(saw)} of the {EXAMPLES} examples" in results_note(rows)
     methods = read_records(tmp_path / "seen.jsonl").settings.methods
     (names,) = next(each.seen for label, each in methods.items() if label != "full").values()
     assert names == [each.id for each in examples if sha256(each.prompt)[:16] in saw]

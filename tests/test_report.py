@@ -268,7 +268,7 @@ def test_headline_names_what_is_ahead_of_the_evolved_budgets_and_not_what_they_b
         for i, (name, score) in enumerate(names.items())
     ]
     text = page(write("s.json", search(chosen="lukv", improved=False, validation=rows))).text
-    assert "search never saw, lukv (0.60) is ahead of the evolved budgets (0.35). The profile holds lukv." in text
+    assert "validation examples lukv (0.60) is ahead of the evolved budgets (0.35). The profile holds lukv." in text
     assert "uniform (0.08)" not in text
 
 
@@ -760,6 +760,14 @@ def test_held_out_scores_are_the_headline_and_a_curves_points_are_called_validat
     assert "7 held-out" not in rest
 
 
+def test_examples_that_a_search_saw_are_not_called_held_out(write):
+    rows = [row("p.json", 64, 0.9, n=8, seen=6), row("snapkv", 64, 0.1, n=8)]
+    text = page(write("r.json", {"format": "evolkv.results/1", "rows": rows})).text
+    assert "held-out" not in text
+    assert "on 8 examples, 6 of which a search saw" in text
+    assert "scores are too high: evaluate the profile on others" in text
+
+
 def test_a_curve_alone_says_that_its_scores_are_of_validation(write):
     text = page(write("curve.json", curve())).text
     title = text[: text.index("EvolKV")]
@@ -772,7 +780,7 @@ def test_a_curve_alone_says_that_its_scores_are_of_validation(write):
 def test_a_search_alone_says_that_its_score_is_of_examples_that_it_chose_on(write):
     text = page(write("s.json", search())).text
     assert "held-out" not in text
-    assert "7 examples that the search never saw decide which allocation it returns" in text
+    assert "7 validation examples decided which allocation the search returned" in text
 
 
 def test_a_start_that_nothing_evolved_from_is_not_said_to_have_won(write):

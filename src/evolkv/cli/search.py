@@ -55,7 +55,7 @@ def search(
             "--selector",
             "-s",
             metavar="S...",
-            help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on unseen examples is taken. "
+            help="Ranks the tokens: snapkv, or snapkv:window=16. Of several, the best on validation examples is taken. "
             "(default: three compete; without a slope snapkv; that of a profile to start from)",
         ),
     ] = None,
@@ -153,7 +153,7 @@ def search(
         typer.Option(
             "--time-limit",
             metavar="SECONDS",
-            help="End in about this time, the choice on unseen examples included. (default: none)",
+            help="End in about this time, the choice on validation examples included. (default: none)",
             rich_help_panel=_STRATEGY,
         ),
     ] = None,

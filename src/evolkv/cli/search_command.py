@@ -247,7 +247,7 @@ def _write_search(result: SearchResult, outs: Mapping[Budget, str], json_out: st
         done = counted(result.evaluations, "candidate")
         if not result.evaluations:
             done = counted(len(result.descent), "gradient step")
-        chosen = f"{out} holds {result.chosen!r}, the last choice on unseen examples"
+        chosen = f"{out} holds {result.chosen!r}, the last choice on validation examples"
         held = chosen if result.validation else f"the best so far is in {out}"
         console.say(f"evolkv: interrupted after {done}; {held}{_goes_on(storage)}")
         return 130
@@ -350,7 +350,7 @@ def _among_rivals(result: SearchResult) -> str:
 
 
 def _gaps(results: Sequence[SearchResult]) -> str:
-    """Say how far the scores on training examples are above those on unseen ones, in one line."""
+    """Say how far the scores on training examples are above those on validation examples, in one line."""
     gaps = [
         f"{each.gap:+.3f}{f' at {each.profile.target}' if len(results) > 1 else ''} "
         f"({each.train['score']:.3f} − {each.validation[0]['score']:.3f})"
@@ -358,7 +358,7 @@ def _gaps(results: Sequence[SearchResult]) -> str:
         if each.train is not None and each.gap is not None
     ]
     n = next(each.train["n"] for each in results if each.train is not None)
-    return f"Gap between the {n} training examples and the unseen ones: {', '.join(gaps)}."
+    return f"Gap between the {n} training examples and the validation examples: {', '.join(gaps)}."
 
 
 def _balance(settings: Mapping[str, Any]) -> str:
@@ -374,18 +374,18 @@ def _verdict(result: SearchResult) -> str:
     heuristics = [row for row in result.validation if not row["evolved"]]
     if len(result.validation) == 1:
         (only,) = result.validation
-        return f"The profile holds the start, {only['name']!r}: {only['score']:.3f} on {only['n']} unseen examples."
+        return f"The profile holds the start, {only['name']!r}: {only['score']:.3f} on {only['n']} validation examples."
     if result.improved and evolved is not None:
         *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
         others = f"{', '.join(first)} and {last}" if first else last
-        return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} unseen examples."
+        return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} validation examples."
     best = next(row for row in result.validation if row["name"] == result.chosen)
     score = f"{result.chosen} ({best['score']:.3f})"
     if evolved is None:
-        return f"The profile holds {score}, the best of what needs no evolution, on {best['n']} unseen examples."
+        return f"The profile holds {score}, the best of what needs no evolution, on {best['n']} validation examples."
     level = "ahead of" if evolved["score"] < best["score"] else "level with"
     more = "--max-evals" if STRATEGIES[result.settings["strategy"]].searches else "--gradient-steps"
     return (
-        f"{score} is {level} the evolved budgets ({evolved['score']:.3f}) on {best['n']} unseen examples: the profile "
-        f"holds {result.chosen!r}. More {more}, --train or another --budget may help."
+        f"{score} is {level} the evolved budgets ({evolved['score']:.3f}) on {best['n']} validation examples: the "
+        f"profile holds {result.chosen!r}. More {more}, --train or another --budget may help."
     )

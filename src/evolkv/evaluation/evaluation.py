@@ -118,12 +118,13 @@ def evaluate(
         One row per task, method and budget: ``model, task, method, budget, n, metric, score, ci95, kv_bytes,
         mean_budget, prefill_factor, seed, protocol, dtype``, and where there is one ``haystack`` (what needles hide
         in), ``prefill_chunk``, ``block_size``, ``prefill_share`` (what a method leaves of the prefill's computation),
-        ``expanded_from`` (the budget that a profile was found at) and ``bins`` (number and score of the examples in
-        each bin of length). `score` and `ci95` are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held
-        after prefill, averaged over examples (and heads); ``read_bytes`` is what the attention of one generated token
-        reads of it. With a companion model both include its cache; ``companion_bytes`` is that alone, and
-        ``resident_bytes`` what a step needs of the model's own. `prefill_factor` says how many tokens the model read
-        for each of the prompt's, above 1 where a selector has it read the prompt again.
+        ``expanded_from`` (the budget that a profile was found at), ``seen`` (how many of the examples a profile was
+        evolved or chosen on) and ``bins`` (number and score of the examples in each bin of length). `score` and `ci95`
+        are in [0, 1]; `kv_bytes` and `mean_budget` are what the cache held after prefill, averaged over examples (and
+        heads); ``read_bytes`` is what the attention of one generated token reads of it. With a companion model both
+        include its cache; ``companion_bytes`` is that alone, and ``resident_bytes`` what a step needs of the model's
+        own. `prefill_factor` says how many tokens the model read for each of the prompt's, above 1 where a selector has
+        it read the prompt again.
 
     Raises:
         UsageError: for settings that cannot be used, or that are not those of the records.

@@ -21,6 +21,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
         for name, method in settings.methods.items() if finished else ():
             column = [example[name] for example in finished]
             scores = np.array([record.score for record in column])
+            known = set(method.seen.get(task, ()))
             result: dict[str, Any] = {
                 "model": settings.model.name,
                 "task": task,
@@ -45,6 +46,7 @@ def summarise(records: Records) -> list[dict[str, Any]]:
                 "prefill_chunk": settings.prefill_chunk,
                 "block_size": settings.block_size,
                 "expanded_from": method.expanded_from,
+                "seen": sum(record.example in known for record in column) or None,
                 "bins": _by_bin(column) or None,
             }
             results.append(result | {key: value for key, value in where_known.items() if value is not None})

@@ -1,4 +1,4 @@
-"""The choice among evolved allocations and those that need no search, on examples that the search never saw."""
+"""The choice among evolved allocations and those that need no search, on examples that it did not train on."""
 
 from __future__ import annotations
 

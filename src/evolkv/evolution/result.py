@@ -42,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Validated:
-    """One allocation on examples that the search never saw.
+    """One allocation on the validation examples.
 
     Args:
         name: "best" or "mean" of the search, "gradient", "expanded from …" of one at another budget, "lukv", the

@@ -1,4 +1,4 @@
-"""A search under one selector, from settings to profile: evolve, then choose on examples that it never saw."""
+"""A search under one selector, from settings to profile: evolve, then choose on examples that it did not train on."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Run:
             log.warning(
                 "%d training examples are few for texts as people write them: scores on 10 %% of LongBench ranked "
                 "budgets no better than chance, on 30 %% with a Kendall correlation of 0.75 (MOSAIC's authors); give "
-                "--train %d or more, and mind the gap between training and unseen examples at the end",
+                "--train %d or more, and mind the gap between training and validation examples at the end",
                 len(self.train),
                 _FEW,
             )

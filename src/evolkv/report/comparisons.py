@@ -55,7 +55,11 @@ class Comparison:
     @property
     def examples(self) -> str:
         """The number of examples and their kind: those that a choice was made on are not held out."""
-        return counted(self.first.n, "validation example" if self.of_curve else "held-out example")
+        if self.of_curve:
+            return counted(self.first.n, "validation example")
+        if seen := max(entry.row.seen for entry in self.entries):
+            return f"{counted(self.first.n, 'example')}, {number(seen)} of which a search saw"
+        return counted(self.first.n, "held-out example")
 
     @property
     def full(self) -> Entry | None:

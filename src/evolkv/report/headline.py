@@ -95,6 +95,8 @@ def _evolved(group: Comparison, sources: Sources, search_facts: list[Fact]) -> H
         sentences.append(
             "The budgets were chosen on these examples, so scores on others may be lower: evaluate the profiles."
         )
+    elif row.seen:
+        sentences.append("On examples that the search saw scores are too high: evaluate the profile on others.")
     facts = [
         Fact("Score", f"{row.score:.2f}", f"full cache {full.row.score:.2f}" if full else f"{row.metric}, n = {row.n}"),
         Fact(
@@ -162,10 +164,10 @@ def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headlin
     assert result is not None
     entries = number(round(mean_of(result.budgets), 1))
     heuristics = sorted((entry for entry in search.validation if not entry.evolved), key=lambda entry: -entry.score)
-    unseen = f"On {counted(result.n, 'example')} that the search never saw"
+    on, bounds = f"On {counted(result.n, 'validation example')}", interval(result.ci95)
     if search.improved:
         title = f"{_of(model, task)}: evolved budgets score {result.score:.2f} with {entries} entries per KV head"
-        sentences = [f"{unseen}, its choice scores {result.score:.2f} (95\u202f% interval {interval(result.ci95)})."]
+        sentences = [f"{on} the search's choice scores {result.score:.2f} (95\u202f% interval {bounds})."]
         if heuristics:
             others = listing([f"{short(entry.name)} {entry.score:.2f}" for entry in heuristics])
             sentences.append(f"Budgets that need no evolution score less in the same memory: {others}.")
@@ -178,9 +180,7 @@ def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headlin
         ahead = ""
         if evolved is not None:
             level = "ahead of" if evolved < result.score else "level with"
-            ahead = (
-                f"{unseen}, {short(result.name)} ({result.score:.2f}) is {level} the evolved budgets ({evolved:.2f}). "
-            )
+            ahead = f"{on} {short(result.name)} ({result.score:.2f}) is {level} the evolved budgets ({evolved:.2f}). "
         sentences = [f"{ahead}The profile holds {short(result.name)}."]
     score = Fact("Score", f"{result.score:.2f}", f"in validation, n = {result.n}")
     return Headline(title, sentences, [score, Fact("Budget", entries, "entries per KV head"), *facts])

@@ -46,7 +46,7 @@ def render(sources: Sources) -> str:
         ("budgets", "Budgets by layer" + " and head" * any(item.by_head for item in budgets), budgets),
         ("kept", "Prompt positions that are kept", [views.positions(s) for s in sources.searches if s.kept]),
         ("search", "How the search went", [views.course(s) for s in sources.searches if s.history or s.descent]),
-        ("validation", "Choice on unseen examples", [views.validation(s) for s in sources.searches if s.validation]),
+        ("validation", "Choice in validation", [views.validation(s) for s in sources.searches if s.validation]),
         ("reproduce", "Settings, and how to reproduce", recipes(sources, groups, model)),
     ]
     script, style = _packaged("page.js"), _packaged("page.css")

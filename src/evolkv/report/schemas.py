@@ -48,7 +48,7 @@ class Candidate(_Allocated):
 
 
 class Validated(_Allocated, _Scored):
-    """One allocation on examples that the search never saw; see `evolkv.evolution.result.Validated`."""
+    """One allocation on validation examples; see `evolkv.evolution.result.Validated`."""
 
     name: str
     evolved: bool
@@ -121,7 +121,7 @@ class Search(Schema):
 
     @property
     def result(self) -> Validated | None:
-        """The allocation that was chosen on unseen examples."""
+        """The allocation that was chosen on the validation examples."""
         return next((entry for entry in self.validation if entry.name == self.chosen), None)
 
     @property
@@ -186,7 +186,10 @@ class _Measured(_Scored):
 
 
 class Row(_Measured):
-    """A method at a budget on held-out examples: an entry of an ``evolkv.results/1`` file."""
+    """A method at a budget on some examples: an entry of an ``evolkv.results/1`` file.
+
+    `seen` is the number of examples that a profile was evolved or chosen on.
+    """
 
     model: str
     task: str
@@ -198,6 +201,7 @@ class Row(_Measured):
     resident_bytes: Annotated[float | None, Field(gt=0, le=2**63)] = None
     companion_bytes: Annotated[float, Field(ge=0, le=2**63)] = 0
     haystack: str = ""
+    seen: Annotated[int, Field(ge=0)] = 0
     prefill_chunk: Count | None = None
     block_size: Count | None = None
     prefill_share: Share | None = None

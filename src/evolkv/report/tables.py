@@ -62,7 +62,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
             line.append(f"{row.get('prefill_share', 1):.1%}")
         cells.append(line)
     read = in_chunks(rows[0].get("prefill_chunk"))
-    title = "Scores of methods on the same held-out examples"
+    title = f"Scores of methods on the same {'' if any('seen' in row for row in rows) else 'held-out '}examples"
     return Table(f"{title}, prompts read {read}" if read else title, columns, cells)
 
 
@@ -73,6 +73,8 @@ def results_note(rows: Sequence[dict[str, Any]]) -> str:
         by_task = [f"{task} {haystack}" for task, haystack in used.items()]
         alike = [*dict.fromkeys(used.values())]
         said.append(f"Haystack: {'; '.join(alike if len(alike) == 1 else by_task)}.")
+    for label, of in {(row["method"], row["task"]): (row["seen"], row["n"]) for row in rows if "seen" in row}.items():
+        said.append("{} was evolved or chosen on {} of the {} examples of {}.".format(label[0], *of, label[1]))
     if not all(row["ci95"][0] < row["ci95"][1] for row in rows):
         said.append("An interval without width: all examples score alike, and resampling cannot tell how others would.")
     return " ".join(said)

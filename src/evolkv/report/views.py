@@ -221,7 +221,7 @@ def validation(search: Search) -> Panel:
         )
         for entry in shown
     ]
-    finding = f"{counted(shown[0].n, 'example')} that the search never saw decide which allocation it returns."
+    finding = f"{counted(shown[0].n, 'validation example')} decided which allocation the search returned."
     if isinstance(metric := search.settings.get("metric"), str):
         finding += f" Metric {short(metric)}."
     return Panel(search_title(search), finding, lines=lines, differences=Differences.of(in_validation(search)))
