@@ -819,14 +819,20 @@ def test_quiet_search_says_nothing_on_stderr(run, tmp_path):
     [
         (0.347, "joint", "lukv (0.600) is ahead of the evolved budgets (0.347) on 24 validation examples: the "),
         (0.6, "joint", "lukv (0.600) is level with the evolved budgets (0.600) on 24 validation examples: the "),
-        (0.7, "joint", "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 validation examples."),
+        (0.7, "joint", "The evolved budgets (0.700) beat lukv (0.600) and uniform (0.084) on 24 validation examples. "),
+        (0.7, "joint", "lukv is behind by 0.100 (paired 95 % interval +0.058 to +0.142)."),
+        (0.61, "joint", "lukv is behind by 0.010 (paired 95 % interval -0.032 to +0.052), which may be chance."),
         (0.6, "joint", "holds 'lukv'. More --max-evals, --train or another --budget may help."),
         (0.6, "gradient", "holds 'lukv'. More --gradient-steps, --train or another --budget may help."),
     ],
 )
 def test_a_search_says_what_is_ahead_and_by_how_much(evolved, strategy, verdict):
     scores = {"lukv": 0.6, "best": evolved, "uniform": 0.084}
-    rows = [{"name": name, "score": score, "evolved": name == "best", "n": 24} for name, score in scores.items()]
+    rows = [
+        {"name": name, "score": score, "evolved": name == "best", "n": 24, "scores": [score] * 24}
+        for name, score in scores.items()
+    ]
+    rows[1]["scores"] = [evolved - 0.1, evolved + 0.1] * 12
     rows.sort(key=lambda row: (-row["score"], row["evolved"]))
     found = SimpleNamespace(
         validation=rows, chosen=rows[0]["name"], improved=rows[0]["evolved"], settings={"strategy": strategy}

@@ -29,6 +29,7 @@ from evolkv.profile import BudgetProfile
 from evolkv.profile_card import eval_words, generate_words
 from evolkv.report.words import candidates, counted, duration
 from evolkv.selectors import get_selector
+from evolkv.significance import paired_comparison
 from evolkv.tasks import get_task
 from evolkv.tasks.check import check_examples
 from evolkv.whole_files import check_outputs
@@ -368,6 +369,14 @@ def _balance(settings: Mapping[str, Any]) -> str:
     return "Scores are balanced: on each example 0.5 is what uniform budgets do, and 1 what the full cache does.\n"
 
 
+def _behind(evolved: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """Say how far the best of what needs no evolution is behind, and whether that may be chance."""
+    found = paired_comparison(evolved["scores"], best["scores"])
+    low, high = found.ci95
+    chance = ", which may be chance" if low <= 0 else ""
+    return f"{best['name']} is behind by {found.difference:.3f} (paired 95 % interval {low:+.3f} to {high:+.3f}){chance}."
+
+
 def _verdict(result: SearchResult) -> str:
     """Say whether evolution paid, in one line."""
     evolved = next((row for row in result.validation if row["evolved"]), None)
@@ -378,7 +387,8 @@ def _verdict(result: SearchResult) -> str:
     if result.improved and evolved is not None:
         *first, last = [f"{row['name']} ({row['score']:.3f})" for row in heuristics]
         others = f"{', '.join(first)} and {last}" if first else last
-        return f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} validation examples."
+        beaten = f"The evolved budgets ({evolved['score']:.3f}) beat {others} on {evolved['n']} validation examples."
+        return f"{beaten} {_behind(evolved, heuristics[0])}"
     best = next(row for row in result.validation if row["name"] == result.chosen)
     score = f"{result.chosen} ({best['score']:.3f})"
     if evolved is None:
