@@ -101,7 +101,7 @@ def search(
         ),
     ] = None,
     val: Annotated[
-        int, typer.Option("--val", help="Unseen examples that the result is chosen on.", rich_help_panel=_OBJECTIVE)
+        int, typer.Option("--val", help="Other examples, on which the result is chosen.", rich_help_panel=_OBJECTIVE)
     ] = 24,
     max_evals: Annotated[
         int | None,
