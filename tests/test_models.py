@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,13 @@ PROSE = "The  old captain kept 12,345 maps—\n\n    and a “compass”\tof bra
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     """A GGUF file of a two-layer Llama with a byte-level vocabulary, in float16 so that it is exact."""
+    return written_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def written_gguf(path, change=lambda writer, names: None):
     import gguf as library
     from transformers.integrations.gguf.gguf_tokenizer_mapping import bytes_to_unicode
 
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     torch.manual_seed(1)
     writer = library.GGUFWriter(path, "llama")
     writer.add_block_count(2)
@@ -76,6 +80,7 @@ def tiny_gguf(tmp_path_factory):
             f"blk.{layer}.ffn_up.weight": (64, 32),
             f"blk.{layer}.ffn_down.weight": (32, 64),
         }
+    change(writer, names)
     for name, shape in names.items():
         writer.add_tensor(name, torch.randn(shape).numpy().astype(np.float16))
     writer.write_header_to_file()
@@ -240,6 +245,20 @@ def test_truncated_gguf_file_is_refused(tiny_gguf, cache, tmp_path, kept):
     path.write_bytes(tiny_gguf.read_bytes()[:kept])
     assert "GGUF" in message(path)
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda writer, names: names.pop("blk.1.attn_q.weight"), "lacks 1 of the model's weights"),
+        (lambda writer, names: writer.add_uint16("split.count", 2), "one of the 2 files of a model; join them"),
+        (lambda writer, names: names.update({"rope_freqs.weight": (4,)}), r"scaled .* \(rope_freqs.weight\)"),
+        (lambda writer, names: writer.add_string("llama.rope.scaling.type", "yarn"), r"scaled .* \(llama.rope.scaling"),
+    ],
+)
+def test_gguf_file_of_which_transformers_leaves_out_a_part_is_refused(cache, tmp_path, change, words):
+    assert re.search(words, message(written_gguf(tmp_path / "tiny.gguf", change)))
+    assert list(cache.iterdir()) == []
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
