@@ -181,6 +181,24 @@ def test_target_defaults_to_the_first_reference_after_a_space():
     assert Example("a", "Which?", ("this",), target="that").target == "that"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer", "target"),
+    [
+        ("Which?", " this", " this"),
+        ("def one():", "\n    return 1", "\n    return 1"),
+        ("首都是哪里？\n回答：", "北京", "北京"),
+        ("日本の首都は", "東京", "東京"),
+        ("答案：", "42", "42"),
+        ("Answer in Chinese:", "北京", " 北京"),
+        ("한국의 수도는", "서울", " 서울"),
+        ("Well \N{GRINNING FACE}", "this", " this"),
+        ("", "this", " this"),
+    ],
+)
+def test_target_has_no_space_that_the_text_would_not_have(prompt, answer, target):
+    assert Example("a", prompt, (answer,)).target == target
+
+
 def test_example_without_references_is_refused():
     with pytest.raises(TaskError, match="'a' has no reference answer"):
         Example("a", "Which?", ())
