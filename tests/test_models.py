@@ -488,6 +488,12 @@ def test_description_has_the_sizes_of_the_config():
     assert (info.name, info.max_context) == ("llama", 512)
 
 
+@pytest.mark.parametrize(("factor", "original", "context"), [(4.0, 512, 2048), (4.0, 128, 512)])
+def test_yarn_stretches_the_context_that_a_config_declares(factor, original, context):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": original}
+    assert model_facts(tiny_model("qwen2", rope_parameters=rope)).max_context == context
+
+
 @pytest.mark.parametrize(
     "field",
     [
