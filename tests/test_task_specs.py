@@ -80,6 +80,7 @@ def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haysta
         (r"jsonl:one\, two.jsonl,chat=true", r"jsonl:path=one\, two.jsonl,chat=true"),
         ("gsm8k:test.jsonl", "gsm8k:path=test.jsonl"),
         ("code:folder", "code:path=folder"),
+        ("prompts:logs/day=3/a.jsonl,chat=true", "prompts:path=logs/day=3/a.jsonl,chat=true"),
     ],
 )
 def test_the_key_of_the_main_setting_may_be_left_out(short, spec):
