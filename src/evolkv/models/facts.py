@@ -125,7 +125,9 @@ def longest_context(text: Any) -> int:
     """
     declared = getattr(text, "max_position_embeddings", None) or 0
     yarn = [each for each in kinds(text) if each["rope_type"] == "yarn"]
-    stretched = [int((each.get("factor") or 1) * each["original_max_position_embeddings"]) for each in yarn]
+    stretched = [
+        int((each.get("factor") or 1) * (each.get("original_max_position_embeddings") or declared)) for each in yarn
+    ]
     return max(int(declared), *stretched, 0) or UNBOUNDED_CONTEXT
 
 
