@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ import evolkv
 from evolkv.allocators import ALLOCATORS
 from evolkv.cache.layer import CompressedLayer
 from evolkv.cli import main
-from evolkv.errors import RunError, UsageError
+from evolkv.errors import RunError, TaskError, UsageError
 from evolkv.evaluation.scoring import text_score
 from evolkv.methods import get_method
 from evolkv.registry import Registry
 from evolkv.selectors import SELECTORS, KNorm, PromptAttention, Selector, get_selector
-from evolkv.tasks import Example, get_task
+from evolkv.tasks import TASKS, Example, Task, get_task
 from evolkv.tasks.metrics import METRICS
 from tiny import KV_HEADS, LAYERS, tiny_model
 
@@ -228,6 +228,25 @@ def test_names_that_are_taken_or_cannot_be_written_are_refused(name):
 def test_unknown_names_are_as_before():
     with pytest.raises(UsageError, match=r"unknown task 'nih'\. Did you mean 'niah'"):
         get_task("nih")
+
+
+@dataclass(frozen=True)
+class Odd(Task):
+    name = "odd_settings"
+    folder: Path | None = None
+    size: int | str = 3
+    words: list[str] = field(default_factory=list)
+
+    def examples(self, split, n, tokenizer, seed=0):
+        return []
+
+
+@pytest.mark.parametrize("setting", ["folder=x", "size=3", "words=a"])
+def test_a_setting_that_no_text_stands_for_is_refused(monkeypatch, setting):
+    monkeypatch.setitem(TASKS._entries, "odd_settings", Odd)
+    assert get_task("odd_settings") == Odd()
+    with pytest.raises(TaskError, match=f"{setting}: no text stands for such a setting; give the task itself"):
+        get_task(f"odd_settings:{setting}")
 
 
 class WholeLayer(CompressedLayer):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,13 @@ PROSE = "The  old captain kept 12,345 maps—\n\n    and a “compass”\tof bra
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     """A GGUF file of a two-layer Llama with a byte-level vocabulary, in float16 so that it is exact."""
+    return written_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def written_gguf(path, change=lambda writer, names: None):
     import gguf as library
     from transformers.integrations.gguf.gguf_tokenizer_mapping import bytes_to_unicode
 
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     torch.manual_seed(1)
     writer = library.GGUFWriter(path, "llama")
     writer.add_block_count(2)
@@ -76,6 +80,7 @@ def tiny_gguf(tmp_path_factory):
             f"blk.{layer}.ffn_up.weight": (64, 32),
             f"blk.{layer}.ffn_down.weight": (32, 64),
         }
+    change(writer, names)
     for name, shape in names.items():
         writer.add_tensor(name, torch.randn(shape).numpy().astype(np.float16))
     writer.write_header_to_file()
@@ -240,6 +245,20 @@ def test_truncated_gguf_file_is_refused(tiny_gguf, cache, tmp_path, kept):
     path.write_bytes(tiny_gguf.read_bytes()[:kept])
     assert "GGUF" in message(path)
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda writer, names: names.pop("blk.1.attn_q.weight"), "lacks 1 of the model's weights"),
+        (lambda writer, names: writer.add_uint16("split.count", 2), "one of the 2 files of a model; join them"),
+        (lambda writer, names: names.update({"rope_freqs.weight": (4,)}), r"scaled .* \(rope_freqs.weight\)"),
+        (lambda writer, names: writer.add_string("llama.rope.scaling.type", "yarn"), r"scaled .* \(llama.rope.scaling"),
+    ],
+)
+def test_gguf_file_of_which_transformers_leaves_out_a_part_is_refused(cache, tmp_path, change, words):
+    assert re.search(words, message(written_gguf(tmp_path / "tiny.gguf", change)))
+    assert list(cache.iterdir()) == []
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
@@ -467,6 +486,12 @@ def test_description_has_the_sizes_of_the_config():
     assert (info.num_layers, info.num_kv_heads, info.num_heads, info.head_dim) == (LAYERS, KV_HEADS, 8, HEAD_DIM)
     assert cache_shape(model.config) == (info.name, LAYERS, KV_HEADS)
     assert (info.name, info.max_context) == ("llama", 512)
+
+
+@pytest.mark.parametrize(("factor", "original", "context"), [(4.0, 512, 2048), (4.0, 128, 512)])
+def test_yarn_stretches_the_context_that_a_config_declares(factor, original, context):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": original}
+    assert model_facts(tiny_model("qwen2", rope_parameters=rope)).max_context == context
 
 
 @pytest.mark.parametrize(

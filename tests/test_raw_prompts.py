@@ -139,7 +139,10 @@ def test_what_is_no_prompt_file_is_refused(tmp_path, tokenizer):
         get_task(f"prompts:{tmp_path}").check_files()
     bare = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     bare.chat_template = None
-    with pytest.raises(TaskError, match=r"log.jsonl line 1: .*no chat template"):
+    with pytest.raises(TaskError, match=r"log.jsonl line 1: 'messages' need a chat template, .* give each chat as a"):
+        drawn(write(tmp_path / "log.jsonl", {"messages": CHAT}), bare)
+    bare.chat_template = "{{ raise_exception('no chats here') }}"
+    with pytest.raises(TaskError, match=r"log.jsonl line 1: .* such a chat \(.*no chats here\); give others"):
         drawn(write(tmp_path / "log.jsonl", {"messages": CHAT}), bare)
 
 

@@ -80,6 +80,7 @@ def test_formatted_niah_spec_gives_the_task_back(context, needles, depth, haysta
         (r"jsonl:one\, two.jsonl,chat=true", r"jsonl:path=one\, two.jsonl,chat=true"),
         ("gsm8k:test.jsonl", "gsm8k:path=test.jsonl"),
         ("code:folder", "code:path=folder"),
+        ("prompts:logs/day=3/a.jsonl,chat=true", "prompts:path=logs/day=3/a.jsonl,chat=true"),
     ],
 )
 def test_the_key_of_the_main_setting_may_be_left_out(short, spec):
@@ -179,6 +180,24 @@ def test_target_defaults_to_the_first_reference_after_a_space():
     assert Example("a", "Which?", ("this", "that")).target == " this"
     assert Example("a", "Which?\n", ("this",)).target == "this"
     assert Example("a", "Which?", ("this",), target="that").target == "that"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "target"),
+    [
+        ("Which?", " this", " this"),
+        ("def one():", "\n    return 1", "\n    return 1"),
+        ("首都是哪里？\n回答：", "北京", "北京"),
+        ("日本の首都は", "東京", "東京"),
+        ("答案：", "42", "42"),
+        ("Answer in Chinese:", "北京", " 北京"),
+        ("한국의 수도는", "서울", " 서울"),
+        ("Well \N{GRINNING FACE}", "this", " this"),
+        ("", "this", " this"),
+    ],
+)
+def test_target_has_no_space_that_the_text_would_not_have(prompt, answer, target):
+    assert Example("a", prompt, (answer,)).target == target
 
 
 def test_example_without_references_is_refused():

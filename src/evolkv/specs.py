@@ -42,7 +42,8 @@ def parse_spec(
         key = key.strip()
         if index and (":" in key or not equals) and (key.partition(":")[0] in names):
             raise UsageError(f"{kind} {text!r}: {part.strip()!r} begins another one. {NO_COMMA}")
-        if not index and not equals and positional and name in positional:
+        # A path may have "=" in it.
+        if not index and positional and name in positional and (not equals or (key and not key.isidentifier())):
             key, equals, value = positional[name], "=", part.strip()
         if not equals or not key:
             raise UsageError(

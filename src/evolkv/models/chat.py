@@ -51,6 +51,8 @@ def render_chat(
             return prompt
         reasons.append("the message is not in what it makes")
     name = tokenizer.name_or_path or "this tokenizer"
+    if len(messages) > 1:
+        raise TaskError(f"the chat template of {name} cannot put such a chat ({reasons[0]}); give others, or mend it")
     raise TaskError(
         f"the chat template of {name} cannot put a user's message ({reasons[0]}); "
         "leave it out: --raw in generate, chat=false in a task; or mend it"

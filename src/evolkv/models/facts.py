@@ -14,6 +14,7 @@ from torch import nn
 from evolkv.errors import ModelError
 from evolkv.models.identity import fingerprint
 from evolkv.models.layers import KVLayer, OtherLayer, layers_of, read_layers
+from evolkv.models.rotary import kinds
 
 UNBOUNDED_CONTEXT = 2**31 - 1
 
@@ -117,6 +118,19 @@ def cache_shape(config: Any) -> tuple[str, int, int]:
     return _name(config), len(kv_layers), _num_kv_heads(text, num_heads)
 
 
+def longest_context(text: Any) -> int:
+    """Return the longest context that the config of a language model declares, in tokens; see `ModelInfo`.
+
+    Of a config that somebody has given YaRN's factor, as Qwen's model cards say, that is more than the number in it.
+    """
+    declared = getattr(text, "max_position_embeddings", None) or 0
+    yarn = [each for each in kinds(text) if each["rope_type"] == "yarn"]
+    stretched = [
+        int((each.get("factor") or 1) * (each.get("original_max_position_embeddings") or declared)) for each in yarn
+    ]
+    return max(int(declared), *stretched, 0) or UNBOUNDED_CONTEXT
+
+
 def _state(config: Any) -> dict[str, Any]:
     """Return a config's fields, without its attention implementation, which caches change as they come and go."""
     return {
@@ -130,14 +144,13 @@ def _read(model: Any, text: Any) -> ModelFacts:
     kv_layers, other_layers = read_layers(model)
     num_heads = _same_for_all_layers(text, "num_attention_heads", "query heads")
     has_head_dim = bool(_field(text, "head_dim"))
-    context = getattr(text, "max_position_embeddings", None)
     return ModelFacts(
         kv_layers=tuple(kv_layers),
         other_layers=tuple(other_layers),
         num_kv_heads=_num_kv_heads(text, num_heads),
         num_heads=num_heads,
         head_dim=_same_for_all_layers(text, "head_dim", "channels") if has_head_dim else text.hidden_size // num_heads,
-        max_context=int(context) if context and context > 0 else UNBOUNDED_CONTEXT,
+        max_context=longest_context(text),
         model_type=text.model_type,
     )
 

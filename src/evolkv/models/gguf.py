@@ -185,10 +185,17 @@ def _convert(source: Path, folder: Path, label: str) -> None:
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         with _quick_gguf():
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(**where)
+        _check_all_is_read(_quick_reader()(source), model.config, label)
+        check_complete(report, label)
+    except ModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, struct.error):
@@ -210,6 +217,42 @@ def _convert(source: Path, folder: Path, label: str) -> None:
         raise
     except Exception as error:  # safetensors reports a full disk with its own exception type
         raise RunError(f"cannot write the converted weights of {label!r} to {folder}: {error}") from error
+
+
+def check_complete(report: dict[str, Any], label: str) -> None:
+    """Raise `ModelError` if weights of a model are not in its files: Transformers makes up random ones instead.
+
+    Args:
+        report: the loading info of `from_pretrained`.
+        label: what the message calls the model.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{label!r} lacks {len(missing)} of the model's weights ({missing[0]}, …); "
+            f"it is damaged or not a causal language model"
+        )
+
+
+def _check_all_is_read(reader: Any, config: Any, label: str) -> None:
+    """Raise `ModelError` for a file of which Transformers leaves out a part without a word."""
+    from evolkv.models.rotary import kinds
+
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise ModelError(
+            f"{label!r} is one of the {parts.contents()} files of a model; "
+            "join them with `llama-gguf-split --merge` of llama.cpp"
+        )
+    # Llama 3's factors are a tensor, those of YaRN metadata.
+    scaling = [tensor.name for tensor in reader.tensors if "rope_f" in tensor.name]
+    types = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
+    scaling += [name for name in types if reader.get_field(name).contents() != "none"]
+    if scaling and all(each["rope_type"] == "default" for each in kinds(config)):
+        raise ModelError(
+            f"{label!r} has a scaled rotary position embedding ({scaling[0]}), which Transformers does not read from "
+            "GGUF files, so the model would compute something else; give its folder or Hugging Face id"
+        )
 
 
 def _read_tokenizer_as_it_is(folder: Path, tokenizer: Any) -> None:

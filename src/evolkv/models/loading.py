@@ -157,12 +157,7 @@ def _load(
         use_safetensors=True,
         output_loading_info=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{label!r} lacks {len(missing)} of the model's weights ({missing[0]}, …); "
-            f"it is damaged or not a causal language model"
-        )
+    gguf.check_complete(report, label)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = label

@@ -194,18 +194,21 @@ def _unknown(model: PreTrainedModel, layer: int) -> ModelError:
     )
 
 
+def kinds(config: Any) -> list[dict[str, Any]]:
+    """Return the settings of a config's rotary embeddings: of one for all layers, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (parameters, *parameters.values()) if isinstance(each, dict) and each.get("rope_type")]
+
+
 def stretching(config: Any) -> list[tuple[str, int]]:
     """Return the kinds of rotary embedding that use other angles beyond a length, each with that length in tokens.
 
     ``longrope`` has a second set of angles for longer texts, ``dynamic`` one for each length.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = []
-    # One kind for all layers, or one for each type of layer.
-    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
-        kind = str(each.get("rope_type"))
-        if kind == "longrope":
-            kinds.append((kind, int(each["original_max_position_embeddings"])))
-        elif "dynamic" in kind:
-            kinds.append((kind, int(config.max_position_embeddings)))
-    return kinds
+    found = []
+    for each in kinds(config):
+        if each["rope_type"] == "longrope":
+            found.append((each["rope_type"], int(each["original_max_position_embeddings"])))
+        elif "dynamic" in each["rope_type"]:
+            found.append((each["rope_type"], int(config.max_position_embeddings)))
+    return found

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ class Example:
         id: name of the example, the same in every run that draws it.
         prompt: the complete text given to the model, chat template included.
         references: the acceptable answers, at least one unless `metric` needs none.
-        target: the text whose probability the `logprob` metric measures. Default: the first reference, with
-            a leading space unless the prompt ends with whitespace.
+        target: the text whose probability the `logprob` metric measures. Default: the first reference as it follows the
+            prompt, see `following`.
         max_new_tokens: most tokens to generate.
         metric: name of the metric that judges the answer.
         first_line: whether a text metric judges only the first line of the answer, line breaks before it left out.
@@ -67,8 +68,7 @@ class Example:
         if not self.references and self.metric not in LABEL_FREE:
             raise TaskError(f"example {self.id!r} has no reference answer; give at least one")
         if not self.target and self.references:
-            gap = "" if (self.later or self.prompt)[-1:].isspace() else " "
-            object.__setattr__(self, "target", gap + self.references[0])
+            object.__setattr__(self, "target", following(self.later or self.prompt, self.references[0]))
 
     def _check_types(self) -> None:
         """Take numbers of NumPy and lists of texts for what they stand for; raise TaskError for other types."""
@@ -166,6 +166,21 @@ class Task(ABC):
     def files(self) -> list[str]:
         """Paths of the files that the examples are read from."""
         return [value for name in _PATHS if isinstance(value := getattr(self, name, None), str)]
+
+
+def following(text: str, answer: str) -> str:
+    """Return an answer as it follows a text: after a space, unless either has one there, or Chinese or Japanese ends.
+
+    Args:
+        text: what the answer follows.
+        answer: the answer.
+    """
+    last = text[-1:]
+    # Wide letters and punctuation belong to writing without spaces. Korean has spaces, and emoji say nothing.
+    unspaced = unicodedata.east_asian_width(last or " ") in "WF" and not (
+        unicodedata.category(last) == "So" or unicodedata.name(last, "").startswith("HANGUL")
+    )
+    return answer if unspaced or last.isspace() or answer[:1].isspace() else f" {answer}"
 
 
 def check_request(split: str, n: int) -> None:

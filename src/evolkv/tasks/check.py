@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evolkv.errors import UsageError
+from evolkv.models.facts import longest_context
 from evolkv.tasks.base import Example, Split, Task
 from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
 from evolkv.tasks.prompts import encode_text
@@ -39,7 +40,7 @@ def check_examples(
             model's context; or the metric cannot judge an example, or gives its own answer 0.
         RunError: a task's own code fails.
     """
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+    context = longest_context(config.get_text_config(decoder=True))
     for task in tasks:
         for split, count in splits.items():
             # One example of each kind that `count` examples include.
@@ -83,7 +84,7 @@ def check_judged(example: Example, metric: str) -> None:
             raise UsageError(f"{where}: {error}") from None
 
 
-def check_room(example: Example, tokens: int, answer: int, context: float) -> None:
+def check_room(example: Example, tokens: int, answer: int, context: int) -> None:
     """Raise UsageError if a prompt of so many tokens and its answer exceed the model's context."""
     if tokens + answer > context:
         raise UsageError(

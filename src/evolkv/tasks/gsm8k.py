@@ -18,7 +18,7 @@ from pydantic import field_validator
 from evolkv.errors import TaskError
 from evolkv.models.chat import user_message
 from evolkv.schemas import Schema
-from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, read_text
+from evolkv.tasks.base import Example, Split, Task, check_choice, check_request, following, read_text
 from evolkv.tasks.hub import hub_file
 from evolkv.tasks.parquet import parse_parquet
 from evolkv.tasks.prompts import question_at, uses_chat
@@ -150,12 +150,11 @@ class Gsm8k(Task):
     def _example(self, problem: _Problem, shots: str, template: Any) -> Example:
         text = shots + problem.fields.asked
         prompt = text if template is None else user_message(template, text)
-        gap = "" if prompt[-1:].isspace() else " "
         return Example(
             id=problem.id,
             prompt=prompt,
             references=(problem.fields.number,),
-            target=gap + problem.fields.answer,
+            target=following(prompt, problem.fields.answer),
             max_new_tokens=self.max_new_tokens,
             metric=self.default_metric,
             stop=STOP,

@@ -101,8 +101,12 @@ class RawPrompts(PromptRows):
             prompt, place = self._asked(fields.prompt, fields.question, tokenizer)
         else:
             turns = _shortened(fields.turns, tokenizer, self.context)
+            if not uses_chat(tokenizer, None, self.name):
+                raise TaskError(
+                    f"{row.where}: 'messages' need a chat template, and this tokenizer has none; take another model, "
+                    "or give each chat as a 'prompt', a text"
+                )
             try:
-                uses_chat(tokenizer, True, self.name)
                 prompt = render_chat(tokenizer, turns, fields.tools)
                 if len(turns) > 1:
                     place = question_at(prompt, turns[-1]["content"], around_message(tokenizer, turns, fields.tools)[1])

@@ -139,7 +139,7 @@ def _task(spec: str) -> Task:
             raise unknown_name(f"{name} setting", key, fields)
         values[key] = _convert(text, hints[key], f"task {name!r}: {key}={text}")
     for key, field in fields.items():
-        if field.default is dataclasses.MISSING and key not in values:
+        if field.default is field.default_factory is dataclasses.MISSING and key not in values:
             raise TaskError(f"task {name!r} needs {key}; write {name}:{key}=VALUE")
     return task(**values)
 
@@ -147,7 +147,8 @@ def _task(spec: str) -> Task:
 def _convert(text: str, annotation: Any, where: str) -> Any:
     optional = get_origin(annotation) in (Union, types.UnionType)
     if optional:
-        (annotation,) = (kind for kind in get_args(annotation) if kind is not types.NoneType)
+        kinds = [kind for kind in get_args(annotation) if kind is not types.NoneType]
+        annotation = kinds[0] if len(kinds) == 1 else annotation
     word = text.strip()
     if optional and word.lower() == "none":
         return None
@@ -162,6 +163,8 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
         if word.lower() in specs.BOOLEANS:
             return specs.BOOLEANS[word.lower()]
         raise TaskError(f"{where}: expected true or false")
+    if annotation not in (int, float):
+        raise TaskError(f"{where}: no text stands for such a setting; give the task itself, in Python")
     try:
         number = annotation(word)
     except ValueError:
