@@ -76,7 +76,8 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
         heads = budgets.shape[1]
         rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context, settings.exact, heads)
     else:
-        rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact)
+        allocator = method.allocator or "uniform"
+        rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact, allocator)
     checks.check_config(config, method.selector, classes=len(set(rule.classes)), by_head=by_head)
     longest = config.model_config.max_model_len
     if not rule.any_evicts(longest, config.cache_config.block_size or 1):

@@ -80,6 +80,9 @@ def test_method_and_budget(model):
     assert budgets.sum() == 6 * 64
     assert (budgets[:-1] >= budgets[1:]).all()
     assert budgets[0] > budgets[-1]
+    # What the lowest layers cannot hold of a short prompt goes to the others, as where a method is evaluated.
+    assert budgets[0] > 80
+    assert kept(rule, 80).sum() == 6 * 64
 
 
 @pytest.mark.parametrize("method", ["snapkv", "pyramidkv"])
