@@ -250,7 +250,8 @@ def test_budgets_by_head_and_a_hybrid_model_are_refused(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "quantized keys and values"),
+        ({"kv_cache_dtype": "fp8"}, "of another type than the model's"),
+        ({"kv_cache_dtype": "bfloat16"}, "of another type than the model's"),
         ({"disable_hybrid_kv_cache_manager": True}, "one block table for all layers"),
     ],
 )
