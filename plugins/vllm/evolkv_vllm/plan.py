@@ -13,6 +13,7 @@ from evolkv.budgets import Budget, read_budget
 from evolkv.errors import RunError, UsageError
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
+from evolkv.profile_card import eval_words
 from evolkv_vllm import checkpoint, checks
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.settings import Settings
@@ -94,6 +95,13 @@ def _resolve(method: Method, budget: Budget | None, model: Any, config: Any) -> 
     """Return a method and its budgets for a model, ``[layers, kv_heads]``; see `Method.resolve`."""
     if method.profile is None:
         return method.resolve(model, budget)
+    if earlier := eval_words(method.profile.search):
+        logger.warning(
+            "EvolKV: the profile was evolved with %s, but vLLM compresses a prompt once, when it has been read to its "
+            "end; see what that costs with evolkv eval without %s",
+            " ".join(earlier),
+            " and ".join(earlier[::2]),
+        )
     folder = checkpoint.weights_folder(config.model_config, config.load_config.download_dir)
     try:
         if folder is None:

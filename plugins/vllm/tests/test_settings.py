@@ -203,6 +203,17 @@ def test_a_model_that_is_not_downloaded_is_compared_by_its_shape(model, profile,
     assert "the next start looks again" in said[0]
 
 
+def test_a_profile_for_prompts_that_are_cut_earlier_is_said(model, profile, tmp_path, monkeypatch):
+    said, path = [], tmp_path / "profile.json"
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    content = json.loads(profile.read_text())
+    content["search"] = {"protocol": "agnostic", "prefill_chunk": 64}
+    path.write_text(json.dumps(content))
+    assert plan.rule_of(config_of(model, {"profile": str(path)})) is not None
+    assert "evolved with --protocol agnostic --prefill-chunk 64, but vLLM" in said[0]
+    assert said[0].endswith("without --protocol and --prefill-chunk")
+
+
 @pytest.fixture
 def by_head(profile, tmp_path):
     """A profile of the tiny model with budgets by head."""
