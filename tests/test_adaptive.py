@@ -239,6 +239,16 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 
 
+def test_a_pyramid_holds_its_whole_budget_of_a_prompt_shorter_than_its_lowest_layer():
+    model = tiny_model("llama")
+    cache = evolkv.CompressedCache(model, "pyramid+snapkv:window=4", 32)
+    for length, held in ((40, [40, 35, 29, 24]), (100, [59, 41, 23, 5])):
+        cache.reset()
+        with torch.no_grad():
+            model(tokens(1, length), cache=cache)
+        assert [len(layer[0]) for layer in cache.positions] == held
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):

@@ -364,6 +364,17 @@ def test_expansion_stays_between_what_the_selector_keeps_and_the_ceiling(profile
     ]
 
 
+def test_expansion_gives_a_layer_no_more_than_its_sliding_window_holds(profile):
+    windowed = replace_field(profile, model={**profile.model, "sliding_windows": [200, None]})
+    larger = windowed.expand(256)
+    assert larger.mean_budget == 256
+    assert larger.budgets[0].max() == 200
+    everywhere = replace_field(profile, model={**profile.model, "sliding_windows": [200, 200]})
+    assert everywhere.expand(150).budgets.max() == 200
+    # No layer can hold so much.
+    assert everywhere.expand(256).budgets.tolist() == profile.expand(256).budgets.tolist()
+
+
 @pytest.mark.parametrize(
     ("budget", "words"),
     [

@@ -124,6 +124,11 @@ class Method:
             return []
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
+    @property
+    def is_steep(self) -> bool:
+        """True if the allocator may give the lowest layers more than a short prompt has, whose budgets then differ."""
+        return self.allocator in _STEEP
+
     def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
         """Return the budgets for one prompt, ``[layers, kv_heads]``; no layer gets more than the prompt has.
 
@@ -136,7 +141,7 @@ class Method:
             return budgets
         floor = self.selector.min_budget
         total = int(budgets[:, 0].sum())
-        if self.layers is not None or self.allocator in _STEEP:
+        if self.layers is not None or self.is_steep:
             if total >= ceilings.sum():
                 row = ceilings
             elif self.layers is not None:

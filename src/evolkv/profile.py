@@ -92,6 +92,11 @@ class BudgetProfile:
         return self.model.get("sliding_windows") or [None] * self.num_layers
 
     @property
+    def _most(self) -> NDArray[np.int64]:
+        """The most that a head of each layer can hold of a prompt: its sliding window, if it has one; ``[layers]``."""
+        return np.array([window or MAX_BUDGET for window in self._windows])
+
+    @property
     def num_layers(self) -> int:
         """L."""
         return self.model["num_layers"]
@@ -210,7 +215,8 @@ class BudgetProfile:
 
         Args:
             tokens: length of the prompt.
-            ceiling: the most an entry can hold besides the prompt's length: an int, or L ints, such as sliding windows.
+            ceiling: the most an entry can hold besides the prompt's length: an int, or L ints. Default: the sliding
+                windows.
             share: the share, if it is another than the profile's own.
         """
         share = share or self.share
@@ -218,7 +224,7 @@ class BudgetProfile:
             return self.budgets
         by_head = self.granularity == "head"
         budgets = self.budgets if by_head else self.budgets[:, 0]
-        limit = np.minimum(tokens, MAX_BUDGET if ceiling is None else ceiling)
+        limit = np.minimum(tokens, self._most if ceiling is None else ceiling)
         total = share.of(tokens) * budgets.size
         fitted = allocators.fit(budgets, total, self._floors(get_selector(self.selector)), limit)
         return as_matrix(fitted, self.num_layers, self.num_kv_heads)
@@ -232,7 +238,8 @@ class BudgetProfile:
         Args:
             budget: the new mean budget c′, in cache entries; or a share of each prompt, for which `budgets` stay as
                 they are and give the proportions.
-            ceiling: the most an entry may get: an int, or L ints, or (L, H) ints. Default: no limit.
+            ceiling: the most an entry may get: an int, or L ints, or (L, H) ints. Default: the sliding windows, as far
+                as they can hold so much; no limit for other layers.
 
         Returns:
             A profile with mean budget exactly `budget`.
@@ -251,7 +258,9 @@ class BudgetProfile:
                 f"the budget is {budget}; expected at least {selector.min_budget} entries per head, which "
                 f"{selector.name} always keeps"
             )
-        limit = np.asarray(MAX_BUDGET if ceiling is None else ceiling)
+        if ceiling is None:
+            ceiling = self._most if budget <= self._most.mean() else MAX_BUDGET
+        limit = np.asarray(ceiling)
         budgets = self.budgets
         if self.granularity == "layer":
             budgets, limit = budgets[:, 0], limit.min(axis=1) if limit.ndim == 2 else limit

@@ -83,9 +83,9 @@ def _reasons(config: Any, selector: Selector, classes: int, by_head: bool) -> li
         ),
         (model.is_mm_prefix_lm, "a model whose images attend in both directions; serve it without a profile"),
         (
-            str(cache.cache_dtype) not in ("auto", "float16", "bfloat16", "float32"),
-            f"quantized keys and values (kv_cache_dtype={cache.cache_dtype}), because entries are moved as they are; "
-            "set --kv-cache-dtype auto",
+            str(cache.cache_dtype) not in ("auto", str(model.dtype).removeprefix("torch.")),
+            f"keys and values of another type than the model's (kv_cache_dtype={cache.cache_dtype}), because entries "
+            "are ranked and moved as they are; set --kv-cache-dtype auto",
         ),
         (
             config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None) is not None,

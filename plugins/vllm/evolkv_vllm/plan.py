@@ -13,6 +13,7 @@ from evolkv.budgets import Budget, read_budget
 from evolkv.errors import RunError, UsageError
 from evolkv.methods import Method
 from evolkv.models import describe_model, model_facts
+from evolkv.profile_card import eval_words
 from evolkv_vllm import checkpoint, checks
 from evolkv_vllm.rule import BudgetRule
 from evolkv_vllm.settings import Settings
@@ -76,7 +77,8 @@ def _rule(settings: Settings, config: Any) -> BudgetRule:
         heads = budgets.shape[1]
         rule = BudgetRule.of_share(method, facts.sliding_windows, facts.max_context, settings.exact, heads)
     else:
-        rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact)
+        allocator = method.allocator or "uniform"
+        rule = BudgetRule.fixed(budgets, method.selector, facts.sliding_windows, settings.exact, allocator)
     checks.check_config(config, method.selector, classes=len(set(rule.classes)), by_head=by_head)
     longest = config.model_config.max_model_len
     if not rule.any_evicts(longest, config.cache_config.block_size or 1):
@@ -93,6 +95,13 @@ def _resolve(method: Method, budget: Budget | None, model: Any, config: Any) -> 
     """Return a method and its budgets for a model, ``[layers, kv_heads]``; see `Method.resolve`."""
     if method.profile is None:
         return method.resolve(model, budget)
+    if earlier := eval_words(method.profile.search):
+        logger.warning(
+            "EvolKV: the profile was evolved with %s, but vLLM compresses a prompt once, when it has been read to its "
+            "end; see what that costs with evolkv eval without %s",
+            " ".join(earlier),
+            " and ".join(earlier[::2]),
+        )
     folder = checkpoint.weights_folder(config.model_config, config.load_config.download_dir)
     try:
         if folder is None:

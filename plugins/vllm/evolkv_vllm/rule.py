@@ -42,19 +42,32 @@ class BudgetRule:
 
     @classmethod
     def fixed(
-        cls, budgets: NDArray[np.int64], selector: Selector, windows: list[int | None], exact: bool = False
+        cls,
+        budgets: NDArray[np.int64],
+        selector: Selector,
+        windows: list[int | None],
+        exact: bool = False,
+        allocator: str = "uniform",
     ) -> BudgetRule:
-        """Return the rule of budgets that are the same for every prompt.
+        """Return the rule of budgets that are the same for every prompt, or every one that is long enough.
 
         Args:
             budgets: entries of each layer, ``[layers]``, or of each KV head, ``[layers, kv_heads]``.
             selector: chooses what is kept.
             windows: the sliding window of each layer in tokens, None where it sees everything.
             exact: whether budgets are kept to the entry; by default they are rounded up to where a block begins.
+            allocator: where the budgets are from. A steep one lays them out anew for short prompts.
         """
-        heads = budgets.shape[1] if budgets.ndim == 2 else 1
-        content = {"budgets": budgets.reshape(-1).tolist(), "selector": selector.to_dict(), "windows": windows}
-        return cls._of({**content, "heads": heads, "exact": exact})
+        return cls._of(
+            {
+                "budgets": budgets.reshape(-1).tolist(),
+                "method": f"{allocator}+{selector.spec}",
+                "selector": selector.to_dict(),
+                "windows": windows,
+                "heads": budgets.shape[1] if budgets.ndim == 2 else 1,
+                "exact": exact,
+            }
+        )
 
     @classmethod
     def of_share(
@@ -137,25 +150,26 @@ class _Parsed:
         self.windows: list[int | None] = content["windows"]
         self.exact: bool = content["exact"]
         self._fixed = np.array(content["budgets"], dtype=np.int64) if "budgets" in content else None
+        described = content.get("profile")
+        self._method = get_method(content["method"] if described is None else BudgetProfile.from_dict(described))
         if self._fixed is None:
-            described = content["profile"]
-            method = get_method(content["method"] if described is None else BudgetProfile.from_dict(described))
-            self._method = method.at(Share(content["share"]))
-            self._facts = ModelFacts(
-                kv_layers=tuple(KVLayer(index, window) for index, window in enumerate(self.windows)),
-                other_layers=(),
-                num_kv_heads=1 if self._method.profile is None else self._method.profile.num_kv_heads,
-                num_heads=1,
-                head_dim=1,
-                max_context=content["max_context"],
-                model_type="",
-            )
+            self._method = self._method.at(Share(content["share"]))
+        self._facts = ModelFacts(
+            kv_layers=tuple(KVLayer(index, window) for index, window in enumerate(self.windows)),
+            other_layers=(),
+            num_kv_heads=1 if self._method.profile is None else self._method.profile.num_kv_heads,
+            num_heads=1,
+            head_dim=1,
+            max_context=content.get("max_context", 0),
+            model_type="",
+        )
         self.classes = self._classes()
 
     def budgets_at(self, tokens: int) -> NDArray[np.int64]:
         """Return the budgets of a prompt by part."""
         if self._fixed is not None:
-            return self._fixed
+            by_layer = self._fixed.reshape(-1, self.heads)
+            return self._method.budgets_for([], by_layer, self._facts.most_held(tokens)).reshape(-1)
         return np.asarray(self._method.budgets_at(self._facts, tokens)[:, : self.heads], dtype=np.int64).reshape(-1)
 
     def windows_by_part(self) -> list[int | None]:

@@ -80,6 +80,9 @@ def test_method_and_budget(model):
     assert budgets.sum() == 6 * 64
     assert (budgets[:-1] >= budgets[1:]).all()
     assert budgets[0] > budgets[-1]
+    # What the lowest layers cannot hold of a short prompt goes to the others, as where a method is evaluated.
+    assert budgets[0] > 80
+    assert kept(rule, 80).sum() == 6 * 64
 
 
 @pytest.mark.parametrize("method", ["snapkv", "pyramidkv"])
@@ -200,6 +203,17 @@ def test_a_model_that_is_not_downloaded_is_compared_by_its_shape(model, profile,
     assert "the next start looks again" in said[0]
 
 
+def test_a_profile_for_prompts_that_are_cut_earlier_is_said(model, profile, tmp_path, monkeypatch):
+    said, path = [], tmp_path / "profile.json"
+    monkeypatch.setattr(plan.logger, "warning", lambda text, *args: said.append(text % args))
+    content = json.loads(profile.read_text())
+    content["search"] = {"protocol": "agnostic", "prefill_chunk": 64}
+    path.write_text(json.dumps(content))
+    assert plan.rule_of(config_of(model, {"profile": str(path)})) is not None
+    assert "evolved with --protocol agnostic --prefill-chunk 64, but vLLM" in said[0]
+    assert said[0].endswith("without --protocol and --prefill-chunk")
+
+
 @pytest.fixture
 def by_head(profile, tmp_path):
     """A profile of the tiny model with budgets by head."""
@@ -247,7 +261,8 @@ def test_budgets_by_head_and_a_hybrid_model_are_refused(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "quantized keys and values"),
+        ({"kv_cache_dtype": "fp8"}, "of another type than the model's"),
+        ({"kv_cache_dtype": "bfloat16"}, "of another type than the model's"),
         ({"disable_hybrid_kv_cache_manager": True}, "one block table for all layers"),
     ],
 )

@@ -51,7 +51,7 @@ class CompressedLayer(AttendingLayer):
     keeps_queries = False
     #: The reason why no file can hold the layer's cache, as an error says it; None where one can.
     unsaved: str | None = None
-    #: Where budgets are a share of the text: those of a text of so many tokens, ``[kv_heads]``.
+    #: Where budgets depend on the length of the text: those of a text of so many tokens, ``[kv_heads]``.
     by_length: Callable[[int], np.ndarray] | None = None
 
     def __init__(
