@@ -20,6 +20,7 @@ from evolkv.evaluation.scoring import SCORERS, encode_examples
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task
+from evolkv.tasks.check import warn_of_short_answers
 from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS
 from tiny import KV_HEADS, LAYERS, VOCABULARY, tiny_model, tokens
 
@@ -232,6 +233,20 @@ def test_only_label_free_metrics_take_examples_without_an_answer(words):
 def test_label_free_metrics_need_room_for_the_models_own_answer(words, metric):
     with pytest.raises(UsageError, match=f"e0: max_new_tokens is 0, and metric '{metric}' compares with"):
         encode_examples(words, lively(), unlabelled([40], new=0), metric)
+
+
+def test_answers_that_cannot_come_whole_are_warned_of(small, caplog):
+    _, tokenizer = small
+    long = Example("e", "Say it.", ("one two three four five six seven",), max_new_tokens=3, metric="contains")
+    for metric, examples, said in (
+        ("qa_f1", [long], False),
+        ("logprob", [long], False),
+        (None, [replace(long, max_new_tokens=40)], False),
+        (None, [long, replace(long, references=("one", *long.references))], True),
+    ):
+        caplog.clear()
+        warn_of_short_answers(tokenizer, examples, metric)
+        assert ("ends the right answers of 1 of 2 examples (such as e)" in caplog.text) == said
 
 
 def test_another_metric_that_gives_an_examples_own_answer_0_is_refused(small):

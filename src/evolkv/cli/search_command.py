@@ -374,7 +374,9 @@ def _behind(evolved: Mapping[str, Any], best: Mapping[str, Any]) -> str:
     found = paired_comparison(evolved["scores"], best["scores"])
     low, high = found.ci95
     chance = ", which may be chance" if low <= 0 else ""
-    return f"{best['name']} is behind by {found.difference:.3f} (paired 95 % interval {low:+.3f} to {high:+.3f}){chance}."
+    return (
+        f"{best['name']} is behind by {found.difference:.3f} (paired 95 % interval {low:+.3f} to {high:+.3f}){chance}."
+    )
 
 
 def _verdict(result: SearchResult) -> str:

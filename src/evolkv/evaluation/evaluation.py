@@ -32,6 +32,7 @@ from evolkv.models.forward import without_dropout
 from evolkv.numbers import is_several, is_whole, plain
 from evolkv.selectors import get_selector
 from evolkv.tasks import Example, Task, fingerprint, format_spec, get_tasks
+from evolkv.tasks.check import warn_of_short_answers
 from evolkv.tasks.metrics import check_metric
 from evolkv.tasks.protocol import AWARE, draw_examples
 
@@ -158,6 +159,7 @@ def evaluate(
     asked = []
     for spec, part in named.items():
         questions = encode_examples(tokenizer, model, list(part.values()), metric)
+        warn_of_short_answers(tokenizer, list(part.values()), metric)
         asked.append(TaskQuestions(spec, list(part), questions))
         _check_budgets(asked[-1], rows)
     settings = Settings(

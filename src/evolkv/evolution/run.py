@@ -33,6 +33,7 @@ from evolkv.models import describe_model
 from evolkv.profile import BudgetProfile
 from evolkv.selectors import get_selector
 from evolkv.tasks import fingerprint, format_spec, get_task
+from evolkv.tasks.check import warn_of_short_answers
 from evolkv.tasks.prompts import prompt_lengths
 from evolkv.tasks.protocol import draw_examples
 
@@ -87,6 +88,7 @@ class Run:
         self.train = draw_examples(self.task, "train", config.num_train, *how)
         self.held_out = draw_examples(self.task, "validation", config.val, *how)
         check_unseen(self.train, self.held_out)
+        warn_of_short_answers(tokenizer, self.train, config.metric)
         self._seen_before = self._seen_by_start()
         if self.task.free_text and len(self.train) < _FEW:
             log.warning(

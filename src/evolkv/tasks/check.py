@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evolkv.errors import UsageError
 from evolkv.models.facts import longest_context
 from evolkv.tasks.base import Example, Split, Task
-from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric
+from evolkv.tasks.metrics import LABEL_FREE, MODEL_METRICS, get_metric, judged_part
 from evolkv.tasks.prompts import encode_text
 from evolkv.tasks.protocol import draw_examples
-from evolkv.tasks.rows import check_answers
+from evolkv.tasks.rows import answers_score, check_answers
+
+log = logging.getLogger(__name__)
 
 
 def check_examples(
@@ -82,6 +85,35 @@ def check_judged(example: Example, metric: str) -> None:
             get_metric(metric)("", example.references, **example.extra)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
+
+
+def warn_of_short_answers(tokenizer: Any, examples: Sequence[Example], metric: str | None) -> None:
+    """Warn of examples whose answers are longer than what the model may generate, so that none can score.
+
+    Args:
+        tokenizer: the model's.
+        examples: what is asked.
+        metric: judges all; None for each example's own.
+    """
+    short = [each.id for each in examples if _is_cut_short(tokenizer, each, metric or each.metric)]
+    if short:
+        log.warning(
+            "max_new_tokens ends the right answers of %d of %d examples (such as %s) before they can score; raise it",
+            len(short),
+            len(examples),
+            short[0],
+        )
+
+
+def _is_cut_short(tokenizer: Any, example: Example, metric: str) -> bool:
+    if metric in MODEL_METRICS:
+        return False
+    every_id = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in example.references]
+    if any(len(ids) <= example.max_new_tokens for ids in every_id):
+        return False
+    texts = [tokenizer.decode(ids[: example.max_new_tokens], skip_special_tokens=True) for ids in every_id]
+    judged = [judged_part(text, example.stop, example.first_line) for text in texts]
+    return not answers_score(metric, example.references, f"example {example.id}", example.extra, judged)
 
 
 def check_room(example: Example, tokens: int, answer: int, context: int) -> None:
