@@ -79,8 +79,8 @@ class BalancedEngine(Engine):
 
     def _bounds(self, columns: Sequence[int]) -> np.ndarray:
         """Return what some examples score under uniform budgets and with the full cache, ``[2, examples]``."""
-        missing = [column for column in columns if column not in self._known]
-        if missing:
-            found = self.engine.score(self._references, missing)
-            self._known |= {column: (float(u), float(f)) for column, u, f in zip(missing, *found, strict=True)}
+        # One by one: what is computed together decides the last bits, and a continued search would ask for others.
+        for column in (column for column in columns if column not in self._known):
+            ((u,), (f,)) = self.engine.score(self._references, [column])
+            self._known[column] = float(u), float(f)
         return np.array([self._known[column] for column in columns]).T
