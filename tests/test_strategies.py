@@ -302,6 +302,13 @@ def test_a_group_of_one_layer_is_searched_as_well():
     assert strategy.generation < 3 * 60
 
 
+def test_a_group_of_one_layer_may_have_little_room():
+    strategy = GroupedCMA(num_layers=3, budget=128, group_size=2, generations=40, floor=120, ceiling=160)
+    drive(strategy, lambda budgets: float(-abs(budgets - 150).sum()) / 128, 1000)
+    assert strategy.done
+    assert np.abs(strategy.best[0] - 150).max() <= 2
+
+
 def test_grouped_leaves_layers_without_room_alone():
     ceiling = np.array([64, 1600, 1600, 64])
     strategy = GroupedCMA(num_layers=4, budget=128, group_size=2, generations=3, floor=64, ceiling=ceiling)

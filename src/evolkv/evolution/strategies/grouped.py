@@ -108,6 +108,8 @@ class GroupedCMA(Strategy):
             self.population or default_population(size),
             [self.seed, start],
             bounds=[low, high],
+            # pycma limits the spread to a third of the room, and cannot where there is one variable alone.
+            maxstd=np.inf if size == 1 else None,
         )
 
     def _propose(self) -> list[Budgets]:
