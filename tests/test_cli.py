@@ -130,6 +130,11 @@ def test_version_is_printed(run):
         (["search", MODEL, "--task", TASK, "--budget", 64, "--strategy", "joined"], "'joint'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--granularity", "heads"], "'head'"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--metric", "logprop"], "'logprob'"),
+        # A preset's own --group-size is nothing to complain of under another strategy.
+        (
+            ["search", MODEL, "-t", TASK, "-b", 64, "--preset", "paper", "--strategy", "random", "--metric", "logprop"],
+            "'logprob'",
+        ),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--population", 10**14], "at most 10,000"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--population", 50, "--max-evals", 40], "--max-evals 40"),
         (["search", MODEL, "--task", TASK, "--budget", 64, "--selector", "snapk"], "'snapkv'"),

@@ -124,6 +124,15 @@ def test_balanced_scores_do_not_depend_on_which_examples_are_asked_for(engine):
     np.testing.assert_allclose(balanced.score(candidates, [2]), balanced.score(candidates)[:, 2:], rtol=1e-5)
 
 
+def test_an_example_is_balanced_alike_whatever_was_scored_before(small, drawn):
+    engine = ReplayEngine(*small, drawn["train"][:3], get_selector("knorm"))
+    candidates = np.random.default_rng(0).integers(5, 60, (4, LAYERS, KV_HEADS))
+    whole, resumed = (BalancedEngine(engine, np.full((LAYERS, KV_HEADS), 30)) for _ in range(2))
+    for columns in ([0], [2]):
+        whole.score(candidates, columns)
+    assert whole.score(candidates, [0, 2]).tolist() == resumed.score(candidates, [0, 2]).tolist()
+
+
 def test_losses_count_by_what_the_full_cache_takes_off_them(engine):
     budgets, uniform = np.full((3, LAYERS, KV_HEADS), 20.0), np.full((LAYERS, KV_HEADS), 10)
     losses, balanced = BalancedEngine(engine, uniform).slope(budgets, 2.0, [0, 1, 2])

@@ -302,6 +302,15 @@ def test_a_group_of_one_layer_is_searched_as_well():
     assert strategy.generation < 3 * 60
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_group_of_one_layer_may_have_little_room_or_none():
+    ceiling = [160, 160, 160, 120, 160]
+    strategy = GroupedCMA(num_layers=5, budget=128, group_size=1, generations=40, floor=120, ceiling=ceiling)
+    drive(strategy, lambda budgets: float(-abs(budgets - 150).sum()) / 128, 1000)
+    assert strategy.done
+    assert np.abs(strategy.best[0] - np.minimum(150, ceiling)).max() <= 2
+
+
 def test_grouped_leaves_layers_without_room_alone():
     ceiling = np.array([64, 1600, 1600, 64])
     strategy = GroupedCMA(num_layers=4, budget=128, group_size=2, generations=3, floor=64, ceiling=ceiling)

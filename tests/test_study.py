@@ -300,6 +300,17 @@ def test_studies_of_one_search_under_several_selectors_are_read_together(path):
         read_study(path)
 
 
+def test_studies_whose_names_have_a_slash_are_not_of_one_search(path):
+    for name in ("team/needles", "team/code"):
+        record(path, 1, name=name)
+    with pytest.raises(StudyError, match="holds 2 studies; give the name of one: team/code, team/needles"):
+        read_studies(path)
+    with pytest.raises(StudyError, match="unknown study 'team'"):
+        read_studies(path, "team")
+    record(path, 1, name="team/needles/snapkv:window=8")
+    assert [found.name for found in read_studies(path, "team/needles")] == ["team/needles"]
+
+
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 513])
 def test_names_that_cannot_be_are_refused(tmp_path, name):
     with pytest.raises(StudyError, match="printable"):

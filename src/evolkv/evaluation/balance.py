@@ -37,15 +37,15 @@ class BalancedEngine(Engine):
         self.engine = engine
         everything = np.full_like(uniform, np.iinfo(np.int32).max)
         self._references = np.stack([uniform, everything])
-        #: By number of the example, its score under uniform budgets and with the full cache.
-        self._known: dict[int, tuple[float, float]] = {}
+        #: Scores of all examples under uniform budgets and with the full cache, ``[2, examples]``; None until needed.
+        self._known: np.ndarray | None = None
         #: Of each candidate that was last scored on all examples, the mean share of the full cache's score.
         self.retained = np.empty(0)
 
     def score(self, budgets: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
         """See `Engine.score`."""
         if columns is not None:
-            bounds = self._bounds(columns)
+            bounds = self.refer()[:, list(columns)]
             scores = self.engine.score(budgets, columns)
         else:
             # In one call: an engine that holds nothing prefills in each.
@@ -63,7 +63,7 @@ class BalancedEngine(Engine):
         columns: Sequence[int],
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.slope`; each loss counts by what the full cache takes off the loss of uniform budgets."""
-        uniform, full = -np.log(np.maximum(self._bounds(columns), _LEAST_SCORE))
+        uniform, full = -np.log(np.maximum(self.refer()[:, list(columns)], _LEAST_SCORE))
         own = 1 / np.maximum(uniform - full, LEAST_LOSS)
         # Of the size of plain losses, so that steps are, too.
         losses, slopes = self.engine.slope(budgets, sharpness, columns)
@@ -77,10 +77,12 @@ class BalancedEngine(Engine):
         """See `Engine.close`."""
         self.engine.close()
 
-    def _bounds(self, columns: Sequence[int]) -> np.ndarray:
-        """Return what some examples score under uniform budgets and with the full cache, ``[2, examples]``."""
-        missing = [column for column in columns if column not in self._known]
-        if missing:
-            found = self.engine.score(self._references, missing)
-            self._known |= {column: (float(u), float(f)) for column, u, f in zip(missing, *found, strict=True)}
-        return np.array([self._known[column] for column in columns]).T
+    def refer(self) -> np.ndarray:
+        """Return what all examples score under uniform budgets and with the full cache, ``[2, examples]``.
+
+        All at once: what is computed together decides the last bits of a score, and a continued search asks for other
+        examples together than one that was not stopped.
+        """
+        if self._known is None:
+            self._known = self.engine.score(self._references)
+        return self._known

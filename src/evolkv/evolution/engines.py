@@ -75,6 +75,9 @@ class Engines:
         """Return the engine over the training examples; their prompts are prefilled once, and held for many calls."""
         if self._training is None:
             self._training = self._engine(examples, "prefill")
+            if isinstance(self._training, BalancedEngine):
+                # Now, so that no limit takes the first step for as long.
+                self._training.refer()
         return self._training
 
     def free(self) -> None:

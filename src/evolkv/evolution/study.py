@@ -26,6 +26,7 @@ from evolkv.evolution.storage import close_storage, open_storage
 from evolkv.evolution.trials import budget_span, stages_of, to_trial
 from evolkv.registry import unknown_name
 from evolkv.schemas import differences
+from evolkv.selectors import SELECTORS
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -249,11 +250,17 @@ def read_studies(storage: str | os.PathLike[str], name: str | None = None) -> li
 
 def _rivals(ours: list[str], name: str | None) -> list[str]:
     """Return the studies of one search under several selectors, of that name or of the only one there is."""
-    if name in ours:
+    searches = {} if name in ours else {key: _search_of(key) for key in ours}
+    if name is None and len({*searches.values()}) > 1:
         return []
-    prefixes = {key.partition("/")[0] for key in ours} if name is None else {name}
-    rivals = [key for key in ours if key.startswith(tuple(f"{prefix}/" for prefix in prefixes))]
-    return rivals if name is not None or (len(prefixes) == 1 and len(rivals) == len(ours)) else []
+    return [key for key, search in searches.items() if search is not None and name in (None, search)]
+
+
+def _search_of(key: str) -> str | None:
+    """Return the name of the search that a study ``NAME/SELECTOR`` belongs to; None of one such as ``team/run``."""
+    parts = key.split("/")
+    ends = (i for i in range(1, len(parts)) if parts[i].partition(":")[0] in SELECTORS)
+    return next(("/".join(parts[:i]) for i in ends), None)
 
 
 def _record(study: FrozenStudy, location: Location, storage: BaseStorage) -> StudyRecord:

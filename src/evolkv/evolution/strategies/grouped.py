@@ -104,10 +104,12 @@ class GroupedCMA(Strategy):
         high = np.where(high > low, high, high + 0.4 / self.budget)
         self._cma: Any = cma_es(
             np.clip(np.ones(size), low, high),
-            self.sigma,
+            self.sigma if size > 1 else min(self.sigma, float(high[0] - low[0]) / 3),
             self.population or default_population(size),
             [self.seed, start],
             bounds=[low, high],
+            # pycma limits the spread to a third of the room, and fails at that where there is one variable alone.
+            maxstd=np.inf if size == 1 else None,
         )
 
     def _propose(self) -> list[Budgets]:
