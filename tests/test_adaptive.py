@@ -269,6 +269,7 @@ def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):
         ("adakv:safeguard=1.5+snapkv", "between 0 and 1"),
         ("dynamickv:most=0+snapkv", "at least 1"),
         ("pyramid:beta=1+snapkv", "takes no parameters"),
+        ("full:window=8", "takes no parameters"),
         ("cake+snapvk", "Did you mean 'snapkv'"),
         ("cake", "'cake' is an allocator, which needs a selector; write for example cake+snapkv"),
         ("snapkv:gqa=sum", "'mean' or 'max'"),
