@@ -21,7 +21,7 @@ from evolkv.models import model_facts
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
-from tiny import KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 INF = math.inf
 
@@ -237,6 +237,27 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
             model(tokens(1, 40), cache=cache)
     assert str(by_name.positions) == str(by_profile.positions)
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 16}, {"evict_every": 50}])
+@pytest.mark.parametrize("name", ["pyramid+snapkv:window=4", "cosine+keydiff"])
+def test_layers_of_a_pyramid_get_no_more_than_the_prompt_has(name, settings):
+    model = tiny_model("llama")
+    entry = LAYERS * KV_HEADS * 2 * HEAD_DIM * 4
+    rows, batch, mask = padded([40, 52], "left")
+    for budget, held in ((36, [36, 36]), (44, [40, 44]), (60, [40, 52])):
+        alone = [evolkv.CompressedCache.prefill(model, name, row[None], budget=budget, **settings) for row in rows]
+        assert [cache.kv_bytes for cache in alone] == [mean * entry for mean in held]
+        if settings != {"prefill_chunk": 16}:
+            both = evolkv.CompressedCache.prefill(model, name, batch, mask, budget=budget, **settings)
+            assert both.kv_bytes_by_sequence == [mean * entry for mean in held]
+
+
+def test_a_pyramid_that_is_cut_again_is_not_saved(tmp_path):
+    model = tiny_model()
+    cache = evolkv.CompressedCache.prefill(model, "pyramid+keydiff", tokens(1, 40), budget=36, evict_every=8)
+    with pytest.raises(UsageError, match="laid out anew"):
+        cache.save(tmp_path / "a.cache")
 
 
 @pytest.mark.slow

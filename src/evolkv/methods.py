@@ -124,6 +124,11 @@ class Method:
             return []
         return [(each, self.selector) for each in (self.layers, self.heads) if each is not None]
 
+    @property
+    def fits_length(self) -> bool:
+        """Return whether each prompt's length decides what its layers get, so that no layer gets more than it has."""
+        return self.share is not None or self.allocator in _STEEP
+
     def budgets_for(self, observed: Sequence[Observations], budgets: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
         """Return the budgets for one prompt, ``[layers, kv_heads]``; no layer gets more than the prompt has.
 

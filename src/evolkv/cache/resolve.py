@@ -86,12 +86,12 @@ class LayerMaker:
         method.selector.check_budgets(budgets, facts.sliding_windows)
         if method.selector.prunes_prefill:
             check_model(model)
-            if self._at is None:
-                # The lowest layers get no more than the prompt has, so that the total is met.
-                # It must not keep the model alive, as `self` would.
-                self._at = functools.lru_cache(_LENGTHS)(
-                    lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
-                )
+        # The lowest layers get no more than the prompt has, so that the total is met.
+        if self._at is None and method.fits_length and not method.observers:
+            # It must not keep the model alive, as `self` would.
+            self._at = functools.lru_cache(_LENGTHS)(
+                lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
+            )
         if reeviction.prefill_chunk is not None and looks_ahead(model):
             raise UsageError(
                 f"tokens of a prompt look ahead in {type(model).__name__}, so that it cannot be read in chunks; leave "
