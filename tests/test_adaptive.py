@@ -239,8 +239,15 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 
 
-@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 16}, {"evict_every": 50}])
-@pytest.mark.parametrize("name", ["pyramid+snapkv:window=4", "cosine+keydiff"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *itertools.product(
+            ["pyramid+snapkv:window=4", "cosine+keydiff"], [{}, {"prefill_chunk": 16}, {"evict_every": 50}]
+        ),
+        ("pyramid+adakv+snapkv:window=4", {}),
+    ],
+)
 def test_layers_of_a_pyramid_get_no_more_than_the_prompt_has(name, settings):
     model = tiny_model("llama")
     entry = LAYERS * KV_HEADS * 2 * HEAD_DIM * 4

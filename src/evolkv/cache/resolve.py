@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,10 +88,11 @@ class LayerMaker:
         if method.selector.prunes_prefill:
             check_model(model)
         # The lowest layers get no more than the prompt has, so that the total is met.
-        if self._at is None and method.fits_length and not method.observers:
+        if self._at is None and method.fits_length:
+            by_layer = replace(method, heads=None)
             # It must not keep the model alive, as `self` would.
             self._at = functools.lru_cache(_LENGTHS)(
-                lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
+                lambda tokens: by_layer.budgets_for([], budgets, facts.most_held(tokens))
             )
         if reeviction.prefill_chunk is not None and looks_ahead(model):
             raise UsageError(
