@@ -21,7 +21,7 @@ from evolkv.models import model_facts
 from evolkv.selectors import SELECTORS, PromptAttention, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from evolkv.tasks.metrics import get_metric
-from tiny import KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, WINDOW, padded, tiny_model, tokens
 
 INF = math.inf
 
@@ -239,14 +239,32 @@ def test_a_method_that_is_the_same_for_every_prompt_equals_its_profile():
     assert expanded.kv_bytes * 12 == by_name.kv_bytes * 20
 
 
-def test_a_pyramid_holds_its_whole_budget_of_a_prompt_shorter_than_its_lowest_layer():
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *itertools.product(
+            ["pyramid+snapkv:window=4", "cosine+keydiff"], [{}, {"prefill_chunk": 16}, {"evict_every": 50}]
+        ),
+        ("pyramid+adakv+snapkv:window=4", {}),
+    ],
+)
+def test_layers_of_a_pyramid_get_no_more_than_the_prompt_has(name, settings):
     model = tiny_model("llama")
-    cache = evolkv.CompressedCache(model, "pyramid+snapkv:window=4", 32)
-    for length, held in ((40, [40, 35, 29, 24]), (100, [59, 41, 23, 5])):
-        cache.reset()
-        with torch.no_grad():
-            model(tokens(1, length), cache=cache)
-        assert [len(layer[0]) for layer in cache.positions] == held
+    entry = LAYERS * KV_HEADS * 2 * HEAD_DIM * 4
+    rows, batch, mask = padded([40, 52], "left")
+    for budget, held in ((36, [36, 36]), (44, [40, 44]), (60, [40, 52])):
+        alone = [evolkv.CompressedCache.prefill(model, name, row[None], budget=budget, **settings) for row in rows]
+        assert [cache.kv_bytes for cache in alone] == [mean * entry for mean in held]
+        if settings != {"prefill_chunk": 16}:
+            both = evolkv.CompressedCache.prefill(model, name, batch, mask, budget=budget, **settings)
+            assert both.kv_bytes_by_sequence == [mean * entry for mean in held]
+
+
+def test_a_pyramid_that_is_cut_again_is_not_saved(tmp_path):
+    model = tiny_model()
+    cache = evolkv.CompressedCache.prefill(model, "pyramid+keydiff", tokens(1, 40), budget=36, evict_every=8)
+    with pytest.raises(UsageError, match="laid out anew"):
+        cache.save(tmp_path / "a.cache")
 
 
 @pytest.mark.slow
@@ -279,6 +297,7 @@ def test_memory_is_the_sum_of_ragged_rows_on_smollm2(smollm2, tmp_path):
         ("adakv:safeguard=1.5+snapkv", "between 0 and 1"),
         ("dynamickv:most=0+snapkv", "at least 1"),
         ("pyramid:beta=1+snapkv", "takes no parameters"),
+        ("full:window=8", "takes no parameters"),
         ("cake+snapvk", "Did you mean 'snapkv'"),
         ("cake", "'cake' is an allocator, which needs a selector; write for example cake+snapkv"),
         ("snapkv:gqa=sum", "'mean' or 'max'"),

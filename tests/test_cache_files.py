@@ -473,12 +473,18 @@ def test_a_cache_read_with_one_adapter_is_not_gone_on_with_another(tmp_path):
     model = tiny_model()
     switch = add_adapters(model, "a", "b")
     cache = CompressedCache.prefill(model, "knorm", tokens(1, 40), budget=9)
-    copied = cache.copy()
+    copied, merged = cache.copy(), CompressedCache.merge(model, [cache.copy()])
+    merged.input_ids = cache.input_ids
     cache.save(tmp_path / "a.cache")
     profile = BudgetProfile.uniform(model, 9, selector="knorm")
+    uses = (
+        lambda: cache.followed_by(QUESTION),
+        lambda: merged.followed_by(QUESTION),
+        lambda: copied.save(tmp_path / "b.cache"),
+    )
     for name in ("b", None):
         switch(name)
-        for use in (lambda: cache.followed_by(QUESTION), lambda: copied.save(tmp_path / "b.cache")):
+        for use in uses:
             with pytest.raises(UsageError, match="with other adapters than are active now"):
                 use()
         with pytest.raises(UsageError, match="with other adapters than are active now"):

@@ -612,6 +612,19 @@ def test_a_call_that_failed_between_two_chunks_is_not_gone_on_from():
         model(tokens(1, 40), cache=cache)
 
 
+def test_only_caches_right_after_their_prompts_are_merged():
+    model = tiny_model()
+    read, asked, failed = (CompressedCache.prefill(model, SNAPKV, tokens(1, 20), budget=9) for _ in range(3))
+    model(tokens(1, 1), cache=asked)
+    with failing(model.model.layers[1]):
+        model(tokens(1, 1), cache=failed)
+    for caches in ([], [read, asked], [read, CompressedCache(model, SNAPKV, 9)]):
+        with pytest.raises(UsageError, match="right after their prompts"):
+            CompressedCache.merge(model, caches)
+    with pytest.raises(UsageError, match="failed half-way"):
+        CompressedCache.merge(model, [read, failed])
+
+
 def test_a_call_that_was_refused_before_any_layer_leaves_the_cache_as_it_was():
     model = tiny_model()
     cache, expected = (CompressedCache(model, profile(model, 12)) for _ in range(2))

@@ -291,7 +291,9 @@ def _of_path(path: str) -> Method:
 def _of_text(name: str) -> Method:
     alias, colon, parameters = name.partition(":")
     spec = f"{METHOD_ALIASES[alias]}{colon}{parameters}" if alias in METHOD_ALIASES else name
-    if spec == "full":
+    if alias == "full":
+        if colon:
+            raise UsageError(f"method {name!r}: full keeps everything and takes no parameters; leave them out")
         return Method(name)
     *allocators, selector = spec.split("+")
     every_allocator = {*ALLOCATORS, *ADAPTIVE}

@@ -479,12 +479,20 @@ class CompressedCache(Accompanied):
 
         Raises:
             UsageError: for caches that may evict again. One whose prompt was read in chunks does not, once `end_prompt`
-                has said that it is complete.
+                has said that it is complete. Also for caches that hold no prompt, or something after it, or of which a
+                call failed half-way.
         """
+        for other in caches:
+            other.check_finished()
         if any(other.evicts_later for other in caches):
             raise UsageError(
                 "caches that evict again cannot be merged; leave out evict and evict_every, and call end_prompt() "
                 "after a prompt that was read in chunks"
+            )
+        if not caches or any(not other.num_rows or other.kv_layers[0].appended for other in caches):
+            raise UsageError(
+                "only caches that have read a prompt, and nothing after it, can be merged, at least one; merge them "
+                "right after their prompts, or copies that were made then"
             )
         own = layer_class(caches[0].kv_layers[0].selector)
         columns = zip(*(other.kv_layers for other in caches), strict=True)
@@ -494,6 +502,7 @@ class CompressedCache(Accompanied):
             [own.merge(column, room) for column in columns],
             [StateLayer.merge(column) for column in states],
         )
+        merged.adapters = caches[0].adapters
         lengths = [sum(other.kv_layers[0].prompt_lengths) for other in caches]
         read = sum(other.prefill_factor * length for other, length in zip(caches, lengths, strict=True))
         merged.prefill_factor = read / sum(lengths) if sum(lengths) else 1.0

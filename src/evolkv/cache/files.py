@@ -120,8 +120,8 @@ def write_cache(
         raise UsageError(f"the cache does not hold {model.dtype}, as the model does; read the prompt without autocast")
     if first.by_length is not None and isinstance(first, ReevictingLayer) and first.evicts_later:
         raise UsageError(
-            "the cache keeps a share of all that it reads and would cut it again, which a file cannot say; give it a "
-            "budget in entries, or leave out evict and evict_every"
+            "a share, or an allocator's budgets, are laid out anew for all that was read when the cache cuts again, "
+            "which a file cannot say; give a budget in entries and no allocator, or leave out evict and evict_every"
         )
     if first.unsaved is not None:
         raise UsageError(first.unsaved)

@@ -339,7 +339,8 @@ class CompressedLayer(AttendingLayer):
 
     def covers(self, tokens: int) -> bool:
         """Return whether every token of a prompt is kept anyway."""
-        least = int(self.selector.held_under(self.budgets).min()) if self.by_length is None else 0
+        budgets = self.budgets if self.by_length is None else self.by_length(tokens)
+        least = int(self.selector.held_under(budgets).min())
         return min(least, self.sliding_window or tokens) >= tokens
 
     def _lay_out(self, lengths: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,10 +87,12 @@ class LayerMaker:
         method.selector.check_budgets(budgets, facts.sliding_windows)
         if method.selector.prunes_prefill:
             check_model(model)
-        if self._at is None and method.is_steep and not method.observers and not reeviction.wanted:
+        # The lowest layers get no more than the prompt has, so that the total is met.
+        if self._at is None and method.is_steep:
+            by_layer = replace(method, heads=None)
             # It must not keep the model alive, as `self` would.
             self._at = functools.lru_cache(_LENGTHS)(
-                lambda tokens: method.budgets_for([], budgets, facts.most_held(tokens))
+                lambda tokens: by_layer.budgets_for([], budgets, facts.most_held(tokens))
             )
         if reeviction.prefill_chunk is not None and looks_ahead(model):
             raise UsageError(
