@@ -95,7 +95,7 @@ def test_without_enough_examples_the_largest_budget_is_written_and_the_line_says
     assert profile.budget == largest
     assert "certified" not in profile.scores
     # It ends as other searches do.
-    assert "Gap between the 2 training examples and the unseen ones: " in said
+    assert "Gap between the 2 training examples and the validation examples: " in said
     assert said.count("every generation to profile.study.db\n\nTry next:\n") == 1
     assert f"--budget {largest} --method full snapkv:window=4 profile.json\n" in said
 

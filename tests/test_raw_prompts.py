@@ -207,7 +207,7 @@ def test_the_command_searches_prompts_and_prints_the_gap(small_folder, traffic, 
     said = capsys.readouterr().out
     written = json.loads((tmp_path / "r.json").read_text())
     gap, train = written["gap"], written["train"]["score"]
-    assert f"Gap between the 3 training examples and the unseen ones: {gap:+.3f} ({train:.3f} − " in said
+    assert f"Gap between the 3 training examples and the validation examples: {gap:+.3f} ({train:.3f} − " in said
     assert main(["search", str(small_folder), "--task", traffic, *options, "24,40", *out[:4]]) == 0
     assert " at 24 (" in capsys.readouterr().out
     assert main(["search", str(small_folder), "--task", traffic, "--metric", "logprob", *options, "24", *out]) == 2

@@ -624,7 +624,7 @@ def test_examples_that_a_search_saw_are_on_record_as_such(tiny, task, tmp_path, 
         *tiny, task=task, methods=["full", found.profile], samples=EXAMPLES, records=tmp_path / "seen.jsonl"
     )
     assert [row.get("seen") for row in rows] == [None, len(saw)]
-    assert "held-out" not in results_table(rows).title
+    assert "held-out" not in results_table(rows).caption
     assert f"was evolved or chosen on {len(saw)} of the {EXAMPLES} examples" in results_note(rows)
     methods = read_records(tmp_path / "seen.jsonl").settings.methods
     (names,) = next(each.seen for label, each in methods.items() if label != "full").values()
