@@ -28,7 +28,7 @@ import numpy as np
 import evolkv
 from evolkv.budgets import Budget, Share, read_budgets, size_of
 from evolkv.errors import UsageError
-from evolkv.evaluation.records import label, read_records
+from evolkv.evaluation.records import Record, label, read_records
 from evolkv.evolution import search_curve
 from evolkv.evolution.config import Granularity
 from evolkv.evolution.rivals import competing
@@ -191,20 +191,27 @@ class Runner:
         lukv: str,
         under: dict[Budget, str],
     ) -> tuple[list[Any], list[Any]]:
-        records = self.arguments.out / f"{stem}-{table.metric or 'text'}.records.jsonl"
-        rows = evolkv.evaluate(
-            self.model,
-            self.tokenizer,
-            task=tasks,
-            methods=list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), *evolved, lukv])),
-            budgets=self.budgets,
-            samples=table.samples,
-            seed=self.seed,
-            metric=table.metric,
-            protocol=protocol,
-            records=records,
-        )
-        examples = read_records(records).examples
+        first, *later = evolved
+        methods = list(dict.fromkeys(["full", *self.arguments.methods, *self._selectors(protocol), first, lukv]))
+        asked = {stem: methods, **({f"{stem}-seeds": later} if later else {})}
+        rows: list[Any] = []
+        examples: dict[tuple[str, str], dict[str, Record]] = {}
+        for name, its in asked.items():
+            records = self.arguments.out / f"{name}-{table.metric or 'text'}.records.jsonl"
+            rows += evolkv.evaluate(
+                self.model,
+                self.tokenizer,
+                task=tasks,
+                methods=its,
+                budgets=self.budgets,
+                samples=table.samples,
+                seed=self.seed,
+                metric=table.metric,
+                protocol=protocol,
+                records=records,
+            )
+            for example, by_method in read_records(records).examples.items():
+                examples.setdefault(example, {}).update(by_method)
         comparisons = []
         metrics = {row["task"]: row["metric"] for row in rows}
 

@@ -62,7 +62,10 @@ class Record:
     @property
     def caption(self) -> str:
         """Model, n, seed, what needles hide in if the record says so, machine and date, as a line."""
-        facts = [self["model"], f"n = {self['n']}", f"seed {self['seed']}", *self._haystacks, self.setting]
+        first, seeds = self["seed"], self.content.get("seeds", 1)
+        seeds = len(seeds) if isinstance(seeds, list) else seeds
+        seed = f"seed {first}" if seeds == 1 else f"seeds {first} to {first + seeds - 1}"
+        facts = [self["model"], f"n = {self['n']}", seed, *self._haystacks, self.setting]
         return f"{'; '.join(facts)}. Measured {self['date'][:10]}."
 
     @property
@@ -121,7 +124,9 @@ def differences(records: Sequence[Record], rival: str | None = None) -> Lines:
 
 def _compared(cell: dict[str, Any]) -> str:
     difference = _difference({"mean": cell["difference"], "ci95": cell["ci95"]}, 3)
-    return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {difference}"
+    searches = [f"{each:+.3f}".replace("-", "−") for each in cell.get("searches", ())]
+    by_search = f"; by search {', '.join(searches)}" if searches else ""
+    return f"{cell['best']} {cell['mean_b']:.3f} → {cell['mean_a']:.3f}: {difference}{by_search}"
 
 
 def results(records: Sequence[Record]) -> Lines:
