@@ -229,9 +229,11 @@ def _best_published(scores: dict[str, float]) -> tuple[str, float]:
     return best, theirs[best]
 
 
-def _examples(record: Record) -> int:
+def _examples(record: Record) -> str:
     # Means over all examples repeat what their tasks have counted.
-    return sum(each["n"] for each in record.table["comparisons"] if each["task"] != "all examples")
+    n = sum(each["n"] for each in record.table["comparisons"] if each["task"] != "all examples")
+    seeds = record.content.get("seeds", 1)
+    return f"{n} × {seeds} searches" if seeds > 1 else str(n)
 
 
 def summary(records: Sequence[Record]) -> Lines:
