@@ -23,7 +23,7 @@ _PRESSES: dict[str, tuple[str, dict[str, str]]] = {
 
 _HEAD = '''"""{title}
 
-Written by `evolkv profile export --to kvpress` for kvpress 0.5.5.
+Written by `evolkv profile export --to kvpress` for kvpress 0.5.5, which wants transformers below 5.3.
 
     from {module} import press
 
