@@ -13,7 +13,7 @@ from evolkv.evaluation import NaiveEngine, get_method
 from evolkv.evaluation.evaluation import EvaluationProgress
 from evolkv.intervals import ci95
 from evolkv.models import describe_model
-from evolkv.selectors import get_selector
+from evolkv.selectors import SELECTORS, get_selector
 from evolkv.tasks import encode_prompt, get_task
 from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny_model
 
@@ -123,6 +123,26 @@ def test_a_profile_for_each_budget_is_one_method(small, tmp_path):
         get_method(pattern).at(70)
     with pytest.raises(UsageError, match="needs a budget"):
         evolkv.evaluate(model, tokenizer, task=TASK, methods=[pattern], samples=1)
+
+
+#: All selectors but the one that needs a second model, and all allocators.
+METHODS = [
+    *(name for name in SELECTORS if name not in ("smallkv", "pyramidinfer")),
+    "cosine+pyramidinfer",
+    *(f"{name}+snapkv:window=8" for name in ("pyramid", "cosine", "adakv", "cake", "dynamickv", "pyramid+adakv")),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_evaluated_is_what_a_cache_holds(small, method):
+    model, tokenizer = small
+    task = get_task("niah:context=200")
+    budgets = [48, 150, "40%"]  # At 150 the lowest layers of a pyramid would get more than the prompt has.
+    rows = evolkv.evaluate(model, tokenizer, task=task, methods=method, budgets=budgets, samples=2, metric="logprob")
+    prompts = [encode_prompt(tokenizer, each) for each in task.examples("report", 2, tokenizer)]
+    for row, budget in zip(rows, budgets, strict=True):
+        held = [CompressedCache.prefill(model, method, ids, budget=budget).kv_bytes for ids in prompts]
+        assert row["kv_bytes"] == np.mean(held)
 
 
 def test_log_probs_of_a_method_equal_those_of_a_cache_of_its_own(small):
