@@ -177,8 +177,7 @@ def _check_together(options: Mapping[str, Any], budgets: list[Budget]) -> None:
         raise UsageError(f"--first says where a curve begins; give --budget several, such as {several}")
     if budgets and (options["loss"] != 0.05 or options["confidence"] != 0.95 or options["certify"] is not None):
         raise UsageError("--loss, --confidence and --certify are for --budget auto")
-    # A preset says it, too, though it is the default.
-    if options["group_size"] not in (None, SearchConfig.group_size) and options["strategy"] != "evolkv":
+    if options["group_size"] is not None and options["strategy"] != "evolkv":
         raise UsageError("--group-size is for --strategy evolkv")
     if options["storage"] == "none" and options["study"] is not None:
         raise UsageError("--study names a study, but --storage none keeps none; leave one of them out")

@@ -45,7 +45,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Evolved:
-    """The outcome of one search, before the choice on unseen examples.
+    """The outcome of one search, before the choice on validation examples.
 
     Args:
         history: every candidate, in order of evaluation.

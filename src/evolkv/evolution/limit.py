@@ -1,4 +1,4 @@
-"""The time limit of a search, with room for the choice on unseen examples."""
+"""The time limit of a search, with room for the choice on validation examples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TimeLimit:
         seconds: for everything; None for no limit.
         selectors: searches of the same budgets, each with a choice of its own.
         budgets: budgets of each.
-        val: unseen examples that are chosen on.
+        val: validation examples.
         train: training examples, on all of which the choices are scored as well.
         balanced: whether scores are balanced; see `evolkv.evaluation.balance`.
     """

@@ -113,7 +113,7 @@ class SearchResult:
 
     @property
     def gap(self) -> float | None:
-        """Return the chosen allocation's score on the training examples minus that on unseen ones; None without."""
+        """Return the chosen allocation's score on the training examples minus that in validation; None without."""
         if self.train is None or not self.validation:
             return None
         return float(self.train["score"] - self.validation[0]["score"])

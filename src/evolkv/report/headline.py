@@ -164,10 +164,11 @@ def _chosen(search: Search, model: str, task: str, facts: list[Fact]) -> Headlin
     assert result is not None
     entries = number(round(mean_of(result.budgets), 1))
     heuristics = sorted((entry for entry in search.validation if not entry.evolved), key=lambda entry: -entry.score)
-    on, bounds = f"On {counted(result.n, 'validation example')}", interval(result.ci95)
+    on = f"On {counted(result.n, 'validation example')}"
     if search.improved:
         title = f"{_of(model, task)}: evolved budgets score {result.score:.2f} with {entries} entries per KV head"
-        sentences = [f"{on} the search's choice scores {result.score:.2f} (95\u202f% interval {bounds})."]
+        scored = f"{result.score:.2f} (95\u202f% interval {interval(result.ci95)})"
+        sentences = [f"{on} the search's choice scores {scored}."]
         if heuristics:
             others = listing([f"{short(entry.name)} {entry.score:.2f}" for entry in heuristics])
             sentences.append(f"Budgets that need no evolution score less in the same memory: {others}.")

@@ -73,8 +73,8 @@ def results_note(rows: Sequence[dict[str, Any]]) -> str:
         by_task = [f"{task} {haystack}" for task, haystack in used.items()]
         alike = [*dict.fromkeys(used.values())]
         said.append(f"Haystack: {'; '.join(alike if len(alike) == 1 else by_task)}.")
-    for label, of in {(row["method"], row["task"]): (row["seen"], row["n"]) for row in rows if "seen" in row}.items():
-        said.append("{} was evolved or chosen on {} of the {} examples of {}.".format(label[0], *of, label[1]))
+    saw = "{method} was evolved or chosen on {seen} of the {n} examples of {task}."
+    said += dict.fromkeys(saw.format(**row) for row in rows if "seen" in row)
     if not all(row["ci95"][0] < row["ci95"][1] for row in rows):
         said.append("An interval without width: all examples score alike, and resampling cannot tell how others would.")
     return " ".join(said)
